@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Installs ``cpt_algorithms``; the scripts in ``recipes/`` and ``scripts/`` run from a checkout."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Every name a user's own llm-foundry YAML may use. llm-foundry reads these groups when it starts, and an
+# entry point wins over a built-in of the same name: never reuse one of llm-foundry's names.
+ENTRY_POINTS = {
+    'llmfoundry_schedulers': [
+        'rewarm_cosine = cpt_algorithms.schedulers:RewarmCosineScheduler',
+        'rewarm_constant = cpt_algorithms.schedulers:RewarmConstantScheduler',
+        'infinite = cpt_algorithms.schedulers:InfiniteScheduler',
+        'wsd = cpt_algorithms.schedulers:WSDScheduler',
+    ],
+    'llmfoundry_dataloaders': [
+        'replay_text = cpt_algorithms.replay:build_replay_text_dataloader',
+    ],
+    'llmfoundry_callbacks': [
+        'stage_start = cpt_algorithms.stage:StageStart',
+        'final_loss = cpt_algorithms.evaluation:FinalLoss',
+    ],
+}
+
+TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.9', 'pyright[nodejs]>=1.1.390']
+
+setup(
+    name='cpt-algorithms',
+    version='0.1.0',
+    description='Continual pre-training recipes for Composer and LLM Foundry',
+    long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.10,<3.13',
+    packages=find_packages(include=['cpt_algorithms', 'cpt_algorithms.*']),
+    package_data={'cpt_algorithms': ['py.typed', '*/README.md']},
+    install_requires=[
+        'llm-foundry>=0.22,<0.23',
+        'mosaicml>=0.32.1,<0.33',
+        'mosaicml-streaming>=0.12,<0.13',
+        'lm-eval>=0.4.8,<0.5',
+        'wandb',
+        'filelock',
+        'matplotlib>=3.8',
+        'numpy',
+        'omegaconf>=2.3,<3',
+        'rich>=13',
+        'tqdm',
+    ],
+    extras_require={'test': TEST},
+    entry_points=ENTRY_POINTS,
+)
