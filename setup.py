@@ -46,6 +46,7 @@ setup(
         'numpy',
         'omegaconf>=2.3,<3',
         'rich>=13',
+        'setuptools<82',  # llm-foundry 0.22 imports pkg_resources, which later releases no longer have
         'tqdm',
     ],
     extras_require={'test': TEST},

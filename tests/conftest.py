@@ -9,3 +9,35 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('HF_DATASETS_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 os.environ.setdefault('WANDB_MODE', 'offline')
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SEQ_LEN = 16
+VOCAB = 256
+
+
+@pytest.fixture(scope='session')
+def write_mds() -> Callable[..., Path]:
+    """Writes ``num_samples`` rows of SEQ_LEN tokens; each row begins with (dataset, id // 100, id % 100)."""
+
+    def write(folder: Path, dataset: int, num_samples: int, samples_per_shard: int = 20, split: str = 'train') -> Path:
+        from streaming import MDSWriter
+
+        rows = np.random.default_rng(dataset).integers(0, VOCAB, (num_samples, SEQ_LEN), dtype=np.int32)
+        rows[:, 0] = dataset
+        rows[:, 1], rows[:, 2] = np.divmod(np.arange(num_samples), 100)
+        row_bytes = 4 * SEQ_LEN + 4
+        with MDSWriter(
+            out=str(folder / split),
+            columns={'tokens': f'ndarray:int32:{SEQ_LEN}'},
+            size_limit=samples_per_shard * row_bytes + 200,
+        ) as writer:
+            for row in rows:
+                writer.write({'tokens': row})
+        return folder
+
+    return write

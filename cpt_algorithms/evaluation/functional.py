@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was forgotten, what was learned, what it cost: arithmetic on validation losses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+__all__ = ['Mean', 'adaptation', 'final_loss', 'forgetting', 'in_final_window', 'training_flops']
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its standard error; ``stderr`` is 0 for a single value.
+
+    Args:
+        value: The mean.
+        stderr: Standard error of the mean.
+        count: Values it was taken over.
+    """
+
+    value: float
+    stderr: float
+    count: int
+
+
+def in_final_window(batches_left: int, window: int, interval: int) -> bool:
+    """Whether the final-loss protocol evaluates when this many batches are left.
+
+    At the end and every ``interval`` batches before it, over the last ``window`` batches: with 100 and 10, when 90, 80,
+    ..., 10, 0 batches are left.
+
+    Args:
+        batches_left: Batches still to train, >= 0.
+        window: Batches the protocol looks back over.
+        interval: Batches between evaluations.
+    """
+    return 0 <= batches_left < window and batches_left % interval == 0
+
+
+def final_loss(losses: Sequence[float]) -> Mean:
+    r"""Final loss: the mean of the losses evaluated in the final window, with its standard error.
+
+    :math:`\bar L = \frac1n \sum L_i`, :math:`s = \sqrt{\sum (L_i - \bar L)^2 / (n - 1)} / \sqrt n`.
+
+    Args:
+        losses: Validation losses, at least one.
+
+    Source: Ibrahim et al. 2024, captions of Tables 2-4.
+    """
+    if not losses:
+        raise ValueError('no loss was evaluated in the final window; is max_duration reached?')
+    mean = sum(losses) / len(losses)
+    variance = sum((loss - mean) ** 2 for loss in losses) / max(len(losses) - 1, 1)
+    return Mean(mean, sqrt(variance / len(losses)), len(losses))
+
+
+def forgetting(loss: float, parent_loss: float) -> float:
+    """Validation loss on an old dataset minus the parent's; positive means that something was forgotten."""
+    return loss - parent_loss
+
+
+def adaptation(loss: float, parent_loss: float) -> float:
+    """The parent's validation loss on the new dataset minus the loss now; positive means that something was learned."""
+    return parent_loss - loss
+
+
+def training_flops(num_parameters: int, num_tokens: int) -> float:
+    """Floating point operations of training: 6 per parameter and token (forward 2, backward 4)."""
+    return 6.0 * num_parameters * num_tokens

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sample stands at which place of an endless mixed sequence, as arithmetic.
+
+Nothing here knows of Composer, Streaming, ranks or workers. A stage reads one sequence of *slots*
+``n = 0, 1, 2, ...``; global batch ``k`` of size ``B`` is slots ``kB .. kB + B - 1``. A slot becomes a sample by two
+questions:
+
+1. Which stream, and how many samples of that stream came before? :class:`Interleaving`
+2. Which sample is the ``m``-th of a stream? :class:`ShuffledOrder`, or the identity.
+
+Both are random access: no epoch is ever laid out, so starting and resuming cost the same at 10 k and at 10 B samples.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from math import lcm
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    'Interleaving',
+    'MixedSequence',
+    'ShuffledOrder',
+    'check_budget',
+    'differences',
+    'exact_fraction',
+    'shares_of',
+    'worker_slots',
+]
+
+Ints = NDArray[np.int64]
+
+# The interleaving is periodic, and one period is kept as a table: this bounds its memory (a few MB) and build time.
+MAX_PERIOD = 1_000_000
+# Samples in one shuffle block; Streaming's own smallest default.
+DEFAULT_BLOCK_SIZE = 1 << 18
+
+
+def exact_fraction(name: str, value: float | int | str) -> Fraction:
+    """The number as it was written in decimal: ``0.05`` is exactly 1/20. Floats are read to 12 digits.
+
+    Args:
+        name: The key it came from, for the error message.
+        value: A number or its decimal string.
+
+    Raises:
+        ValueError: If it is not a finite number.
+    """
+    try:
+        return Fraction(f'{value:.12g}' if isinstance(value, float) else str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f'{name}={value!r} is not a number; give one such as 0.05') from None
+
+
+def shares_of(fraction: float | str, weights: Mapping[str, float | int | str]) -> list[Fraction]:
+    """Each stream's share of the sequence: ``[1 - f, f * v_1, f * v_2, ...]`` with ``v`` the normalised weights.
+
+    Args:
+        fraction: Replay fraction f, ``0 <= f < 1``.
+        weights: Weight of each old stream, in any unit. Only their ratios matter.
+
+    Returns:
+        Shares that sum to exactly 1; the first is that of the new data.
+
+    Raises:
+        ValueError: If f is out of range, there is replay to do and nothing to replay, a weight is not positive,
+            or the shares' common denominator passes ``MAX_PERIOD``.
+    """
+    share = exact_fraction('replay.fraction', fraction)
+    if not 0 <= share < 1:
+        raise ValueError(
+            f'replay.fraction={fraction} is out of range; it is the share of every batch that comes from earlier '
+            'datasets, 0 <= fraction < 1 (0.05 for 5 %)'
+        )
+    exact = {name: exact_fraction(f'replay.streams.{name}.weight', weight) for name, weight in weights.items()}
+    for name, weight in exact.items():
+        if weight <= 0:
+            raise ValueError(f'replay.streams.{name}.weight={weights[name]} must be positive; or leave {name} out')
+    if share and not exact:
+        raise ValueError(f'replay.fraction={fraction} but replay.streams is empty: name at least one old dataset')
+    total = sum(exact.values())
+    shares = [1 - share, *(share * weight / total for weight in exact.values())]
+    period = lcm(*(s.denominator for s in shares))
+    if period > MAX_PERIOD:
+        raise ValueError(
+            f'replay.fraction={fraction} with weights {dict(weights)} gives shares over a common denominator of '
+            f'{period:,}; at most {MAX_PERIOD:,} is possible: give the fraction with fewer decimals, or weights that '
+            'are small integers'
+        )
+    return shares
+
+
+def _tijdeman(numerators: Sequence[int], period: int) -> NDArray[np.uint8]:
+    """One period of stream indices; after every prefix N, |count_i - N * share_i| <= 1 - 1/(2S - 2) < 1.
+
+    Tijdeman (1980), "The chairman assignment problem": among the streams that are owed at least 1/(2S - 2) of a
+    sample, serve the one whose deadline comes first. In integers: everything is multiplied by ``period * (2S - 2)``.
+    """
+    num_streams = len(numerators)
+    scale = 2 * num_streams - 2
+    counts = [0] * num_streams
+    pattern = np.empty(period, np.uint8)
+    for slot in range(period):
+        best, best_key = -1, (0.0, 0)
+        for stream, numerator in enumerate(numerators):
+            owed = scale * (numerator * (slot + 1) - period * counts[stream])
+            if numerator and owed >= period:
+                deadline = (scale * period - period - owed) / numerator
+                if best < 0 or (deadline, stream) < best_key:
+                    best, best_key = stream, (deadline, stream)
+        counts[best] += 1
+        pattern[slot] = best
+    return pattern
+
+
+class Interleaving:
+    """Which stream slot n belongs to, and how many samples each stream has given before it.
+
+    Exact at every prefix: with S streams of shares w_i, after any number N of slots ``|count_i(N) - N w_i| < 1``, and
+    with two streams (new and one old) ``count_old(N) = floor(N f + 1/2)``, an error of at most one half. The rows of
+    a
+    stream are spread evenly over a batch, so they are spread over its ranks and microbatches too.
+
+    Cost: O(period) once (instant for two streams; about 1 s per million slots and stream beyond), O(1) per slot.
+
+    Args:
+        shares: Shares that sum to 1, e.g. of :func:`shares_of`.
+    """
+
+    def __init__(self, shares: Sequence[Fraction]) -> None:
+        if sum(shares) != 1 or min(shares) < 0:
+            raise ValueError(f'shares {[str(s) for s in shares]} must be non-negative and sum to 1')
+        self.shares = tuple(shares)
+        self.period = lcm(*(s.denominator for s in shares))
+        numerators = [int(s * self.period) for s in shares]
+        if len(shares) == 1:
+            self.pattern = np.zeros(self.period, np.uint8)
+        elif len(shares) == 2:
+            upto = np.arange(self.period + 1, dtype=np.int64)
+            self.pattern = np.diff((2 * upto * numerators[1] + self.period) // (2 * self.period)).astype(np.uint8)
+        else:
+            self.pattern = _tijdeman(numerators, self.period)
+        one_hot = self.pattern == np.arange(len(shares), dtype=np.uint8)[:, None]
+        # _before[i, n]: samples of stream i among the first n slots of a period
+        self._before = np.zeros((len(shares), self.period + 1), np.int32)
+        np.cumsum(one_hot, axis=1, out=self._before[:, 1:])
+
+    def counts(self, num_slots: int) -> list[int]:
+        """Samples of each stream among the first ``num_slots`` slots."""
+        periods, rest = divmod(num_slots, self.period)
+        return [int(row[-1]) * periods + int(row[rest]) for row in self._before]
+
+    def slots_in_one_pass(self, num_samples: int) -> int:
+        """The most slots that hold at most ``num_samples`` of the new data (stream 0): one pass over it."""
+        per_period = int(self._before[0, -1])
+        periods, rest = divmod(num_samples, per_period)
+        return periods * self.period + int(np.searchsorted(self._before[0], rest, side='right')) - 1
+
+    def locate(self, slots: Ints) -> tuple[NDArray[np.uint8], Ints]:
+        """(stream, how many samples that stream gave before) of each slot."""
+        periods, rest = np.divmod(slots, self.period)
+        streams = self.pattern[rest]
+        ordinals = self._before[streams, -1].astype(np.int64) * periods + self._before[streams, rest]
+        return streams, ordinals
+
+
+def check_budget(
+    num_samples: int,
+    interleaving: Interleaving,
+    sizes: Mapping[str, int],
+    max_passes: Fraction | float,
+    max_seq_len: int,
+) -> None:
+    """Say before training that a budget needs more data than there is.
+
+    Args:
+        num_samples: The whole budget, new and old, in samples.
+        interleaving: The mix.
+        sizes: Samples of the new data (called ``new``) and of each old stream, in the order of the mix.
+        max_passes: How many times a dataset may be read.
+        max_seq_len: Tokens per sample.
+
+    Raises:
+        ValueError: If a dataset would be read more often, with the numbers.
+    """
+    for (name, size), needed in zip(sizes.items(), interleaving.counts(num_samples), strict=True):
+        if needed > max_passes * size:
+            what = 'new data' if name == 'new' else f'replay stream {name!r}'
+            raise ValueError(
+                f'too little data: a budget of {num_samples * max_seq_len:,} tokens reads {needed * max_seq_len:,} '
+                f'tokens of the {what}, which has {size * max_seq_len:,} ({needed / max(size, 1):.2f} passes; '
+                f'max_passes is {float(max_passes):g}): lower max_duration, prepare more data, or '
+                'raise train_loader.dataset.max_passes'
+            )
+
+
+class ShuffledOrder:
+    r"""A shuffle that keeps shards together, like Streaming's ``py1e``, at random access.
+
+    Shards are put in random order; sample x of that order (x counts through the shards) draws a key within half a
+    block of x, :math:`u \sim U[\max(0, x - b/2), \min(N, x + b/2))`, and samples are read by rising key. So a sample
+    is read within about one block of its shard's place, shards are downloaded in order, and about
+    ``b / shard size`` of them are in use at a time. ``b >= 2N`` is an unrestricted shuffle.
+
+    Unlike ``py1e`` nothing has to be laid out: the keys in ``[ab, (a+1)b)`` belong to samples near there, and how
+    many keys are smaller is counted from the same neighbourhood. Cost: O(number of shards) to build, O(b) (about
+    50 ms at the default) for each block read, 24 bytes per sample of two blocks in memory.
+
+    Args:
+        shard_sizes: Samples in each shard, in dataset order.
+        seed: Seed of the shuffle.
+        pass_index: How many times the data was read before; every pass is another order.
+        block_size: b, in samples. Default: ``1 << 18``.
+    """
+
+    def __init__(self, shard_sizes: Ints, seed: int, pass_index: int, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
+        self._key = (seed, pass_index)
+        sizes = np.asarray(shard_sizes, np.int64)
+        starts = np.cumsum(sizes) - sizes
+        order = np.random.default_rng([*self._key, 0]).permutation(len(sizes))
+        self._starts = starts[order]
+        self._ends = np.cumsum(sizes[order])  # in shuffled shard order
+        self.num_samples = int(sizes.sum())
+        self.block_size = block_size
+        self._num_blocks = -(-self.num_samples // block_size)
+        self._keys = lru_cache(maxsize=3)(self._draw_keys)
+        self._block = lru_cache(maxsize=2)(self._sort_block)
+
+    def _draw_keys(self, block: int) -> NDArray[np.float64]:
+        x = np.arange(block * self.block_size, min((block + 1) * self.block_size, self.num_samples))
+        low = np.maximum(x - self.block_size / 2, 0)
+        high = np.minimum(x + self.block_size / 2, self.num_samples)
+        return low + np.random.default_rng([*self._key, 1, block]).random(len(x)) * (high - low)
+
+    def _sort_block(self, block: int) -> tuple[int, Ints]:
+        """(rank of the first, x by rising key) of the samples whose key lies in this block."""
+        near = range(max(block - 1, 0), min(block + 2, self._num_blocks))
+        keys = np.concatenate([self._keys(b) for b in near])
+        first_x = near[0] * self.block_size
+        inside = np.flatnonzero((keys >= block * self.block_size) & (keys < (block + 1) * self.block_size))
+        rank = first_x + int((keys < block * self.block_size).sum())
+        return rank, first_x + inside[np.argsort(keys[inside], kind='stable')]
+
+    def __call__(self, positions: Ints) -> Ints:
+        """Sample ids at these positions of the order; positions in ``[0, num_samples)``."""
+        x = np.empty(len(positions), np.int64)
+        todo = np.ones(len(positions), bool)
+        while todo.any():
+            position = int(positions[np.argmax(todo)])
+            block = min(position // self.block_size, self._num_blocks - 1)
+            while (found := self._block(block))[0] > position:
+                block -= 1
+            while found[0] + len(found[1]) <= position:
+                block += 1
+                found = self._block(block)
+            first, members = found
+            here = todo & (positions >= first) & (positions < first + len(members))
+            x[here] = members[positions[here] - first]
+            todo &= ~here
+        shard = np.searchsorted(self._ends, x, side='right')
+        size_before = np.concatenate([[0], self._ends[:-1]])[shard]
+        return self._starts[shard] + x - size_before
+
+
+class MixedSequence:
+    """Sample ids of the slots of a mixed, endless sequence.
+
+    Streams are consecutive ranges of shards. A stream that is read past its end starts over; with ``shuffle`` each
+    pass has an order of its own.
+
+    Args:
+        interleaving: Which stream each slot belongs to.
+        shard_sizes: Samples per shard of each stream, stream by stream.
+        seeds: Shuffle seed of each stream, or None to read it in dataset order.
+        block_size: Samples in a shuffle block.
+    """
+
+    def __init__(
+        self,
+        interleaving: Interleaving,
+        shard_sizes: Sequence[Ints],
+        seeds: Sequence[int | None],
+        block_size: int = DEFAULT_BLOCK_SIZE,
+    ) -> None:
+        self.interleaving = interleaving
+        self._shard_sizes = [np.asarray(sizes, np.int64) for sizes in shard_sizes]
+        self.sizes = [int(sizes.sum()) for sizes in self._shard_sizes]
+        self._offsets = np.cumsum([0, *self.sizes])[:-1]
+        self._seeds = seeds
+        self._block_size = block_size
+        # two passes of each stream: a batch can straddle the end of one
+        self._order = lru_cache(maxsize=2 * len(self.sizes))(self._make_order)
+
+    def _make_order(self, stream: int, pass_index: int) -> ShuffledOrder:
+        seed = self._seeds[stream]
+        assert seed is not None
+        return ShuffledOrder(self._shard_sizes[stream], seed, pass_index, self._block_size)
+
+    def __call__(self, slots: Ints) -> Ints:
+        """Global sample id of each slot."""
+        streams, ordinals = self.interleaving.locate(slots)
+        ids = np.empty(len(slots), np.int64)
+        for stream in np.unique(streams):
+            here = np.flatnonzero(streams == stream)
+            passes, positions = np.divmod(ordinals[here], self.sizes[stream])
+            if self._seeds[stream] is not None:
+                for pass_index in np.unique(passes):
+                    now = passes == pass_index
+                    positions[now] = self._order(int(stream), int(pass_index))(positions[now])
+            ids[here] = self._offsets[stream] + positions
+        return ids
+
+
+def worker_slots(
+    indices: Ints,
+    first_slot: int,
+    device_batch_size: int,
+    rank: int,
+    num_ranks: int,
+    worker: int,
+    num_workers: int,
+) -> Ints:
+    """Slots of the samples a DataLoader worker reads, in its order.
+
+    Global batch k is slots ``first_slot + kB .. + B - 1`` with ``B = device_batch_size * num_ranks``; rank r takes
+    the r-th run of ``device_batch_size`` of them; PyTorch's DataLoader takes batches from its workers in turn, so
+    worker w of W reads batches w, w + W, w + 2W, ... So the global batches do not depend on ranks or workers.
+
+    Args:
+        indices: 0, 1, 2, ...: which of this worker's samples.
+        first_slot: The slot at which reading starts or resumes.
+        device_batch_size: Samples per rank and batch.
+        rank: This rank, of ``num_ranks``.
+        num_ranks: Data-parallel ranks.
+        worker: This worker, of ``num_workers``.
+        num_workers: Workers per rank.
+    """
+    batches, rows = np.divmod(indices, device_batch_size)
+    batches = worker + batches * num_workers
+    return first_slot + (batches * num_ranks + rank) * device_batch_size + rows
+
+
+def differences(saved: str, current: str) -> list[str]:
+    """What changed between two flat descriptions of a mix, a line each (``fraction: 0.05 -> 0.25``).
+
+    Args:
+        saved: JSON object as it was saved.
+        current: JSON object as it is now.
+    """
+    old, new = json.loads(saved), json.loads(current)
+    return [
+        f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'
+        for key in [*new, *(k for k in old if k not in new)]
+        if old.get(key, 'absent') != new.get(key, 'absent')
+    ]

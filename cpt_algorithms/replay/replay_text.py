@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``replay_text``: new data mixed with a little old data, exactly, on MosaicML Streaming.
+
+Streaming still downloads, caches, hashes, retries and evicts shards; only *which sample comes next* is ours.
+"""
+
+import inspect
+import json
+import zlib
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from composer.core.data_spec import DataSpec
+from llmfoundry import registry
+from llmfoundry.data.text_data import StreamingTextDataset
+from llmfoundry.utils.registry_utils import construct_from_registry
+from numpy.typing import NDArray
+from streaming import Stream
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from cpt_algorithms.keys import check_keys
+from cpt_algorithms.replay.functional import (
+    DEFAULT_BLOCK_SIZE,
+    Interleaving,
+    MixedSequence,
+    check_budget,
+    differences,
+    exact_fraction,
+    shares_of,
+    worker_slots,
+)
+
+__all__ = ['ReplayTextDataset', 'build_replay_text_dataloader']
+
+STREAM_KEYS = ('remote', 'local', 'split', 'download_retry', 'download_timeout', 'validate_hash', 'keep_zip')
+# Added to the seed of old streams read in an order of their own: any constant that is not 0 will do.
+FRESH_SHUFFLE = 1_000_003
+# Slots a worker turns into sample ids at once.
+CHUNK = 4096
+
+
+def named_streams(where: str, section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """``{name: stream keywords}`` of a section that is one stream or a mapping of several."""
+    if 'remote' in section or 'local' in section:
+        return {where.rsplit('.', 1)[-1]: dict(section)}
+    for name, stream in section.items():
+        if not isinstance(stream, Mapping):
+            raise ValueError(
+                f'{where}.{name}={stream!r} is not a stream; give {where} as one stream '
+                '({remote: ..., local: ..., split: ...}) or as a mapping of several named ones'
+            )
+    return {str(name): dict(stream) for name, stream in section.items()}
+
+
+class _Work:
+    """This worker's sample ids in reading order, computed a chunk at a time: what Streaming takes for an array."""
+
+    def __init__(self, sequence: MixedSequence, num_samples: int, **where: int) -> None:
+        self._sequence = sequence
+        self._num_samples = num_samples
+        self._where = where
+        # Streaming's download, ready and yield loops each read at a place of their own
+        self._chunk = lru_cache(maxsize=6)(self._make_chunk)
+
+    def _make_chunk(self, chunk: int) -> NDArray[np.int64]:
+        first = chunk * CHUNK
+        indices = np.arange(first, min(first + CHUNK, self._num_samples))
+        return self._sequence(worker_slots(indices, **self._where))
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> np.int64:
+        chunk, row = divmod(index, CHUNK)
+        return self._chunk(chunk)[row]
+
+
+class ReplayTextDataset(StreamingTextDataset):
+    r"""New data with a fixed share of old data in every batch (compute-equivalent replay).
+
+    After any number of samples N, the old streams together have given :math:`fN` and old stream j :math:`f v_j N`,
+    each to within one sample, for any fraction and batch size. New samples are each read once per pass, in shuffled
+    order; replay follows the pre-training order, or one of its own. The sequence of global batches is a function of
+    the slot number alone: it is the same for any number of nodes, ranks and workers, and after resuming anywhere.
+
+    An epoch is one pass over the new data, in full global batches: rounded down with ``drop_last`` and up without.
+    Either way nothing is lost: the next epoch goes on exactly where this one ended.
+
+    Several ``new`` streams are read as one dataset, shuffled together.
+
+    Cost: no epoch is laid out; starting and resuming take the time to read the shard lists. About 15 MB per process.
+
+    Args:
+        tokenizer: HF tokenizer; only used if the shards hold ``text`` and not ``tokens``.
+        max_seq_len: Tokens per sample.
+        new: One stream (``remote``, ``local``, ``split`` and Streaming's download options), or several named ones.
+        replay: ``{fraction, streams, order}``. ``fraction``: share of every batch from earlier datasets, in [0, 1).
+            ``streams``: ``{name: stream}``, each with an optional ``weight`` (Default: ``1``). ``order``:
+            ``pretraining`` (the order in which this loader read that dataset when it was ``new`` on its own, under
+            the same ``shuffle``, ``shuffle_seed`` and ``shuffle_block_size``; the paper's setting) or ``shuffled``
+            (a fresh one). Default: ``pretraining``. ``None``: no replay. Default: ``None``.
+        batch_size: Samples per rank and batch.
+        drop_last: Whether an epoch's number of batches is rounded down (else up). Default: ``True``.
+        shuffle: Whether to shuffle; else datasets are read in their own order. Default: ``False``.
+        shuffle_seed: Seed of the shuffle. Default: ``9176``.
+        shuffle_block_size: Samples within which the shuffle mixes shards. Default: ``1 << 18``.
+        max_passes: How many times the stage's budget may read a dataset, old or new. Default: ``1``.
+        kwargs: Streaming's own: ``cache_limit``, ``predownload``, ``download_retry``, ``download_timeout``,
+            ``validate_hash``, ``keep_zip``, ``allow_unsafe_types``, ``replication``, ``token_encoding_type``.
+
+    Raises:
+        ValueError: If a key is unknown, the fraction or a weight is out of range, two streams share a name, or the
+            new data does not fill one global batch.
+
+    Source: Ibrahim et al. 2024, section 4.2 (compute-equivalent replay).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_seq_len: int,
+        new: Mapping[str, Any],
+        replay: Mapping[str, Any] | None = None,
+        batch_size: int = 1,
+        drop_last: bool = True,
+        shuffle: bool = False,
+        shuffle_seed: int = 9176,
+        shuffle_block_size: int | None = None,
+        max_passes: float = 1,
+        **kwargs: Any,
+    ) -> None:
+        new_streams = named_streams('train_loader.dataset.new', new)
+        replay = dict(replay or {})
+        check_keys('train_loader.dataset.replay', replay, ('fraction', 'streams', 'order'))
+        order = replay.get('order', 'pretraining')
+        if order not in ('pretraining', 'shuffled'):
+            raise ValueError(f"replay.order={order!r} is not possible; use 'pretraining' or 'shuffled'")
+        old_streams = named_streams('train_loader.dataset.replay.streams', replay.get('streams') or {})
+        if not new_streams:
+            raise ValueError('train_loader.dataset.new is empty: name the data to learn')
+        if shared := sorted(new_streams.keys() & old_streams.keys()):
+            raise ValueError(f'stream name {shared[0]!r} is used in both new and replay.streams; names must differ')
+        weights = {name: stream.pop('weight', 1) for name, stream in old_streams.items()}
+        fraction = replay.get('fraction', 0)
+        interleaving = Interleaving(shares_of(fraction, weights))
+        streams = []
+        for where, named in (('new', new_streams), ('replay.streams', old_streams)):
+            for name, stream in named.items():
+                check_keys(f'train_loader.dataset.{where}.{name}', stream, STREAM_KEYS)
+                streams.append(Stream(**stream))
+
+        super().__init__(
+            tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
+            max_seq_len=max_seq_len,
+            streams=streams,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            shuffle_seed=shuffle_seed,
+            num_canonical_nodes=1,
+            **kwargs,
+        )
+        self.max_passes = exact_fraction('train_loader.dataset.max_passes', max_passes)
+        self.names = ['new', *old_streams]
+        block_size = int(shuffle_block_size or DEFAULT_BLOCK_SIZE)
+        sizes = np.split(self.samples_per_shard, np.cumsum(self.shards_per_stream)[:-1])
+        sizes = [np.concatenate(sizes[: len(new_streams)]), *sizes[len(new_streams) :]]
+        old_seed = shuffle_seed + (FRESH_SHUFFLE if order == 'shuffled' else 0)
+        seeds = [shuffle_seed if shuffle else None]
+        seeds += [old_seed if shuffle or order == 'shuffled' else None] * len(old_streams)
+        self.sequence = MixedSequence(interleaving, sizes, seeds, block_size)
+
+        self.global_batch_size = batch_size * self._parallel_rank_world.num_ranks
+        one_pass = interleaving.slots_in_one_pass(self.sequence.sizes[0])
+        self.num_batches = one_pass // self.global_batch_size if drop_last else -(-one_pass // self.global_batch_size)
+        if not self.num_batches:
+            raise ValueError(
+                f'the new data has {self.sequence.sizes[0]:,} samples of {max_seq_len} tokens, too few for one global '
+                f'batch of {self.global_batch_size}: prepare more data or lower global_train_batch_size'
+            )
+        self.mix = json.dumps(
+            {
+                'fraction': str(exact_fraction('fraction', fraction)),
+                'order': order,
+                'shuffle': bool(shuffle),
+                'shuffle_seed': shuffle_seed,
+                'shuffle_block_size': block_size,
+                'max_seq_len': max_seq_len,
+                'global_batch_size': self.global_batch_size,
+                **self._describe_streams('new', new_streams, 0, {}),
+                **self._describe_streams('replay', old_streams, len(new_streams), weights),
+            }
+        )
+
+    def _describe_streams(
+        self, role: str, named: Mapping[str, Any], first: int, weights: Mapping[str, Any]
+    ) -> dict[str, str]:
+        """Identity of each stream by content, so that moved data is still the same data."""
+        described = {}
+        for stream, name in enumerate(named, start=first):
+            begin = self.shard_offset_per_stream[stream]
+            shards = self.shards[begin : begin + self.shards_per_stream[stream]]
+            content = zlib.crc32(repr([(s.samples, s.get_raw_size()) for s in shards]).encode())
+            weight = f', weight {weights[name]}' if name in weights else ''
+            described[f'{role}.{name}'] = f'{self.samples_per_stream[stream]:,} samples ({content:08x}){weight}'
+        return described
+
+    def __len__(self) -> int:
+        """Samples per rank and epoch."""
+        return self.num_batches * self.global_batch_size // self._parallel_rank_world.num_ranks
+
+    def counts(self, num_samples: int) -> dict[str, int]:
+        """Samples of the new data and of each old stream among the first ``num_samples``."""
+        return dict(zip(self.names, self.sequence.interleaving.counts(num_samples), strict=True))
+
+    def check_budget(self, num_samples: int) -> None:
+        """Say before training that a budget needs more data than there is.
+
+        Args:
+            num_samples: The stage's whole budget, new and old, in samples.
+
+        Raises:
+            ValueError: If the budget would read a dataset more than ``max_passes`` times.
+        """
+        sizes = dict(zip(self.names, self.sequence.sizes, strict=True))
+        check_budget(num_samples, self.sequence.interleaving, sizes, self.max_passes, self.max_seq_len)
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> _Work:  # pyright: ignore
+        world = self._parallel_worker_world
+        samples = self.num_batches * self.global_batch_size
+        batches = (samples - sample_in_epoch) // self.global_batch_size
+        mine = len(range(world.worker_of_rank, batches, world.workers_per_rank))
+        return _Work(
+            self.sequence,
+            mine * int(self.batch_size or 1),
+            first_slot=epoch * samples + sample_in_epoch,
+            device_batch_size=int(self.batch_size or 1),
+            rank=world.rank,
+            num_ranks=world.num_ranks,
+            worker=world.worker_of_rank,
+            num_workers=world.workers_per_rank,
+        )
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Streaming's state and the mix it belongs to, as one JSON string (a single leaf in sharded checkpoints)."""
+        return {**super().state_dict(num_samples, from_beginning), 'mix': self.mix}
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Go on where the state was saved.
+
+        Raises:
+            ValueError: If it was saved under another mix, naming what changed.
+        """
+        mix = obj.get('mix')
+        if mix is None:
+            raise ValueError(
+                'the checkpoint was saved by another train loader than replay_text; a new stage must not load the '
+                "parent's dataset state: set load_weights_only: true, or add 'state/dataset_state' to "
+                'load_ignore_keys'
+            )
+        if changed := differences(mix, self.mix):
+            raise ValueError(
+                'the data mix is not the one this run was saved with (' + '; '.join(changed) + '). '
+                'Restore it to resume, or start a new stage from the checkpoint under another run_name and save_folder'
+            )
+        super().load_state_dict({key: value for key, value in obj.items() if key != 'mix'})
+
+
+DATASET_KEYS = (
+    set(inspect.signature(ReplayTextDataset).parameters) - {'tokenizer', 'batch_size', 'drop_last', 'kwargs'}
+    | {'cache_limit', 'predownload', 'download_retry', 'download_timeout', 'validate_hash', 'keep_zip'}
+    | {'allow_unsafe_types', 'replication', 'token_encoding_type'}
+)
+# read by llm-foundry's text collator, which marks where packed documents end
+COLLATOR_KEYS = {'eos_token_id', 'bos_token_id'}
+
+
+def build_replay_text_dataloader(
+    tokenizer: PreTrainedTokenizerBase | None,
+    device_batch_size: int,
+    dataset: dict[str, Any],
+    drop_last: bool = True,
+    num_workers: int = 0,
+    pin_memory: bool = True,
+    prefetch_factor: int | None = 2,
+    persistent_workers: bool = True,
+    timeout: float = 0,
+) -> DataSpec:
+    """``train_loader: {name: replay_text, dataset: ...}`` for llm-foundry.
+
+    Args:
+        tokenizer: The run's tokenizer.
+        device_batch_size: Samples per rank and batch.
+        dataset: Keywords of :class:`ReplayTextDataset`, and llm-foundry's ``eos_token_id`` / ``bos_token_id``.
+        drop_last: See :class:`ReplayTextDataset`. Default: ``True``.
+        num_workers: DataLoader workers per rank. Default: ``0``.
+        pin_memory: As in PyTorch. Default: ``True``.
+        prefetch_factor: As in PyTorch; ignored without workers. Default: ``2``.
+        persistent_workers: As in PyTorch; ignored without workers. Default: ``True``.
+        timeout: As in PyTorch. Default: ``0``.
+
+    Raises:
+        ValueError: As :class:`ReplayTextDataset`.
+    """
+    check_keys('train_loader.dataset', dataset, DATASET_KEYS | COLLATOR_KEYS)
+    if tokenizer is None:
+        raise ValueError('tokenizer is missing: train_loader replay_text needs one to collate batches')
+    dataset = dict(dataset)
+    dataset['replication'], batch_size = construct_from_registry(
+        name='dataset_replication_validator',
+        registry=registry.dataset_replication_validators,
+        partial_function=False,
+        kwargs={'dataset_cfg': dataset, 'tokenizer': tokenizer, 'device_batch_size': device_batch_size},
+    )
+    options = {key: value for key, value in dataset.items() if key not in COLLATOR_KEYS}
+    replay_dataset = ReplayTextDataset(tokenizer=tokenizer, batch_size=batch_size, drop_last=drop_last, **options)
+    collate_fn, loader_batch_size = construct_from_registry(
+        name='text_collator',
+        registry=registry.collators,
+        partial_function=False,
+        kwargs={
+            'dataloader_cfg': {'name': 'replay_text', 'dataset': dataset, 'drop_last': drop_last},
+            'tokenizer': tokenizer,
+            'dataset_batch_size': batch_size,
+        },
+    )
+    loader = DataLoader(
+        replay_dataset,
+        collate_fn=collate_fn,
+        batch_size=loader_batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        persistent_workers=persistent_workers and num_workers > 0,
+        timeout=timeout,
+    )
+    return construct_from_registry(
+        name='data_spec',
+        registry=registry.data_specs,
+        partial_function=False,
+        kwargs={'dl': loader, 'dataset_cfg': dataset},
+    )

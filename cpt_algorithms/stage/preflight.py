@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every check of a stage's YAML that needs no training: all problems at once, before anything expensive starts."""
+
+import inspect
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from composer.core import Time, TimeUnit
+from composer.utils import parse_uri
+from llmfoundry import registry
+from llmfoundry.data.text_data import StreamingTextDataset
+from llmfoundry.utils.builders import build_composer_model, build_scheduler, build_tokenizer
+from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
+from streaming import StreamingDataset
+from torch.distributed.checkpoint import FileSystemReader
+
+from cpt_algorithms.keys import check_keys
+from cpt_algorithms.replay.functional import Interleaving, check_budget, exact_fraction, shares_of
+from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, named_streams
+from cpt_algorithms.schedulers import PhaseScheduler
+from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS, budget_in_samples
+
+__all__ = ['PreflightError', 'latest_batch', 'preflight', 'resolve', 'total_batches']
+
+log = logging.getLogger(__name__)
+
+Config = dict[str, Any]
+
+# Filled in by llm-foundry itself; "should not be set by the user".
+_DERIVED_KEYS = {'n_gpus', 'device_train_batch_size', 'device_train_grad_accum', 'eval_loaders', 'icl_tasks_str'}
+_REQUIRED_KEYS = ('model', 'tokenizer', 'optimizer', 'scheduler', 'train_loader', 'max_duration', 'max_seq_len')
+_REQUIRED_HERE = ('run_name', 'save_folder', 'global_train_batch_size')
+# Given by llm-foundry or Composer and not by the YAML.
+_IMPLICIT_ARGUMENTS = {'self', 'tokenizer', 'device_batch_size', 'params', 'train_config', 'model'}
+
+
+class PreflightError(ValueError):
+    """A YAML that would fail, or silently do something else.
+
+    Args:
+        problems: Each with its key, its value and what would be right.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__('\n'.join(f'  {number}. {problem}' for number, problem in enumerate(problems, start=1)))
+
+
+def resolve(cfg: Config) -> Config:
+    """Fill in what follows from the rest of a stage's YAML.
+
+    * ``autoresume: true``: llm-foundry says it turns it on, and does not.
+    * ``load_weights_only`` and ``load_ignore_keys`` as ``callbacks.stage_start.optimizer`` needs them.
+    * ``callbacks.final_loss.save_folder`` and ``callbacks.hf_checkpointer`` (an export at the end) from ``save_folder``.
+
+    Args:
+        cfg: A resolved llm-foundry train YAML.
+
+    Returns:
+        A new mapping, which ``llmfoundry train`` takes as it is.
+    """
+    cfg = {'autoresume': True, **cfg, 'callbacks': {**(cfg.get('callbacks') or {})}}
+    callbacks = cfg['callbacks']
+    folder = cfg.get('save_folder')
+    stage_start = callbacks.get('stage_start')
+    if cfg.get('load_path') and stage_start is not None:
+        keep = (stage_start or {}).get('optimizer') == 'keep'
+        cfg.setdefault('load_weights_only', not keep)
+        if keep:
+            cfg.setdefault('load_ignore_keys', list(KEEP_OPTIMIZER_IGNORE_KEYS))
+    if 'final_loss' in callbacks:
+        callbacks['final_loss'] = {'save_folder': folder, **(callbacks['final_loss'] or {})}
+    callbacks.setdefault('hf_checkpointer', {'save_folder': folder, 'save_interval': '1dur', 'precision': 'float32'})
+    return cfg
+
+
+def preflight(cfg: Config, world_size: int = 1) -> None:
+    """Find everything wrong with a stage.
+
+    Args:
+        cfg: The resolved YAML, of :func:`resolve`.
+        world_size: Ranks it will run on. Default: ``1``.
+
+    Raises:
+        PreflightError: With all problems found.
+
+    Cost: reads shard indices and the parent's metadata; builds the model without memory if there is a parent.
+    """
+    checks: list[Callable[[], None]] = [
+        lambda: _check_top_level(cfg),
+        *(lambda section=section: _check_named(section, cfg) for section in ('scheduler', 'optimizer', 'model')),
+        *(lambda section=section: _check_mapping(section, cfg) for section in ('callbacks', 'algorithms', 'loggers')),
+        *(lambda where=where, loader=loader: _check_loader(where, loader) for where, loader in _loaders(cfg)),
+        lambda: _check_scheduler(cfg),
+        lambda: _check_batch_size(cfg, world_size),
+        lambda: _check_loading(cfg),
+        lambda: _check_saving(cfg),
+        lambda: _check_data(cfg),
+        lambda: _check_parent(cfg),
+    ]
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
+        except (KeyError, TypeError, AttributeError) as error:
+            # a section of the wrong form, which an earlier check has named unless it is the only one
+            problems.append(f'the YAML is not of the form llm-foundry reads: {error!r}')
+    if problems:
+        raise PreflightError(list(dict.fromkeys(problems)))
+
+
+def _loaders(cfg: Config) -> list[tuple[str, Config]]:
+    evals = cfg.get('eval_loader') or []
+    evals = evals if isinstance(evals, list) else [evals]
+    train = [('train_loader', cfg['train_loader'])] if cfg.get('train_loader') else []
+    return [*train, *((f'eval_loader[{index}]', loader) for index, loader in enumerate(evals))]
+
+
+def _check_top_level(cfg: Config) -> None:
+    check_keys('', cfg, TRAIN_CONFIG_KEYS - _DERIVED_KEYS | {'eval_loader', 'icl_tasks'})
+    if missing := [key for key in (*_REQUIRED_KEYS, *_REQUIRED_HERE) if cfg.get(key) is None]:
+        raise ValueError(f'{missing[0]} is missing' + (f' (so are {", ".join(missing[1:])})' if missing[1:] else ''))
+
+
+def _check_arguments(where: str, kind: Any, name: str, arguments: Mapping[str, Any] | None) -> None:
+    """The name is registered and takes these arguments."""
+    known = kind.get_all()
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        raise ValueError(
+            f'{where}: nothing is registered as {name!r}; '
+            + (f'did you mean {near[0]!r}?' if near else f'one of {", ".join(sorted(known))} is possible')
+        )
+    parameters = inspect.signature(known[name]).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        check_keys(where, arguments or {}, parameters.keys() - _IMPLICIT_ARGUMENTS)
+
+
+def _check_named(section: str, cfg: Config) -> None:
+    given = dict(cfg.get(section) or {})
+    kinds = {'scheduler': registry.schedulers, 'optimizer': registry.optimizers, 'model': registry.models}
+    if 'name' not in given:
+        raise ValueError(f'{section}.name is missing')
+    given.pop('master_weights_dtype', None)
+    _check_arguments(section, kinds[section], given.pop('name'), given)
+
+
+def _check_mapping(section: str, cfg: Config) -> None:
+    kinds = {'callbacks': registry.callbacks, 'algorithms': registry.algorithms, 'loggers': registry.loggers}
+    for name, arguments in (cfg.get(section) or {}).items():
+        kind = kinds[section]
+        if section == 'callbacks' and name in registry.callbacks_with_config:
+            kind = registry.callbacks_with_config
+        _check_arguments(f'{section}.{name}', kind, name, arguments)
+
+
+def _check_loader(where: str, loader: Config) -> None:
+    given = {key: value for key, value in loader.items() if key not in ('name', 'label')}
+    _check_arguments(where, registry.dataloaders, loader.get('name', ''), given)
+    dataset = given.get('dataset') or {}
+    if loader['name'] == 'replay_text':
+        check_keys(f'{where}.dataset', dataset, DATASET_KEYS | COLLATOR_KEYS)
+    elif loader['name'] == 'text':
+        # llm-foundry drops what it does not know without a word
+        allowed = {*inspect.signature(StreamingTextDataset).parameters, *inspect.signature(StreamingDataset).parameters}
+        check_keys(f'{where}.dataset', dataset, allowed - {'tokenizer', 'batch_size', 'kwargs'} | COLLATOR_KEYS)
+        if where == 'train_loader' and len(dataset.get('streams') or {}) > 1:
+            raise ValueError(
+                'train_loader.name=text mixes several streams without saving the mix and may leave data unread; '
+                'use name: replay_text with the same streams under dataset.new'
+            )
+        _sizes_of(where, dataset.get('streams') or {'stream': dataset})
+
+
+def _check_scheduler(cfg: Config) -> None:
+    section = dict(cfg['scheduler'])
+    name = section.pop('name')
+    duration = Time.from_timestring(str(cfg['max_duration'])) if isinstance(cfg['max_duration'], str) else None
+    if duration is None or duration.value <= 0:
+        raise ValueError(
+            f"max_duration={cfg['max_duration']!r} must be a positive time such as '1000000tok' or '200ba'"
+        )
+    try:
+        scheduler = build_scheduler(name, section)
+    except TypeError as error:
+        raise ValueError(f'scheduler: {error}') from None
+    if isinstance(scheduler, PhaseScheduler):
+        # epochs are resolved when the data is known; every other unit is decided here
+        scheduler.schedule(duration, dataloader_len=1 if duration.unit == TimeUnit.EPOCH else None)
+
+
+def _check_batch_size(cfg: Config, world_size: int) -> None:
+    if cfg['global_train_batch_size'] % world_size:
+        raise ValueError(
+            f'global_train_batch_size={cfg["global_train_batch_size"]} is not divisible by the {world_size} ranks'
+        )
+
+
+def _check_loading(cfg: Config) -> None:
+    if cfg.get('autoresume') is False:
+        raise ValueError(
+            'autoresume=false: a restart would begin at batch 0 again, over the old checkpoints if they are sharded; '
+            'leave it out (the recipe sets it to true)'
+        )
+    if not cfg.get('load_path'):
+        return
+    stage_start = cfg['callbacks'].get('stage_start', 'missing')
+    if stage_start == 'missing':
+        raise ValueError(
+            'callbacks.stage_start is missing, and load_path names a parent: add `stage_start: {optimizer: reset}` '
+            "(the papers' setting) or `{optimizer: keep}` so that the learning rate of this YAML is obeyed"
+        )
+    keep = (stage_start or {}).get('optimizer') == 'keep'
+    if bool(cfg.get('load_weights_only')) == keep:
+        raise ValueError(
+            f'load_weights_only={cfg.get("load_weights_only")} contradicts stage_start.optimizer='
+            f'{"keep" if keep else "reset"}; leave it out (the recipe sets it)'
+        )
+    if keep and (missing := set(KEEP_OPTIMIZER_IGNORE_KEYS) - set(cfg.get('load_ignore_keys') or [])):
+        raise ValueError(
+            f'load_ignore_keys lacks {", ".join(sorted(missing))}, written exactly so (with a star, a sharded load '
+            'freezes the learning rate); leave load_ignore_keys out (the recipe sets it)'
+        )
+
+
+def _check_saving(cfg: Config) -> None:
+    if cfg.get('save_overwrite'):
+        raise ValueError(
+            'save_overwrite=true could destroy checkpoints; leave it out, a restart goes on from the latest'
+        )
+    if cfg.get('save_weights_only'):
+        raise ValueError('save_weights_only=true cannot be resumed from; leave it out')
+    folder = cfg.get('save_folder')
+    if not folder or parse_uri(folder)[0]:
+        return
+    folder = Path(folder.format(run_name=cfg.get('run_name')))
+    if folder.exists() and any(folder.glob('ep*-ba*')):
+        try:
+            owner = json.loads((folder / 'stage.json').read_text())['run_name']
+        except (OSError, ValueError, KeyError):
+            owner = None
+        if owner != cfg.get('run_name'):
+            held_by = f'run {owner!r}' if owner else 'a run that this recipe did not start'
+            raise ValueError(
+                f'save_folder={folder} holds the checkpoints of {held_by}, and run_name is {cfg.get("run_name")!r}: '
+                'they would be resumed from or overwritten; choose another save_folder'
+            )
+
+
+def _samples_in(stream: Config) -> int | None:
+    """Samples of a stream from its index; None if it lies in object storage and is not cached here."""
+    split = stream.get('split') or ''
+    places = [place for place in (stream.get('local'), stream.get('remote')) if place and not parse_uri(place)[0]]
+    for place in places:
+        index = Path(place) / split / 'index.json'
+        if index.exists():
+            return sum(shard['samples'] for shard in json.loads(index.read_text())['shards'])
+    if stream.get('remote') and parse_uri(stream['remote'])[0]:
+        return None
+    raise FileNotFoundError(' or '.join(str(Path(place) / split / 'index.json') for place in places))
+
+
+def _sizes_of(where: str, streams: Mapping[str, Config]) -> dict[str, int | None]:
+    sizes = {}
+    for name, stream in streams.items():
+        try:
+            sizes[name] = _samples_in(stream)
+        except FileNotFoundError as error:
+            raise ValueError(f'{where}.{name}: there is no dataset; looked for {error}') from None
+        if sizes[name] == 0:
+            raise ValueError(f'{where}.{name}: the dataset is empty')
+    return sizes
+
+
+def _check_data(cfg: Config) -> None:
+    loader = cfg['train_loader']
+    if loader.get('name') != 'replay_text':
+        return
+    dataset = loader['dataset']
+    replay = dataset.get('replay') or {}
+    new = named_streams('train_loader.dataset.new', dataset.get('new') or {})
+    old = named_streams('train_loader.dataset.replay.streams', replay.get('streams') or {})
+    interleaving = Interleaving(
+        shares_of(replay.get('fraction', 0), {name: stream.get('weight', 1) for name, stream in old.items()})
+    )
+    new_sizes = _sizes_of('train_loader.dataset.new', new)
+    old_sizes = _sizes_of('train_loader.dataset.replay.streams', old)
+    if None in [*new_sizes.values(), *old_sizes.values()]:
+        log.warning('the data lies in object storage: whether there is enough is checked when training starts')
+        return
+    sizes = {'new': sum(size or 0 for size in new_sizes.values()), **{k: v or 0 for k, v in old_sizes.items()}}
+    duration = Time.from_timestring(cfg['max_duration'])
+    samples = budget_in_samples(duration, cfg['global_train_batch_size'], cfg['max_seq_len'])
+    if samples is None:
+        samples = int(duration.value) * interleaving.slots_in_one_pass(sizes['new'])
+    max_passes = exact_fraction('train_loader.dataset.max_passes', dataset.get('max_passes', 1))
+    check_budget(samples, interleaving, sizes, max_passes, cfg['max_seq_len'])
+
+
+def _parent_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every model tensor in a Composer checkpoint, monolithic or sharded, without reading the tensors."""
+    if Path(path).is_dir():
+        metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+        prefix = 'state.model.'
+        return {
+            k[len(prefix) :]: tuple(v.size) for k, v in metadata.items() if k.startswith(prefix) and hasattr(v, 'size')
+        }
+    with torch.serialization.safe_globals(_safe_globals()):
+        checkpoint = torch.load(path, map_location='meta', mmap=True, weights_only=True)
+    return {key: tuple(value.shape) for key, value in checkpoint['state']['model'].items()}
+
+
+def _safe_globals() -> list[Any]:
+    """What a Composer checkpoint holds besides tensors and plain values; none of it can run code."""
+    import datetime
+
+    import numpy as np
+    from torch.torch_version import TorchVersion
+
+    reconstruct = np.empty(0).__reduce__()[0]
+    return [datetime.timedelta, TorchVersion, reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+
+
+def _check_parent(cfg: Config) -> None:
+    path = cfg.get('load_path')
+    if not path or parse_uri(path)[0]:
+        return
+    if not Path(path).exists():
+        raise ValueError(f'load_path={path} does not exist')
+    try:
+        parent = _parent_shapes(path)
+    except Exception as error:
+        raise ValueError(f'load_path={path} cannot be read as a Composer checkpoint: {error}') from None
+    section = {**cfg['model'], 'init_device': 'meta'}
+    name = section.pop('name')
+    section.pop('master_weights_dtype', None)
+    tokenizer = build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer'].get('kwargs') or {}))
+    model = build_composer_model(name, section, tokenizer, init_context=init_empty_weights(include_buffers=False))
+    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    problems = [f'{k} is {parent[k]} there and {ours[k]} here' for k in ours if k in parent and parent[k] != ours[k]]
+    problems += [f'{k} is missing there' for k in ours if k not in parent]
+    problems += [f'{k} is not in this model' for k in parent if k not in ours]
+    if problems:
+        more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
+        raise ValueError(f'load_path={path} does not fit the model: {"; ".join(problems[:3])}{more}')
+
+
+def total_batches(cfg: Config) -> int | None:
+    """Batches of the whole stage; None if it is given in epochs."""
+    samples = budget_in_samples(
+        Time.from_timestring(cfg['max_duration']), cfg['global_train_batch_size'], cfg['max_seq_len']
+    )
+    return None if samples is None else samples // cfg['global_train_batch_size']
+
+
+def latest_batch(save_folder: str | Path) -> int:
+    """Batch of the newest complete checkpoint of a local folder; 0 if there is none."""
+    for link in Path(save_folder).glob('latest*'):
+        if link.is_symlink() and link.exists() and (found := re.search(r'ba(\d+)', link.resolve().name)):
+            return int(found.group(1))
+    return 0

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``stage_start``: a stage obeys its own YAML from its first optimizer step; a restart inside it changes nothing."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State, Time, TimeUnit
+from composer.loggers import Logger
+from composer.utils import dist, format_name_with_dist
+from streaming import StreamingDataset
+
+from cpt_algorithms.replay import ReplayTextDataset
+from cpt_algorithms.replay.functional import differences
+from cpt_algorithms.schedulers import PhaseScheduler
+
+__all__ = ['KEEP_OPTIMIZER_IGNORE_KEYS', 'StageStart', 'budget_in_samples']
+
+log = logging.getLogger(__name__)
+
+# What a stage that keeps its parent's optimizer must not load. Exact keys: with a star, a sharded load takes
+# `state/schedulers*` out of the *live* scheduler, whose learning rate then never changes again.
+KEEP_OPTIMIZER_IGNORE_KEYS = [
+    'state/schedulers',
+    'state/timestamp',
+    'state/dataset_state',
+    'state/callbacks',
+    'state/algorithms',
+    'rng',
+]
+_LOAD_LINES = {
+    'reset': 'load_weights_only: true',
+    'keep': f'load_weights_only: false, load_ignore_keys: [{", ".join(KEEP_OPTIMIZER_IGNORE_KEYS)}]',
+}
+
+
+def budget_in_samples(duration: Time, global_batch_size: int, max_seq_len: int) -> int | None:
+    """Samples that a duration reads, in whole batches; None for a duration in epochs.
+
+    Args:
+        duration: The stage's ``max_duration``.
+        global_batch_size: Samples per batch over all ranks.
+        max_seq_len: Tokens per sample.
+    """
+    per_batch = {
+        TimeUnit.BATCH: 1,
+        TimeUnit.SAMPLE: global_batch_size,
+        TimeUnit.TOKEN: global_batch_size * max_seq_len,
+    }.get(duration.unit)
+    return None if per_batch is None else -(-int(duration.value) // per_batch) * global_batch_size
+
+
+class StageStart(Callback):
+    """The learning-rate-on-load contract, checked.
+
+    A *stage* starts from the weights of a parent checkpoint at time 0. Whatever the parent's base learning rate, weight
+    decay or schedule was, and whether its optimizer state is dropped or kept, the first optimizer step uses this YAML's
+    values: ``lr``, ``initial_lr``, the scheduler's base and every other hyperparameter of every group are set back to
+    what the YAML says after loading, and compared once more as the first batch starts, which a log line reports.
+
+    A *restart* of the stage (``autoresume: true``) must change nothing: other optimizer hyperparameters, another
+    schedule, another data mix, or a checkpoint of another run are refused.
+
+    It also refuses, before the first batch: a budget that needs more data than there is; training from batch 0 into a
+    folder that holds checkpoints; algorithms that keep tensors in their state under FSDP (every rank would be given
+    rank 0's shard on resume).
+
+    Args:
+        optimizer: ``reset`` drops the parent's optimizer state (the papers' setting; ``load_weights_only: true`` in the
+            YAML), ``keep`` goes on with it (``load_ignore_keys`` as in ``KEEP_OPTIMIZER_IGNORE_KEYS``).
+            Default: ``reset``.
+
+    Raises:
+        ValueError: On any of the above, with the YAML lines that are right.
+
+    Cost: none after the first batch.
+    """
+
+    def __init__(self, optimizer: str = 'reset') -> None:
+        if optimizer not in _LOAD_LINES:
+            raise ValueError(f"callbacks.stage_start.optimizer={optimizer!r} is not possible; use 'reset' or 'keep'")
+        self.optimizer = optimizer
+        self._hyperparameters: list[list[dict[str, Any]]] = []
+        self._loaded: dict[str, Any] | None = None
+        self._state: State | None = None
+        self._checked = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """One JSON string: which run this is, and its data. Called just before a checkpoint is written."""
+        assert self._state is not None, 'Event.INIT comes first'
+        _refuse_rank0_tensors(self._state)
+        return {'stage': json.dumps({'run_name': self._state.run_name, 'data': _describe_stock_data(self._state)})}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember what was saved; Event.AFTER_LOAD judges it."""
+        self._loaded = json.loads(state['stage'])
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Keep the state, which ``state_dict`` is not given."""
+        self._state = state
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """Note what the YAML says of every parameter group."""
+        self._hyperparameters = [
+            [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+            for optimizer in state.optimizers
+        ]
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Put the YAML's values back at a stage's start; insist on them at a restart."""
+        _check_save_folder(state)
+        if state.timestamp.batch.value or state.timestamp.epoch.value:
+            self._check_restart(state)
+        elif state.load_path is not None:
+            self._start_from_parent(state)
+        elif self.optimizer == 'keep':
+            raise ValueError('callbacks.stage_start.optimizer is keep, but there is no load_path to keep one from')
+        for scheduler in state.schedulers:
+            # torch's LambdaLR; a sharded load with the wrong load_ignore_keys leaves this list empty
+            scheduler.base_lrs = [group['initial_lr'] for group in scheduler.optimizer.param_groups]
+
+    def _start_from_parent(self, state: State) -> None:
+        for optimizer, groups in zip(state.optimizers, self._hyperparameters, strict=True):
+            if self.optimizer == 'reset':
+                # also what a sharded load leaves behind when it ignores the optimizer: step 1 and zero moments
+                optimizer.state.clear()
+            elif not _has_moments(optimizer):
+                raise ValueError(
+                    "callbacks.stage_start.optimizer is keep, but the parent's optimizer state was not loaded; set "
+                    + _LOAD_LINES['keep']
+                )
+            for group, values in zip(optimizer.param_groups, groups, strict=True):
+                group.update(values)
+
+    def _check_restart(self, state: State) -> None:
+        if self._loaded is None or self._loaded['run_name'] != state.run_name:
+            parent = 'a run without stage_start' if self._loaded is None else f'run {self._loaded["run_name"]!r}'
+            raise ValueError(
+                f'{state.load_path} was loaded whole, at batch {state.timestamp.batch.value} of {parent}: its learning '
+                f'rate, time and data position would go on in {state.run_name!r}. To start a stage from it, set '
+                f'{_LOAD_LINES[self.optimizer]}, and a save_folder of its own'
+            )
+        changed = [
+            f'{key}: {group.get(key)} -> {value}'
+            for optimizer, groups in zip(state.optimizers, self._hyperparameters, strict=True)
+            for group, values in zip(optimizer.param_groups, groups, strict=True)
+            for key, value in values.items()
+            if key != 'lr' and _plain(group.get(key)) != _plain(value)
+        ]
+        changed += differences(self._loaded['data'], _describe_stock_data(state))
+        for scheduler in state.callbacks:
+            if isinstance(scheduler, PhaseScheduler) and not changed:
+                for group in state.optimizers[0].param_groups:
+                    planned = group['initial_lr'] * scheduler(state)
+                    if abs(group['lr'] - planned) > 1e-9 * group['initial_lr']:
+                        changed.append(f'lr of batch {state.timestamp.batch.value}: {group["lr"]:g} -> {planned:g}')
+        if changed:
+            raise ValueError(
+                f'run {state.run_name!r} was saved with other settings (' + '; '.join(dict.fromkeys(changed)) + '). '
+                'A restart changes nothing: restore them, or start a new stage from the checkpoint, with a run_name '
+                'and save_folder of its own'
+            )
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Refuse what would only show after hours."""
+        _refuse_rank0_tensors(state)
+        dataset = _train_dataset(state)
+        if isinstance(dataset, ReplayTextDataset) and state.max_duration is not None:
+            samples = budget_in_samples(state.max_duration, dataset.global_batch_size, dataset.max_seq_len)
+            if samples is None:
+                samples = int(state.max_duration.value) * dataset.num_batches * dataset.global_batch_size
+            dataset.check_budget(samples)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """At the first batch of a stage, compare what the optimizer is about to use with the YAML."""
+        if self._checked:
+            return
+        self._checked = True
+        if state.timestamp.batch.value:
+            return
+        multiplier = [f(0) for scheduler in state.schedulers for f in scheduler.lr_lambdas]
+        for optimizer, groups in zip(state.optimizers, self._hyperparameters, strict=True):
+            for group, values, alpha in zip(optimizer.param_groups, groups, multiplier, strict=True):
+                planned = {**values, 'lr': values['initial_lr'] * alpha}
+                wrong = [
+                    f'{k}={group.get(k)} instead of {v}'
+                    for k, v in planned.items()
+                    if _plain(group.get(k)) != _plain(v)
+                ]
+                if wrong:
+                    raise RuntimeError(f'the first optimizer step would not obey the YAML: {"; ".join(wrong)}')
+            first = optimizer.param_groups[0]
+            log.info(
+                f'stage start: first step at lr={first["lr"]:g} (base {first["initial_lr"]:g}), '
+                f'weight_decay={first.get("weight_decay", 0):g}, optimizer state '
+                + ('kept' if self.optimizer == 'keep' else 'fresh')
+                + (f', parent {state.load_path}' if state.load_path else ', no parent')
+            )
+
+
+def _plain(value: Any) -> Any:
+    # betas come back from some checkpoints as a list
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _train_dataset(state: State) -> Any:
+    return getattr(state.train_dataloader, 'dataset', None)
+
+
+def _describe_stock_data(state: State) -> str:
+    """The stream mix of a stock StreamingDataset, which Streaming does not save; ours saves its own."""
+    dataset = _train_dataset(state)
+    if not isinstance(dataset, StreamingDataset) or isinstance(dataset, ReplayTextDataset):
+        return '{}'
+    options = {key: getattr(dataset, key) for key in ('batching_method', 'shuffle', 'shuffle_algo', 'shuffle_seed')}
+    for index, stream in enumerate(dataset.streams):
+        amounts = {key: getattr(stream, f'_{key}') for key in ('proportion', 'repeat', 'choose')}
+        amounts = {key: value for key, value in amounts.items() if value is not None}
+        options[f'stream {index}'] = f'{stream.remote or stream.local} {stream.split} {amounts}'
+    return json.dumps(options)
+
+
+def _refuse_rank0_tensors(state: State) -> None:
+    """Composer saves an algorithm's state from rank 0 only, so a sharded tensor in it is lost without an error."""
+    if not state.fsdp_enabled:
+        return
+    for algorithm in state.algorithms:
+        pending = list(algorithm.state_dict().values())
+        while pending:
+            value = pending.pop()
+            if isinstance(value, torch.Tensor):
+                raise ValueError(
+                    f'algorithm {type(algorithm).__name__} keeps tensors in its state, of which Composer saves rank '
+                    "0's shard only: every rank would resume with it. Use a callback (this library's ema, lawa) instead"
+                )
+            pending += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+
+
+def _has_moments(optimizer: torch.optim.Optimizer) -> bool:
+    return any(
+        bool(value.abs().max() > 0)
+        for values in optimizer.state.values()
+        for key, value in values.items()
+        if key != 'step' and isinstance(value, torch.Tensor) and value.numel()
+    )
+
+
+def _check_save_folder(state: State) -> None:
+    """A run at batch 0 must not write over checkpoints; a sharded one would, without autoresume."""
+    if state.timestamp.batch.value or dist.get_local_rank():
+        return
+    for saver in state.callbacks:
+        if isinstance(saver, CheckpointSaver) and not saver.overwrite:
+            folder = Path(format_name_with_dist(saver.folder, state.run_name))
+            if found := sorted(folder.glob('ep*-ba*')):
+                raise ValueError(
+                    f'save_folder {folder} holds checkpoints already ({found[0].name}, {len(found)} in all), and this '
+                    'run would start at batch 0 and replace them. Set autoresume: true to go on from the latest, or '
+                    'choose another save_folder'
+                )

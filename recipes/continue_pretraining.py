@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stage: parent checkpoint + new data + replay + schedule -> checkpoints and a Hugging Face model.
+
+    composer -n 8 recipes/continue_pretraining.py yamls/continue_pretraining/rewarm_replay.yaml [key=value ...]
+    python recipes/continue_pretraining.py STAGE.yaml --dry-run        # every check, and the phases; trains nothing
+
+The YAML is an ordinary llm-foundry train YAML. Everything that can be checked without training is checked first; then
+llm-foundry trains; at the end the model lies in ``save_folder/huggingface``. Run the same command again after a crash:
+it goes on from the latest checkpoint, and does nothing if the stage is done.
+"""
+
+import argparse
+import ctypes
+import os
+import platform
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from composer.utils import parse_uri
+from filelock import FileLock, Timeout
+from llmfoundry.command_utils import train
+from omegaconf import OmegaConf
+
+from cpt_algorithms.evaluation.final_loss import write_json
+from cpt_algorithms.schedulers import print_phases
+from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
+
+STACK = ('cpt-algorithms', 'llm-foundry', 'mosaicml', 'mosaicml-streaming', 'torch', 'transformers')
+
+
+def die_with_parent() -> None:
+    """If the launcher is killed, do not train on as an orphan beside the restarted run (Linux only)."""
+    if platform.system() == 'Linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
+def load(yaml: str, overrides: list[str]) -> dict[str, Any]:
+    """The YAML with ``key=value`` overrides, resolved."""
+    merged = OmegaConf.merge(OmegaConf.load(yaml), OmegaConf.from_cli(overrides))
+    return resolve(OmegaConf.to_container(merged, resolve=True))  # pyright: ignore[reportArgumentType]
+
+
+def write_lineage(cfg: dict[str, Any]) -> None:
+    """``stage.json`` beside the checkpoints: whose they are, from which parent, on what data, made with what."""
+    write_json(
+        Path(cfg['save_folder']) / 'stage.json',
+        {
+            'run_name': cfg['run_name'],
+            'parent': cfg.get('load_path'),
+            'data': cfg['train_loader']['dataset'],
+            'max_duration': cfg['max_duration'],
+            'config': cfg,
+            'versions': {name: version(name) for name in STACK},
+        },
+    )
+
+
+def main() -> None:
+    """Check, train, export."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('yaml', help='an llm-foundry train YAML')
+    parser.add_argument('overrides', nargs='*', help='key=value, as for llmfoundry train')
+    parser.add_argument('--dry-run', action='store_true', help='check everything and print the phases, then stop')
+    arguments = parser.parse_args()
+    die_with_parent()
+    cfg = load(arguments.yaml, arguments.overrides)
+    world_size = int(os.environ.get('WORLD_SIZE', '1'))
+    rank_zero = os.environ.get('RANK', '0') == '0'
+    if rank_zero:
+        try:
+            preflight(cfg, world_size)
+        except PreflightError as error:
+            sys.exit(f'{arguments.yaml} was refused before training:\n{error}')
+        print_phases(cfg)
+    if arguments.dry_run:
+        return
+
+    local = not parse_uri(cfg['save_folder'])[0]
+    if local:
+        cfg['save_folder'] = cfg['save_folder'].format(run_name=cfg['run_name'])
+        done, total = latest_batch(cfg['save_folder']), total_batches(cfg)
+        if total is not None and done >= total:
+            if (Path(cfg['save_folder']) / 'huggingface' / f'ba{done}' / 'config.json').exists():
+                print(f'{cfg["run_name"]}: finished already, at batch {done} of {total}')
+                return
+            cfg['only_hf_checkpoint'] = True  # killed between the last checkpoint and the export
+        if rank_zero:
+            Path(cfg['save_folder']).mkdir(parents=True, exist_ok=True)
+            lock = FileLock(Path(cfg['save_folder']) / '.lock')
+            try:
+                lock.acquire(timeout=30)
+            except Timeout:
+                sys.exit(f'save_folder={cfg["save_folder"]}: another process is training there; wait for it or stop it')
+            write_lineage(cfg)
+    train(OmegaConf.create(cfg))
+
+
+if __name__ == '__main__':
+    main()

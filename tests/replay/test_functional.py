@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replay arithmetic against numbers one can check by hand, and against its guarantees."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpt_algorithms.replay.functional import (
+    MAX_PERIOD,
+    Interleaving,
+    MixedSequence,
+    ShuffledOrder,
+    check_budget,
+    differences,
+    shares_of,
+    worker_slots,
+)
+
+
+def prefix_errors(interleaving: Interleaving, num_slots: int) -> np.ndarray:
+    """|count_i(N) - N w_i| for every stream i and prefix N, from the streams alone."""
+    streams, _ = interleaving.locate(np.arange(num_slots))
+    upto = np.arange(1, num_slots + 1)
+    return np.stack([np.abs(np.cumsum(streams == i) - upto * float(w)) for i, w in enumerate(interleaving.shares)])
+
+
+def test_one_old_stream_by_hand():
+    # f = 1/4: floor(N/4 + 1/2) old samples among the first N: the 2nd, 6th, 10th, ... slot
+    streams, ordinals = Interleaving(shares_of(0.25, {'old': 1})).locate(np.arange(8))
+    assert streams.tolist() == [0, 1, 0, 0, 0, 1, 0, 0]
+    assert ordinals.tolist() == [0, 0, 1, 2, 3, 1, 4, 5]
+
+
+def test_two_old_streams_by_hand():
+    # shares 2/4, 1/4, 1/4: each period of four gives two, one and one
+    interleaving = Interleaving(shares_of(0.5, {'a': 1, 'b': 1}))
+    assert interleaving.counts(4) == [2, 1, 1]
+    assert interleaving.counts(10**10) == [5 * 10**9, 25 * 10**8, 25 * 10**8]
+
+
+@pytest.mark.parametrize('fraction', [0.001, 0.0123, 0.01, 0.05, 0.25, 0.5, 0.999, '1/3', 0.333333])
+def test_two_streams_are_within_one_half_at_every_prefix(fraction):
+    interleaving = Interleaving(shares_of(fraction, {'old': 7}))
+    assert prefix_errors(interleaving, 20_000).max() <= 0.5 + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=3, max_size=7))
+def test_many_streams_are_within_one_at_every_prefix(weights):
+    total = sum(weights)
+    interleaving = Interleaving([Fraction(w, total) for w in weights])
+    bound = 1 - 1 / (2 * len(weights) - 2)
+    assert prefix_errors(interleaving, 2 * interleaving.period + 3).max() <= bound + 1e-9
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 64), st.integers(0, 200))
+def test_every_batch_has_its_share(percent, batch_size, batch):
+    interleaving = Interleaving(shares_of(percent / 100, {'old': 1}))
+    streams, _ = interleaving.locate(np.arange(batch * batch_size, (batch + 1) * batch_size))
+    ideal = Fraction(percent, 100) * batch_size
+    assert int((streams == 1).sum()) in (int(ideal), int(ideal) + 1, int(ideal) - (ideal == int(ideal)))
+
+
+def test_zero_fraction_reads_only_new():
+    streams, ordinals = Interleaving(shares_of(0, {'a': 1, 'b': 1})).locate(np.arange(100))
+    assert not streams.any()
+    assert ordinals.tolist() == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ('fraction', 'weights', 'message'),
+    [
+        (1.0, {'a': 1}, r'replay\.fraction=1\.0 is out of range'),
+        (-0.1, {'a': 1}, r'replay\.fraction=-0\.1 is out of range'),
+        ('much', {'a': 1}, r"replay\.fraction='much' is not a number"),
+        (float('nan'), {'a': 1}, r'replay\.fraction=nan is not a number'),
+        (0.1, {}, r'replay\.streams is empty'),
+        (0.1, {'a': 0}, r'replay\.streams\.a\.weight=0 must be positive'),
+        (0.1, {'a': 0.1234567, 'b': 1}, 'common denominator'),
+        (0.12345678, {'a': 1}, 'fewer decimals'),
+    ],
+)
+def test_bad_shares_are_named(fraction, weights, message):
+    with pytest.raises(ValueError, match=message):
+        shares_of(fraction, weights)
+
+
+def test_period_is_bounded():
+    assert Interleaving(shares_of(1 / 10**6 * 999, {'a': 1})).period <= MAX_PERIOD
+
+
+@pytest.mark.parametrize(
+    ('fraction', 'num_new', 'slots'),
+    [(0, 10, 10), (0.5, 10, 20), (0.25, 9, 12), (0.05, 95, 102)],
+    # f = 0.05: slots 9, 29, 49, 69, 89 are old (0-based), so slot 100 is the 96th new one with 5 old before it
+)
+def test_slots_in_one_pass(fraction, num_new, slots):
+    interleaving = Interleaving(shares_of(fraction, {'old': 1}))
+    found = interleaving.slots_in_one_pass(num_new)
+    assert interleaving.counts(found)[0] <= num_new < interleaving.counts(found + 1)[0]
+    if fraction != 0.05:
+        assert found in (slots, slots + 1)
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'block'), [([100, 50, 30], 64), ([20] * 40, 100), ([7], 1000), ([1], 1), ([5] * 9, 1)]
+)
+def test_shuffled_order_is_a_permutation_at_random_access(sizes, block):
+    order = ShuffledOrder(np.array(sizes), seed=3, pass_index=0, block_size=block)
+    ids = order(np.arange(sum(sizes)))
+    assert sorted(ids.tolist()) == list(range(sum(sizes)))
+    for position in np.random.default_rng(0).permutation(sum(sizes))[:30]:
+        fresh = ShuffledOrder(np.array(sizes), seed=3, pass_index=0, block_size=block)
+        assert fresh(np.array([position]))[0] == ids[position]
+
+
+def test_passes_and_seeds_differ():
+    def order(seed, pass_index):
+        return ShuffledOrder(np.full(10, 50), seed, pass_index)(np.arange(500)).tolist()
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+
+
+def test_samples_stay_within_a_block_of_their_shard():
+    sizes, block = np.full(200, 50), 500
+    order = ShuffledOrder(sizes, 5, 0, block)
+    ids = order(np.arange(10_000))
+    last_seen = {}
+    first_seen = {}
+    for position, shard in enumerate(ids // 50):
+        first_seen.setdefault(shard, position)
+        last_seen[shard] = position
+    assert max(last_seen[s] - first_seen[s] for s in first_seen) <= 2 * block
+    # and it is a shuffle: neighbours rarely come from one shard (a shuffle within 10 shards would give 10 %)
+    assert np.mean(ids[1:] // 50 == ids[:-1] // 50) < 0.2
+
+
+def test_start_does_not_depend_on_the_dataset_size():
+    order = ShuffledOrder(np.full(10**10 // 8192, 8192), 1, 0)
+    assert len(set(order(np.arange(5) + 7 * 10**9).tolist())) == 5
+
+
+def test_mixed_sequence_reads_new_once_and_old_in_its_own_order():
+    old_alone = MixedSequence(Interleaving(shares_of(0, {})), [np.full(5, 20)], [9], 50)
+    mixed = MixedSequence(Interleaving(shares_of(0.25, {'old': 1})), [np.full(15, 20), np.full(5, 20)], [9, 9], 50)
+    ids = mixed(np.arange(400))
+    assert sorted(ids[ids < 300].tolist()) == list(range(300))
+    assert (ids[ids >= 300] - 300).tolist() == old_alone(np.arange(100)).tolist()
+
+
+def test_second_pass_is_another_order_of_the_same_samples():
+    sequence = MixedSequence(Interleaving(shares_of(0, {})), [np.full(5, 20)], [9], 50)
+    first, second = sequence(np.arange(100)), sequence(np.arange(100, 200))
+    assert sorted(first) == sorted(second)
+    assert first.tolist() != second.tolist()
+
+
+@pytest.mark.parametrize('num_ranks', [1, 2, 4, 8])
+@pytest.mark.parametrize('num_workers', [1, 2, 3, 4])
+@pytest.mark.parametrize('resume_at', [0, 1, 7])
+def test_global_batches_do_not_depend_on_ranks_workers_or_resumption(num_ranks, num_workers, resume_at):
+    global_batch, batches = 16, 12
+    rows = global_batch // num_ranks
+    seen = np.empty((batches - resume_at, global_batch), np.int64)
+    for rank in range(num_ranks):
+        streams = []
+        for worker in range(num_workers):
+            mine = len(range(worker, batches - resume_at, num_workers))
+            slots = worker_slots(
+                np.arange(mine * rows), resume_at * global_batch, rows, rank, num_ranks, worker, num_workers
+            )
+            streams.append(slots.reshape(mine, rows))
+        for batch in range(batches - resume_at):  # a DataLoader takes its workers in turn
+            seen[batch, rank * rows : (rank + 1) * rows] = streams[batch % num_workers][batch // num_workers]
+    assert seen.ravel().tolist() == list(range(resume_at * global_batch, batches * global_batch))
+
+
+def test_too_small_data_is_said_with_numbers():
+    interleaving = Interleaving(shares_of(0.5, {'pile': 1}))
+    check_budget(200, interleaving, {'new': 100, 'pile': 100}, 1, 16)
+    with pytest.raises(
+        ValueError, match=r'3,200 tokens reads 1,600 tokens of the new data, which has 1,440 \(1\.11 passes'
+    ):
+        check_budget(200, interleaving, {'new': 90, 'pile': 100}, 1, 16)
+    with pytest.raises(ValueError, match=r"replay stream 'pile', which has 800 \(2\.00 passes; max_passes is 1\)"):
+        check_budget(200, interleaving, {'new': 100, 'pile': 50}, 1, 16)
+    check_budget(200, interleaving, {'new': 100, 'pile': 50}, 2, 16)
+
+
+def test_differences_name_what_changed():
+    assert differences('{"a": 1, "b": 2, "c": 3}', '{"a": 1, "b": 5, "d": 6}') == [
+        'b: 2 -> 5',
+        'd: absent -> 6',
+        'c: 3 -> absent',
+    ]
