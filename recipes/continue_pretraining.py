@@ -19,13 +19,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from composer.core import Time, TimeUnit
 from composer.utils import parse_uri
 from filelock import FileLock, Timeout
 from llmfoundry.command_utils import train
+from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
 
 from cpt_algorithms.evaluation.final_loss import write_json
-from cpt_algorithms.schedulers import print_phases
+from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
 
 STACK = ('cpt-algorithms', 'llm-foundry', 'mosaicml', 'mosaicml-streaming', 'torch', 'transformers')
@@ -41,6 +43,17 @@ def load(yaml: str, overrides: list[str]) -> dict[str, Any]:
     """The YAML with ``key=value`` overrides, resolved."""
     merged = OmegaConf.merge(OmegaConf.load(yaml), OmegaConf.from_cli(overrides))
     return resolve(OmegaConf.to_container(merged, resolve=True))  # pyright: ignore[reportArgumentType]
+
+
+def print_phases(cfg: dict[str, Any]) -> None:
+    """The schedule, as the multipliers of ``optimizer.lr`` that each batch will be trained with."""
+    section = dict(cfg['scheduler'])
+    scheduler = build_scheduler(section.pop('name'), section)
+    duration = Time.from_timestring(cfg['max_duration'])
+    if isinstance(scheduler, PhaseScheduler) and duration.unit != TimeUnit.EPOCH:
+        schedule, unit = scheduler.schedule(duration)
+        print(f'{cfg["run_name"]}: {cfg["scheduler"]["name"]}, times lr {cfg["optimizer"]["lr"]:g}')
+        print(format_phases(schedule, unit, duration.value), flush=True)
 
 
 def write_lineage(cfg: dict[str, Any]) -> None:

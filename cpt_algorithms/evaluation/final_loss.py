@@ -32,6 +32,11 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def _dataset(label: str) -> str:
+    # llm-foundry calls the evaluator of `label: python` "eval/python"
+    return label.removeprefix('eval/')
+
+
 class FinalLoss(Callback):
     """Validation loss over the last ``window`` of a run, every ``interval``, as mean and standard error.
 
@@ -98,26 +103,26 @@ class FinalLoss(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Let every evaluator also run in the final window."""
 
-        def also_in_final_window(usual: Callable[[State, Event], bool]) -> Callable[[State, Event], bool]:
+        def also_in_final_window(label: str, usual: Callable[[State, Event], bool]) -> Callable[[State, Event], bool]:
             def due(state: State, event: Event) -> bool:
-                in_window = event == Event.BATCH_END and self._in_final_window(state)
-                return usual(state, event) or in_window
+                is_due = usual(state, event) or (event == Event.BATCH_END and self._in_final_window(state))
+                rows = self.losses.get(label)
+                # Composer evaluates once more at the end of training, unless its own interval has just done so
+                return is_due and not (rows and rows[-1][0] == state.timestamp.batch.value)
 
             return due
 
         for evaluator in state.evaluators:
-            evaluator.eval_interval = also_in_final_window(evaluator.eval_interval)
+            evaluator.eval_interval = also_in_final_window(_dataset(evaluator.label), evaluator.eval_interval)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Note the loss of the dataset that was just evaluated."""
         label = str(state.dataloader_label)
         metric = state.eval_metrics.get(label, {}).get(self.metric)
-        if metric is None:
-            return
-        batch, token = int(state.timestamp.batch.value), int(state.timestamp.token.value)
-        rows = self.losses.setdefault(label, [])
-        if not rows or rows[-1][0] != batch:
-            rows.append([batch, token, float(metric.compute()), float(self._in_final_window(state))])
+        if metric is not None:
+            batch, token = int(state.timestamp.batch.value), int(state.timestamp.token.value)
+            row = [batch, token, float(metric.compute()), float(self._in_final_window(state))]
+            self.losses.setdefault(_dataset(label), []).append(row)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Write the file."""

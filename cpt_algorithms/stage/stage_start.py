@@ -151,10 +151,11 @@ class StageStart(Callback):
             if key != 'lr' and _plain(group.get(key)) != _plain(value)
         ]
         changed += differences(self._loaded['data'], _describe_stock_data(state))
-        for scheduler in state.callbacks:
-            if isinstance(scheduler, PhaseScheduler) and not changed:
-                for group in state.optimizers[0].param_groups:
-                    planned = group['initial_lr'] * scheduler(state)
+        if any(isinstance(callback, PhaseScheduler) for callback in state.callbacks) and not changed:
+            # stock schedulers lag one batch behind, so that only ours can be compared with the time
+            for scheduler in state.schedulers:
+                for group, alpha in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                    planned = group['initial_lr'] * alpha(0)
                     if abs(group['lr'] - planned) > 1e-9 * group['initial_lr']:
                         changed.append(f'lr of batch {state.timestamp.batch.value}: {group["lr"]:g} -> {planned:g}')
         if changed:
