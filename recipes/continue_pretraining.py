@@ -15,13 +15,16 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from composer.core import Time, TimeUnit
+from composer.core import Callback, State, Time, TimeUnit
+from composer.loggers import Logger
 from composer.utils import parse_uri
 from filelock import FileLock, Timeout
+from llmfoundry import registry
 from llmfoundry.command_utils import train
 from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
@@ -30,7 +33,17 @@ from cpt_algorithms.evaluation.final_loss import write_json
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
 
+# Streaming numbers the datasets of a machine, and two runs that start at the same moment can pick the same number.
+DATASETS_LOCK = FileLock(Path(tempfile.gettempdir()) / 'cpt_algorithms_datasets.lock')
 STACK = ('cpt-algorithms', 'llm-foundry', 'mosaicml', 'mosaicml-streaming', 'torch', 'transformers')
+
+
+class DatasetsBuilt(Callback):
+    """Lets the next run of this machine build its datasets."""
+
+    def init(self, state: State, logger: Logger) -> None:
+        """The trainer is made after its dataloaders."""
+        DATASETS_LOCK.release()
 
 
 def die_with_parent() -> None:
@@ -108,6 +121,10 @@ def main() -> None:
             except Timeout:
                 sys.exit(f'save_folder={cfg["save_folder"]}: another process is training there; wait for it or stop it')
             write_lineage(cfg)
+    registry.callbacks.register('datasets_built', func=DatasetsBuilt)
+    cfg['callbacks']['datasets_built'] = {}
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        DATASETS_LOCK.acquire()
     train(OmegaConf.create(cfg))
 
 

@@ -41,3 +41,21 @@ def write_mds() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory: pytest.TempPathFactory, write_mds) -> dict[str, Path]:
+    """``new`` (400 samples), ``old`` (300) and ``older`` (200) with a validation split each, and a tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp('data')
+    tokenizer = Tokenizer(models.WordLevel({f't{i}': i for i in range(VOCAB - 1)} | {'<|endoftext|>': VOCAB - 1}, 't0'))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|endoftext|>', pad_token='<|endoftext|>')
+    fast.save_pretrained(root / 'tokenizer')
+    folders = {'tokenizer': root / 'tokenizer'}
+    for number, (name, size) in enumerate({'new': 400, 'old': 300, 'older': 200}.items()):
+        folders[name] = write_mds(root / name, number, size)
+        write_mds(root / name, 10 + number, 16, split='val')
+    return folders

@@ -123,7 +123,8 @@ class Schedule:
         for phase in self.phases:
             until = phase.until if end is None else min(phase.until, end)
             if until > begin:
-                yield Span(phase.name, begin, until, start, multiplier(self, until), phase.shape)
+                stop = multiplier(self, until) if until < phase.until else phase.end
+                yield Span(phase.name, begin, until, start, stop, phase.shape)
             begin, start = phase.until, phase.end
         if end is not None and end > begin:
             yield Span('flat', begin, end, start, start, 'constant')

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_algorithms.schedulers import functional
@@ -93,6 +93,11 @@ def test_spans_leave_out_jumps_and_show_the_tail() -> None:
     assert [(s.until, s.end) for s in cut] == [(10, pytest.approx(0.5))]
 
 
+def test_a_span_before_a_jump_ends_at_its_own_end() -> None:
+    spans = list(wsd(0, 2, 4, alpha_f=0.25, decay='linear', num_cycles=2).spans())
+    assert [(s.name, s.start, s.end) for s in spans] == [('decay 1', 1.0, 0.25), ('decay 2', 1.0, 0.25)]
+
+
 def test_extending_the_run_leaves_the_past_alone() -> None:
     short, long = (infinite(10, 20, 10, t_end, alpha_const=0.5) for t_end in (60, 600))
     assert [multiplier(short, t) for t in range(51)] == [multiplier(long, t) for t in range(51)]
@@ -133,6 +138,7 @@ def schedules(draw) -> tuple[Schedule, float, float]:
     return schedule, end, alpha_f if c else const
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(schedules(), st.integers(0, 10**9))
 def test_horizon_is_exactly_the_floor_and_stays(case: tuple[Schedule, float, float], more: int) -> None:
     schedule, end, floor = case
@@ -140,19 +146,21 @@ def test_horizon_is_exactly_the_floor_and_stays(case: tuple[Schedule, float, flo
     assert multiplier(schedule, end + more) == floor
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(schedules(), st.data())
 def test_monotone_inside_phases_and_between_their_ends(
     case: tuple[Schedule, float, float], data: st.DataObject
 ) -> None:
     schedule, end, _ = case
     for span in schedule.spans():
-        x, y = sorted((data.draw(st.floats(0, 1)), data.draw(st.floats(0, 1))))
-        at = [multiplier(schedule, span.begin + z * (span.until - span.begin)) for z in (x, y)]
+        times = sorted(data.draw(st.floats(span.begin, span.until, exclude_max=True)) for _ in range(2))
+        at = [multiplier(schedule, t) for t in times]
         values = [span.start, *at, span.end]
         sign = 1 if span.end >= span.start else -1
         assert all(sign * (b - a) >= -1e-12 for a, b in zip(values, values[1:], strict=False)), values
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(schedules())
 def test_continuous_at_phase_ends(case: tuple[Schedule, float, float]) -> None:
     # 1-sqrt and inv_sqrt are steep at their start: compare with the value a billionth of the phase away

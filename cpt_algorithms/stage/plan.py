@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From one sequence YAML to the runs it means: plain data in, plain llm-foundry train YAMLs out."""
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from composer.core import Time
+
+from cpt_algorithms.keys import check_keys
+from cpt_algorithms.replay.functional import Interleaving, shares_of
+from cpt_algorithms.stage.stage_start import budget_in_samples
+
+__all__ = ['Run', 'plan', 'tokens_per_stream']
+
+Config = dict[str, Any]
+
+SEQUENCE_KEYS = ('name', 'folder', 'seeds', 'jobs', 'nproc', 'data', 'common', 'stages', 'arms', 'variables')
+# What a stage says besides llm-foundry keys.
+STAGE_KEYS = ('new', 'replay', 'optimizer_state')
+# Filled in for every run.
+_DERIVED = ('run_name', 'save_folder', 'load_path', 'load_weights_only', 'load_ignore_keys', 'autoresume', 'seed')
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a sequence.
+
+    Args:
+        name: Its folder under the sequence's.
+        arm: The arm that named it; arms whose settings agree so far share the run.
+        stage: The stage it trains.
+        seed: Its seed.
+        parent: Name of the run it starts from; None from scratch.
+        config: Its llm-foundry train YAML.
+    """
+
+    name: str
+    arm: str
+    stage: str
+    seed: int
+    parent: str | None
+    config: Config
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
+    """Deep merge; a section that gives a ``name`` replaces the old one instead of mixing with its arguments."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and 'name' not in value:
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _train_config(spec: Config, stage: Config, earlier: list[str]) -> Config:
+    """A stage's llm-foundry YAML, but for names and places."""
+    config = {key: value for key, value in stage.items() if key not in STAGE_KEYS}
+    new = stage['new'] if isinstance(stage['new'], list) else [stage['new']]
+    for name in [*new, *earlier]:
+        if name not in spec['data']:
+            raise ValueError(f'stages: no dataset is called {name!r}; data has {", ".join(spec["data"])}')
+    loader = copy.deepcopy(config.get('train_loader') or {})
+    dataset = loader.setdefault('dataset', {})
+    loader['name'] = 'replay_text'
+    dataset['new'] = {name: {**spec['data'][name], 'split': 'train'} for name in new}
+    replay = dict(stage.get('replay') or {})
+    if replay.get('fraction'):
+        weights = replay.pop('weights', {})
+        check_keys('replay.weights', weights, earlier)
+        replay['streams'] = {
+            name: {**spec['data'][name], 'split': 'train', 'weight': weights.get(name, 1)}
+            for name in earlier
+            if name not in new and (not weights or name in weights)
+        }
+        if not replay['streams']:
+            raise ValueError(f'replay.fraction={replay["fraction"]} in the first stage: there is nothing to replay yet')
+        dataset['replay'] = replay
+    config['train_loader'] = loader
+    template = config.get('eval_loader') or {}
+    config['eval_loader'] = [
+        _merge({**template, 'label': name}, {'dataset': {**stream, 'split': 'val'}})
+        for name, stream in spec['data'].items()
+    ]
+    config.setdefault('callbacks', {})
+    config['callbacks'] = {
+        **config['callbacks'],
+        'stage_start': {'optimizer': stage.get('optimizer_state', 'reset')},
+        'final_loss': config['callbacks'].get('final_loss') or {},
+    }
+    return config
+
+
+def _stages_of(spec: Config, arm: str, overrides: Config) -> dict[str, Config]:
+    """The stages of one arm, each with everything that applies to it."""
+    overrides = dict(overrides or {})
+    common, stages = spec.get('common') or {}, spec['stages']
+    baseline = overrides.pop('baseline', None)
+    if baseline is None:
+        check_keys(f'arms.{arm}', overrides, stages)
+        return {
+            name: _merge(_merge({'new': name, **common}, stage or {}), overrides.get(name) or {})
+            for name, stage in stages.items()
+        }
+    if baseline != 'union':
+        raise ValueError(f'arms.{arm}.baseline={baseline!r} is not possible; use union (from scratch on all data)')
+    # From scratch, on all the data and for all the tokens of the stages, under the first stage's schedule.
+    first = _merge(common, next(iter(stages.values())) or {})
+    durations = [Time.from_timestring(_merge(common, stage or {})['max_duration']) for stage in stages.values()]
+    total = durations[0]
+    for duration in durations[1:]:
+        total = total + duration
+    union = {**first, 'new': list(stages), 'max_duration': total.to_timestring()}
+    union.pop('replay', None)
+    return {'union': _merge(union, overrides.get('union') or {})}
+
+
+def plan(spec: Config) -> list[Run]:
+    """Every run of a sequence, parents before children, each once.
+
+    Arms share a run as long as their settings are the same: a first stage that no arm changes is trained once per seed.
+
+    Args:
+        spec: The sequence YAML: ``name``, ``folder``, ``data`` (``{name: stream}``), ``common`` (llm-foundry keys of all
+            stages), ``stages`` (``{name: llm-foundry keys + new, replay, optimizer_state}``, in order), ``arms``
+            (``{arm: {stage: overrides}}``, or ``{baseline: union}``), ``seeds``, ``jobs``, ``nproc``.
+
+    Raises:
+        ValueError: On an unknown key or name, with the nearest right one.
+    """
+    check_keys('', spec, SEQUENCE_KEYS)
+    for key in ('name', 'folder', 'data', 'stages'):
+        if not spec.get(key):
+            raise ValueError(f'{key} is missing from the sequence')
+    for where, section in (
+        ('common', spec.get('common') or {}),
+        *((f'stages.{k}', v) for k, v in spec['stages'].items()),
+    ):
+        if clash := [key for key in _DERIVED if key in (section or {})]:
+            raise ValueError(f'{where}.{clash[0]} is set by the sequence for each run; leave it out')
+    runs: dict[str, Run] = {}
+    for seed in spec.get('seeds') or [17]:
+        for arm, overrides in (spec.get('arms') or {'default': {}}).items():
+            parent: str | None = None
+            earlier: list[str] = []
+            stages = _stages_of(spec, arm, overrides)
+            for index, (stage, settings) in enumerate(stages.items()):
+                config = _train_config(spec, settings, earlier)
+                identity = json.dumps([config, parent, seed], sort_keys=True)
+                key = hashlib.sha256(identity.encode()).hexdigest()
+                if key not in runs:
+                    last = index == len(stages) - 1
+                    plain = not last and not (overrides or {}).get(stage) and parent is None
+                    words = [stage] if plain or arm == stage else [stage, arm]
+                    name = f'{"-".join(map(_slug, words))}-s{seed}'
+                    config = {**config, 'run_name': name, 'save_folder': f'{spec["folder"]}/{name}', 'seed': seed}
+                    config['train_loader']['dataset'].setdefault('shuffle_seed', seed)
+                    if parent is not None:
+                        config['load_path'] = f'{spec["folder"]}/{parent}/{_latest(config)}'
+                    runs[key] = Run(name, arm, stage, seed, parent, config)
+                parent = runs[key].name
+                new = settings['new']
+                earlier += new if isinstance(new, list) else [new]
+    names = [run.name for run in runs.values()]
+    assert len(names) == len(set(names)), f'run names collide: {names}'
+    return list(runs.values())
+
+
+def _slug(words: str) -> str:
+    """Fit for a folder's name: ``replay 5 %`` becomes ``replay_5pct``."""
+    return re.sub(r'[^\w.]+', '_', words.replace(' %', 'pct').replace('%', 'pct')).strip('_')
+
+
+def _latest(config: Config) -> str:
+    sharded = (config.get('fsdp_config') or {}).get('state_dict_type') == 'sharded'
+    return 'latest-sharded-rank0' if sharded else 'latest-rank0.pt'
+
+
+def tokens_per_stream(config: Config) -> dict[str, int]:
+    """Tokens that a run's budget takes from the new data and from each old dataset."""
+    dataset = config['train_loader']['dataset']
+    replay = dataset.get('replay') or {}
+    weights = {name: stream.get('weight', 1) for name, stream in (replay.get('streams') or {}).items()}
+    interleaving = Interleaving(shares_of(replay.get('fraction', 0), weights))
+    samples = budget_in_samples(
+        Time.from_timestring(config['max_duration']), config['global_train_batch_size'], config['max_seq_len']
+    )
+    if samples is None:
+        raise ValueError(f'max_duration={config["max_duration"]} must be in tok, ba or sp in a sequence')
+    new = ' + '.join(dataset['new'])
+    counts = dict(zip([new, *weights], interleaving.counts(samples), strict=True))
+    return {name: count * config['max_seq_len'] for name, count in counts.items()}

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages x arms x seeds from one YAML, then the table: what was forgotten, what was learned, what it cost.
+
+    python recipes/sequence.py yamls/sequence/quickstart.yaml [key=value ...]
+    python recipes/sequence.py yamls/sequence/quickstart.yaml --dry-run      # the plan; trains nothing
+
+Each run is one plain llm-foundry train YAML (``FOLDER/RUN/run.yaml``), launched through recipes/continue_pretraining.py.
+Run the same command again after any interruption: finished runs are kept, the others go on from their latest
+checkpoint. Ends with FOLDER/table.csv and FOLDER/report.png.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from composer.core import Time
+from continue_pretraining import die_with_parent
+from llmfoundry.utils.builders import build_scheduler
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from cpt_algorithms.evaluation import training_flops
+from cpt_algorithms.evaluation.final_loss import write_json
+from cpt_algorithms.evaluation.report import ArmResult, draw, rich_table, table, write_csv
+from cpt_algorithms.schedulers import PhaseScheduler, format_phases, preview
+from cpt_algorithms.stage import PreflightError, preflight, resolve, total_batches
+from cpt_algorithms.stage.plan import Run, plan, tokens_per_stream
+
+RECIPE = Path(__file__).with_name('continue_pretraining.py')
+BATCH = re.compile(r'\[batch=(\d+)/\d+\]')
+console = Console()
+
+
+def batches(run: Run) -> int:
+    """Batches of a run."""
+    total = total_batches(run.config)
+    assert total is not None, 'tokens_per_stream has refused epochs'
+    return total
+
+
+def learning_rates(run: Run) -> list[float]:
+    """The learning rate of each batch."""
+    config = run.config
+    scheduler = build_scheduler(
+        config['scheduler']['name'], {k: v for k, v in config['scheduler'].items() if k != 'name'}
+    )
+    batch = config['global_train_batch_size']
+    multipliers = preview(scheduler, config['max_duration'], batch * config['max_seq_len'], batch)
+    return [config['optimizer']['lr'] * float(m) for m in multipliers]
+
+
+def print_plan(spec: dict[str, Any], runs: list[Run]) -> None:
+    """What will be trained, on what, for how long, at which learning rate."""
+    shown = Table(title=f'{spec["name"]}: {len(runs)} runs', title_justify='left')
+    for column, justify in (('run', 'left'), ('parent', 'left'), ('tokens', 'left'), ('batches', 'right')):
+        shown.add_column(column, justify=justify)  # pyright: ignore[reportArgumentType]
+    total = 0
+    for run in runs:
+        streams = tokens_per_stream(run.config)
+        total += sum(streams.values())
+        shown.add_row(
+            run.name,
+            run.parent or '(from scratch)',
+            ', '.join(f'{name} {tokens:,}' for name, tokens in streams.items()),
+            f'{batches(run):,}',
+        )
+    console.print(shown)
+    console.print(f'{total:,} tokens to train in all\n')
+    for run in runs:
+        section = dict(run.config['scheduler'])
+        scheduler = build_scheduler(section.pop('name'), section)
+        duration = Time.from_timestring(run.config['max_duration'])
+        if isinstance(scheduler, PhaseScheduler):
+            schedule, unit = scheduler.schedule(duration)
+            console.print(f'{run.name}: {run.config["scheduler"]["name"]}, times lr {run.config["optimizer"]["lr"]:g}')
+            console.print(format_phases(schedule, unit, duration.value), highlight=False, markup=False)
+
+
+def check(spec: dict[str, Any], runs: list[Run]) -> None:
+    """Refuse, before anything is trained, what preflight can see and what would change a finished run."""
+    problems = []
+    for run in runs:
+        try:
+            # parents do not exist yet: each run's own preflight looks at them
+            parentless = {key: value for key, value in run.config.items() if key != 'load_path'}
+            preflight(resolve(parentless), int(spec.get('nproc') or 1))
+        except PreflightError as error:
+            problems += [f'{run.name}: {problem}' for problem in error.problems]
+        saved = folder(run) / 'run.yaml'
+        if saved.exists() and (changed := differences(OmegaConf.to_container(OmegaConf.load(saved)), run.config)):
+            problems.append(
+                f'{run.name} was trained with other settings ({"; ".join(changed[:4])}). Use another folder, '
+                f'or delete {folder(run)} and the runs that start from it'
+            )
+    if problems:
+        raise PreflightError(list(dict.fromkeys(problems)))
+
+
+def differences(old: Any, new: Any, path: str = '') -> list[str]:
+    """``key: old -> new`` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = (differences(old.get(k), new.get(k), f'{path}.{k}' if path else str(k)) for k in {**old, **new})
+        return [line for lines in found for line in lines]
+    return [] if old == new else [f'{path}: {old} -> {new}']
+
+
+def folder(run: Run) -> Path:
+    """Where a run keeps everything."""
+    return Path(run.config['save_folder'])
+
+
+@dataclass
+class Running:
+    """A run that is being trained."""
+
+    run: Run
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    task: Any = None
+    started: float = field(default_factory=time.monotonic)
+
+
+def launch(run: Run, ranks: int, jobs: int) -> Running:
+    """Start a run; it dies with us."""
+    folder(run).mkdir(parents=True, exist_ok=True)
+    partial = folder(run) / '.run.yaml'
+    OmegaConf.save(OmegaConf.create(run.config), partial)
+    partial.replace(folder(run) / 'run.yaml')
+    script = [str(RECIPE), str(folder(run) / 'run.yaml')]
+    # one rank needs no launcher, whose start costs seconds
+    launcher = ['-m', 'composer.cli.launcher', '-n', str(ranks)] if ranks > 1 else []
+    threads = max(1, (os.cpu_count() or 1) // (jobs * ranks))
+    log = open(folder(run) / 'log.txt', 'ab')
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *script],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={'OMP_NUM_THREADS': str(threads), **os.environ, 'TOKENIZERS_PARALLELISM': 'false'},
+        preexec_fn=die_with_parent if platform.system() == 'Linux' else None,
+    )
+    return Running(run, process, log)
+
+
+def progress_of(run: Run) -> int:
+    """The last batch that the log speaks of."""
+    path = folder(run) / 'log.txt'
+    if not path.exists():
+        return 0
+    with open(path, 'rb') as file:
+        file.seek(max(0, path.stat().st_size - 20_000))
+        found = BATCH.findall(file.read().decode(errors='replace'))
+    return int(found[-1]) if found else 0
+
+
+def finish(run: Run) -> None:
+    """Mark a run as done, with its numbers."""
+    losses = json.loads((folder(run) / 'losses.json').read_text())
+    export = folder(run) / 'huggingface' / f'ba{batches(run)}' / 'model.safetensors'
+    from safetensors import safe_open
+
+    with safe_open(export, 'pt') as tensors:
+        parameters = sum(tensors.get_slice(key).get_shape() and _numel(tensors, key) for key in tensors.keys())
+    write_json(
+        folder(run) / 'result.json', {**losses, 'parameters': parameters, 'tokens': tokens_per_stream(run.config)}
+    )
+
+
+def _numel(tensors: Any, key: str) -> int:
+    size = 1
+    for length in tensors.get_slice(key).get_shape():
+        size *= length
+    return size
+
+
+def run_all(spec: dict[str, Any], runs: list[Run]) -> list[str]:
+    """Train what is not done yet, as many at a time as ``jobs`` says. Returns the names of runs that failed."""
+    jobs, ranks = int(spec.get('jobs') or 1), int(spec.get('nproc') or 1)
+    done = {run.name for run in runs if (folder(run) / 'result.json').exists()}
+    if done:
+        console.print(f'{len(done)} of {len(runs)} runs are done already')
+    failed: list[str] = []
+    running: list[Running] = []
+    columns = (
+        TextColumn('{task.description}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn('batches'),
+        TimeElapsedColumn(),
+    )
+    said = time.monotonic()
+    with Progress(*columns, console=console) as bars:
+        overall = bars.add_task('all runs', total=sum(batches(r) for r in runs if r.name not in done))
+        finished = 0
+        while True:
+            waiting = [r for r in runs if r.name not in {*done, *failed, *(x.run.name for x in running)}]
+            for run in waiting:
+                if run.parent in failed:
+                    failed.append(run.name)
+                    console.print(f'{run.name}: skipped, its parent {run.parent} failed')
+                elif len(running) < jobs and (run.parent is None or run.parent in done):
+                    running.append(launch(run, ranks, jobs))
+                    running[-1].task = bars.add_task(run.name, total=batches(run))
+                    console.print(f'{run.name}: started')
+            if not running:
+                break
+            time.sleep(0.3)
+            for each in list(running):
+                bars.update(each.task, completed=progress_of(each.run))
+                if each.process.poll() is None:
+                    continue
+                running.remove(each)
+                each.log.close()
+                bars.remove_task(each.task)
+                if each.process.returncode == 0:
+                    finish(each.run)
+                    done.add(each.run.name)
+                    finished += batches(each.run)
+                    console.print(f'{each.run.name}: done in {time.monotonic() - each.started:.0f} s')
+                else:
+                    failed.append(each.run.name)
+                    tail = (folder(each.run) / 'log.txt').read_text(errors='replace').splitlines()[-12:]
+                    console.print(f'[red]{each.run.name}: failed[/red] ({folder(each.run) / "log.txt"}):')
+                    console.print('\n'.join(tail), markup=False, highlight=False)
+            bars.update(overall, completed=finished + sum(progress_of(x.run) for x in running))
+            if not console.is_terminal and time.monotonic() - said > 15:
+                said = time.monotonic()
+                where = ', '.join(f'{x.run.name} {progress_of(x.run)}/{batches(x.run)}' for x in running)
+                console.print(f'  {where}')
+    return failed
+
+
+def results_of(spec: dict[str, Any], runs: list[Run]) -> list[ArmResult]:
+    """Every arm that came to its end, in the order of the YAML."""
+    by_name = {run.name: run for run in runs}
+    parents = {run.parent for run in runs}
+    union_tokens = sum(sum(tokens_per_stream(_stage_run(runs, stage).config).values()) for stage in spec['stages'])
+    results = []
+    for run in runs:
+        chain = [run]
+        while chain[0].parent is not None:
+            chain.insert(0, by_name[chain[0].parent])
+        if not all((folder(each) / 'result.json').exists() for each in chain):
+            continue
+        numbers = [json.loads((folder(each) / 'result.json').read_text()) for each in chain]
+        final = [{name: mean['mean'] for name, mean in each['final'].items()} for each in numbers]
+        tokens = sum(numbers[-1]['tokens'].values())
+        result = ArmResult(
+            arm=run.arm if run.name not in parents else f'{run.stage} only' + _suffix(run, runs),
+            seed=run.seed,
+            final=final[-1],
+            parent=final[-2] if len(final) > 1 else None,
+            old=[name for each in chain[:-1] for name in each.config['train_loader']['dataset']['new']],
+            new=list(run.config['train_loader']['dataset']['new']),
+            tokens=tokens,
+            union_tokens=union_tokens,
+            flops=training_flops(numbers[-1]['parameters'], tokens),
+        )
+        start = 0
+        for each, number in zip(chain, numbers, strict=True):
+            for name, rows in number['losses'].items():
+                line = result.curves.setdefault(name, [])
+                line += [[start + token, loss] for _, token, loss in rows]
+            per_batch = each.config['global_train_batch_size'] * each.config['max_seq_len']
+            result.learning_rate += [[start + b * per_batch, lr] for b, lr in enumerate(learning_rates(each))]
+            start += sum(number['tokens'].values())
+        results.append(result)
+    return results
+
+
+def _stage_run(runs: list[Run], stage: str) -> Run:
+    return next(run for run in runs if run.stage == stage)
+
+
+def _suffix(run: Run, runs: list[Run]) -> str:
+    # the first stage is trained more than once if an arm changes it
+    return '' if run is _stage_run(runs, run.stage) else f' ({run.arm})'
+
+
+def main() -> None:
+    """Plan, check, train, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('yaml', help='a sequence YAML')
+    parser.add_argument('overrides', nargs='*', help='key=value')
+    parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    merged = OmegaConf.merge(OmegaConf.load(arguments.yaml), OmegaConf.from_cli(arguments.overrides))
+    spec: Any = OmegaConf.to_container(merged, resolve=True)
+    try:
+        runs = plan(spec)
+        check(spec, runs)
+    except ValueError as error:
+        sys.exit(f'{arguments.yaml} was refused before training:\n{error}')
+    print_plan(spec, runs)
+    if arguments.dry_run:
+        return
+    failed = run_all(spec, runs)
+    results = results_of(spec, runs)
+    if results:
+        rows = table(results)
+        out = Path(spec['folder'])
+        write_csv(out / 'table.csv', rows)
+        draw(out / 'report.png', str(spec['name']), results)
+        console.print(rich_table(f'{spec["name"]}: final validation loss (mean over the last window)', rows))
+        console.print(f'{out / "table.csv"}  {out / "report.png"}  ({time.monotonic() - started:.0f} s)')
+    if failed:
+        sys.exit(
+            f'{len(failed)} of {len(runs)} runs failed: {", ".join(failed)}; run the same command to try them again'
+        )
+
+
+if __name__ == '__main__':
+    main()

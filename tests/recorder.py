@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A witness inside real runs: what each batch was trained with, a JSON line each. Loaded through ``code_paths``."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from llmfoundry import registry
+
+
+class Recorder(Callback):
+    """Writes ``path.rank<r>``: learning rate, weight decay, rows and loss of every batch; can SIGKILL its process.
+
+    Args:
+        path: Where to write; lines are appended.
+        kill_at: Kill this process with SIGKILL once this many batches are done.
+    """
+
+    def __init__(self, path: str, kill_at: int | None = None) -> None:
+        self.path = Path(f'{path}.rank{dist.get_global_rank()}')
+        self.kill_at = kill_at
+        self.line: dict = {}
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        batch = int(state.timestamp.batch.value)
+        token = int(state.timestamp.token.value)
+        self.line = {'batch': batch, 'token': token, 'rows': state.batch['input_ids'][:, :3].tolist()}
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        # the last event before the optimizer steps
+        groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+        for key in ('lr', 'initial_lr', 'weight_decay'):
+            self.line[key] = [group[key] for group in groups]
+        self.line['base_lrs'] = [lr for scheduler in state.schedulers for lr in scheduler.base_lrs]
+        steps = [values['step'] for optimizer in state.optimizers for values in optimizer.state.values()]
+        self.line['adam_step'] = max((float(step) for step in steps), default=0.0)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.line['loss'] = state.total_loss_dict['loss/train/total'].hex()
+        with open(self.path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(self.line) + '\n')
+        if self.kill_at is not None and state.timestamp.batch.value >= self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def read(path: Path | str, rank: int = 0) -> dict[int, dict]:
+    """Lines by batch; a batch trained twice (after a kill) must have been trained identically."""
+    lines: dict[int, dict] = {}
+    for text in Path(f'{path}.rank{rank}').read_text().splitlines():
+        line = json.loads(text)
+        if line['batch'] in lines:
+            assert line == lines[line['batch']], 'a batch was trained again, and differently'
+        lines[line['batch']] = line
+    return lines
+
+
+if 'recorder' not in registry.callbacks:
+    registry.callbacks.register('recorder', func=Recorder)

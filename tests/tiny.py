@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage small enough to run in a second or two, as an llm-foundry YAML in Python."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import recorder
+from llmfoundry.command_utils import train
+from omegaconf import OmegaConf
+
+SEQ_LEN = 16
+VOCAB = 256
+BATCH = 8
+TOKENS_PER_BATCH = SEQ_LEN * BATCH
+ROOT = Path(__file__).parents[1]
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Deep merge; None removes a key."""
+    merged = dict(base)
+    for key, value in over.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict) and 'name' not in value:
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def config(folder: Path, data: dict[str, Path], run_name: str, **over: Any) -> dict[str, Any]:
+    """A stage on ``data['new']``; keyword arguments are merged over it."""
+    base = {
+        'run_name': run_name,
+        'save_folder': str(folder / run_name),
+        'seed': 17,
+        'max_seq_len': SEQ_LEN,
+        'max_duration': '8ba',
+        'global_train_batch_size': BATCH,
+        'device_train_microbatch_size': 2,
+        'device_eval_batch_size': BATCH,
+        'precision': 'fp32',
+        'save_interval': '2ba',
+        'eval_interval': '1000ba',
+        'autoresume': True,
+        'python_log_level': 'warning',
+        'log_to_console': False,
+        'log_config': False,
+        'code_paths': [str(ROOT / 'tests' / 'recorder.py')],
+        'tokenizer': {'name': str(data['tokenizer']), 'kwargs': {'model_max_length': SEQ_LEN}},
+        'model': {
+            'name': 'mpt_causal_lm',
+            'init_device': 'cpu',
+            'd_model': 16,
+            'n_heads': 2,
+            'n_layers': 1,
+            'expansion_ratio': 2,
+            'max_seq_len': SEQ_LEN,
+            'vocab_size': VOCAB,
+            'loss_fn': 'torch_crossentropy',
+            'attn_config': {'attn_impl': 'torch'},
+            'use_train_metrics': False,
+        },
+        'optimizer': {'name': 'decoupled_adamw', 'lr': 1e-3, 'betas': [0.9, 0.95], 'weight_decay': 1e-5},
+        'scheduler': {'name': 'rewarm_cosine', 't_warmup': '4ba', 'alpha_i': 0.25},
+        'callbacks': {'stage_start': {}, 'recorder': {'path': str(folder / f'{run_name}.jsonl')}},
+        'train_loader': {
+            'name': 'replay_text',
+            'drop_last': True,
+            'num_workers': 0,
+            'dataset': {'max_seq_len': SEQ_LEN, 'shuffle': True, 'new': {'local': str(data['new']), 'split': 'train'}},
+        },
+    }
+    return merge(base, over)
+
+
+def run(cfg: dict[str, Any]) -> dict[int, dict]:
+    """Train in this process and return the witness's lines by batch."""
+    trainer = None
+    try:
+        trainer = train(OmegaConf.create(cfg))
+    finally:
+        if trainer is not None:
+            trainer.close()
+        del trainer
+        gc.collect()
+    return recorder.read(cfg['callbacks']['recorder']['path'])
