@@ -22,7 +22,7 @@ from typing import Any
 
 from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
-from composer.utils import parse_uri
+from composer.utils import dist, get_device, parse_uri
 from filelock import FileLock, Timeout
 from llmfoundry import registry
 from llmfoundry.command_utils import train
@@ -95,11 +95,13 @@ def main() -> None:
     cfg = load(arguments.yaml, arguments.overrides)
     world_size = int(os.environ.get('WORLD_SIZE', '1'))
     rank_zero = os.environ.get('RANK', '0') == '0'
+    if world_size > 1:  # llm-foundry's tokenizer builder wants it; train() finds it done
+        dist.initialize_dist(get_device(None), timeout=cfg.get('dist_timeout', 600.0))
+    try:
+        preflight(cfg, world_size)  # on every rank, so that all stop at once
+    except PreflightError as error:
+        sys.exit(f'{arguments.yaml} was refused before training:\n{error}' if rank_zero else 1)
     if rank_zero:
-        try:
-            preflight(cfg, world_size)
-        except PreflightError as error:
-            sys.exit(f'{arguments.yaml} was refused before training:\n{error}')
         print_phases(cfg)
     if arguments.dry_run:
         return

@@ -4,9 +4,9 @@
     python recipes/sequence.py yamls/sequence/quickstart.yaml [key=value ...]
     python recipes/sequence.py yamls/sequence/quickstart.yaml --dry-run      # the plan; trains nothing
 
-Each run is one plain llm-foundry train YAML (``FOLDER/RUN/run.yaml``), launched through recipes/continue_pretraining.py.
-Run the same command again after any interruption: finished runs are kept, the others go on from their latest
-checkpoint. Ends with FOLDER/table.csv and FOLDER/report.png.
+Each run is one plain llm-foundry train YAML (``FOLDER/RUN/run.yaml``), launched through continue_pretraining.py. Run
+the same command again after any interruption: finished runs are kept, the others go on from their latest checkpoint.
+Ends with FOLDER/table.csv and FOLDER/report.png.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from cpt_algorithms.stage import PreflightError, preflight, resolve, total_batch
 from cpt_algorithms.stage.plan import Run, plan, tokens_per_stream
 
 RECIPE = Path(__file__).with_name('continue_pretraining.py')
-BATCH = re.compile(r'\[batch=(\d+)/\d+\]')
+# Composer's console logger: [token=40960/1638400]
+PROGRESS = re.compile(r'^\[(?:token|batch|sample)=(\d+)/(\d+)\]', re.MULTILINE)
 console = Console()
 
 
@@ -159,8 +160,8 @@ def progress_of(run: Run) -> int:
         return 0
     with open(path, 'rb') as file:
         file.seek(max(0, path.stat().st_size - 20_000))
-        found = BATCH.findall(file.read().decode(errors='replace'))
-    return int(found[-1]) if found else 0
+        found = PROGRESS.findall(file.read().decode(errors='replace'))
+    return batches(run) * int(found[-1][0]) // int(found[-1][1]) if found else 0
 
 
 def finish(run: Run) -> None:

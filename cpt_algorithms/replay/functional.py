@@ -27,6 +27,8 @@ __all__ = [
     'check_budget',
     'differences',
     'exact_fraction',
+    'row_shift',
+    'row_shift',
     'shares_of',
     'worker_slots',
 ]
@@ -119,10 +121,9 @@ def _tijdeman(numerators: Sequence[int], period: int) -> NDArray[np.uint8]:
 class Interleaving:
     """Which stream slot n belongs to, and how many samples each stream has given before it.
 
-    Exact at every prefix: with S streams of shares w_i, after any number N of slots ``|count_i(N) - N w_i| < 1``, and
-    with two streams (new and one old) ``count_old(N) = floor(N f + 1/2)``, an error of at most one half. The rows of
-    a
-    stream are spread evenly over a batch, so they are spread over its ranks and microbatches too.
+    Exact at every prefix: with S streams of shares w_i, after any number N of slots ``|count_i(N) - N w_i| < 1``,
+    and with two streams (new and one old) ``count_old(N) = floor(N f + 1/2)``, an error of at most one half. The rows
+    of a stream are evenly spaced.
 
     Cost: O(period) once (instant for two streams; about 1 s per million slots and stream beyond), O(1) per slot.
 
@@ -314,6 +315,16 @@ class MixedSequence:
         return ids
 
 
+def row_shift(batch: Ints, global_batch_size: int) -> Ints:
+    """By how many rows the slots of a global batch are turned before ranks take their parts of it.
+
+    The rows of a stream are evenly spaced, so that with ``f * B`` a divisor of the ranks every batch would give its
+    replay to the same ranks. Turning batch k by the fractional part of k times the golden ratio (here in 32-bit
+    integers) gives each rank and microbatch its share over time, and keeps the spacing.
+    """
+    return ((batch * 2654435769) % (1 << 32) * global_batch_size) >> 32
+
+
 def worker_slots(
     indices: Ints,
     first_slot: int,
@@ -325,22 +336,24 @@ def worker_slots(
 ) -> Ints:
     """Slots of the samples a DataLoader worker reads, in its order.
 
-    Global batch k is slots ``first_slot + kB .. + B - 1`` with ``B = device_batch_size * num_ranks``; rank r takes
-    the r-th run of ``device_batch_size`` of them; PyTorch's DataLoader takes batches from its workers in turn, so
-    worker w of W reads batches w, w + W, w + 2W, ... So the global batches do not depend on ranks or workers.
+    Global batch k is slots ``kB .. kB + B - 1`` with ``B = device_batch_size * num_ranks``, turned by ``row_shift``;
+    rank r takes the r-th run of ``device_batch_size`` rows; PyTorch's DataLoader takes batches from its workers in
+    turn, so worker w of W reads batches w, w + W, w + 2W, ... So the global batches do not depend on ranks or workers.
 
     Args:
         indices: 0, 1, 2, ...: which of this worker's samples.
-        first_slot: The slot at which reading starts or resumes.
+        first_slot: The slot at which reading starts or resumes, a multiple of B.
         device_batch_size: Samples per rank and batch.
         rank: This rank, of ``num_ranks``.
         num_ranks: Data-parallel ranks.
         worker: This worker, of ``num_workers``.
         num_workers: Workers per rank.
     """
+    global_batch_size = device_batch_size * num_ranks
     batches, rows = np.divmod(indices, device_batch_size)
-    batches = worker + batches * num_workers
-    return first_slot + (batches * num_ranks + rank) * device_batch_size + rows
+    batches = first_slot // global_batch_size + worker + batches * num_workers
+    rows = (rank * device_batch_size + rows + row_shift(batches, global_batch_size)) % global_batch_size
+    return batches * global_batch_size + rows
 
 
 def differences(saved: str, current: str) -> list[str]:

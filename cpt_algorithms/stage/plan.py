@@ -127,8 +127,8 @@ def plan(spec: Config) -> list[Run]:
     Arms share a run as long as their settings are the same: a first stage that no arm changes is trained once per seed.
 
     Args:
-        spec: The sequence YAML: ``name``, ``folder``, ``data`` (``{name: stream}``), ``common`` (llm-foundry keys of all
-            stages), ``stages`` (``{name: llm-foundry keys + new, replay, optimizer_state}``, in order), ``arms``
+        spec: The sequence YAML: ``name``, ``folder``, ``data`` (``{name: stream}``), ``common`` (llm-foundry keys of
+            all stages), ``stages`` (``{name: llm-foundry keys + new, replay, optimizer_state}``, in order), ``arms``
             (``{arm: {stage: overrides}}``, or ``{baseline: union}``), ``seeds``, ``jobs``, ``nproc``.
 
     Raises:

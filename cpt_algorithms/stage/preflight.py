@@ -18,6 +18,7 @@ from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
 from llmfoundry.utils.builders import build_composer_model, build_scheduler, build_tokenizer
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
+from llmfoundry.utils.registry_utils import import_file
 from streaming import StreamingDataset
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -58,7 +59,7 @@ def resolve(cfg: Config) -> Config:
 
     * ``autoresume: true``: llm-foundry says it turns it on, and does not.
     * ``load_weights_only`` and ``load_ignore_keys`` as ``callbacks.stage_start.optimizer`` needs them.
-    * ``callbacks.final_loss.save_folder`` and ``callbacks.hf_checkpointer`` (an export at the end) from ``save_folder``.
+    * ``callbacks.final_loss.save_folder`` and ``callbacks.hf_checkpointer`` (export at the end) from ``save_folder``.
 
     Args:
         cfg: A resolved llm-foundry train YAML.
@@ -93,6 +94,8 @@ def preflight(cfg: Config, world_size: int = 1) -> None:
 
     Cost: reads shard indices and the parent's metadata; builds the model without memory if there is a parent.
     """
+    for path in cfg.get('code_paths') or []:
+        import_file(path)  # as llm-foundry will: it may register names
     checks: list[Callable[[], None]] = [
         lambda: _check_top_level(cfg),
         *(lambda section=section: _check_named(section, cfg) for section in ('scheduler', 'optimizer', 'model')),

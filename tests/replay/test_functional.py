@@ -178,7 +178,26 @@ def test_global_batches_do_not_depend_on_ranks_workers_or_resumption(num_ranks, 
             streams.append(slots.reshape(mine, rows))
         for batch in range(batches - resume_at):  # a DataLoader takes its workers in turn
             seen[batch, rank * rows : (rank + 1) * rows] = streams[batch % num_workers][batch // num_workers]
-    assert seen.ravel().tolist() == list(range(resume_at * global_batch, batches * global_batch))
+    everything = np.arange(resume_at * global_batch, batches * global_batch).reshape(-1, global_batch)
+    assert np.sort(seen, axis=1).tolist() == everything.tolist(), 'each slot once, in its batch'
+    one_rank = worker_slots(np.arange(everything.size), resume_at * global_batch, global_batch, 0, 1, 0, 1)
+    assert seen.ravel().tolist() == one_rank.tolist(), 'and in the same row of it'
+
+
+@pytest.mark.parametrize('num_ranks', [2, 4, 8, 16])
+@pytest.mark.parametrize('fraction', [0.05, 0.25, 0.5])
+def test_replay_is_spread_over_ranks_and_microbatches(num_ranks, fraction):
+    # 1/4 of 16 rows over 8 ranks is the hard case: evenly spaced rows fall on every other rank, batch after batch
+    global_batch, batches = 16, 20_000
+    interleaving = Interleaving(shares_of(fraction, {'old': 1}))
+    rows = global_batch // num_ranks
+    shares = []
+    for rank in range(num_ranks):
+        slots = worker_slots(np.arange(batches * rows), 0, rows, rank, num_ranks, 0, 1)
+        old = interleaving.locate(slots)[0].reshape(batches, rows).sum(axis=1)
+        assert old.max() <= np.ceil(fraction * rows) + 1, 'piled on one rank within a batch'
+        shares.append(old.sum() / slots.size)
+    assert np.abs(np.array(shares) - fraction).max() < 0.02 * fraction
 
 
 def test_too_small_data_is_said_with_numbers():

@@ -1,0 +1,45 @@
+# Each target sets up what it needs: on a bare machine with make and Python 3.10-3.12, `make quickstart` is enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?= data/quickstart
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart data test test-slow lint bench style clean
+
+# Pre-train a small model, continue it in several ways, print and draw what was forgotten, learned and spent.
+quickstart: data
+	$(BIN)/python recipes/sequence.py yamls/sequence/quickstart.yaml
+
+# Text that is already on this machine: Python sources (D0) and C++ headers (D1).
+data: $(VENV)/installed
+	$(BIN)/python scripts/prepare_data.py --out $(DATA) --vocab-size 2048 --max-train-tokens 3000000 --max-val-tokens 40000
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+style: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	$(BIN)/python scripts/benchmarks/replay_loader.py
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), f"Python 3.10-3.12 is needed, this is {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar on -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) data runs

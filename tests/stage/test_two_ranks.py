@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two FSDP2 ranks on CPU under the composer launcher: sharded parent, killed and resumed stage, refused mistakes."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import recorder
+import tiny
+from omegaconf import OmegaConf
+
+RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
+SHARDED = {'fsdp_config': {'state_dict_type': 'sharded'}}
+
+
+def launch(script, *arguments, expect=0):
+    """``composer -n 2 script arguments``; returns what it printed."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'composer.cli.launcher', '-n', '2', '--master_port', str(port)]
+    done = subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        env={**os.environ, 'FSDP_VERSION': '2', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(tiny.ROOT / 'tests')},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    printed = done.stdout + done.stderr
+    assert (done.returncode == 0) == (expect == 0), printed[-6000:]
+    return printed
+
+
+def train(folder, cfg, expect=0):
+    path = folder / f'{cfg["run_name"]}.yaml'
+    OmegaConf.save(OmegaConf.create(cfg), path)
+    return launch(RECIPE, path, expect=expect)
+
+
+@pytest.fixture(scope='module')
+def parent(tmp_path_factory, data):
+    """An FSDP2 sharded checkpoint at batch 4, trained with another learning rate and weight decay."""
+    folder = tmp_path_factory.mktemp('sharded')
+    optimizer = {'name': 'decoupled_adamw', 'lr': 7e-3, 'betas': [0.9, 0.95], 'weight_decay': 0.2}
+    d0 = {'dataset': {'new': {'local': str(data['old']), 'split': 'train'}}}
+    cfg = tiny.config(
+        folder, data, 'parent', max_duration='4ba', save_interval='4ba', optimizer=optimizer, train_loader=d0,
+        scheduler={'t_warmup': '1ba'}, **SHARDED,
+    )  # fmt: skip
+    train(folder, cfg)
+    checkpoint = folder / 'parent' / 'ep0-ba4'
+    assert (checkpoint / '.metadata').exists()
+    assert len(list(checkpoint.glob('*.distcp'))) == 2
+    return checkpoint
+
+
+def stage(folder, data, parent, run_name, **over):
+    replay = {'fraction': 0.25, 'streams': {'old': {'local': str(data['old']), 'split': 'train'}}}
+    cfg = tiny.config(
+        folder, data, run_name, load_path=str(parent), train_loader={'num_workers': 1, 'dataset': {'replay': replay}},
+        save_interval='3ba', **SHARDED,
+    )  # fmt: skip
+    return tiny.merge(cfg, over)
+
+
+def test_a_killed_stage_resumes_identically_from_a_sharded_parent(parent, data, tmp_path):
+    train(tmp_path, stage(tmp_path, data, parent, 'straight'))
+    killed = stage(tmp_path, data, parent, 'killed', callbacks={'recorder': {'kill_at': 5}})
+    train(tmp_path, killed, expect='killed')
+    assert (tmp_path / 'killed' / 'ep0-ba3' / '.metadata').exists()
+    printed = train(tmp_path, tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}))
+    assert 'huggingface' in os.listdir(tmp_path / 'killed'), printed[-3000:]
+    for rank in (0, 1):
+        straight = recorder.read(tmp_path / 'straight.jsonl', rank)
+        resumed = recorder.read(tmp_path / 'killed.jsonl', rank)  # refuses batches that were redone differently
+        assert sorted(straight) == list(range(8))
+        assert resumed == straight, 'losses (bit for bit), rows and learning rates'
+    first = recorder.read(tmp_path / 'straight.jsonl')[0]
+    assert first['lr'] == [1e-3 * 0.25]
+    assert first['initial_lr'] == first['base_lrs'] == [1e-3]
+    assert first['weight_decay'] == [1e-5]
+    datasets = [
+        row[0]
+        for rank in (0, 1)
+        for b in range(8)
+        for row in recorder.read(tmp_path / 'straight.jsonl', rank)[b]['rows']
+    ]
+    assert datasets.count(1) == 16, 'a quarter of 64 rows is replay'
+    per_rank = [
+        sum(r[0] for b in range(8) for r in recorder.read(tmp_path / 'straight.jsonl', k)[b]['rows']) for k in (0, 1)
+    ]
+    assert min(per_rank) >= 6, f'replay is spread over the ranks: {per_rank}'
+    again = train(tmp_path, tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}))
+    assert 'finished already, at batch 8 of 8' in again
+
+
+def test_silent_failures_of_sharded_loads_cannot_happen(parent, data, tmp_path):
+    """Several runs in one launch; sharded_cases.py asserts on both ranks and prints a line for each case."""
+    OmegaConf.save(OmegaConf.create(stage(tmp_path, data, parent, 'case')), tmp_path / 'case.yaml')
+    printed = launch(tiny.ROOT / 'tests' / 'stage' / 'sharded_cases.py', tmp_path / 'case.yaml')
+    for case in ('kept optimizer', 'starred ignore', 'ignored optimizer', 'no autoresume', 'tensors in an algorithm'):
+        assert printed.count(f'{case}: ok') == 2, printed[-6000:]
