@@ -40,7 +40,8 @@ from cpt_algorithms.stage.plan import Run, plan, tokens_per_stream
 RECIPE = Path(__file__).with_name('continue_pretraining.py')
 # Composer's console logger: [token=40960/1638400]
 PROGRESS = re.compile(r'^\[(?:token|batch|sample)=(\d+)/(\d+)\]', re.MULTILINE)
-console = Console()
+# rich would take a log file for a narrow terminal
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def batches(run: Run) -> int:
@@ -64,8 +65,9 @@ def learning_rates(run: Run) -> list[float]:
 def print_plan(spec: dict[str, Any], runs: list[Run]) -> None:
     """What will be trained, on what, for how long, at which learning rate."""
     shown = Table(title=f'{spec["name"]}: {len(runs)} runs', title_justify='left')
-    for column, justify in (('run', 'left'), ('parent', 'left'), ('tokens', 'left'), ('batches', 'right')):
-        shown.add_column(column, justify=justify)  # pyright: ignore[reportArgumentType]
+    for column in ('run', 'parent', 'tokens'):
+        shown.add_column(column)
+    shown.add_column('batches', justify='right')
     total = 0
     for run in runs:
         streams = tokens_per_stream(run.config)
@@ -184,6 +186,11 @@ def _numel(tensors: Any, key: str) -> int:
     return size
 
 
+def _chain(run: Run, runs: list[Run]) -> int:
+    """Batches from this run to the end of the longest chain that starts with it: the longest is started first."""
+    return batches(run) + max((_chain(child, runs) for child in runs if child.parent == run.name), default=0)
+
+
 def run_all(spec: dict[str, Any], runs: list[Run]) -> list[str]:
     """Train what is not done yet, as many at a time as ``jobs`` says. Returns the names of runs that failed."""
     jobs, ranks = int(spec.get('jobs') or 1), int(spec.get('nproc') or 1)
@@ -200,11 +207,12 @@ def run_all(spec: dict[str, Any], runs: list[Run]) -> list[str]:
         TimeElapsedColumn(),
     )
     said = time.monotonic()
+    in_order = sorted(runs, key=lambda run: -_chain(run, runs))
     with Progress(*columns, console=console) as bars:
         overall = bars.add_task('all runs', total=sum(batches(r) for r in runs if r.name not in done))
         finished = 0
         while True:
-            waiting = [r for r in runs if r.name not in {*done, *failed, *(x.run.name for x in running)}]
+            waiting = [r for r in in_order if r.name not in {*done, *failed, *(x.run.name for x in running)}]
             for run in waiting:
                 if run.parent in failed:
                     failed.append(run.name)
@@ -267,6 +275,7 @@ def results_of(spec: dict[str, Any], runs: list[Run]) -> list[ArmResult]:
             union_tokens=union_tokens,
             flops=training_flops(numbers[-1]['parameters'], tokens),
         )
+        result.stage_start = sum(sum(number['tokens'].values()) for number in numbers[:-1])
         start = 0
         for each, number in zip(chain, numbers, strict=True):
             for name, rows in number['losses'].items():

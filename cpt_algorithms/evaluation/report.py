@@ -32,6 +32,7 @@ class ArmResult:
         tokens: Tokens of the last stage, new and replayed: what the update costs.
         union_tokens: Tokens of training on all data from scratch.
         flops: Floating point operations of the last stage.
+        stage_start: Tokens of the arm's stages before the last. Default: ``0``.
         curves: ``{dataset: [[token, loss], ...]}`` over the whole arm, tokens counted from its first stage on.
         learning_rate: ``[[token, lr], ...]`` likewise.
     """
@@ -45,6 +46,7 @@ class ArmResult:
     tokens: int
     union_tokens: int
     flops: float
+    stage_start: int = 0
     curves: Curves = field(default_factory=dict)
     learning_rate: list[list[float]] = field(default_factory=list)
 
@@ -147,20 +149,18 @@ def draw(path: Path, title: str, results: Sequence[ArmResult]) -> None:
             # the start of training would squeeze everything else into a line
             axis.set_ylim(min(finals) - 0.15, max(finals) + 0.9)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+        for boundary in {result.stage_start for result in updated if result.stage_start}:
+            axis.axvline(boundary / 1e6, color='grey', linewidth=0.8, linestyle=':')
     plane = axes[1][0]
     for result in results:
         if result.parent is not None:
             row = _row(result)
-            plane.scatter(row['forgetting'], row['adaptation'], color=colours[result.arm], s=50)
-            plane.annotate(
-                result.arm,
-                (row['forgetting'], row['adaptation']),
-                textcoords='offset points',
-                xytext=(6, 4),
-                fontsize=8,
-            )
-    plane.set(title='up and left is better', xlabel='forgetting (nats/token)', ylabel='adaptation (nats/token)')
+            plane.scatter(row['forgetting'], row['adaptation'], color=colours[result.arm], s=70)
+    plane.set(
+        title='forgetting and adaptation: up and left is better',
+        xlabel='forgetting (nats/token)',
+        ylabel='adaptation (nats/token)',
+    )
     plane.margins(0.15)
     plane.grid(alpha=0.3)
     rates = axes[1][1]
@@ -172,5 +172,6 @@ def draw(path: Path, title: str, results: Sequence[ArmResult]) -> None:
             )
     rates.set(title='learning rate of each batch', xlabel='tokens (M)', ylabel='learning rate')
     rates.grid(alpha=0.3)
+    figure.legend(*rates.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

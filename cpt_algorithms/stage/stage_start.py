@@ -10,7 +10,7 @@ import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
-from composer.utils import dist, format_name_with_dist
+from composer.utils import format_name_with_dist
 from streaming import StreamingDataset
 
 from cpt_algorithms.replay import ReplayTextDataset
@@ -251,7 +251,7 @@ def _has_moments(optimizer: torch.optim.Optimizer) -> bool:
 
 def _check_save_folder(state: State) -> None:
     """A run at batch 0 must not write over checkpoints; a sharded one would, without autoresume."""
-    if state.timestamp.batch.value or dist.get_local_rank():
+    if state.timestamp.batch.value:
         return
     for saver in state.callbacks:
         if isinstance(saver, CheckpointSaver) and not saver.overwrite:
