@@ -71,6 +71,7 @@ def _train_config(spec: Config, stage: Config, earlier: list[str]) -> Config:
     loader['name'] = 'replay_text'
     dataset['new'] = {name: {**spec['data'][name], 'split': 'train'} for name in new}
     replay = dict(stage.get('replay') or {})
+    check_keys('replay', replay, ('fraction', 'order', 'weights'))
     if replay.get('fraction'):
         weights = replay.pop('weights', {})
         check_keys('replay.weights', weights, earlier)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Final losses, forgetting and the table, against numbers one can check by hand and a real run."""
+
+import csv
+import json
+
+import pytest
+import tiny
+
+from cpt_algorithms.evaluation import FinalLoss, adaptation, final_loss, forgetting, training_flops
+from cpt_algorithms.evaluation.functional import in_final_window
+from cpt_algorithms.evaluation.report import ArmResult, draw, table, write_csv
+
+
+def test_final_loss_by_hand():
+    mean = final_loss([2.0, 2.2, 2.4])
+    assert mean.value == pytest.approx(2.2)
+    assert mean.stderr == pytest.approx(0.2 / 3**0.5)  # sample deviation 0.2
+    assert final_loss([2.5]).stderr == 0
+    with pytest.raises(ValueError, match='no loss was evaluated'):
+        final_loss([])
+
+
+def test_window_is_the_last_100_every_10():
+    assert [left for left in range(200) if in_final_window(left, 100, 10)] == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
+
+
+def test_signs_and_flops():
+    assert forgetting(2.44, 2.17) == pytest.approx(0.27)  # Pile after SlimPajama without replay, 405 M
+    assert adaptation(2.5, 3.0) == pytest.approx(0.5)
+    assert forgetting(2.17, 2.17) == 0
+    assert training_flops(10, 100) == 6000
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({'window': '100tok'}, r'final_loss\.window=100tok must be in batches'),
+        ({'interval': '0ba'}, r'final_loss\.interval=0ba must be in batches'),
+        ({'window': '5ba', 'interval': '10ba'}, 'interval=10ba is longer than window=5ba'),
+    ],
+)
+def test_bad_windows_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        FinalLoss(**kwargs)
+
+
+@pytest.mark.parametrize('duration', ['8ba', f'{8 * tiny.TOKENS_PER_BATCH}tok'])
+def test_a_real_run_evaluates_its_final_window_and_a_restart_keeps_it(duration, data, tmp_path):
+    def evaluated(label, folder):
+        return {
+            'name': 'text', 'label': label, 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
+            'persistent_workers': False,
+            'dataset': {'local': str(folder), 'split': 'val', 'max_seq_len': tiny.SEQ_LEN},
+        }  # fmt: skip
+
+    def cfg(name):
+        scheduler = {'name': 'rewarm_constant', 't_warmup': '0.5dur'}
+        loaders = [evaluated('fresh', data['new']), evaluated('past', data['old'])]
+        final = {'save_folder': str(tmp_path / name), 'window': '6ba', 'interval': '2ba'}
+        return tiny.config(
+            tmp_path, data, name, max_duration=duration, scheduler=scheduler, eval_loader=loaders,
+            eval_interval='5ba', eval_first=True, save_interval='1ba', save_num_checkpoints_to_keep=-1,
+            callbacks={'final_loss': final},
+        )  # fmt: skip
+
+    tiny.run(cfg('straight'))
+    straight = json.loads((tmp_path / 'straight' / 'losses.json').read_text())
+    assert sorted(straight['losses']) == ['fresh', 'past']
+    # at the start, at the usual interval, and with 4, 2 and 0 batches left
+    assert [row[0] for row in straight['losses']['past']] == [0, 4, 5, 6, 8]
+    assert [row[1] for row in straight['losses']['past']] == [b * tiny.TOKENS_PER_BATCH for b in (0, 4, 5, 6, 8)]
+    window = [row[2] for row in straight['losses']['past'] if row[0] in (4, 6, 8)]
+    assert straight['final']['past']['mean'] == pytest.approx(sum(window) / 3)
+    assert straight['final']['past']['count'] == 3
+
+    tiny.run(cfg('again'))
+    (tmp_path / 'again' / 'latest-rank0.pt').unlink()
+    (tmp_path / 'again' / 'latest-rank0.pt').symlink_to('ep0-ba5-rank0.pt')  # as if killed after batch 5
+    for batch in (6, 7, 8):
+        (tmp_path / 'again' / f'ep0-ba{batch}-rank0.pt').unlink()
+    (tmp_path / 'again' / 'losses.json').unlink()
+    tiny.run(cfg('again'))
+    assert json.loads((tmp_path / 'again' / 'losses.json').read_text()) == straight
+
+
+def arm(name, seed, old, new, parent=True):
+    return ArmResult(
+        name, seed, {'pile': old, 'german': new}, {'pile': 2.2, 'german': 3.0} if parent else None, ['pile'], ['german'],
+        tokens=200, union_tokens=500, flops=1e6, curves={'pile': [[0, 3.0], [500, old]], 'german': [[0, 4.0], [500, new]]},
+        learning_rate=[[0, 1e-3], [500, 1e-4]],
+    )  # fmt: skip
+
+
+def test_table_csv_and_plot(tmp_path):
+    results = [arm('5 %', 1, 2.5, 1.2), arm('5 %', 2, 2.7, 1.0), arm('union', 1, 2.3, 1.3, parent=False)]
+    rows = table(results)
+    assert [row['arm'] for row in rows] == ['5 %', 'union']
+    assert rows[0]['loss pile'] == pytest.approx(2.6)
+    assert rows[0]['loss average'] == pytest.approx((2.6 + 1.1) / 2)
+    assert rows[0]['forgetting'] == pytest.approx(0.4)
+    assert rows[0]['forgetting stderr'] == pytest.approx(0.1)
+    assert rows[0]['adaptation'] == pytest.approx(1.9)
+    assert rows[0]['compute against union'] == pytest.approx(0.4)
+    assert 'forgetting' not in rows[1]
+    write_csv(tmp_path / 'table.csv', rows)
+    with open(tmp_path / 'table.csv', encoding='utf-8') as file:
+        read = list(csv.DictReader(file))
+    assert float(read[0]['adaptation']) == pytest.approx(1.9)
+    assert read[1]['forgetting'] == ''
+    draw(tmp_path / 'report.png', 'test', results)
+    assert (tmp_path / 'report.png').stat().st_size > 10_000

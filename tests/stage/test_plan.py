@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sequence YAML becomes the right runs."""
+
+import pytest
+from omegaconf import OmegaConf
+from tiny import ROOT, merge
+
+from cpt_algorithms.stage.plan import plan, tokens_per_stream
+
+QUICKSTART = ROOT / 'yamls' / 'sequence' / 'quickstart.yaml'
+
+
+@pytest.fixture
+def spec():
+    return OmegaConf.to_container(OmegaConf.load(QUICKSTART), resolve=True)
+
+
+def test_quickstart_runs(spec):
+    runs = {run.name: run for run in plan(spec)}
+    assert {name: run.parent for name, run in runs.items()} == {
+        'python-s17': None,
+        'cpp-replay_0pct-s17': 'python-s17',
+        'cpp-replay_5pct-s17': 'python-s17',
+        'cpp-replay_25pct-s17': 'python-s17',
+        'cpp-constant_eta_min-s17': 'python-s17',
+        'python-infinite_LR_5pct-s17': None,
+        'cpp-infinite_LR_5pct-s17': 'python-infinite_LR_5pct-s17',
+        'union-s17': None,
+    }
+
+
+def test_arms_are_compute_equivalent(spec):
+    runs = {run.name: tokens_per_stream(run.config) for run in plan(spec)}
+    assert runs['cpp-replay_0pct-s17'] == {'cpp': 737_280}
+    assert runs['cpp-replay_25pct-s17'] == {'cpp': 552_960, 'python': 184_320}
+    assert {sum(tokens.values()) for name, tokens in runs.items() if name.startswith('cpp')} == {737_280}
+    assert runs['union-s17'] == {'python + cpp': 1_228_800 + 737_280}
+
+
+def test_a_run_is_a_plain_stage_yaml(spec):
+    run = next(run for run in plan(spec) if run.name == 'cpp-replay_5pct-s17')
+    assert run.config['load_path'] == 'runs/quickstart/python-s17/latest-rank0.pt'
+    assert run.config['save_folder'] == 'runs/quickstart/cpp-replay_5pct-s17'
+    assert run.config['callbacks']['stage_start'] == {'optimizer': 'reset'}
+    dataset = run.config['train_loader']['dataset']
+    assert dataset['replay']['fraction'] == 0.05
+    assert list(dataset['replay']['streams']) == ['python']
+    assert [loader['label'] for loader in run.config['eval_loader']] == ['python', 'cpp']
+    assert 'alpha_const' not in run.config['scheduler']
+
+
+def test_an_override_that_names_a_scheduler_replaces_it(spec):
+    run = next(run for run in plan(spec) if run.name == 'cpp-constant_eta_min-s17')
+    assert run.config['scheduler'] == {'name': 'rewarm_constant', 't_warmup': '0tok', 'alpha': 0.1}
+
+
+def test_seeds_multiply_and_seed_the_data(spec):
+    runs = plan({**spec, 'seeds': [1, 2]})
+    assert len(runs) == 16
+    assert {run.config['train_loader']['dataset']['shuffle_seed'] for run in runs if run.seed == 2} == {2}
+    assert all(run.parent is None or run.parent.endswith(f's{run.seed}') for run in runs)
+
+
+def test_three_stages_replay_everything_earlier(spec):
+    spec['data']['english'] = {'local': 'data/english'}
+    spec['stages']['english'] = {
+        'max_duration': '409600tok',
+        'replay': {'fraction': 0.1, 'weights': {'python': 3, 'cpp': 1}},
+    }
+    spec['arms'] = {'only': {}}
+    last = plan(spec)[-1]
+    streams = last.config['train_loader']['dataset']['replay']['streams']
+    assert {name: stream['weight'] for name, stream in streams.items()} == {'python': 3, 'cpp': 1}
+    assert tokens_per_stream(last.config) == {'english': 368_640, 'python': 30_720, 'cpp': 10_240}
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'armz': {}}, "armz is not a key that anything reads; did you mean 'arms'"),
+        ({'arms': {'x': {'ccp': {}}}}, r"arms\.x\.ccp is not a key that anything reads; did you mean 'cpp'"),
+        ({'arms': {'x': {'baseline': 'single'}}}, r"arms\.x\.baseline='single' is not possible; use union"),
+        ({'stages': {'cpp': {'seed': 5}}}, r'stages\.cpp\.seed is set by the sequence'),
+        ({'stages': {'cpp': {'new': 'german'}}}, "no dataset is called 'german'; data has python, cpp"),
+        ({'stages': {'python': {'replay': {'fraction': 0.1}}}}, 'in the first stage: there is nothing to replay'),
+        ({'data': None}, 'data is missing'),
+    ],
+)
+def test_bad_sequences_are_named(spec, change, message):
+    with pytest.raises(ValueError, match=message):
+        plan(merge(spec, change))

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything wrong with a YAML is said before training, with the key, the value and what would be right."""
+
+import pytest
+import tiny
+import torch
+
+from cpt_algorithms.stage import PreflightError, preflight, resolve
+from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS
+
+
+def replay(data, fraction=0.05, **over):
+    streams = {'old': {'local': str(data['old']), 'split': 'train'}}
+    return {'dataset': {'replay': {'fraction': fraction, 'streams': streams, **over}}}
+
+
+def problems(cfg, world_size=1):
+    with pytest.raises(PreflightError) as caught:
+        preflight(resolve(cfg), world_size)
+    return caught.value.problems
+
+
+def test_a_good_yaml_passes(data, tmp_path):
+    preflight(resolve(tiny.config(tmp_path, data, 'good', train_loader=replay(data))), world_size=2)
+
+
+BAD = {
+    'top level key': ({'max_durration': '8ba'}, "max_durration is not a key that anything reads; did you mean 'max_duration'"),
+    'missing key': ({'optimizer': None}, 'optimizer is missing'),
+    'missing run_name': ({'run_name': None}, 'run_name is missing'),
+    'scheduler name': ({'scheduler': {'name': 'infinit', 't_warmup': '1ba'}}, "'infinit'; did you mean 'infinite'"),
+    'scheduler key': ({'scheduler': {'t_warmpu': '1ba'}}, "scheduler.t_warmpu is not a key that anything reads; did you mean 't_warmup'"),
+    'scheduler unit': ({'scheduler': {'t_warmup': '1000tok'}}, "t_warmup='1000tok' is in tok, but max_duration='8ba'"),
+    'infinite in dur': (
+        {'scheduler': {'name': 'infinite', 't_warmup': '0.1dur', 't_cooldown': '1ba', 't_anneal': '0ba', 'alpha_const': 0.5}},
+        't_warmup=',
+    ),
+    'exponential to zero': (
+        {'scheduler': {'name': 'infinite', 't_warmup': '1ba', 't_cooldown': '1ba', 't_anneal': '1ba', 'alpha_const': 0.5,
+                       'alpha_f': 0.0}},
+        'alpha_f=0: an exponential goes between values above 0',
+    ),
+    'optimizer key': ({'optimizer': {'weight_decy': 0.1}}, "optimizer.weight_decy is not a key that anything reads; did you mean"),
+    'callback name': ({'callbacks': {'stage_strat': {}}}, "callbacks.stage_strat: nothing is registered as 'stage_strat'; did you mean 'stage_start'"),
+    'callback key': ({'callbacks': {'final_loss': {'windw': '5ba'}}}, "callbacks.final_loss.windw is not a key that anything reads; did you mean 'window'"),
+    'algorithm name': ({'algorithms': {'gradient_cliping': {}}}, "did you mean 'gradient_clipping'"),
+    'loader name': ({'train_loader': {'name': 'replay_txt', 'dataset': {}}}, "did you mean 'replay_text'"),
+    'dataset key': ({'train_loader': {'dataset': {'shuffel': True}}}, "train_loader.dataset.shuffel is not a key that anything reads; did you mean 'shuffle'"),
+    'missing data': ({'train_loader': {'dataset': {'new': {'local': 'nowhere', 'split': 'train'}}}}, 'train_loader.dataset.new.new: there is no dataset; looked for nowhere/train/index.json'),
+    'eval dataset key': ({'eval_loader': {'name': 'text', 'drop_last': False, 'num_workers': 0, 'dataset': {'local': 'x', 'shufle': 1}}}, 'eval_loader[0].dataset.shufle'),
+    'missing eval data': ({'eval_loader': {'name': 'text', 'drop_last': False, 'num_workers': 0, 'dataset': {'local': 'nowhere', 'split': 'val'}}}, 'eval_loader[0].stream: there is no dataset; looked for nowhere/val/index.json'),
+    'batch size': ({'global_train_batch_size': 7}, 'global_train_batch_size=7 is not divisible by the 2 ranks'),
+    'duration': ({'max_duration': '0ba'}, "max_duration='0ba' must be a positive time"),
+    'too little data': ({'max_duration': '51ba'}, 'too little data: a budget of 6,528 tokens reads 6,528 tokens of the new data, which has 6,400'),
+    'no autoresume': ({'autoresume': False}, 'autoresume=false: a restart would begin at batch 0'),
+    'overwrite': ({'save_overwrite': True}, 'save_overwrite=true could destroy checkpoints'),
+    'no such parent': ({'load_path': 'nowhere.pt'}, 'load_path=nowhere.pt does not exist'),
+    'parent without stage_start': ({'load_path': 'nowhere.pt', 'callbacks': {'stage_start': None}}, 'callbacks.stage_start is missing'),
+    'contradiction': ({'load_path': 'nowhere.pt', 'load_weights_only': False}, 'load_weights_only=False contradicts stage_start.optimizer=reset'),
+    'starred key': (
+        {'load_path': 'nowhere.pt', 'callbacks': {'stage_start': {'optimizer': 'keep'}},
+         'load_ignore_keys': ['state/schedulers*', *KEEP_OPTIMIZER_IGNORE_KEYS[1:]]},
+        'load_ignore_keys lacks state/schedulers, written exactly so',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_named(case, data, tmp_path):
+    change, message = BAD[case]
+    found = problems(tiny.config(tmp_path, data, 'bad', **change), world_size=2)
+    assert any(message in problem for problem in found), found
+    assert len(found) <= 3, found
+
+
+@pytest.mark.parametrize(
+    ('loader', 'message'),
+    [
+        ({'fraction': 1.5}, 'replay.fraction=1.5 is out of range'),
+        ({'fraction': 0.9}, "too little data: a budget of 6,400 tokens reads 5,760 tokens of the replay stream 'old', which has 4,800"),
+        ({'fration': 0.1}, "did you mean 'fraction'"),
+    ],
+)  # fmt: skip
+def test_bad_replay_is_named(loader, message, data, tmp_path):
+    cfg = tiny.config(tmp_path, data, 'bad', max_duration='50ba', train_loader=replay(data, **loader))
+    assert any(message in problem for problem in problems(cfg))
+
+
+def test_several_problems_are_said_at_once(data, tmp_path):
+    found = problems(
+        tiny.config(tmp_path, data, 'bad', callbacks={'stage_strat': {}}, optimizer={'lrr': 1}, save_overwrite=True)
+    )
+    assert len(found) == 3
+
+
+def test_stock_loader_with_several_streams_is_refused(data, tmp_path):
+    streams = {name: {'local': str(data[name]), 'split': 'train', 'proportion': 0.5} for name in ('new', 'old')}
+    loader = {'name': 'text', 'drop_last': True, 'num_workers': 0, 'dataset': {'streams': streams, 'max_seq_len': 16}}
+    assert 'use name: replay_text' in problems(tiny.config(tmp_path, data, 'bad', train_loader=loader))[0]
+
+
+def test_a_parent_of_another_shape_is_named(data, tmp_path):
+    tiny.run(tiny.config(tmp_path, data, 'parent', max_duration='2ba', scheduler={'t_max': '8ba'}))
+    parent = str(tmp_path / 'parent' / 'latest-rank0.pt')
+    cfg = tiny.config(tmp_path, data, 'child', load_path=parent)
+    preflight(resolve(cfg))
+    wider = tiny.merge(cfg, {'model': {'d_model': 32}})
+    assert 'wte.weight is (256, 16) there and (256, 32) here' in problems(wider)[0]
+    deeper = tiny.merge(cfg, {'model': {'n_layers': 2}})
+    assert 'is missing there' in problems(deeper)[0]
+
+
+def test_a_parent_with_a_malicious_pickle_is_refused(data, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / 'owned'), 'w'))
+
+    torch.save({'state': {'model': Evil()}}, tmp_path / 'evil.pt')
+    found = problems(tiny.config(tmp_path, data, 'child', load_path=str(tmp_path / 'evil.pt')))
+    assert 'cannot be read as a Composer checkpoint' in found[0]
+    assert not (tmp_path / 'owned').exists()
+
+
+def test_somebody_elses_checkpoints_are_not_taken_over(data, tmp_path):
+    tiny.run(tiny.config(tmp_path, data, 'one', max_duration='2ba', scheduler={'t_max': '8ba'}))
+    cfg = tiny.config(tmp_path, data, 'two', save_folder=str(tmp_path / 'one'))
+    assert 'holds the checkpoints of a run that this recipe did not start' in problems(cfg)[0]
+    (tmp_path / 'one' / 'stage.json').write_text('{"run_name": "one"}')
+    assert "holds the checkpoints of run 'one', and run_name is 'two'" in problems(cfg)[0]
+    preflight(resolve(tiny.config(tmp_path, data, 'one')))
+
+
+def test_resolve_fills_in_what_follows(data, tmp_path):
+    cfg = resolve(tiny.config(tmp_path, data, 'child', load_path='parent.pt', autoresume=None))
+    assert cfg['autoresume'] is True
+    assert cfg['load_weights_only'] is True
+    assert cfg['callbacks']['hf_checkpointer']['save_folder'] == str(tmp_path / 'child')
+    keep = {'stage_start': {'optimizer': 'keep'}}
+    cfg = resolve(tiny.config(tmp_path, data, 'child', load_path='parent.pt', callbacks=keep))
+    assert cfg['load_weights_only'] is False
+    assert cfg['load_ignore_keys'] == KEEP_OPTIMIZER_IGNORE_KEYS

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sequence run for real: killed in the middle it ends with the same numbers, and a bad arm does not stop the others."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+from omegaconf import OmegaConf
+
+RECIPE = tiny.ROOT / 'recipes' / 'sequence.py'
+
+
+@pytest.fixture
+def spec(data, tmp_path):
+    common = tiny.config(tmp_path, data, 'unused')
+    for key in (
+        'run_name',
+        'save_folder',
+        'seed',
+        'autoresume',
+        'code_paths',
+        'max_duration',
+        'train_loader',
+        'callbacks',
+    ):
+        del common[key]
+    return {
+        'name': 'test',
+        'folder': str(tmp_path / 'runs'),
+        'jobs': 2,
+        'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
+        'stages': {'old': {'max_duration': '16ba'}, 'new': {'max_duration': '16ba'}},
+        'arms': {'none': {}, 'replay 25 %': {'new': {'replay': {'fraction': 0.25}}}, 'union': {'baseline': 'union'}},
+        'common': {
+            **common,
+            'log_to_console': True,
+            'scheduler': {'name': 'rewarm_cosine', 't_warmup': '0.1dur'},
+            'train_loader': {'num_workers': 0, 'dataset': {'max_seq_len': tiny.SEQ_LEN, 'shuffle': True}},
+            'eval_loader': {
+                'name': 'text', 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
+                'persistent_workers': False, 'dataset': {'max_seq_len': tiny.SEQ_LEN},
+            },
+            'callbacks': {'final_loss': {'window': '4ba', 'interval': '2ba'}},
+        },
+    }  # fmt: skip
+
+
+def write(spec, folder, name='sequence.yaml'):
+    OmegaConf.save(OmegaConf.create(spec), folder / name)
+    return folder / name
+
+
+def start(path, *arguments):
+    return subprocess.Popen(
+        [sys.executable, str(RECIPE), str(path), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
+
+
+def run(path, *arguments):
+    process = start(path, *arguments)
+    printed = process.communicate(timeout=400)[0]
+    return process.returncode, printed
+
+
+def results(spec):
+    folder = os.path.join(spec['folder'])
+    return {
+        name: json.load(open(os.path.join(folder, name, 'result.json'), encoding='utf-8'))
+        for name in sorted(os.listdir(folder))
+        if os.path.isdir(os.path.join(folder, name))
+    }
+
+
+def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path):
+    straight = {**spec, 'folder': str(tmp_path / 'straight')}
+    code, printed = run(write(straight, tmp_path, 'straight.yaml'))
+    assert code == 0, printed
+    assert 'final validation loss' in printed
+    assert sorted(results(straight)) == ['new-none-s17', 'new-replay_25pct-s17', 'old-s17', 'union-s17']
+
+    path = write(spec, tmp_path)
+    for wait_for in ('old-s17/ep0-ba*', 'new-*/ep0-ba*'):
+        process = start(path)
+        deadline = time.monotonic() + 200
+        while not list((tmp_path / 'runs').glob(wait_for)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        time.sleep(1)  # its runs die with it
+        left = subprocess.run(['pgrep', '-f', str(tmp_path / 'runs')], capture_output=True, text=True, check=False)
+        assert left.stdout == '', 'a killed sequence must not leave runs behind'
+    done_before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'runs').glob('*/result.json')}
+    code, printed = run(path)
+    assert code == 0, printed
+    assert results(spec) == results(straight)
+    assert done_before, 'the second kill came after the first stage was done'
+    for path_done, when in done_before.items():
+        assert path_done.stat().st_mtime_ns == when, 'finished work was done again'
+    with open(tmp_path / 'runs' / 'table.csv', encoding='utf-8') as file:
+        rows = {row['arm']: row for row in csv.DictReader(file)}
+    assert list(rows) == ['old only', 'none', 'replay 25 %', 'union']
+    assert float(rows['none']['compute against union']) == 0.5
+    assert (tmp_path / 'runs' / 'report.png').exists()
+
+    code, printed = run(
+        write(
+            {**spec, 'stages': {'old': {'max_duration': '12ba'}, 'new': {'max_duration': '16ba'}}},
+            tmp_path,
+            'changed.yaml',
+        )
+    )
+    assert code != 0
+    assert 'old-s17 was trained with other settings (max_duration: 16ba -> 12ba)' in printed
+
+
+def test_a_crashing_arm_does_not_stop_the_others(spec, tmp_path):
+    # a loss that no preflight can foresee: the optimizer is asked for a negative learning rate
+    spec['arms'] = {'none': {}, 'broken': {'new': {'optimizer': {'name': 'decoupled_adamw', 'lr': -1.0}}}}
+    code, printed = run(write(spec, tmp_path))
+    assert code != 0
+    assert 'new-broken-s17: failed' in printed
+    assert 'Invalid learning rate' in printed
+    assert '1 of 3 runs failed: new-broken-s17' in printed
+    assert (tmp_path / 'runs' / 'new-none-s17' / 'result.json').exists()
+    assert 'none' in (tmp_path / 'runs' / 'table.csv').read_text()
+
+
+def test_dry_run_prints_the_plan_and_trains_nothing(spec, tmp_path):
+    code, printed = run(write(spec, tmp_path), '--dry-run')
+    assert code == 0, printed
+    assert 'test: 4 runs' in printed
+    assert 'new 1,536, old 512' in printed
+    assert 'warm-up' in printed
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_a_bad_arm_is_refused_before_anything_is_trained(spec, tmp_path):
+    spec['arms']['typo'] = {'new': {'replay': {'fracton': 0.1}}}
+    code, printed = run(write(spec, tmp_path))
+    assert code != 0
+    assert "replay.fracton is not a key that anything reads; did you mean 'fraction'?" in printed
+    spec['arms']['typo'] = {'new': {'scheduler': {'name': 'rewarm_cosine', 't_warmup': '9999tok'}}}
+    code, printed = run(write(spec, tmp_path))
+    assert code != 0
+    assert "new-typo-s17: t_warmup='9999tok' is in tok" in printed
+    assert not (tmp_path / 'runs').exists()
