@@ -14,7 +14,7 @@ quickstart: data
 
 # Text that is already on this machine: Python sources (D0) and C++ headers (D1).
 data: $(VENV)/installed
-	$(BIN)/python scripts/prepare_data.py --out $(DATA) --vocab-size 2048 --max-train-tokens 2000000 --max-val-tokens 20480
+	$(BIN)/python scripts/prepare_data.py --out $(DATA) --vocab-size 2048 --max-train-tokens 2000000 --max-val-tokens 16384
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -1,2 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continual pre-training for Composer and LLM Foundry."""
+"""Continual pre-training for Composer and LLM Foundry: the whole public surface.
+
+LLM Foundry finds the schedulers, the callbacks and the loader by their YAML names; import them from here to use them in
+Python.
+"""
+
+from cpt_algorithms.evaluation import FinalLoss, adaptation, final_loss, forgetting
+from cpt_algorithms.replay import ReplayTextDataset, build_replay_text_dataloader
+from cpt_algorithms.schedulers import (
+    InfiniteScheduler,
+    RewarmConstantScheduler,
+    RewarmCosineScheduler,
+    WSDScheduler,
+    preview,
+)
+from cpt_algorithms.stage import PreflightError, StageStart, preflight, resolve
+
+__all__ = [
+    'FinalLoss',
+    'InfiniteScheduler',
+    'PreflightError',
+    'ReplayTextDataset',
+    'RewarmConstantScheduler',
+    'RewarmCosineScheduler',
+    'StageStart',
+    'WSDScheduler',
+    'adaptation',
+    'build_replay_text_dataloader',
+    'final_loss',
+    'forgetting',
+    'preflight',
+    'preview',
+    'resolve',
+]

@@ -31,10 +31,10 @@ def test_quickstart_runs(spec):
 
 def test_arms_are_compute_equivalent(spec):
     runs = {run.name: tokens_per_stream(run.config) for run in plan(spec)}
-    assert runs['cpp-replay_0pct-s17'] == {'cpp': 737_280}
-    assert runs['cpp-replay_25pct-s17'] == {'cpp': 552_960, 'python': 184_320}
-    assert {sum(tokens.values()) for name, tokens in runs.items() if name.startswith('cpp')} == {737_280}
-    assert runs['union-s17'] == {'python + cpp': 1_228_800 + 737_280}
+    assert runs['cpp-replay_0pct-s17'] == {'cpp': 655_360}
+    assert runs['cpp-replay_25pct-s17'] == {'cpp': 491_520, 'python': 163_840}
+    assert {sum(tokens.values()) for name, tokens in runs.items() if name.startswith('cpp')} == {655_360}
+    assert runs['union-s17'] == {'python + cpp': 1_146_880 + 655_360}
 
 
 def test_a_run_is_a_plain_stage_yaml(spec):

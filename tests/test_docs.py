@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README, the cards and the YAMLs say is true: they are parsed, built and checked here."""
+
+import re
+import subprocess
+from importlib.metadata import entry_points
+
+import numpy as np
+import pytest
+from llmfoundry import registry
+from llmfoundry.utils.builders import build_callback, build_scheduler
+from omegaconf import OmegaConf
+from tiny import ROOT
+
+import cpt_algorithms
+from cpt_algorithms.stage import preflight, resolve
+from cpt_algorithms.stage.plan import plan
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'cpt_algorithms').rglob('README.md'))]
+YAMLS = sorted((ROOT / 'yamls').rglob('*.yaml'))
+TRACKED = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def blocks(page, language):
+    return re.findall(rf'```{language}\n(.*?)```', page.read_text(), re.DOTALL)
+
+
+def test_there_is_a_card_for_every_folder_and_it_is_in_the_readme():
+    folders = {path.parent for path in (ROOT / 'cpt_algorithms').glob('*/__init__.py')}
+    assert {page.parent for page in PAGES} == {ROOT, *folders}
+    for folder in folders:
+        assert f'(cpt_algorithms/{folder.name}/README.md)' in PAGES[0].read_text()
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.parent.name)
+def test_links_and_named_files_exist(page):
+    text = page.read_text()
+    for target in re.findall(r'\]\((?!http)([^)#]+)\)', text):
+        assert (page.parent / target).exists(), target
+    for name in re.findall(r'\b((?:recipes|scripts|yamls|cpt_algorithms)/[\w./]+\.(?:py|yaml))', text):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.parent.name)
+def test_yaml_blocks_build(page):
+    for text in blocks(page, 'yaml'):
+        cfg = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        if 'scheduler' in cfg:
+            section = dict(cfg['scheduler'])
+            build_scheduler(section.pop('name'), section)
+        for name, arguments in (cfg.get('callbacks') or {}).items():
+            build_callback(name, arguments)
+
+
+def test_registered_names_are_those_the_readme_lists():
+    ours = {
+        point.name
+        for group in ('schedulers', 'callbacks', 'dataloaders')
+        for point in entry_points(group=f'llmfoundry_{group}')
+        if point.value.startswith('cpt_algorithms')
+    }
+    table = PAGES[0].read_text().split('## What is in it')[1].split('```')[0]
+    assert ours == set(
+        re.findall(r'`(\w+)`', ' '.join(line.split('|')[2] for line in table.splitlines() if '](' in line))
+    )
+    for kind in (registry.schedulers, registry.callbacks, registry.dataloaders):
+        built_in = {name for name in kind.get_all() if name not in kind.get_entry_points()}
+        assert not ours & built_in, 'an entry point would silently replace a built-in of LLM Foundry'
+
+
+def test_public_names_are_listed_and_exist():
+    assert cpt_algorithms.__all__ == sorted(cpt_algorithms.__all__)
+    for name in cpt_algorithms.__all__:
+        assert getattr(cpt_algorithms, name).__doc__
+
+
+def test_the_readmes_tree_is_the_repositorys():
+    tree = PAGES[0].read_text().split('```\ncpt_algorithms/')[1].split('```')[0]
+    named = set(re.findall(r'^(\w+)/', 'cpt_algorithms/' + tree, re.MULTILINE))
+    tracked = {path.split('/')[0] for path in TRACKED if '/' in path and not path.startswith('.')}
+    assert named == tracked
+
+
+def test_every_recipe_has_yamls():
+    recipes = {path.stem for path in (ROOT / 'recipes').glob('*.py')}
+    assert recipes == {path.parent.name for path in YAMLS}
+
+
+@pytest.fixture(scope='module')
+def big_data(tmp_path_factory):
+    """Datasets as large as the YAMLs need, of the same rows again and again."""
+    from streaming import MDSWriter
+
+    root = tmp_path_factory.mktemp('big')
+    rows = np.random.default_rng(0).integers(0, 2048, (8, 128), dtype=np.int32)
+    for name in ('python', 'cpp'):
+        for split, samples in (('train', 15_625), ('val', 160)):
+            with MDSWriter(out=str(root / name / split), columns={'tokens': 'ndarray:int32:128'}) as writer:
+                for index in range(samples):
+                    writer.write({'tokens': rows[index % 8]})
+    return root
+
+
+@pytest.mark.parametrize('path', YAMLS, ids=lambda path: f'{path.parent.name}/{path.stem}')
+def test_every_yaml_passes_preflight(path, big_data, tmp_path):
+    cfg = OmegaConf.load(path)
+    header = path.read_text().split('\n')[0:6]
+    assert all(line.startswith('#') for line in header[:3]), 'a header: what, launch, tokens'
+    key = 'root' if 'root' in cfg.variables else 'data'
+    cfg.variables[key] = str(big_data)
+    spec = OmegaConf.to_container(cfg, resolve=True)
+    if path.parent.name == 'sequence':
+        configs = [
+            {k: v for k, v in run.config.items() if k != 'load_path'} for run in plan({**spec, 'folder': str(tmp_path)})
+        ]
+    else:
+        configs = [{**spec, 'save_folder': str(tmp_path)}]
+    for config in configs:
+        preflight(resolve(config))
