@@ -113,6 +113,7 @@ class FinalLoss(Callback):
             return due
 
         for evaluator in state.evaluators:
+            assert evaluator.eval_interval is not None, 'the trainer has set it'
             evaluator.eval_interval = also_in_final_window(_dataset(evaluator.label), evaluator.eval_interval)
 
     def eval_end(self, state: State, logger: Logger) -> None:

@@ -8,6 +8,8 @@ import inspect
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +21,7 @@ from llmfoundry.utils.registry_utils import construct_from_registry
 from numpy.typing import NDArray
 from streaming import Stream
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cpt_algorithms.keys import check_keys
 from cpt_algorithms.replay.functional import (
@@ -42,7 +44,7 @@ FRESH_SHUFFLE = 1_000_003
 CHUNK = 4096
 
 
-def named_streams(where: str, section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _named_streams(where: str, section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """``{name: stream keywords}`` of a section that is one stream or a mapping of several."""
     if 'remote' in section or 'local' in section:
         return {where.rsplit('.', 1)[-1]: dict(section)}
@@ -53,6 +55,55 @@ def named_streams(where: str, section: Mapping[str, Any]) -> dict[str, dict[str,
                 '({remote: ..., local: ..., split: ...}) or as a mapping of several named ones'
             )
     return {str(name): dict(stream) for name, stream in section.items()}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The ``new`` and ``replay`` sections of a YAML, read and checked.
+
+    Args:
+        new: Stream keywords of the new data, by name.
+        old: Stream keywords of the old data, by name.
+        weights: Weight of each old stream.
+        fraction: Replay fraction.
+        order: Order of the old data, ``pretraining`` or ``shuffled``.
+        interleaving: Which stream each slot belongs to: the new data, then each old stream.
+    """
+
+    new: dict[str, dict[str, Any]]
+    old: dict[str, dict[str, Any]]
+    weights: dict[str, Any]
+    fraction: Fraction
+    order: str
+    interleaving: Interleaving
+
+
+def read_mix(new: Mapping[str, Any] | None, replay: Mapping[str, Any] | None) -> Mix:
+    """Read what :class:`ReplayTextDataset` calls ``new`` and ``replay``.
+
+    Raises:
+        ValueError: If a key is unknown, the fraction or a weight is out of range, there is nothing to read, or two streams
+            share a name.
+    """
+    where = 'train_loader.dataset'
+    replay = dict(replay or {})
+    check_keys(f'{where}.replay', replay, ('fraction', 'streams', 'order'))
+    order = replay.get('order', 'pretraining')
+    if order not in ('pretraining', 'shuffled'):
+        raise ValueError(f"replay.order={order!r} is not possible; use 'pretraining' or 'shuffled'")
+    new_streams = _named_streams(f'{where}.new', new or {})
+    old_streams = _named_streams(f'{where}.replay.streams', replay.get('streams') or {})
+    if not new_streams:
+        raise ValueError(f'{where}.new is empty: name the data to learn')
+    if shared := sorted(new_streams.keys() & old_streams.keys() | {'new'} & old_streams.keys()):
+        raise ValueError(f'stream name {shared[0]!r} is used in both new and replay.streams; names must differ')
+    weights = {name: stream.pop('weight', 1) for name, stream in old_streams.items()}
+    for section, named in (('new', new_streams), ('replay.streams', old_streams)):
+        for name, stream in named.items():
+            check_keys(f'{where}.{section}.{name}', stream, STREAM_KEYS)
+    fraction = replay.get('fraction', 0)
+    interleaving = Interleaving(shares_of(fraction, weights))
+    return Mix(new_streams, old_streams, weights, exact_fraction('replay.fraction', fraction), order, interleaving)
 
 
 class _Work:
@@ -132,26 +183,8 @@ class ReplayTextDataset(StreamingTextDataset):
         max_passes: float = 1,
         **kwargs: Any,
     ) -> None:
-        new_streams = named_streams('train_loader.dataset.new', new)
-        replay = dict(replay or {})
-        check_keys('train_loader.dataset.replay', replay, ('fraction', 'streams', 'order'))
-        order = replay.get('order', 'pretraining')
-        if order not in ('pretraining', 'shuffled'):
-            raise ValueError(f"replay.order={order!r} is not possible; use 'pretraining' or 'shuffled'")
-        old_streams = named_streams('train_loader.dataset.replay.streams', replay.get('streams') or {})
-        if not new_streams:
-            raise ValueError('train_loader.dataset.new is empty: name the data to learn')
-        if shared := sorted(new_streams.keys() & old_streams.keys()):
-            raise ValueError(f'stream name {shared[0]!r} is used in both new and replay.streams; names must differ')
-        weights = {name: stream.pop('weight', 1) for name, stream in old_streams.items()}
-        fraction = replay.get('fraction', 0)
-        interleaving = Interleaving(shares_of(fraction, weights))
-        streams = []
-        for where, named in (('new', new_streams), ('replay.streams', old_streams)):
-            for name, stream in named.items():
-                check_keys(f'train_loader.dataset.{where}.{name}', stream, STREAM_KEYS)
-                streams.append(Stream(**stream))
-
+        mix = read_mix(new, replay)
+        streams = [Stream(**stream) for stream in (*mix.new.values(), *mix.old.values())]
         super().__init__(
             tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
             max_seq_len=max_seq_len,
@@ -163,18 +196,19 @@ class ReplayTextDataset(StreamingTextDataset):
             **kwargs,
         )
         self.max_passes = exact_fraction('train_loader.dataset.max_passes', max_passes)
-        self.names = ['new', *old_streams]
+        self.names = ['new', *mix.old]
         block_size = int(shuffle_block_size or DEFAULT_BLOCK_SIZE)
         sizes = np.split(self.samples_per_shard, np.cumsum(self.shards_per_stream)[:-1])
-        sizes = [np.concatenate(sizes[: len(new_streams)]), *sizes[len(new_streams) :]]
-        old_seed = shuffle_seed + (FRESH_SHUFFLE if order == 'shuffled' else 0)
+        sizes = [np.concatenate(sizes[: len(mix.new)]), *sizes[len(mix.new) :]]
+        old_seed = shuffle_seed + (FRESH_SHUFFLE if mix.order == 'shuffled' else 0)
         seeds = [shuffle_seed if shuffle else None]
-        seeds += [old_seed if shuffle or order == 'shuffled' else None] * len(old_streams)
-        self.sequence = MixedSequence(interleaving, sizes, seeds, block_size)
+        seeds += [old_seed if shuffle or mix.order == 'shuffled' else None] * len(mix.old)
+        self.sequence = MixedSequence(mix.interleaving, sizes, seeds, block_size)
 
         self.global_batch_size = batch_size * self._parallel_rank_world.num_ranks
-        one_pass = interleaving.slots_in_one_pass(self.sequence.sizes[0])
-        self.num_batches = one_pass // self.global_batch_size if drop_last else -(-one_pass // self.global_batch_size)
+        self.slots_per_pass = mix.interleaving.slots_in_one_pass(self.sequence.sizes[0])
+        whole, rest = divmod(self.slots_per_pass, self.global_batch_size)
+        self.num_batches = whole + (rest > 0 and not drop_last)
         if not self.num_batches:
             raise ValueError(
                 f'the new data has {self.sequence.sizes[0]:,} samples of {max_seq_len} tokens, too few for one global '
@@ -182,15 +216,15 @@ class ReplayTextDataset(StreamingTextDataset):
             )
         self.mix = json.dumps(
             {
-                'fraction': str(exact_fraction('fraction', fraction)),
-                'order': order,
+                'fraction': str(mix.fraction),
+                'order': mix.order,
                 'shuffle': bool(shuffle),
                 'shuffle_seed': shuffle_seed,
                 'shuffle_block_size': block_size,
                 'max_seq_len': max_seq_len,
                 'global_batch_size': self.global_batch_size,
-                **self._describe_streams('new', new_streams, 0, {}),
-                **self._describe_streams('replay', old_streams, len(new_streams), weights),
+                **self._describe_streams('new', mix.new, 0, {}),
+                **self._describe_streams('replay', mix.old, len(mix.new), mix.weights),
             }
         )
 

@@ -20,11 +20,12 @@ from llmfoundry.utils.builders import build_composer_model, build_scheduler, bui
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from llmfoundry.utils.registry_utils import import_file
 from streaming import StreamingDataset
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cpt_algorithms.keys import check_keys
-from cpt_algorithms.replay.functional import Interleaving, check_budget, exact_fraction, shares_of
-from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, named_streams
+from cpt_algorithms.replay.functional import check_budget, exact_fraction
+from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, read_mix
 from cpt_algorithms.schedulers import PhaseScheduler
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS, budget_in_samples
 
@@ -289,14 +290,9 @@ def _check_data(cfg: Config) -> None:
     if loader.get('name') != 'replay_text':
         return
     dataset = loader['dataset']
-    replay = dataset.get('replay') or {}
-    new = named_streams('train_loader.dataset.new', dataset.get('new') or {})
-    old = named_streams('train_loader.dataset.replay.streams', replay.get('streams') or {})
-    interleaving = Interleaving(
-        shares_of(replay.get('fraction', 0), {name: stream.get('weight', 1) for name, stream in old.items()})
-    )
-    new_sizes = _sizes_of('train_loader.dataset.new', new)
-    old_sizes = _sizes_of('train_loader.dataset.replay.streams', old)
+    mix = read_mix(dataset.get('new'), dataset.get('replay'))
+    new_sizes = _sizes_of('train_loader.dataset.new', mix.new)
+    old_sizes = _sizes_of('train_loader.dataset.replay.streams', mix.old)
     if None in [*new_sizes.values(), *old_sizes.values()]:
         log.warning('the data lies in object storage: whether there is enough is checked when training starts')
         return
@@ -304,9 +300,9 @@ def _check_data(cfg: Config) -> None:
     duration = Time.from_timestring(cfg['max_duration'])
     samples = budget_in_samples(duration, cfg['global_train_batch_size'], cfg['max_seq_len'])
     if samples is None:
-        samples = int(duration.value) * interleaving.slots_in_one_pass(sizes['new'])
+        samples = int(duration.value) * mix.interleaving.slots_in_one_pass(sizes['new'])
     max_passes = exact_fraction('train_loader.dataset.max_passes', dataset.get('max_passes', 1))
-    check_budget(samples, interleaving, sizes, max_passes, cfg['max_seq_len'])
+    check_budget(samples, mix.interleaving, sizes, max_passes, cfg['max_seq_len'])
 
 
 def _parent_shapes(path: str) -> dict[str, tuple[int, ...]]:
@@ -315,7 +311,9 @@ def _parent_shapes(path: str) -> dict[str, tuple[int, ...]]:
         metadata = FileSystemReader(path).read_metadata().state_dict_metadata
         prefix = 'state.model.'
         return {
-            k[len(prefix) :]: tuple(v.size) for k, v in metadata.items() if k.startswith(prefix) and hasattr(v, 'size')
+            key[len(prefix) :]: tuple(value.size)
+            for key, value in metadata.items()
+            if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
         }
     with torch.serialization.safe_globals(_safe_globals()):
         checkpoint = torch.load(path, map_location='meta', mmap=True, weights_only=True)

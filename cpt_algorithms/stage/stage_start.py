@@ -172,7 +172,7 @@ class StageStart(Callback):
         if isinstance(dataset, ReplayTextDataset) and state.max_duration is not None:
             samples = budget_in_samples(state.max_duration, dataset.global_batch_size, dataset.max_seq_len)
             if samples is None:
-                samples = int(state.max_duration.value) * dataset.num_batches * dataset.global_batch_size
+                samples = int(state.max_duration.value) * dataset.slots_per_pass
             dataset.check_budget(samples)
 
     def batch_start(self, state: State, logger: Logger) -> None:

@@ -68,7 +68,7 @@ BAD = {
 @pytest.mark.parametrize('case', BAD)
 def test_bad_input_is_named(case, data, tmp_path):
     change, message = BAD[case]
-    found = problems(tiny.config(tmp_path, data, 'bad', **change), world_size=2)
+    found = problems(tiny.merge(tiny.config(tmp_path, data, 'bad'), change), world_size=2)
     assert any(message in problem for problem in found), found
     assert len(found) <= 3, found
 
