@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One stage: parent checkpoint + new data + replay + schedule -> checkpoints and a Hugging Face model.
 
-    composer -n 8 recipes/continue_pretraining.py yamls/continue_pretraining/rewarm_replay.yaml [key=value ...]
+    composer -n 8 recipes/continue_pretraining.py yamls/continue_pretraining/tiny_cpu.yaml [key=value ...]
     python recipes/continue_pretraining.py STAGE.yaml --dry-run        # every check, and the phases; trains nothing
 
 The YAML is an ordinary llm-foundry train YAML. Everything that can be checked without training is checked first; then
@@ -11,14 +11,28 @@ it goes on from the latest checkpoint, and does nothing if the stage is done.
 
 import argparse
 import ctypes
+import json
 import os
 import platform
+import re
+import shutil
 import signal
 import sys
 import tempfile
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+
+def die_with_parent() -> None:
+    """If the launcher is killed, do not train on as an orphan beside the restarted run (Linux only)."""
+    if platform.system() == 'Linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
+if __name__ == '__main__' and 'LOCAL_RANK' in os.environ:
+    die_with_parent()  # before the imports below, which take seconds
 
 from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
@@ -28,13 +42,14 @@ from llmfoundry import registry
 from llmfoundry.command_utils import train
 from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from cpt_algorithms.evaluation.final_loss import write_json
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
 
 # Streaming numbers the datasets of a machine, and two runs that start at the same moment can pick the same number.
-DATASETS_LOCK = FileLock(Path(tempfile.gettempdir()) / 'cpt_algorithms_datasets.lock')
+DATASETS_LOCK = FileLock(Path(tempfile.gettempdir()) / f'cpt_algorithms_datasets_{os.getuid()}.lock')
 STACK = ('cpt-algorithms', 'llm-foundry', 'mosaicml', 'mosaicml-streaming', 'torch', 'transformers')
 
 
@@ -46,16 +61,13 @@ class DatasetsBuilt(Callback):
         DATASETS_LOCK.release()
 
 
-def die_with_parent() -> None:
-    """If the launcher is killed, do not train on as an orphan beside the restarted run (Linux only)."""
-    if platform.system() == 'Linux':
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-
-
 def load(yaml: str, overrides: list[str]) -> dict[str, Any]:
     """The YAML with ``key=value`` overrides, resolved."""
-    merged = OmegaConf.merge(OmegaConf.load(yaml), OmegaConf.from_cli(overrides))
-    return resolve(OmegaConf.to_container(merged, resolve=True))  # pyright: ignore[reportArgumentType]
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(yaml), OmegaConf.from_cli(overrides))
+        return resolve(OmegaConf.to_container(merged, resolve=True))  # pyright: ignore[reportArgumentType]
+    except (OSError, OmegaConfBaseException) as error:
+        sys.exit(f'{yaml} cannot be read: {error}')
 
 
 def print_phases(cfg: dict[str, Any]) -> None:
@@ -84,6 +96,33 @@ def write_lineage(cfg: dict[str, Any]) -> None:
     )
 
 
+def mend(folder: Path) -> None:
+    """Undo what a kill in the middle of saving leaves behind.
+
+    Composer writes a checkpoint under its final name and then replaces the ``latest`` link by removing it. Whatever was
+    half written is deleted, and ``latest`` made to point at the newest whole checkpoint, if there is one.
+    """
+    whole: dict[int, Path] = {}
+    for path in folder.glob('ep*-ba*'):
+        batch = re.search(r'-ba(\d+)', path.name)
+        # a zip's directory stands at its end, and a sharded folder's .metadata is written last
+        complete = (path / '.metadata').exists() if path.is_dir() else zipfile.is_zipfile(path)
+        if complete and batch:
+            whole[int(batch.group(1))] = path
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if whole:
+        newest = whole[max(whole)]
+        link = folder / ('latest-sharded-rank0' if newest.is_dir() else 'latest-rank0.pt')
+        if not (link.is_symlink() and link.resolve() == newest.resolve()):
+            new_link = folder / '.latest'
+            new_link.unlink(missing_ok=True)
+            new_link.symlink_to(newest.name)
+            new_link.replace(link)
+
+
 def main() -> None:
     """Check, train, export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,7 +130,6 @@ def main() -> None:
     parser.add_argument('overrides', nargs='*', help='key=value, as for llmfoundry train')
     parser.add_argument('--dry-run', action='store_true', help='check everything and print the phases, then stop')
     arguments = parser.parse_args()
-    die_with_parent()
     cfg = load(arguments.yaml, arguments.overrides)
     world_size = int(os.environ.get('WORLD_SIZE', '1'))
     rank_zero = os.environ.get('RANK', '0') == '0'
@@ -106,28 +144,40 @@ def main() -> None:
     if arguments.dry_run:
         return
 
+    folder = Path(cfg['save_folder'])
     local = not parse_uri(cfg['save_folder'])[0]
     if local:
         cfg['save_folder'] = cfg['save_folder'].format(run_name=cfg['run_name'])
-        done, total = latest_batch(cfg['save_folder']), total_batches(cfg)
-        if total is not None and done >= total:
-            if (Path(cfg['save_folder']) / 'huggingface' / f'ba{done}' / 'config.json').exists():
-                print(f'{cfg["run_name"]}: finished already, at batch {done} of {total}')
-                return
-            cfg['only_hf_checkpoint'] = True  # killed between the last checkpoint and the export
+        folder = Path(cfg['save_folder'])
+        if (folder / 'done.json').exists():
+            if rank_zero:
+                batch = json.loads((folder / 'done.json').read_text())['batch']
+                print(f'{cfg["run_name"]}: finished already, at batch {batch}')
+            return
         if rank_zero:
-            Path(cfg['save_folder']).mkdir(parents=True, exist_ok=True)
-            lock = FileLock(Path(cfg['save_folder']) / '.lock')
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / '.lock')
             try:
                 lock.acquire(timeout=30)
             except Timeout:
-                sys.exit(f'save_folder={cfg["save_folder"]}: another process is training there; wait for it or stop it')
-            write_lineage(cfg)
+                sys.exit(f'save_folder={folder}: another process is training there; wait for it or stop it')
+            mend(folder)
+            if not latest_batch(folder):
+                write_lineage(cfg)
+        if world_size > 1:
+            dist.barrier()
+        total = total_batches(cfg)
+        # killed between the last checkpoint and the end of the export
+        cfg['only_hf_checkpoint'] = total is not None and latest_batch(folder) >= total
     registry.callbacks.register('datasets_built', func=DatasetsBuilt)
     cfg['callbacks']['datasets_built'] = {}
     if os.environ.get('LOCAL_RANK', '0') == '0':
         DATASETS_LOCK.acquire()
-    train(OmegaConf.create(cfg))
+    trainer = train(OmegaConf.create(cfg))
+    if local and rank_zero:
+        parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
+        batch = int(trainer.state.timestamp.batch.value)
+        write_json(folder / 'done.json', {'batch': batch, 'parameters': parameters})
 
 
 if __name__ == '__main__':

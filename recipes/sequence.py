@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +26,7 @@ from composer.core import Time
 from continue_pretraining import die_with_parent
 from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -35,7 +36,7 @@ from cpt_algorithms.evaluation.final_loss import write_json
 from cpt_algorithms.evaluation.report import ArmResult, draw, rich_table, table, write_csv
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases, preview
 from cpt_algorithms.stage import PreflightError, preflight, resolve, total_batches
-from cpt_algorithms.stage.plan import Run, plan, tokens_per_stream
+from cpt_algorithms.stage.plan import Run, plan, stage_tokens, tokens_per_stream
 
 RECIPE = Path(__file__).with_name('continue_pretraining.py')
 # Composer's console logger: [token=40960/1638400]
@@ -96,8 +97,8 @@ def check(spec: dict[str, Any], runs: list[Run]) -> None:
     for run in runs:
         try:
             # parents do not exist yet: each run's own preflight looks at them
-            parentless = {key: value for key, value in run.config.items() if key != 'load_path'}
-            preflight(resolve(parentless), int(spec.get('nproc') or 1))
+            parentless = {key: value for key, value in run.config.items() if not key.startswith('load_')}
+            preflight(parentless, int(spec.get('nproc') or 1))
         except PreflightError as error:
             problems += [f'{run.name}: {problem}' for problem in error.problems]
         saved = folder(run) / 'run.yaml'
@@ -169,21 +170,10 @@ def progress_of(run: Run) -> int:
 def finish(run: Run) -> None:
     """Mark a run as done, with its numbers."""
     losses = json.loads((folder(run) / 'losses.json').read_text())
-    export = folder(run) / 'huggingface' / f'ba{batches(run)}' / 'model.safetensors'
-    from safetensors import safe_open
-
-    with safe_open(export, 'pt') as tensors:
-        parameters = sum(tensors.get_slice(key).get_shape() and _numel(tensors, key) for key in tensors.keys())
+    parameters = json.loads((folder(run) / 'done.json').read_text())['parameters']
     write_json(
         folder(run) / 'result.json', {**losses, 'parameters': parameters, 'tokens': tokens_per_stream(run.config)}
     )
-
-
-def _numel(tensors: Any, key: str) -> int:
-    size = 1
-    for length in tensors.get_slice(key).get_shape():
-        size *= length
-    return size
 
 
 def _chain(run: Run, runs: list[Run]) -> int:
@@ -253,7 +243,7 @@ def results_of(spec: dict[str, Any], runs: list[Run]) -> list[ArmResult]:
     """Every arm that came to its end, in the order of the YAML."""
     by_name = {run.name: run for run in runs}
     parents = {run.parent for run in runs}
-    union_tokens = sum(sum(tokens_per_stream(_stage_run(runs, stage).config).values()) for stage in spec['stages'])
+    union_tokens = sum(stage_tokens(spec).values())
     results = []
     for run in runs:
         chain = [run]
@@ -288,13 +278,10 @@ def results_of(spec: dict[str, Any], runs: list[Run]) -> list[ArmResult]:
     return results
 
 
-def _stage_run(runs: list[Run], stage: str) -> Run:
-    return next(run for run in runs if run.stage == stage)
-
-
 def _suffix(run: Run, runs: list[Run]) -> str:
     # the first stage is trained more than once if an arm changes it
-    return '' if run is _stage_run(runs, run.stage) else f' ({run.arm})'
+    first = next(other for other in runs if (other.stage, other.seed) == (run.stage, run.seed))
+    return '' if run is first else f' ({run.arm})'
 
 
 def main() -> None:
@@ -306,10 +293,13 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    merged = OmegaConf.merge(OmegaConf.load(arguments.yaml), OmegaConf.from_cli(arguments.overrides))
-    spec: Any = OmegaConf.to_container(merged, resolve=True)
     try:
-        runs = plan(spec)
+        merged = OmegaConf.merge(OmegaConf.load(arguments.yaml), OmegaConf.from_cli(arguments.overrides))
+        spec: Any = OmegaConf.to_container(merged, resolve=True)
+    except (OSError, OmegaConfBaseException) as error:
+        sys.exit(f'{arguments.yaml} cannot be read: {error}')
+    try:
+        runs = [replace(run, config=resolve(run.config)) for run in plan(spec)]
         check(spec, runs)
     except ValueError as error:
         sys.exit(f'{arguments.yaml} was refused before training:\n{error}')

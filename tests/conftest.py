@@ -35,6 +35,7 @@ def write_mds() -> Callable[..., Path]:
             out=str(folder / split),
             columns={'tokens': f'ndarray:int32:{SEQ_LEN}'},
             size_limit=samples_per_shard * row_bytes + 200,
+            hashes=['xxh64'],
         ) as writer:
             for row in rows:
                 writer.write({'tokens': row})

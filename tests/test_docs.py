@@ -2,6 +2,7 @@
 """What the README, the cards and the YAMLs say is true: they are parsed, built and checked here."""
 
 import re
+import shutil
 import subprocess
 from importlib.metadata import entry_points
 
@@ -87,11 +88,12 @@ def test_every_recipe_has_yamls():
 
 
 @pytest.fixture(scope='module')
-def big_data(tmp_path_factory):
+def big_data(tmp_path_factory, data):
     """Datasets as large as the YAMLs need, of the same rows again and again."""
     from streaming import MDSWriter
 
     root = tmp_path_factory.mktemp('big')
+    shutil.copytree(data['tokenizer'], root / 'tokenizer')
     rows = np.random.default_rng(0).integers(0, 2048, (8, 128), dtype=np.int32)
     for name in ('python', 'cpp'):
         for split, samples in (('train', 15_625), ('val', 160)):

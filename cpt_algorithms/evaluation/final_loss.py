@@ -4,6 +4,7 @@
 import json
 import os
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class FinalLoss(Callback):
             assert state.dataloader_len is not None, 'replay_text knows its length'
             left = int(state.max_duration.value) * int(state.dataloader_len.value) - batches
         else:
-            left = round((state.max_duration.value - done) / (done / batches))
+            left = ceil((state.max_duration.value - done) / (done / batches) - 1e-9)
         return in_final_window(max(left, 0), self.window, self.interval)
 
     def fit_start(self, state: State, logger: Logger) -> None:

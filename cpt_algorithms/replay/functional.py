@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from math import lcm
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,6 @@ __all__ = [
     'check_budget',
     'differences',
     'exact_fraction',
-    'row_shift',
     'row_shift',
     'shares_of',
     'worker_slots',
@@ -208,7 +208,7 @@ class ShuffledOrder:
 
     Unlike ``py1e`` nothing has to be laid out: the keys in ``[ab, (a+1)b)`` belong to samples near there, and how
     many keys are smaller is counted from the same neighbourhood. Cost: O(number of shards) to build, O(b) (about
-    50 ms at the default) for each block read, 24 bytes per sample of two blocks in memory.
+    50 ms at the default) for each block read, 40 bytes per sample of one block in memory.
 
     Args:
         shard_sizes: Samples in each shard, in dataset order.
@@ -292,8 +292,19 @@ class MixedSequence:
         self._offsets = np.cumsum([0, *self.sizes])[:-1]
         self._seeds = seeds
         self._block_size = block_size
+        self._remember_orders()
+
+    def _remember_orders(self) -> None:
         # two passes of each stream: a batch can straddle the end of one
         self._order = lru_cache(maxsize=2 * len(self.sizes))(self._make_order)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the cache, which cannot be pickled: DataLoader workers may be spawned."""
+        return {key: value for key, value in self.__dict__.items() if key != '_order'}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._remember_orders()
 
     def _make_order(self, stream: int, pass_index: int) -> ShuffledOrder:
         seed = self._seeds[stream]

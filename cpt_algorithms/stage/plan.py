@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from composer.core import Time
@@ -15,7 +16,7 @@ from cpt_algorithms.keys import check_keys
 from cpt_algorithms.replay.functional import Interleaving, shares_of
 from cpt_algorithms.stage.stage_start import budget_in_samples
 
-__all__ = ['Run', 'plan', 'tokens_per_stream']
+__all__ = ['Run', 'plan', 'stage_tokens', 'tokens_per_stream']
 
 Config = dict[str, Any]
 
@@ -111,15 +112,39 @@ def _stages_of(spec: Config, arm: str, overrides: Config) -> dict[str, Config]:
         }
     if baseline != 'union':
         raise ValueError(f'arms.{arm}.baseline={baseline!r} is not possible; use union (from scratch on all data)')
-    # From scratch, on all the data and for all the tokens of the stages, under the first stage's schedule.
-    first = _merge(common, next(iter(stages.values())) or {})
-    durations = [Time.from_timestring(_merge(common, stage or {})['max_duration']) for stage in stages.values()]
-    total = durations[0]
-    for duration in durations[1:]:
-        total = total + duration
-    union = {**first, 'new': list(stages), 'max_duration': total.to_timestring()}
-    union.pop('replay', None)
+    # From scratch, on what the stages read without replay, mixed evenly, under the first stage's schedule.
+    merged = {name: _merge({'new': name, **common}, stage or {}) for name, stage in stages.items()}
+    if several := [name for name, stage in merged.items() if isinstance(stage['new'], list)]:
+        raise ValueError(f'arms.{arm}: baseline union wants one dataset per stage, and {several[0]} has several')
+    budgets = stage_tokens(spec)
+    total = sum(budgets.values())
+    *earlier, last = merged.items()
+    union = {**next(iter(merged.values())), 'new': last[1]['new'], 'max_duration': f'{total}tok'}
+    union['replay'] = {
+        'fraction': str(Fraction(total - budgets[last[0]], total)),
+        'weights': {stage['new']: budgets[name] for name, stage in earlier},
+    }
     return {'union': _merge(union, overrides.get('union') or {})}
+
+
+def stage_tokens(spec: Config) -> dict[str, int]:
+    """The token budget of each stage, as ``stages`` and ``common`` say.
+
+    Raises:
+        ValueError: If a stage has none, or it is not in tok, ba or sp.
+    """
+    budgets = {}
+    for name, stage in spec['stages'].items():
+        config = _merge(spec.get('common') or {}, stage or {})
+        for key in ('max_duration', 'global_train_batch_size', 'max_seq_len'):
+            if key not in config:
+                raise ValueError(f'stages.{name}.{key} is missing (or common.{key} for all stages)')
+        batch, length = config['global_train_batch_size'], config['max_seq_len']
+        samples = budget_in_samples(Time.from_timestring(config['max_duration']), batch, length)
+        if samples is None:
+            raise ValueError(f'stages.{name}.max_duration={config["max_duration"]} must be in tok, ba or sp')
+        budgets[name] = samples * length
+    return budgets
 
 
 def plan(spec: Config) -> list[Run]:
@@ -139,9 +164,19 @@ def plan(spec: Config) -> list[Run]:
     for key in ('name', 'folder', 'data', 'stages'):
         if not spec.get(key):
             raise ValueError(f'{key} is missing from the sequence')
+    for key in ('data', 'common', 'stages', 'arms'):
+        if not isinstance(spec.get(key) or {}, dict):
+            raise ValueError(f'{key} must be a mapping with a name for each entry')
+    stage_tokens(spec)
     for where, section in (
         ('common', spec.get('common') or {}),
-        *((f'stages.{k}', v) for k, v in spec['stages'].items()),
+        *((f'stages.{name}', stage) for name, stage in spec['stages'].items()),
+        *(
+            (f'arms.{arm}.{name}', stage)
+            for arm, stages in (spec.get('arms') or {}).items()
+            for name, stage in (stages or {}).items()
+            if isinstance(stage, dict)
+        ),
     ):
         if clash := [key for key in _DERIVED if key in (section or {})]:
             raise ValueError(f'{where}.{clash[0]} is set by the sequence for each run; leave it out')
@@ -149,14 +184,16 @@ def plan(spec: Config) -> list[Run]:
     for seed in spec.get('seeds') or [17]:
         for arm, overrides in (spec.get('arms') or {'default': {}}).items():
             parent: str | None = None
-            earlier: list[str] = []
             stages = _stages_of(spec, arm, overrides)
+            earlier = list(stages['union']['replay']['weights']) if (overrides or {}).get('baseline') else []
             for index, (stage, settings) in enumerate(stages.items()):
                 config = _train_config(spec, settings, earlier)
                 identity = json.dumps([config, parent, seed], sort_keys=True)
                 key = hashlib.sha256(identity.encode()).hexdigest()
+                last = index == len(stages) - 1
+                if key in runs and last:
+                    raise ValueError(f'arms.{arm} means the same runs as arms.{runs[key].arm}; leave one out')
                 if key not in runs:
-                    last = index == len(stages) - 1
                     plain = not last and not (overrides or {}).get(stage) and parent is None
                     words = [stage] if plain or arm == stage else [stage, arm]
                     name = f'{"-".join(map(_slug, words))}-s{seed}'
@@ -169,7 +206,8 @@ def plan(spec: Config) -> list[Run]:
                 new = settings['new']
                 earlier += new if isinstance(new, list) else [new]
     names = [run.name for run in runs.values()]
-    assert len(names) == len(set(names)), f'run names collide: {names}'
+    if clash := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f'two arms or stages would both be kept in the folder {clash[0]}; name them differently')
     return list(runs.values())
 
 

@@ -16,7 +16,7 @@ from composer.core import Time, TimeUnit
 from composer.utils import parse_uri
 from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
-from llmfoundry.utils.builders import build_composer_model, build_scheduler, build_tokenizer
+from llmfoundry.utils.builders import build_callback, build_composer_model, build_scheduler, build_tokenizer
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from llmfoundry.utils.registry_utils import import_file
 from streaming import StreamingDataset
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cpt_algorithms.keys import check_keys
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
-from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, read_mix
+from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, read_mix, row_length
 from cpt_algorithms.schedulers import PhaseScheduler
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS, budget_in_samples
 
@@ -96,6 +96,8 @@ def preflight(cfg: Config, world_size: int = 1) -> None:
     Cost: reads shard indices and the parent's metadata; builds the model without memory if there is a parent.
     """
     for path in cfg.get('code_paths') or []:
+        if not Path(path).exists():
+            raise PreflightError([f'code_paths: {path} does not exist'])
         import_file(path)  # as llm-foundry will: it may register names
     checks: list[Callable[[], None]] = [
         lambda: _check_top_level(cfg),
@@ -103,6 +105,8 @@ def preflight(cfg: Config, world_size: int = 1) -> None:
         *(lambda section=section: _check_mapping(section, cfg) for section in ('callbacks', 'algorithms', 'loggers')),
         *(lambda where=where, loader=loader: _check_loader(where, loader) for where, loader in _loaders(cfg)),
         lambda: _check_scheduler(cfg),
+        lambda: _check_callbacks(cfg),
+        lambda: _check_tokenizer(cfg),
         lambda: _check_batch_size(cfg, world_size),
         lambda: _check_loading(cfg),
         lambda: _check_saving(cfg),
@@ -110,16 +114,16 @@ def preflight(cfg: Config, world_size: int = 1) -> None:
         lambda: _check_parent(cfg),
     ]
     problems: list[str] = []
+    unreadable: list[str] = []  # what a check stumbled over is mostly what another has named
     for check in checks:
         try:
             check()
         except ValueError as error:
             problems.append(str(error))
-        except (KeyError, TypeError, AttributeError) as error:
-            # a section of the wrong form, which an earlier check has named unless it is the only one
-            problems.append(f'the YAML is not of the form llm-foundry reads: {error!r}')
-    if problems:
-        raise PreflightError(list(dict.fromkeys(problems)))
+        except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+            unreadable.append(f'the YAML is not of the form llm-foundry reads: {error!r}')
+    if problems or unreadable:
+        raise PreflightError(list(dict.fromkeys(problems or unreadable)))
 
 
 def _loaders(cfg: Config) -> list[tuple[str, Config]]:
@@ -202,7 +206,27 @@ def _check_scheduler(cfg: Config) -> None:
         scheduler.schedule(duration, dataloader_len=1 if duration.unit == TimeUnit.EPOCH else None)
 
 
+def _check_callbacks(cfg: Config) -> None:
+    for name in ('stage_start', 'final_loss'):
+        if name in cfg['callbacks']:
+            try:
+                build_callback(name, dict(cfg['callbacks'][name] or {}))
+            except TypeError:
+                return  # an unknown key, which has been named
+
+
+def _check_tokenizer(cfg: Config) -> None:
+    try:
+        build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer'].get('kwargs') or {}))
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[:1]
+        raise ValueError(f'tokenizer={cfg.get("tokenizer")} cannot be loaded: {" ".join(first_line)}') from None
+
+
 def _check_batch_size(cfg: Config, world_size: int) -> None:
+    for key in ('global_train_batch_size', 'max_seq_len'):
+        if not isinstance(cfg.get(key), int) or cfg[key] < 1:
+            raise ValueError(f'{key}={cfg.get(key)!r} must be a whole number of at least 1')
     if cfg['global_train_batch_size'] % world_size:
         raise ValueError(
             f'global_train_batch_size={cfg["global_train_batch_size"]} is not divisible by the {world_size} ranks'
@@ -260,28 +284,37 @@ def _check_saving(cfg: Config) -> None:
             )
 
 
-def _samples_in(stream: Config) -> int | None:
-    """Samples of a stream from its index; None if it lies in object storage and is not cached here."""
+def _index_of(stream: Config) -> list[Config] | None:
+    """A stream's shards; None if it lies in object storage and is not cached here."""
     split = stream.get('split') or ''
     places = [place for place in (stream.get('local'), stream.get('remote')) if place and not parse_uri(place)[0]]
     for place in places:
         index = Path(place) / split / 'index.json'
         if index.exists():
-            return sum(shard['samples'] for shard in json.loads(index.read_text())['shards'])
+            return json.loads(index.read_text())['shards']
     if stream.get('remote') and parse_uri(stream['remote'])[0]:
         return None
     raise FileNotFoundError(' or '.join(str(Path(place) / split / 'index.json') for place in places))
 
 
-def _sizes_of(where: str, streams: Mapping[str, Config]) -> dict[str, int | None]:
-    sizes = {}
+def _sizes_of(where: str, streams: Mapping[str, Config], max_seq_len: int | None = None) -> dict[str, int | None]:
+    """Samples of each stream; None if that is not known here."""
+    sizes: dict[str, int | None] = {}
     for name, stream in streams.items():
         try:
-            sizes[name] = _samples_in(stream)
+            shards = _index_of(stream)
+            sizes[name] = None if shards is None else sum(shard['samples'] for shard in shards)
         except FileNotFoundError as error:
             raise ValueError(f'{where}.{name}: there is no dataset; looked for {error}') from None
         if sizes[name] == 0:
             raise ValueError(f'{where}.{name}: the dataset is empty')
+        encodings = {code for shard in shards or [] for code in shard.get('column_encodings', [])}
+        lengths = {row_length(code) for code in encodings} - {None, max_seq_len}
+        if max_seq_len is not None and lengths:
+            raise ValueError(
+                f'{where}.{name}: max_seq_len={max_seq_len}, but the data was packed to rows of '
+                f'{lengths.pop()} tokens; set max_seq_len to that, or prepare the data again'
+            )
     return sizes
 
 
@@ -290,9 +323,14 @@ def _check_data(cfg: Config) -> None:
     if loader.get('name') != 'replay_text':
         return
     dataset = loader['dataset']
+    length = dataset.get('max_seq_len')
+    if length != cfg['max_seq_len']:
+        raise ValueError(
+            f'train_loader.dataset.max_seq_len={length} and max_seq_len={cfg["max_seq_len"]} must be equal'
+        )
     mix = read_mix(dataset.get('new'), dataset.get('replay'))
-    new_sizes = _sizes_of('train_loader.dataset.new', mix.new)
-    old_sizes = _sizes_of('train_loader.dataset.replay.streams', mix.old)
+    new_sizes = _sizes_of('train_loader.dataset.new', mix.new, length)
+    old_sizes = _sizes_of('train_loader.dataset.replay.streams', mix.old, length)
     if None in [*new_sizes.values(), *old_sizes.values()]:
         log.warning('the data lies in object storage: whether there is enough is checked when training starts')
         return
@@ -333,7 +371,9 @@ def _safe_globals() -> list[Any]:
 
 def _check_parent(cfg: Config) -> None:
     path = cfg.get('load_path')
-    if not path or parse_uri(path)[0]:
+    folder = str(cfg.get('save_folder') or '')
+    resumes = not parse_uri(folder)[0] and latest_batch(folder.format(run_name=cfg.get('run_name')))
+    if not path or parse_uri(path)[0] or resumes:  # a restart does not read its parent
         return
     if not Path(path).exists():
         raise ValueError(f'load_path={path} does not exist')
@@ -345,7 +385,10 @@ def _check_parent(cfg: Config) -> None:
     name = section.pop('name')
     section.pop('master_weights_dtype', None)
     tokenizer = build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer'].get('kwargs') or {}))
-    model = build_composer_model(name, section, tokenizer, init_context=init_empty_weights(include_buffers=False))
+    try:
+        model = build_composer_model(name, section, tokenizer, init_context=init_empty_weights(include_buffers=False))
+    except Exception as error:
+        raise ValueError(f'model cannot be built: {error}') from None
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     problems = [f'{k} is {parent[k]} there and {ours[k]} here' for k in ours if k in parent and parent[k] != ours[k]]
     problems += [f'{k} is missing there' for k in ours if k not in parent]

@@ -10,6 +10,7 @@ import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
+from composer.optim import ComposerScheduler
 from composer.utils import format_name_with_dist
 from streaming import StreamingDataset
 
@@ -45,12 +46,16 @@ def budget_in_samples(duration: Time, global_batch_size: int, max_seq_len: int) 
         global_batch_size: Samples per batch over all ranks.
         max_seq_len: Tokens per sample.
     """
+    if duration.unit == TimeUnit.EPOCH:
+        return None
     per_batch = {
         TimeUnit.BATCH: 1,
         TimeUnit.SAMPLE: global_batch_size,
         TimeUnit.TOKEN: global_batch_size * max_seq_len,
     }.get(duration.unit)
-    return None if per_batch is None else -(-int(duration.value) // per_batch) * global_batch_size
+    if per_batch is None:
+        raise ValueError(f'max_duration={duration.to_timestring()} must be in tok, ba, sp or ep')
+    return -(-int(duration.value) // per_batch) * global_batch_size
 
 
 class StageStart(Callback):
@@ -92,7 +97,12 @@ class StageStart(Callback):
         """One JSON string: which run this is, and its data. Called just before a checkpoint is written."""
         assert self._state is not None, 'Event.INIT comes first'
         _refuse_rank0_tensors(self._state)
-        return {'stage': json.dumps({'run_name': self._state.run_name, 'data': _describe_stock_data(self._state)})}
+        stage = {
+            'run_name': self._state.run_name,
+            'data': _describe_stock_data(self._state),
+            'schedule': _describe_schedule(self._state),
+        }
+        return {'stage': json.dumps(stage)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember what was saved; Event.AFTER_LOAD judges it."""
@@ -151,6 +161,7 @@ class StageStart(Callback):
             if key != 'lr' and _plain(group.get(key)) != _plain(value)
         ]
         changed += differences(self._loaded['data'], _describe_stock_data(state))
+        changed += differences(self._loaded['schedule'], _describe_schedule(state))
         if any(isinstance(callback, PhaseScheduler) for callback in state.callbacks) and not changed:
             # stock schedulers lag one batch behind, so that only ours can be compared with the time
             for scheduler in state.schedulers:
@@ -222,6 +233,32 @@ def _describe_stock_data(state: State) -> str:
         amounts = {key: value for key, value in amounts.items() if value is not None}
         options[f'stream {index}'] = f'{stream.remote or stream.local} {stream.split} {amounts}'
     return json.dumps(options)
+
+
+def _describe_schedule(state: State) -> str:
+    """The arguments of the run's scheduler; with its ``max_duration`` if that shapes what was trained already.
+
+    The end of an ``infinite`` schedule may move: it takes no ``dur``, so nothing before its anneal changes.
+    """
+    # Composer hides its scheduler in the closure of torch's LambdaLR
+    schedulers = [
+        cell.cell_contents
+        for scheduler in state.schedulers
+        for function in getattr(scheduler, 'lr_lambdas', ())
+        for cell in function.__closure__ or ()
+        if ComposerScheduler in type(cell.cell_contents).__mro__
+    ]
+    described = {}
+    for scheduler in schedulers:
+        arguments = {key: value for key, value in vars(scheduler).items() if not key.startswith('_')}
+        described['scheduler'] = type(scheduler).__name__
+        described |= {key: str(value) for key, value in arguments.pop('times', {}).items()}
+        described |= {
+            key: str(value) for key, value in arguments.items() if isinstance(value, str | int | float | Time)
+        }
+        if any('dur' in str(value) for value in described.values()):
+            described['max_duration'] = str(state.max_duration)
+    return json.dumps(described)
 
 
 def _refuse_rank0_tensors(state: State) -> None:

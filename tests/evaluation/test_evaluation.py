@@ -3,9 +3,11 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
+from composer.core import Time, Timestamp
 
 from cpt_algorithms.evaluation import FinalLoss, adaptation, final_loss, forgetting, training_flops
 from cpt_algorithms.evaluation.functional import in_final_window
@@ -23,6 +25,19 @@ def test_final_loss_by_hand():
 
 def test_window_is_the_last_100_every_10():
     assert [left for left in range(200) if in_final_window(left, 100, 10)] == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
+
+
+@pytest.mark.parametrize('tokens', [1_000_000, 1_003_520, 4096 * 245 + 1])
+def test_a_budget_that_is_not_whole_batches_still_gives_ten(tokens):
+    # the last batch passes max_duration; batches are counted as Composer trains them
+    callback, state = FinalLoss(), SimpleNamespace(max_duration=Time(tokens, 'tok'), dataloader_len=None)
+    batches = -(-tokens // 4096)
+    inside = []
+    for batch in range(1, batches + 1):
+        state.timestamp = Timestamp(batch=batch, token=4096 * batch)
+        if callback._in_final_window(state):
+            inside.append(batch)
+    assert inside == list(range(batches - 90, batches + 1, 10))
 
 
 def test_signs_and_flops():

@@ -4,8 +4,11 @@
 import json
 import multiprocessing
 import os
+import pickle
+import shutil
 import socket
 
+import numpy as np
 import pytest
 import torch
 from streaming import Stream, StreamingDataset
@@ -181,7 +184,9 @@ def test_real_ranks_read_the_same_global_batches_with_replay_spread_over_them(da
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context('fork')
+    # ranks are forked from a server that has imported the library, and started no threads
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['cpt_algorithms.replay'])
     queue = context.Queue()
     ranks = [
         context.Process(target=_one_rank, args=(rank, num_ranks, port, data, num_workers, resume_at, queue))
@@ -207,6 +212,7 @@ def test_real_ranks_read_the_same_global_batches_with_replay_spread_over_them(da
         ({'order': 'shuffled'}, r'order: pretraining -> shuffled'),
         ({'shuffle_seed': 1}, r'shuffle_seed: 9176 -> 1'),
         ({'device_batch_size': 8}, r'global_batch_size: 16 -> 8'),
+        ({'drop_last': False}, r'drop_last: True -> False'),
         ({'replay': None}, r'replay\.old: 300 samples .* -> absent'),
     ],
 )
@@ -215,6 +221,16 @@ def test_resuming_with_another_mix_is_refused_and_named(data, over, message):
     other = loader_of(data, **over)
     with pytest.raises(ValueError, match=message):
         other.dataset.load_state_dict(state)
+
+
+def test_other_data_of_the_same_size_is_noticed(data, write_mds, tmp_path):
+    state = loader_of_after_start(data).dataset.state_dict(3 * BATCH, True)
+    write_mds(tmp_path / 'new', 7, 400)  # other rows, as many, of as many bytes
+    other = loader_of(data, new={'local': str(tmp_path / 'new'), 'split': 'train'})
+    with pytest.raises(ValueError, match=r'new\.new: 400 samples \(\w+\) -> 400 samples'):
+        other.dataset.load_state_dict(state)
+    shutil.copytree(data['new'], tmp_path / 'moved')
+    loader_of(data, new={'local': str(tmp_path / 'moved'), 'split': 'train'}).dataset.load_state_dict(state)
 
 
 def test_replaced_data_is_noticed(data, write_mds, tmp_path):
@@ -246,6 +262,17 @@ def test_another_loaders_state_is_refused(data):
 def test_bad_sections_are_named(data, over, message):
     with pytest.raises(ValueError, match=message):
         build_replay_text_dataloader(FakeTokenizer(), BATCH, {**section(data), **over})
+
+
+def test_rows_of_another_length_are_refused(data):
+    with pytest.raises(ValueError, match='max_seq_len=8, but the data was packed to rows of 16 tokens'):
+        loader_of(data, max_seq_len=8)
+
+
+def test_a_sequence_can_be_sent_to_a_spawned_worker(data):
+    sequence = loader_of(data).dataset.sequence
+    sequence(np.arange(50))
+    assert pickle.loads(pickle.dumps(sequence))(np.arange(50)).tolist() == sequence(np.arange(50)).tolist()
 
 
 def test_less_new_data_than_a_batch_is_an_error(data):

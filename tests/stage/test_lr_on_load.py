@@ -105,18 +105,35 @@ def test_keep_without_a_loaded_optimizer_is_refused(parents, data, tmp_path):
          r'initial_lr: 0\.001 -> 0\.002'),
         ({'optimizer': {'name': 'decoupled_adamw', 'lr': 1e-3, 'betas': [0.9, 0.95], 'weight_decay': 0.1}},
          r'weight_decay: 1e-05 -> 0\.1'),
-        ({'scheduler': {'name': 'rewarm_cosine', 't_warmup': '8ba', 'alpha_i': 0.25}}, r'lr of batch 4: 0\.001 -> '),
+        ({'scheduler': {'name': 'rewarm_cosine', 't_warmup': '8ba', 'alpha_i': 0.25}}, r't_warmup: .*4.* -> .*8'),
+        # the same learning rate at the batch where it resumes, and another one later
+        ({'scheduler': {'name': 'rewarm_cosine', 't_warmup': '4ba', 'alpha_i': 0.25, 'alpha_f': 0.5, 't_max': '8ba'}}, r'alpha_f: 0\.1 -> 0\.5'),
         ({'train_loader': {'dataset': {'shuffle_seed': 5}}}, r'shuffle_seed: 9176 -> 5'),
     ],
 )  # fmt: skip
 def test_a_restart_changes_nothing(change, message, data, tmp_path):
     cfg = tiny.config(tmp_path, data, 'run', save_interval='4ba', callbacks={'recorder': {'kill_at': None}})
-    tiny.run(tiny.merge(cfg, {'max_duration': '4ba', 'scheduler': {'t_max': '8ba'}}))
+    cfg = tiny.merge(cfg, {'scheduler': {'t_max': '8ba'}})
+    tiny.run(tiny.merge(cfg, {'max_duration': '4ba'}))
     with pytest.raises(ValueError, match=message):
         tiny.run(tiny.merge(cfg, change))
     lines = tiny.run(cfg)  # and as it was, it goes on
     assert sorted(lines) == list(range(8))
     assert [lines[b]['lr'][0] for b in range(8)] == pytest.approx([planned(b) for b in range(8)], rel=1e-12)
+
+
+def test_the_end_of_an_infinite_schedule_may_move_and_no_other_may(data, tmp_path):
+    infinite = {'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '1ba', 'alpha_const': 0.5, 't_anneal': '0ba'}
+    cfg = tiny.config(tmp_path, data, 'trunk', scheduler=infinite, max_duration='4ba')
+    tiny.run(cfg)
+    lines = tiny.run(tiny.merge(cfg, {'max_duration': '6ba'}))
+    assert [lines[batch]['lr'] for batch in range(3, 6)] == [[5e-4]] * 3
+    cosine = tiny.config(
+        tmp_path, data, 'cosine', scheduler={'name': 'rewarm_cosine', 't_warmup': '1ba'}, max_duration='4ba'
+    )
+    tiny.run(cosine)
+    with pytest.raises(ValueError, match=r'max_duration: .*4.* -> .*6'):
+        tiny.run(tiny.merge(cosine, {'max_duration': '6ba'}))
 
 
 def test_another_runs_folder_is_not_resumed_from(data, tmp_path):

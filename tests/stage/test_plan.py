@@ -34,7 +34,8 @@ def test_arms_are_compute_equivalent(spec):
     assert runs['cpp-replay_0pct-s17'] == {'cpp': 655_360}
     assert runs['cpp-replay_25pct-s17'] == {'cpp': 491_520, 'python': 163_840}
     assert {sum(tokens.values()) for name, tokens in runs.items() if name.startswith('cpp')} == {655_360}
-    assert runs['union-s17'] == {'python + cpp': 1_146_880 + 655_360}
+    # from scratch on exactly the tokens of the stages
+    assert runs['union-s17'] == {'cpp': 655_360, 'python': 1_146_880}
 
 
 def test_a_run_is_a_plain_stage_yaml(spec):
@@ -61,6 +62,13 @@ def test_seeds_multiply_and_seed_the_data(spec):
     assert all(run.parent is None or run.parent.endswith(f's{run.seed}') for run in runs)
 
 
+def test_union_of_three_stages_reads_each_budget(spec):
+    spec['data']['english'] = {'local': 'data/english'}
+    spec['stages']['late'] = {'new': 'english', 'max_duration': '100ba'}
+    spec['arms'] = {'union': {'baseline': 'union'}}
+    assert tokens_per_stream(plan(spec)[-1].config) == {'english': 409_600, 'python': 1_146_880, 'cpp': 655_360}
+
+
 def test_three_stages_replay_everything_earlier(spec):
     spec['data']['english'] = {'local': 'data/english'}
     spec['stages']['english'] = {
@@ -84,6 +92,19 @@ def test_three_stages_replay_everything_earlier(spec):
         ({'stages': {'cpp': {'new': 'german'}}}, "no dataset is called 'german'; data has python, cpp"),
         ({'stages': {'python': {'replay': {'fraction': 0.1}}}}, 'in the first stage: there is nothing to replay'),
         ({'data': None}, 'data is missing'),
+        ({'arms': {'x': {'cpp': {'seed': 3}}}}, r'arms\.x\.cpp\.seed is set by the sequence'),
+        ({'arms': {'again': {'cpp': {}}}}, r'arms\.again means the same runs as arms\.replay 0 %'),
+        (
+            {
+                'arms': {
+                    'replay 5': {'cpp': {'replay': {'fraction': 0.06}}},
+                    'replay_5': {'cpp': {'replay': {'fraction': 0.07}}},
+                }
+            },
+            'would both be kept in the folder cpp-replay_5-s17',
+        ),
+        ({'stages': {'cpp': {'max_duration': '2ep'}}}, r'stages\.cpp\.max_duration=2ep must be in tok, ba or sp'),
+        ({'stages': {'english': {'new': 'cpp'}}, 'common': {'max_seq_len': None}}, r'max_seq_len is missing'),
     ],
 )
 def test_bad_sequences_are_named(spec, change, message):

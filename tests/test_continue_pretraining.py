@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kill in the middle of saving or exporting leaves behind is mended, and nothing half-written is taken for whole."""
+
+import json
+import os
+import subprocess
+import sys
+
+import continue_pretraining
+import pytest
+import tiny
+from omegaconf import OmegaConf
+
+RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
+
+
+def run(folder, cfg, *arguments, expect=0):
+    path = folder / f'{cfg["run_name"]}.yaml'
+    OmegaConf.save(OmegaConf.create(cfg), path)
+    done = subprocess.run(
+        [sys.executable, str(RECIPE), str(path), *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )  # fmt: skip
+    assert (done.returncode == 0) == (expect == 0), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def finished(data, tmp_path):
+    """A run of 8 batches with every other checkpoint kept, and what it recorded."""
+    cfg = tiny.config(tmp_path, data, 'run', save_num_checkpoints_to_keep=-1)
+    run(tmp_path, cfg)
+    return cfg, tmp_path / 'run', (tmp_path / 'run.jsonl.rank0').read_text()
+
+
+def state_of(case, folder):
+    """As if killed: what is there, byte by byte."""
+    (folder / 'done.json').unlink()
+    latest, newest = folder / 'latest-rank0.pt', folder / 'ep0-ba8-rank0.pt'
+    whole = newest.read_bytes()
+    if case == 'while writing the first checkpoint':
+        for batch in (4, 6, 8):
+            (folder / f'ep0-ba{batch}-rank0.pt').unlink()
+        latest.unlink()
+        (folder / 'ep0-ba2-rank0.pt').write_bytes(whole[: len(whole) // 2])
+    elif case == 'while writing a later checkpoint':
+        newest.write_bytes(whole[: len(whole) // 2])
+        latest.unlink()
+        latest.symlink_to('ep0-ba6-rank0.pt')
+    elif case == 'between a checkpoint and its link':
+        latest.unlink()
+    elif case == 'before the link was replaced':
+        latest.unlink()
+        latest.symlink_to('ep0-ba6-rank0.pt')
+    elif case == 'during the export':
+        (folder / 'huggingface' / 'ba8' / 'model.safetensors').unlink()
+
+
+@pytest.mark.parametrize(
+    'case',
+    [
+        'while writing the first checkpoint',
+        'while writing a later checkpoint',
+        'between a checkpoint and its link',
+        'before the link was replaced',
+        'during the export',
+    ],
+)
+def test_killed_while_saving(case, finished, tmp_path):
+    cfg, folder, recorded = finished
+    state_of(case, folder)
+    run(tmp_path, cfg)
+    import recorder
+
+    lines = recorder.read(tmp_path / 'run.jsonl')  # refuses a batch that was trained again and differently
+    assert sorted(lines) == list(range(8))
+    assert (tmp_path / 'run.jsonl.rank0').read_text().startswith(recorded)
+    assert json.loads((folder / 'done.json').read_text())['batch'] == 8
+    assert (folder / 'huggingface' / 'ba8' / 'model.safetensors').exists()
+    assert (folder / 'latest-rank0.pt').resolve().name == 'ep0-ba8-rank0.pt'
+
+
+def test_a_finished_stage_is_left_alone_and_its_lineage_stays(finished, tmp_path):
+    cfg, folder, recorded = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+    assert 'finished already, at batch 8' in run(tmp_path, cfg)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob('*')} == before
+    assert (tmp_path / 'run.jsonl.rank0').read_text() == recorded
+    lineage = json.loads((folder / 'stage.json').read_text())
+    assert lineage['run_name'] == 'run'
+    assert 'only_hf_checkpoint' not in lineage['config']
+    assert lineage['versions']['mosaicml']
+
+
+def test_mend_takes_whole_sharded_folders_only(tmp_path):
+    for batch, whole in ((2, True), (4, True), (6, False)):
+        (tmp_path / f'ep0-ba{batch}').mkdir()
+        (tmp_path / f'ep0-ba{batch}' / '__0_0.distcp').write_text('x')
+        if whole:
+            (tmp_path / f'ep0-ba{batch}' / '.metadata').write_text('x')
+    continue_pretraining.mend(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['ep0-ba2', 'ep0-ba4', 'latest-sharded-rank0']
+    assert (tmp_path / 'latest-sharded-rank0').resolve().name == 'ep0-ba4'
+
+
+def test_bad_files_are_named(data, tmp_path):
+    done = subprocess.run([sys.executable, str(RECIPE), 'nowhere.yaml'], capture_output=True, text=True, check=False)
+    assert 'nowhere.yaml cannot be read' in done.stderr
+    cfg = tiny.config(tmp_path, data, 'bad', optimizer={'name': '${variables.nothing}'})
+    printed = run(tmp_path, cfg, expect='refused')
+    assert 'cannot be read' in printed
+    assert 'Traceback' not in printed
