@@ -94,7 +94,7 @@ def test_a_killed_stage_resumes_identically_from_a_sharded_parent(parent, data, 
     ]
     assert min(per_rank) >= 6, f'replay is spread over the ranks: {per_rank}'
     again = train(tmp_path, tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}))
-    assert 'finished already, at batch 8 of 8' in again
+    assert 'finished already, at batch 8' in again
 
 
 def test_silent_failures_of_sharded_loads_cannot_happen(parent, data, tmp_path):
