@@ -6,7 +6,7 @@ DATA ?= data/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart data test test-slow lint bench style clean
+.PHONY: quickstart data test lint bench style clean
 
 # Pre-train a small model, continue it in several ways, print and draw what was forgotten, learned and spent.
 quickstart: data
@@ -18,9 +18,6 @@ data: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
-
-test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -34,11 +31,10 @@ style: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python scripts/benchmarks/replay_loader.py
 
-$(VENV)/installed: setup.py
+$(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), f"Python 3.10-3.12 is needed, this is {sys.version}"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar on -e '.[test]'
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:

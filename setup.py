@@ -23,7 +23,7 @@ ENTRY_POINTS = {
     ],
 }
 
-TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.9', 'pyright[nodejs]>=1.1.390']
+TEST = ['pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'pyright[nodejs]>=1.1.390']
 
 setup(
     name='cpt-algorithms',
@@ -40,7 +40,7 @@ setup(
         'mosaicml>=0.32.1,<0.33',
         'mosaicml-streaming>=0.12,<0.13',
         'lm-eval>=0.4.8,<0.5',
-        'wandb',
+        'wandb>=0.18,<0.19',  # as Composer pins it
         'filelock',
         'matplotlib>=3.8',
         'numpy',
