@@ -10,7 +10,9 @@ os.environ.setdefault('HF_DATASETS_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 os.environ.setdefault('WANDB_MODE', 'offline')
 
-from collections.abc import Callable
+import atexit
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,30 @@ import pytest
 
 SEQ_LEN = 16
 VOCAB = 256
+
+
+@pytest.fixture(autouse=True)
+def free_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Streaming frees shared memory only at exit, and every dataset opens that of all before: 20,000 files in all."""
+    from streaming.base.shared.memory import SharedMemory
+
+    made: list[SharedMemory] = []
+    original = SharedMemory.__init__
+
+    def init(self: SharedMemory, *args, **kwargs) -> None:
+        original(self, *args, **kwargs)  # raises where there is none to attach to
+        made.append(self)
+
+    monkeypatch.setattr(SharedMemory, '__init__', init)
+    yield
+    if made:
+        gc.collect()
+    for memory in made:
+        try:
+            memory.cleanup()
+        except BufferError:  # somebody still looks at it: left to the exit
+            continue
+        atexit.unregister(memory.cleanup)
 
 
 @pytest.fixture(scope='session')

@@ -21,9 +21,10 @@ def launch(script, *arguments, expect=0):
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     command = [sys.executable, '-m', 'composer.cli.launcher', '-n', '2', '--master_port', str(port)]
+    path = [str(tiny.ROOT / 'tests'), *filter(None, [os.environ.get('PYTHONPATH')])]
     done = subprocess.run(
         [*command, str(script), *map(str, arguments)],
-        env={**os.environ, 'FSDP_VERSION': '2', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(tiny.ROOT / 'tests')},
+        env={**os.environ, 'FSDP_VERSION': '2', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(path)},
         capture_output=True,
         text=True,
         timeout=300,
