@@ -12,6 +12,7 @@ it goes on from the latest checkpoint, and does nothing if the stage is done.
 import argparse
 import ctypes
 import json
+import logging
 import os
 import platform
 import re
@@ -149,10 +150,11 @@ def main() -> None:
     if local:
         cfg['save_folder'] = cfg['save_folder'].format(run_name=cfg['run_name'])
         folder = Path(cfg['save_folder'])
-        if (folder / 'done.json').exists():
+        total = total_batches(cfg)
+        done = json.loads((folder / 'done.json').read_text())['batch'] if (folder / 'done.json').exists() else 0
+        if done and (total is None or done >= total):
             if rank_zero:
-                batch = json.loads((folder / 'done.json').read_text())['batch']
-                print(f'{cfg["run_name"]}: finished already, at batch {batch}')
+                print(f'{cfg["run_name"]}: finished already, at batch {done}')
             return
         if rank_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -166,13 +168,13 @@ def main() -> None:
                 write_lineage(cfg)
         if world_size > 1:
             dist.barrier()
-        total = total_batches(cfg)
         # killed between the last checkpoint and the end of the export
         cfg['only_hf_checkpoint'] = total is not None and latest_batch(folder) >= total
     registry.callbacks.register('datasets_built', func=DatasetsBuilt)
     cfg['callbacks']['datasets_built'] = {}
     if os.environ.get('LOCAL_RANK', '0') == '0':
         DATASETS_LOCK.acquire()
+    logging.getLogger('cpt_algorithms').setLevel(logging.INFO)  # what the first step used, whatever python_log_level
     trainer = train(OmegaConf.create(cfg))
     if local and rank_zero:
         parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
