@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import sequence
 import tiny
 from omegaconf import OmegaConf
 
@@ -135,22 +136,28 @@ def test_a_crashing_arm_does_not_stop_the_others(spec, tmp_path):
     assert 'none' in (tmp_path / 'runs' / 'table.csv').read_text()
 
 
-def test_dry_run_prints_the_plan_and_trains_nothing(spec, tmp_path):
-    code, printed = run(write(spec, tmp_path), '--dry-run')
-    assert code == 0, printed
+def call(monkeypatch, path, *arguments):
+    """The recipe in this process, for what trains nothing."""
+    monkeypatch.setattr(sys, 'argv', ['sequence.py', str(path), *arguments])
+    sequence.main()
+
+
+def test_dry_run_prints_the_plan_and_trains_nothing(spec, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, write(spec, tmp_path), '--dry-run')
+    printed = capsys.readouterr().out
     assert 'test: 4 runs' in printed
     assert 'new 1,536, old 512' in printed
     assert 'warm-up' in printed
     assert not (tmp_path / 'runs').exists()
 
 
-def test_a_bad_arm_is_refused_before_anything_is_trained(spec, tmp_path):
+def test_a_bad_arm_is_refused_before_anything_is_trained(spec, tmp_path, monkeypatch):
     spec['arms']['typo'] = {'new': {'replay': {'fracton': 0.1}}}
-    code, printed = run(write(spec, tmp_path))
-    assert code != 0
-    assert "replay.fracton is not a key that anything reads; did you mean 'fraction'?" in printed
+    with pytest.raises(SystemExit, match=r"replay\.fracton is not a key that anything reads; did you mean 'fraction'"):
+        call(monkeypatch, write(spec, tmp_path))
     spec['arms']['typo'] = {'new': {'scheduler': {'name': 'rewarm_cosine', 't_warmup': '9999tok'}}}
-    code, printed = run(write(spec, tmp_path))
-    assert code != 0
-    assert "new-typo-s17: t_warmup='9999tok' is in tok" in printed
+    with pytest.raises(SystemExit, match=r"new-typo-s17: t_warmup='9999tok' is in tok"):
+        call(monkeypatch, write(spec, tmp_path))
+    with pytest.raises(SystemExit, match='cannot be read'):
+        call(monkeypatch, tmp_path / 'nowhere.yaml')
     assert not (tmp_path / 'runs').exists()
