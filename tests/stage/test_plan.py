@@ -31,11 +31,11 @@ def test_quickstart_runs(spec):
 
 def test_arms_are_compute_equivalent(spec):
     runs = {run.name: tokens_per_stream(run.config) for run in plan(spec)}
-    assert runs['cpp-replay_0pct-s17'] == {'cpp': 655_360}
-    assert runs['cpp-replay_25pct-s17'] == {'cpp': 491_520, 'python': 163_840}
-    assert {sum(tokens.values()) for name, tokens in runs.items() if name.startswith('cpp')} == {655_360}
+    assert runs['cpp-replay_0pct-s17'] == {'cpp': 532_480}
+    assert runs['cpp-replay_25pct-s17'] == {'cpp': 399_360, 'python': 133_120}
+    assert {sum(tokens.values()) for name, tokens in runs.items() if name.startswith('cpp')} == {532_480}
     # from scratch on exactly the tokens of the stages
-    assert runs['union-s17'] == {'cpp': 655_360, 'python': 1_146_880}
+    assert runs['union-s17'] == {'cpp': 532_480, 'python': 901_120}
 
 
 def test_a_run_is_a_plain_stage_yaml(spec):
@@ -66,7 +66,7 @@ def test_union_of_three_stages_reads_each_budget(spec):
     spec['data']['english'] = {'local': 'data/english'}
     spec['stages']['late'] = {'new': 'english', 'max_duration': '100ba'}
     spec['arms'] = {'union': {'baseline': 'union'}}
-    assert tokens_per_stream(plan(spec)[-1].config) == {'english': 409_600, 'python': 1_146_880, 'cpp': 655_360}
+    assert tokens_per_stream(plan(spec)[-1].config) == {'english': 409_600, 'python': 901_120, 'cpp': 532_480}
 
 
 def test_three_stages_replay_everything_earlier(spec):
