@@ -57,7 +57,7 @@ else:
         sample_offset_per_shard=np.cumsum(sizes) - sizes, streams=streams, num_streams=2, shuffle=True,
         shuffle_algo='py1e', shuffle_seed=9, shuffle_block_size=1 << 18, num_canonical_nodes=1, batch_size=1104,
         partition_algo='relaxed', sampling_method='balanced', sampling_granularity=1, epoch_seed_change=True,
-        initial_physical_nodes=None, _set_shuffle_block_size=lambda world: None, replication=None,
+        initial_physical_nodes=None, _set_shuffle_block_size=lambda world: None, replication=None, epoch_size=size,
     )
     stub.resample_streams = lambda *a, **k: StreamingDataset.resample_streams(stub, *a, **k)
     generate_work(which, stub, World(1, 1, 1, 0), 0, 0)
