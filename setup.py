@@ -20,6 +20,8 @@ ENTRY_POINTS = {
     'llmfoundry_callbacks': [
         'stage_start = cpt_algorithms.stage:StageStart',
         'final_loss = cpt_algorithms.evaluation:FinalLoss',
+        'ema = cpt_algorithms.weight_averaging:EMA',
+        'lawa = cpt_algorithms.weight_averaging:LAWA',
     ],
 }
 

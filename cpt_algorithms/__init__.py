@@ -15,8 +15,11 @@ from cpt_algorithms.schedulers import (
     preview,
 )
 from cpt_algorithms.stage import PreflightError, StageStart, preflight, resolve
+from cpt_algorithms.weight_averaging import EMA, LAWA
 
 __all__ = [
+    'EMA',
+    'LAWA',
     'FinalLoss',
     'InfiniteScheduler',
     'PreflightError',

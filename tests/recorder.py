@@ -6,10 +6,12 @@ import os
 import signal
 from pathlib import Path
 
+import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 from llmfoundry import registry
+from torch.distributed.tensor import DTensor
 
 
 class Recorder(Callback):
@@ -18,11 +20,13 @@ class Recorder(Callback):
     Args:
         path: Where to write; lines are appended.
         kill_at: Kill this process with SIGKILL once this many batches are done.
+        weights: Folder for the weights after each batch, whole, as ``<batch>.pt``.
     """
 
-    def __init__(self, path: str, kill_at: int | None = None) -> None:
+    def __init__(self, path: str, kill_at: int | None = None, weights: str | None = None) -> None:
         self.path = Path(f'{path}.rank{dist.get_global_rank()}')
         self.kill_at = kill_at
+        self.weights = None if weights is None else Path(weights)
         self.line: dict = {}
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -43,6 +47,16 @@ class Recorder(Callback):
         self.line['loss'] = state.total_loss_dict['loss/train/total'].hex()
         with open(self.path, 'a', encoding='utf-8') as file:
             file.write(json.dumps(self.line) + '\n')
+        if self.weights is not None:
+            weights = {
+                name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in state.model.named_parameters()
+            }
+            if dist.get_global_rank() == 0:
+                self.weights.mkdir(parents=True, exist_ok=True)
+                torch.save(
+                    {name.removeprefix('module.'): p.detach() for name, p in weights.items()},
+                    self.weights / f'{int(state.timestamp.batch.value)}.pt',
+                )
         if self.kill_at is not None and state.timestamp.batch.value >= self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 

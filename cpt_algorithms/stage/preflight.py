@@ -151,6 +151,9 @@ def _check_arguments(where: str, kind: Any, name: str, arguments: Mapping[str, A
     parameters = inspect.signature(known[name]).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         check_keys(where, arguments or {}, parameters.keys() - _IMPLICIT_ARGUMENTS)
+    required = {key for key, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    if missing := sorted(required - _IMPLICIT_ARGUMENTS - set(arguments or {})):
+        raise ValueError(f'{where}.{missing[0]} is missing')
 
 
 def _check_named(section: str, cfg: Config) -> None:
@@ -207,12 +210,12 @@ def _check_scheduler(cfg: Config) -> None:
 
 
 def _check_callbacks(cfg: Config) -> None:
-    for name in ('stage_start', 'final_loss'):
+    for name in ('stage_start', 'final_loss', 'ema', 'lawa'):
         if name in cfg['callbacks']:
             try:
                 build_callback(name, dict(cfg['callbacks'][name] or {}))
             except TypeError:
-                return  # an unknown key, which has been named
+                continue  # an unknown or missing key, which has been named
 
 
 def _check_tokenizer(cfg: Config) -> None:

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``ema`` and ``lawa`` share: when to look, evaluation of the average, saving, restoring and exporting it.
+
+A callback and not an algorithm: Composer keeps the state of algorithms as one object of rank 0, of which every rank
+would be given rank 0's shard, and that of callbacks tensor by tensor.
+"""
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from math import floor
+from typing import Any
+
+import torch
+from composer.core import Callback, Evaluator, Event, State, Time, TimeUnit
+from composer.loggers import Logger
+from llmfoundry.callbacks import HuggingFaceCheckpointer
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata
+
+from cpt_algorithms.weight_averaging.local_shards import LocalShards
+
+__all__ = ['AveragedWeights', 'parse_time', 'resolve_time']
+
+log = logging.getLogger(__name__)
+
+_UNITS = (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.DURATION)
+
+
+def parse_time(key: str, value: Any, at_least: float) -> Time:
+    """Read a time of a YAML.
+
+    Args:
+        key: Its dotted path, for the error.
+        value: Such as ``100ba``, ``1000000tok`` or ``0.01dur``.
+        at_least: The least value allowed; 0 as a minimum of a length means "above 0" only in ``dur``.
+
+    Raises:
+        ValueError: If it is not such a time.
+    """
+    try:
+        time = Time.from_input(value)
+    except (ValueError, TypeError):
+        time = None
+    if time is None or time.unit not in _UNITS or time.value < (0 if time.unit == TimeUnit.DURATION else at_least):
+        raise ValueError(f"{key}={value!r} must be a time in ba, tok, sp or dur, such as '100ba' or '0.01dur'")
+    if at_least and time.value <= 0:
+        raise ValueError(f'{key}={value!r} must be more than nothing')
+    return time
+
+
+def resolve_time(time: Time, state: State) -> Time:
+    """A ``dur`` in the unit of ``max_duration``, or in batches if that is epochs; at least 1. Others as they are.
+
+    Args:
+        time: Of :func:`parse_time`.
+        state: Of a run that has begun.
+    """
+    if time.unit != TimeUnit.DURATION:
+        return time
+    total = state.max_duration
+    assert total is not None, 'fit has begun'
+    if total.unit == TimeUnit.EPOCH:
+        assert state.dataloader_len is not None, 'replay_text knows its length'
+        total = Time.from_batch(int(total.value) * int(state.dataloader_len.value))
+    return Time(max(int(time.value * total.value), 1 if time.value else 0), total.unit)
+
+
+class _EvaluatorOfAverage(Evaluator):
+    """Evaluates whenever another evaluator does, on its data, under ``<its label>/<name of the average>``."""
+
+    def __init__(self, base: Evaluator, name: str) -> None:
+        vars(self).update(vars(base))
+        self.label = f'{base.label}/{name}'
+        self.average_name = name
+        # asked afresh every time: other callbacks may change when the base evaluates
+        self.eval_interval = lambda state, event: base.eval_interval(state, event)  # pyright: ignore
+
+
+class AveragedWeights(Callback, ABC):
+    """Base of the averages over the trajectory.
+
+    The average never feeds back into training. Every evaluator that the run has gets a twin for every average, which
+    runs whenever it does, on the same data, with metrics named ``metrics/<label>/<average>/<metric>``. For each forward
+    pass of the twin, the average is copied into the parameters and the training weights are copied back after it, so it
+    does not matter what else swaps weights around whole evaluations, and nothing else ever sees the average. Random
+    numbers used by the twins are given back: training is bit-identical to a run without averaging.
+
+    The state is part of the run's own checkpoints, as this rank's shards, and is restored at any number of ranks.
+    ``hf_checkpointer`` exports the averages whenever it exports the model, to ``<its folder>-<average>``.
+
+    Args:
+        start: Nothing is averaged before.
+        interval: Time between two looks at the weights.
+
+    Raises:
+        ValueError: If a time is not in ba, tok, sp or dur; under FSDP1.
+    """
+
+    key: str  # the YAML name
+    group: str  # the key of the saved tensors
+
+    def __init__(self, start: str, interval: str) -> None:
+        self.start = parse_time(f'callbacks.{self.key}.start', start, at_least=0)
+        self.interval = parse_time(f'callbacks.{self.key}.interval', interval, at_least=1)
+        self._state: State | None = None
+        self._shards: LocalShards | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._evaluating: str | None = None
+        self._raw: list[torch.Tensor] | None = None
+        self._is_in = False
+        self._random: AbstractContextManager | None = None
+
+    # what the two averages do differently
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Averages that exist by now."""
+
+    @abstractmethod
+    def average(self, name: str) -> list[torch.Tensor]:
+        """This rank's shards of an average: float32, beside the parameters."""
+
+    @abstractmethod
+    def observe(self, state: State) -> None:
+        """Take the current weights into account."""
+
+    @abstractmethod
+    def saved(self) -> tuple[dict[str, list[torch.Tensor]], dict[str, Any]]:
+        """Lists of shards by name, and whatever else JSON can hold."""
+
+    @abstractmethod
+    def restore(self, name: str, tensors: list[torch.Tensor], settings: dict[str, Any], state: State) -> str | None:
+        """Take back one list of shards; returns why not, if it does not fit this YAML."""
+
+    @abstractmethod
+    def candidates(self) -> Iterable[str]:
+        """Names under which a checkpoint may hold shards of ours, in order; the search ends at the first it lacks."""
+
+    def device(self) -> torch.device | None:
+        """Where loaded shards go; ``None`` for beside the parameters."""
+        return None
+
+    def forget(self) -> None:
+        """Free what was kept for an evaluation."""
+
+    # when
+
+    @property
+    def shards(self) -> LocalShards:
+        """The model's parameters on this rank."""
+        assert self._shards is not None, 'Event.BEFORE_LOAD comes first'
+        return self._shards
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Look at the weights if it is time to."""
+        before, now = state.previous_timestamp, state.timestamp
+        start, interval = resolve_time(self.start, state), resolve_time(self.interval, state)
+        if before is None or before.get(start.unit).value < start.value:
+            return
+        first, last = (floor(time.get(interval.unit).value / interval.value) for time in (before, now))
+        if first != last:
+            with torch.no_grad():
+                self.observe(state)
+            self._add_evaluators(state)
+
+    # evaluation
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Evaluate restored averages from the first evaluation on."""
+        self._add_evaluators(state)
+
+    def _add_evaluators(self, state: State) -> None:
+        labels = {evaluator.label for evaluator in state.evaluators}
+        for name in self.names():
+            for base in list(state.evaluators):
+                if not isinstance(base, _EvaluatorOfAverage) and f'{base.label}/{name}' not in labels:
+                    twin = _EvaluatorOfAverage(base, name)
+                    state.evaluators.append(twin)
+                    state.eval_metrics[twin.label] = deepcopy(state.eval_metrics[base.label])
+
+    def _copy_in(self, name: str) -> None:
+        if self._is_in:  # a forward pass that ran out of memory is tried again
+            return
+        parameters = self.shards.tensors()
+        if self._raw is None:
+            self._raw = [torch.empty_like(parameter) for parameter in parameters]
+        self.shards.reshard()
+        with torch.no_grad():
+            torch._foreach_copy_(self._raw, parameters)
+            self._is_in = True
+            torch._foreach_copy_(parameters, self.average(name))
+
+    def _copy_out(self) -> None:
+        if self._is_in:
+            self.shards.reshard()
+            assert self._raw is not None
+            with torch.no_grad():
+                torch._foreach_copy_(self.shards.tensors(), self._raw)
+            self._is_in = False
+
+    @contextmanager
+    def swapped_in(self, name: str) -> Iterator[None]:
+        """The model holds an average inside, and its own weights again after.
+
+        Args:
+            name: One of :meth:`names`.
+        """
+        self._copy_in(name)
+        try:
+            yield
+        finally:
+            self._copy_out()
+            self._raw = None
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Find out whether one of our twins is about to run."""
+        label = state.dataloader_label
+        twins = [e for e in state.evaluators if isinstance(e, _EvaluatorOfAverage) and e.label == label]
+        if twins and twins[0].average_name in self.names():
+            self._evaluating = twins[0].average_name
+            devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+            self._random = torch.random.fork_rng(devices)
+            self._random.__enter__()
+
+    def eval_before_forward(self, state: State, logger: Logger) -> None:
+        """Average in."""
+        if self._evaluating is not None:
+            self._copy_in(self._evaluating)
+
+    def eval_after_forward(self, state: State, logger: Logger) -> None:
+        """Training weights back."""
+        self._copy_out()
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Give back the random numbers and the memory."""
+        self._evaluating = self._raw = None
+        if self._random is not None:
+            self._random.__exit__(None, None, None)
+            self._random = None
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """Free what was kept for the evaluation."""
+        self.forget()
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        """Free what was kept for the evaluation."""
+        self.forget()
+
+    # checkpoints
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Keep the state, which ``state_dict`` is not given."""
+        self._state = state
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """The model is wrapped; a sharded checkpoint will be loaded into what it holds of ours, and not fail else."""
+        self._shards = LocalShards(state.model)
+        if state.fsdp_sharded_state_dict_enabled:
+            config = state.fsdp_config
+            config.load_planner = planner = config.load_planner or DefaultLoadPlanner()
+            set_up = planner.set_up_planner
+
+            def set_up_planner(
+                state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+            ) -> None:
+                assert metadata is not None, 'torch always gives it'
+                self._fit_to(state_dict, metadata)
+                set_up(state_dict, metadata, is_coordinator)
+
+            planner.set_up_planner = set_up_planner
+
+    def _fit_to(self, state_dict: dict[str, Any], metadata: Metadata) -> None:
+        """Make the template of a sharded load ask for just those averages that the checkpoint has."""
+        callbacks = state_dict.get('state', {}).get('callbacks', {})
+        ours = type(self).__qualname__
+        if ours not in callbacks:
+            return
+        there = metadata.state_dict_metadata
+        prefix = f'state.callbacks.{ours}'
+        if f'{prefix}.meta' not in there:
+            del callbacks[ours]
+            if not callbacks:
+                del state_dict['state']['callbacks']
+            return
+        groups: dict[str, Any] = {}
+        first = next(iter(self.shards.parameters))
+        for name in self.candidates():
+            at = f'{prefix}.{self.group}.{name}'
+            if f'{at}.{first}' in there:
+
+                def dtype(parameter: str, at: str = at) -> torch.dtype:
+                    found = there.get(f'{at}.{parameter}')
+                    return getattr(getattr(found, 'properties', None), 'dtype', torch.float32)
+
+                groups[name] = self.shards.empty(dtype, self.device())
+        callbacks[ours] = {'meta': '', **({self.group: groups} if groups else {})}
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's shards, and one JSON string."""
+        assert self._state is not None, 'Event.INIT comes first'
+        assert not self._is_in, 'the model holds an average, and would be saved with it'
+        lists, settings = self.saved() if self._shards is not None else ({}, {})
+        full = not self._state.fsdp_sharded_state_dict_enabled
+        settings['square_sum'] = {name: self.shards.square_sum(tensors) for name, tensors in lists.items()}
+        saved: dict[str, Any] = {'meta': json.dumps(settings)}
+        if lists:
+            saved[self.group] = {name: self.shards.to_saved(tensors, full) for name, tensors in lists.items()}
+        return saved
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep it until the model is loaded too."""
+        self._loaded = state
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Restore, and say what starts afresh; hook into the export."""
+        self._shards = LocalShards(state.model)
+        restored: list[str] = []
+        reasons: dict[str, str] = {}
+        if self._loaded is not None:
+            settings = json.loads(self._loaded['meta'])
+            for name, saved in self._loaded.get(self.group, {}).items():
+                tensors = self.shards.from_saved(saved, f'{self.key} ({name})')
+                total, expected = self.shards.square_sum(tensors), settings['square_sum'][name]
+                if not abs(total - expected) <= 1e-9 * expected:
+                    raise RuntimeError(
+                        f'{self.key} ({name}) was saved with the sum of squares {expected!r} and loaded with {total!r}: '
+                        'some rank has the shard of another, or the checkpoint is damaged'
+                    )
+                if reason := self.restore(name, tensors, settings, state):
+                    reasons[name] = reason
+                else:
+                    restored.append(name)
+            self._loaded = None
+        if restored:
+            log.info(f'{self.key}: restored {", ".join(self.names())} at batch {int(state.timestamp.batch.value)}')
+        for name, reason in reasons.items():
+            log.warning(f'{self.key}: {name} of the checkpoint is not used, because {reason}')
+        if state.timestamp.batch.value and (fresh := self.missing()):
+            log.warning(
+                f'{self.key}: the checkpoint at batch {int(state.timestamp.batch.value)} holds no {", ".join(fresh)}; '
+                'averaging starts afresh from here'
+            )
+        for exporter in state.callbacks:
+            if isinstance(exporter, HuggingFaceCheckpointer):
+                self._export_with(exporter)
+
+    @abstractmethod
+    def missing(self) -> list[str]:
+        """Averages that the YAML asks for and that do not exist yet."""
+
+    # export
+
+    def _export_with(self, exporter: HuggingFaceCheckpointer) -> None:
+        save: Callable[..., None] = exporter._save_checkpoint
+
+        def save_with_averages(*args: Any, **kwargs: Any) -> None:
+            save(*args, **kwargs)
+            folder = exporter.huggingface_folder_name_fstr
+            for name in self.names():
+                exporter.huggingface_folder_name_fstr = f'{folder}-{name}'
+                try:
+                    with self.swapped_in(name):
+                        # not `save`, which may be that of another average
+                        HuggingFaceCheckpointer._save_checkpoint(
+                            exporter, *args, **{**kwargs, 'register_to_mlflow': False}
+                        )
+                finally:
+                    exporter.huggingface_folder_name_fstr = folder
+            self.forget()
+
+        exporter._save_checkpoint = save_with_averages

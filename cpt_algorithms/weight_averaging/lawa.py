@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lawa``: the average of the latest k weights, taken an interval nu apart (LAtest Weight Averaging)."""
+
+from collections import deque
+from collections.abc import Iterable
+from itertools import count
+from typing import Any
+
+import torch
+from composer.core import State
+
+from cpt_algorithms.weight_averaging.averaged_weights import AveragedWeights
+from cpt_algorithms.weight_averaging.functional import weighted_mean, window_weights
+
+__all__ = ['LAWA']
+
+
+class LAWA(AveragedWeights):
+    """Average of the latest ``k`` weights, ``interval`` (the paper's nu) apart: a FIFO window, on local shards.
+
+    ``theta_bar = sum_i w_i theta_i`` over the window, ``w_i = 1/k``, or ``w_i ~ i`` with ``weights: linear`` (the
+    newest counts most). Until the window is full, over what it holds.
+
+    The average is called ``lawa``, as in ``metrics/eval/german/lawa/LanguageCrossEntropy``. See
+    :class:`~cpt_algorithms.weight_averaging.AveragedWeights` for evaluation, checkpoints and export.
+
+    Args:
+        interval: Time between two snapshots, such as ``1000ba``, ``500000000tok`` or ``0.01dur``.
+        k: Length of the window. Default: ``5`` (the papers' released code).
+        start: No snapshot is taken before. Default: ``0ba``.
+        weights: ``uniform`` or ``linear``. Default: ``uniform``.
+        offload: Keep the window in the CPU's memory (pinned where there is a GPU). Default: ``True``.
+
+    Raises:
+        ValueError: If a time is not in ba, tok, sp or dur, ``k`` is below 1 or ``weights`` unknown; under FSDP1.
+
+    Cost: ``k`` copies of the parameters in their own dtype, divided by the ranks that shard them; a snapshot is one
+    copy; an evaluation reads the window once and needs two further copies (the average in float32, and the training
+    weights that it stands in for) until it ends.
+
+    Source: Kaddour 2022; Sanyal et al. 2023, Algorithm 1.
+    """
+
+    key = 'lawa'
+    group = 'window'
+
+    def __init__(
+        self,
+        interval: str,
+        k: int = 5,
+        start: str = '0ba',
+        weights: str = 'uniform',
+        offload: bool = True,
+    ) -> None:
+        super().__init__(start, interval)
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f'callbacks.lawa.k={k!r} must be a whole number of at least 1')
+        if weights not in ('uniform', 'linear'):
+            raise ValueError(f"callbacks.lawa.weights={weights!r} is not possible; use 'uniform' or 'linear'")
+        self.k = k
+        self.weights = weights
+        self.offload = offload
+        self._window: deque[list[torch.Tensor]] = deque(maxlen=k)
+        self._mean: list[torch.Tensor] | None = None
+
+    def names(self) -> list[str]:
+        """``lawa``, once there is a snapshot."""
+        return ['lawa'] if self._window else []
+
+    def missing(self) -> list[str]:
+        """``lawa``, until there is a snapshot."""
+        return [] if self._window else ['lawa']
+
+    def average(self, name: str) -> list[torch.Tensor]:
+        """This rank's shards of the average: float32, beside the parameters; kept until :meth:`forget`."""
+        if self._mean is None:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # snapshots are copied to the CPU behind its back
+            weights = window_weights(self.weights, len(self._window))
+            self._mean = [
+                weighted_mean(snapshots, weights, parameter.device)
+                for *snapshots, parameter in zip(*self._window, self.shards.tensors(), strict=True)
+            ]
+        return self._mean
+
+    def forget(self) -> None:
+        """Free the average; the window stays."""
+        self._mean = None
+
+    def device(self) -> torch.device | None:
+        """Where snapshots live."""
+        return torch.device('cpu') if self.offload else None
+
+    def _place(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        device = self.device() or parameter.device
+        pinned = device.type == 'cpu' and torch.cuda.is_initialized()
+        return torch.empty_like(tensor, device=device, pin_memory=pinned).copy_(tensor, non_blocking=pinned)
+
+    def observe(self, state: State) -> None:
+        """Take a snapshot; the oldest of a full window leaves it."""
+        parameters = self.shards.tensors()
+        if len(self._window) == self.k:
+            snapshot = self._window.popleft()
+            for kept, parameter in zip(snapshot, parameters, strict=True):
+                kept.copy_(parameter, non_blocking=True)
+        else:
+            snapshot = [self._place(parameter, parameter) for parameter in parameters]
+        self._window.append(snapshot)
+        self.forget()
+
+    def candidates(self) -> Iterable[str]:
+        """Names under which a checkpoint may hold snapshots, oldest first."""
+        return map(str, count())
+
+    def saved(self) -> tuple[dict[str, list[torch.Tensor]], dict[str, Any]]:
+        """The window, oldest first, and how it was taken."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        window = {str(index): snapshot for index, snapshot in enumerate(self._window)}
+        return window, {'interval': self.interval.to_timestring(), 'weights': self.weights}
+
+    def restore(self, name: str, tensors: list[torch.Tensor], settings: dict[str, Any], state: State) -> str | None:
+        """Take back one snapshot; of a longer window than now, the newest stay."""
+        if settings['interval'] != self.interval.to_timestring():
+            return f'interval was {settings["interval"]} and is {self.interval.to_timestring()}'
+        parameters = self.shards.tensors()
+        self._window.append([self._place(t, p) for t, p in zip(tensors, parameters, strict=True)])
+        return None
