@@ -1,0 +1,470 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the tensors of a checkpoint lie on disk: Composer ``.pt``, Composer sharded and Hugging Face safetensors.
+
+Opening reads names, dtypes, shapes and positions, never the tensors, and runs no code that a file brings along.
+"""
+
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint import filesystem, metadata
+
+from cpt_algorithms.weight_averaging.functional import window_weights
+
+__all__ = [
+    'Checkpoint',
+    'CheckpointError',
+    'Piece',
+    'Stored',
+    'files_of',
+    'open_checkpoint',
+    'read_metadata',
+    'safe_globals',
+]
+
+SUPPORTED = (
+    'a Composer .pt file, a Composer sharded folder (with .metadata), or Hugging Face safetensors (a .safetensors '
+    'file, or a folder with model.safetensors or model.safetensors.index.json)'
+)
+SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+MODEL_PREFIX = 'model.'  # what Composer puts before the names of a Hugging Face model
+DTYPES = {
+    'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64,
+    'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool,
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, is not whole, is not of a supported kind, or is not safe to read."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor, somewhere in a file.
+
+    Args:
+        path: The file.
+        offset: Byte of the first element.
+        at: Where the box begins in the tensor.
+        shape: Size of the box.
+        stride: Of the box in the file, in elements.
+    """
+
+    path: Path
+    offset: int
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor on disk.
+
+    Args:
+        dtype: Of every piece.
+        shape: Of the whole.
+        find: Finds the pieces; called when they are first needed.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    find: Callable[[], list[Piece]]
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The pieces; together they cover the tensor once."""
+        return self.find()
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Names are those of the Hugging Face model, without the ``model.`` that Composer puts first.
+
+    Args:
+        path: The file or folder.
+        kind: ``pt``, ``sharded`` or ``hf``.
+        tensors: The model's tensors; of tied ones only the first.
+        prefix: What Composer puts before the names: ``model.``, or nothing if the model is not from Hugging Face.
+        aliases: The other names of tied tensors, with the name in ``tensors``.
+        averages: What the callbacks ``EMA`` and ``LAWA`` keep: for each name the parts (their weights sum to 1), each a
+            weight and tensors.
+        carried: ``integrations`` and ``metadata`` of a Composer state, as far as they were saved.
+    """
+
+    path: Path
+    kind: str
+    tensors: dict[str, Stored]
+    prefix: str = MODEL_PREFIX
+    aliases: dict[str, str] = field(default_factory=dict)
+    averages: dict[str, list[tuple[float, dict[str, Stored]]]] = field(default_factory=dict)
+    carried: dict[str, Any] = field(default_factory=dict)
+
+
+def safe_globals() -> list[Any]:
+    """What a Composer checkpoint holds besides tensors and plain values; none of it can run code."""
+    import datetime
+
+    import numpy as np
+    from torch.torch_version import TorchVersion
+
+    reconstruct = np.empty(0).__reduce__()[0]
+    return [datetime.timedelta, TorchVersion, reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint of any supported kind.
+
+    Args:
+        path: A file or folder.
+
+    Returns:
+        The tensors' places. Cost: reads headers only; memory for the names and the small values of the state.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, of no supported kind, or needs code that a model never needs.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f'{path} does not exist; expected {SUPPORTED}')
+    if path.is_dir():
+        if (path / '.metadata').exists():
+            return _open_sharded(path)
+        for name in (SINGLE, INDEX):
+            if (path / name).exists():
+                return Checkpoint(path, 'hf', _read_hugging_face(path / name))
+        unfinished = ': .metadata is missing, so it was not saved to the end' if any(path.glob('*.distcp')) else ''
+        raise CheckpointError(f'{path} is no checkpoint{unfinished}; expected {SUPPORTED}')
+    if path.name.endswith(('.safetensors', '.safetensors.index.json')):
+        return Checkpoint(path, 'hf', _read_hugging_face(path))
+    return _open_monolithic(path)
+
+
+def _read_hugging_face(path: Path) -> dict[str, Stored]:
+    if path.suffix == '.safetensors':
+        return _read_safetensors(path)
+    try:
+        places = dict(json.loads(path.read_text(encoding='utf-8'))['weight_map'])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f'{path} is no safetensors index: {error!r}') from None
+    files = {}
+    for name in sorted(set(places.values())):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f'{path} names the file {name!r}, which is not beside it')
+        if not (path.parent / name).exists():
+            raise CheckpointError(f'{path} names {name}, which is missing')
+        files[name] = _read_safetensors(path.parent / name)
+    if absent := [key for key, name in places.items() if key not in files[name]]:
+        raise CheckpointError(f'{path}: {absent[0]} is not in {places[absent[0]]}')
+    return {key: files[name][key] for key, name in places.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(path, 'pt'):  # checks the header: every tensor inside the file, none overlapping
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f'{path} is damaged, or no safetensors file: {error}') from None
+    with open(path, 'rb') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(length))
+    header.pop('__metadata__', None)
+    tensors = {}
+    for key, entry in header.items():
+        if entry['dtype'] not in DTYPES:
+            raise CheckpointError(f'{path}: {key} is {entry["dtype"]}; one of {", ".join(DTYPES)} is possible')
+        shape = tuple(entry['shape'])
+        tensors[key] = _in_one_piece(path, 8 + length + entry['data_offsets'][0], DTYPES[entry['dtype']], shape)
+    return tensors
+
+
+def _in_one_piece(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
+    piece = Piece(path, offset, (0,) * len(shape), shape, contiguous(shape))
+    return Stored(dtype, shape, lambda: [piece])
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
+    """What ``torch.load`` gives, with tensors that only know where their bytes are in the file."""
+    try:
+        # cpu: a checkpoint of a GPU run is read where there is none
+        with torch.serialization.safe_globals(safe_globals()), FakeTensorMode():
+            return torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r'GLOBAL (\S+)', str(error))
+        what = f'it asks to import {found.group(1)}' if found else str(error).strip().splitlines()[0]
+        raise CheckpointError(f'{where} is not safe to read: {what}, which no weights need') from None
+    except (RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'{where} is damaged: {str(error).strip().splitlines()[0]}') from None
+
+
+def _place_of(tensor: torch.Tensor) -> int:
+    """Byte of a fake tensor's first element in the file it was loaded from."""
+    start: Any = tensor.untyped_storage()._checkpoint_offset  # pyright: ignore[reportAttributeAccessIssue]
+    return start + int(tensor.storage_offset()) * tensor.dtype.itemsize
+
+
+def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last, both included."""
+    return 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if prod(shape) else 0
+
+
+def _open_monolithic(path: Path) -> Checkpoint:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+    except zipfile.BadZipFile:
+        raise CheckpointError(f'{path} is no checkpoint, or a compressed or old one; expected {SUPPORTED}') from None
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise CheckpointError(f'{path} is compressed inside; save it again with torch.save')
+    loaded = _load_without_data(path, str(path))
+    state = loaded.get('state') if isinstance(loaded, dict) else None
+    model = state.get('model') if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not isinstance(model, dict):
+        raise CheckpointError(f'{path} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
+    begins = [record.header_offset for record in records]
+    prefix = _prefix_of(model)
+
+    def stored(tensors: dict[str, torch.Tensor]) -> dict[str, Stored]:
+        found = {}
+        for key, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise CheckpointError(f'{path}: {key} is a {type(tensor).__name__}, not a tensor')
+            shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), _place_of(tensor)
+            record = records[bisect_right(begins, offset) - 1]
+            if offset + _span(shape, stride) * tensor.dtype.itemsize > _end(record, begins, path):
+                raise CheckpointError(f'{path} is damaged: {key} reaches beyond its storage')
+            piece = Piece(path, offset, (0,) * len(shape), shape, stride)
+            found[key.removeprefix(prefix)] = Stored(tensor.dtype, shape, lambda piece=piece: [piece])
+        return found
+
+    tensors, aliases, first = {}, {}, {}
+    for key, one in stored(model).items():
+        name = first.setdefault((one.dtype, one.pieces[0]) if prod(one.shape) else key, key)
+        if name == key:
+            tensors[key] = one
+        else:
+            aliases[key] = name
+    callbacks = state.get('callbacks') or {}
+    ema, lawa = callbacks.get('EMA') or {}, callbacks.get('LAWA') or {}
+    averages = {name: [(1.0, stored(each))] for name, each in (ema.get('averages') or {}).items()}
+    slots = {int(slot): stored(each) for slot, each in (lawa.get('window') or {}).items()}
+    averages |= _lawa(slots, lawa.get('meta'))
+    carried = {key: state[key] for key in ('integrations', 'metadata') if key in state}
+    return Checkpoint(path, 'pt', tensors, prefix, aliases, averages, carried)
+
+
+def _end(record: zipfile.ZipInfo, begins: list[int], path: Path) -> int:
+    """First byte behind a record of a zip file."""
+    after = bisect_right(begins, record.header_offset)
+    return begins[after] if after < len(begins) else path.stat().st_size
+
+
+def _prefix_of(names: Iterable[str]) -> str:
+    return MODEL_PREFIX if all(name.startswith(MODEL_PREFIX) for name in names) else ''
+
+
+def _lawa(slots: dict[int, dict[str, Stored]], meta: str | None) -> dict[str, list[tuple[float, dict[str, Stored]]]]:
+    if not slots:
+        return {}
+    weights = window_weights(json.loads(meta or '{}').get('weights', 'uniform'), len(slots))
+    return {'lawa': [(weight, slots[slot]) for weight, slot in zip(weights, sorted(slots), strict=True)]}
+
+
+_METADATA_GLOBALS: dict[tuple[str, str], Any] = {
+    **{
+        ('torch.distributed.checkpoint.metadata', name): getattr(metadata, name)
+        for name in (
+            'BytesStorageMetadata', 'ChunkStorageMetadata', 'Metadata', 'MetadataIndex', 'StorageMeta',
+            'TensorProperties', 'TensorStorageMetadata', '_MEM_FORMAT_ENCODING',
+        )
+    },
+    ('torch.distributed.checkpoint.filesystem', '_StorageInfo'): filesystem._StorageInfo,
+    ('torch', 'Size'): torch.Size,
+    ('torch.serialization', '_get_layout'): torch.serialization._get_layout,
+    ('collections', 'OrderedDict'): dict,
+    **{('pathlib', name): str for name in ('Path', 'PosixPath', 'PurePosixPath')},
+}  # fmt: skip
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles the metadata of a sharded checkpoint and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == 'torch' and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        try:
+            return _METADATA_GLOBALS[module, name]
+        except KeyError:
+            raise CheckpointError(f'it asks to import {module}.{name}, which no weights need') from None
+
+
+def read_metadata(folder: str | Path) -> metadata.Metadata:
+    """The metadata of a sharded checkpoint, without the risk of ``FileSystemReader.read_metadata``, a plain unpickling.
+
+    Args:
+        folder: A folder that ``torch.distributed.checkpoint`` wrote.
+
+    Raises:
+        CheckpointError: If it asks for anything but metadata, or is damaged.
+    """
+    path = Path(folder) / '.metadata'
+    try:
+        with open(path, 'rb') as file:
+            found = _MetadataUnpickler(file).load()
+    except CheckpointError as error:
+        raise CheckpointError(f'{path} is not safe to read: {error}') from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(f'{path} is damaged: {error!r}') from None
+    if not isinstance(found, metadata.Metadata) or not isinstance(found.storage_data, dict):
+        raise CheckpointError(f'{path} is not the metadata of a sharded checkpoint')
+    return found
+
+
+class _Slice(io.RawIOBase):
+    """Part of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self.file, self.offset, self.length, self.position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self.length - self.position))
+        data = os.pread(self.file.fileno(), count, self.offset + self.position)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+def _read_slice(folder: Path, info: Any, where: str) -> tuple[Path, Any]:
+    """The file an entry lies in, and the entry itself without its tensors' data."""
+    path = folder / info.relative_path
+    if Path(info.relative_path).name != info.relative_path:
+        raise CheckpointError(f'{where} is said to be in {info.relative_path!r}, outside the folder')
+    if getattr(info, 'transform_descriptors', None):
+        raise CheckpointError(f'{where} is compressed ({", ".join(info.transform_descriptors)})')
+    if not path.exists():
+        raise CheckpointError(f'{path} is missing, or not of this checkpoint')
+    if path.stat().st_size < info.offset + info.length:
+        raise CheckpointError(f'{path} is damaged: {path.stat().st_size:,} bytes, and {where} ends behind them')
+    with open(path, 'rb') as file:
+        view = io.BufferedReader(_Slice(file, info.offset, info.length))
+        return path, _load_without_data(view, f'{where} in {path}')  # pyright: ignore[reportArgumentType]
+
+
+def _open_sharded(folder: Path) -> Checkpoint:
+    found = read_metadata(folder)
+    storage = found.storage_data
+
+    def entry(key: str, offset: torch.Size | None) -> Any:
+        try:
+            return storage[metadata.MetadataIndex(key, offset)]
+        except KeyError:
+            raise CheckpointError(f'{folder}/.metadata does not say where {key} is') from None
+
+    def stored(key: str, tensor: metadata.TensorStorageMetadata) -> Stored:
+        dtype, shape = tensor.properties.dtype, tuple(tensor.size)
+
+        def find() -> list[Piece]:
+            pieces = []
+            for chunk in tensor.chunks:
+                if not prod(chunk.sizes):
+                    continue
+                info = entry(key, chunk.offsets)
+                path, value = _read_slice(folder, info, key)
+                if not isinstance(value, torch.Tensor) or (value.dtype, value.shape) != (dtype, chunk.sizes):
+                    raise CheckpointError(
+                        f'{path}: {key} is not the {dtype} of {tuple(chunk.sizes)} that .metadata says'
+                    )
+                at, sizes, stride = tuple(chunk.offsets), tuple(chunk.sizes), tuple(value.stride())
+                place = _place_of(value)
+                if place + _span(sizes, stride) * dtype.itemsize > info.length:
+                    raise CheckpointError(f'{path} is damaged: {key} reaches beyond its storage')
+                pieces.append(Piece(path, info.offset + place, at, sizes, stride))
+            if sum(prod(piece.shape) for piece in pieces) != prod(shape):
+                raise CheckpointError(f'{folder} does not hold all of {key}, or some of it twice')
+            return pieces
+
+        return Stored(dtype, shape, find)
+
+    # a name may contain dots: only the planner's paths tell where it ends
+    paths = {key: tuple(path) for key, path in (found.planner_data or {}).items()}
+    tensors: dict[str, Stored] = {}
+    averages: dict[str, dict[str, Stored]] = {}
+    slots: dict[int, dict[str, Stored]] = {}
+    carried: dict[str, Any] = {}
+    meta = None
+    entries = {paths.get(key, tuple(key.split('.', 2))): (key, each) for key, each in found.state_dict_metadata.items()}
+    prefix = _prefix_of(path[2] for path in entries if path[:2] == ('state', 'model'))
+    for path, (key, each) in entries.items():
+        if isinstance(each, metadata.TensorStorageMetadata):
+            match path:
+                case 'state', 'model', name:
+                    tensors[name.removeprefix(prefix)] = stored(key, each)
+                case 'state', 'callbacks', 'EMA', 'averages', average, name:
+                    averages.setdefault(average, {})[name.removeprefix(prefix)] = stored(key, each)
+                case 'state', 'callbacks', 'LAWA', 'window', slot, name:
+                    slots.setdefault(int(slot), {})[name.removeprefix(prefix)] = stored(key, each)
+        elif path == ('state', 'callbacks', 'LAWA', 'meta'):
+            meta = _read_slice(folder, entry(key, None), key)[1]
+        # the tokenizer would be one entry for each of its tokens
+        elif path[:2] == ('state', 'metadata') or path[:4] == ('state', 'integrations', 'huggingface', 'model'):
+            _put(carried, path[1:], _read_slice(folder, entry(key, None), key)[1])
+    if not tensors:
+        raise CheckpointError(f'{folder} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
+    all_averages = {name: [(1.0, each)] for name, each in averages.items()} | _lawa(slots, meta)
+    return Checkpoint(folder, 'sharded', tensors, prefix, {}, all_averages, _with_lists(carried))
+
+
+def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _with_lists(tree: Any) -> Any:
+    """Nested dicts whose keys are 0, 1, ... back to the lists they were."""
+    if not isinstance(tree, dict):
+        return tree
+    values = {key: _with_lists(value) for key, value in tree.items()}
+    is_list = bool(values) and all(isinstance(key, int) for key in values)
+    return [values[key] for key in sorted(values)] if is_list else values
+
+
+def files_of(checkpoint: Checkpoint) -> list[Path]:
+    """The files that hold a checkpoint."""
+    if checkpoint.kind == 'sharded':
+        return sorted(file for file in checkpoint.path.iterdir() if file.is_file())
+    return sorted({piece.path for one in checkpoint.tensors.values() for piece in one.pieces})

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An average of checkpoints as a checkpoint: Hugging Face safetensors, Composer ``.pt`` or Composer sharded."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from cpt_algorithms.checkpoints import DTYPES, INDEX, Checkpoint, CheckpointError, Stored, open_checkpoint
+from cpt_algorithms.weight_averaging.merge import Average, as_bytes, average_tensors, check_alike, short, view_average
+
+__all__ = [
+    'Plan',
+    'appearing_whole',
+    'find_small_files',
+    'make_plan',
+    'tie',
+    'write_hugging_face',
+    'write_monolithic',
+    'write_sharded',
+]
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHT_FILES = ('.safetensors', '.bin', '.pt', '.pth', '.h5', '.msgpack', '.onnx', '.gguf', '.index.json')
+Progress = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to average.
+
+    Args:
+        parts: For each tensor (Hugging Face names) the weights, and what they weigh.
+        dtypes: Of the results.
+        newest: The last checkpoint: its tied tensors, names and Composer state are those of the result.
+        copied: Tensors that are no floating-point numbers and are the newest checkpoint's.
+        kept: Tensors that the average does not hold, and are averaged over the models themselves.
+        accumulate: Dtype of the sums.
+    """
+
+    parts: dict[str, list[tuple[float, Stored]]]
+    dtypes: dict[str, torch.dtype]
+    newest: Checkpoint
+    copied: list[str]
+    kept: list[str]
+    accumulate: torch.dtype
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that will be read."""
+        return sum(stored.nbytes for parts in self.parts.values() for weight, stored in parts if weight)
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes that will be written."""
+        return sum(prod(parts[0][1].shape) * self.dtypes[name].itemsize for name, parts in self.parts.items())
+
+    def averages(self, write: dict[str, Callable[[int, Any], None]]) -> Iterator[Average]:
+        """The work, in the order of ``write``."""
+        return (Average(self.parts[name], self.dtypes[name], write[name]) for name in write)
+
+
+def make_plan(
+    checkpoints: Sequence[Checkpoint],
+    weights: Sequence[float],
+    average: str | None = None,
+    dtype: torch.dtype | None = None,
+    accumulate: torch.dtype = torch.float32,
+) -> Plan:
+    """Lay out an average, and refuse what cannot be averaged.
+
+    Args:
+        checkpoints: Oldest first.
+        weights: As many, with sum 1.
+        average: Instead of the models, average what the callbacks kept under this name. Default: ``None``.
+        dtype: Of the floating-point results. Default: as in the model.
+        accumulate: Of the sums. Default: ``float32``.
+
+    Raises:
+        CheckpointError: If the checkpoints do not fit each other, or one has no such average.
+    """
+    check_alike(checkpoints)
+    newest = checkpoints[-1]
+    views = [
+        (weight * part, view)
+        for weight, checkpoint in zip(weights, checkpoints, strict=True)
+        for part, view in (view_average(checkpoint, average) if average else [(1.0, checkpoint)])
+    ]
+    check_alike([view for _, view in views])
+    parts, dtypes, copied = {}, {}, []
+    for name, own in newest.tensors.items():
+        if own.dtype.is_floating_point:
+            parts[name] = [(weight, view.tensors[name]) for weight, view in views]
+            dtypes[name] = dtype or own.dtype
+        else:
+            parts[name], dtypes[name] = [(1.0, own)], own.dtype
+            copied.append(name)
+    kept = [name for name, own in newest.tensors.items() if average and views[-1][1].tensors[name] is own]
+    return Plan(parts, dtypes, newest, copied, kept, accumulate)
+
+
+@contextmanager
+def appearing_whole(out: Path) -> Iterator[Path]:
+    """Gives a hidden folder beside ``out``; what is made in it as ``out.name`` becomes ``out`` if nothing goes wrong.
+
+    A killed run leaves only the hidden folder, which the next run empties. One run at a time has it.
+
+    Raises:
+        CheckpointError: If ``out`` is there already, or another run is making it.
+    """
+    if out.exists() or out.is_symlink():
+        raise CheckpointError(f'{out} exists; choose another --out or delete it')
+    partial = out.with_name(f'.{out.name}.partial')
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f'another run is making {out}') from None
+        try:
+            for left in partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+            for made in sorted(partial.iterdir(), key=lambda path: path.name == out.name):  # the result last
+                made.rename(out.with_name(made.name))
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, Path | str | bytes]:
+    """What belongs to a Hugging Face model besides its weights: config, tokenizer, code.
+
+    Args:
+        checkpoint: The newest.
+        config: A folder that has them. Default: the checkpoint's own folder (Hugging Face), the newest export
+            ``huggingface/*`` beside it (Composer), or what its state holds.
+
+    Returns:
+        For each file name where it is, or its content.
+
+    Raises:
+        CheckpointError: If there is no ``config.json``.
+    """
+    own = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    exports = own.parent if checkpoint.kind == 'sharded' else own
+    found = sorted(exports.glob('huggingface/*/config.json'), key=lambda path: batch_of(path.parent.name) or -1)
+    folder = config or (own if checkpoint.kind == 'hf' else found[-1].parent if found else None)
+    if folder is None:
+        return _files_of_state(checkpoint)
+    if not (folder / 'config.json').is_file():
+        raise CheckpointError(f'{folder} has no config.json; give a folder that has one with --config')
+    return {file.name: file for file in folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHT_FILES)}
+
+
+def batch_of(name: str) -> int | None:
+    """The batch in a checkpoint's name."""
+    found = re.findall(r'(?<![a-zA-Z])ba(\d+)', name)
+    return int(found[-1]) if found else None
+
+
+def _files_of_state(checkpoint: Checkpoint) -> dict[str, Path | str | bytes]:
+    saved = (checkpoint.carried.get('integrations') or {}).get('huggingface') or {}
+    config = ((saved.get('model') or {}).get('config') or {}).get('content')
+    if not config:
+        raise CheckpointError(
+            f'{checkpoint.path} holds no config of a Hugging Face model, and there is no export huggingface/* beside '
+            'it; give a folder with config.json with --config'
+        )
+    files: dict[str, Path | str | bytes] = {'config.json': json.dumps(config, indent=2) + '\n'}
+    for name, entry in (saved.get('tokenizer') or {}).items():
+        content = entry['content']
+        if Path(name).name != name:
+            raise CheckpointError(f'{checkpoint.path}: its tokenizer has a file {name!r}')
+        if entry['file_extension'] == '.json':
+            content = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
+        elif entry['file_extension'] == '.txt':
+            content = '\n'.join(content)
+        files[name] = content
+    return files
+
+
+def _fill(plan: Plan, skeleton: Checkpoint, progress: Progress) -> None:
+    """Compute everything into a file that has room for it."""
+    places = {name: one.pieces[0] for name, one in skeleton.tensors.items()}
+    (path,) = {place.path for place in places.values()} or {skeleton.path}
+
+    def writer(offset: int) -> Callable[[int, Any], None]:
+        def write(begin: int, data: Any) -> None:
+            place = offset + begin
+            while data:
+                count = os.pwrite(file.fileno(), data, place)
+                data, place = data[count:], place + count
+
+        return write
+
+    in_order = sorted(places.items(), key=lambda item: item[1].offset)
+    with open(path, 'r+b') as file:
+        average_tensors(plan.averages({name: writer(p.offset) for name, p in in_order}), plan.accumulate, progress)
+
+
+def write_hugging_face(
+    plan: Plan, folder: Path, small_files: dict[str, Path | str | bytes], max_shard_size: str, progress: Progress
+) -> None:
+    """Write a folder that ``from_pretrained`` takes.
+
+    Args:
+        plan: What to average.
+        folder: Made here.
+        small_files: Of :func:`find_small_files`; ``torch_dtype`` in ``config.json`` becomes that of the weights.
+        max_shard_size: As ``save_pretrained`` takes it, such as ``5GB``.
+        progress: See :func:`average_tensors`.
+    """
+    folder.mkdir()
+    for name, content in small_files.items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    floats = {short(dtype) for dtype in plan.dtypes.values() if dtype.is_floating_point}
+    key = 'dtype' if 'dtype' in config else 'torch_dtype'  # transformers 5, and before
+    if len(floats) == 1 and config.get(key) not in floats:
+        config[key] = floats.pop()
+        (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    split = split_state_dict_into_shards_factory(
+        {name: (name,) for name in plan.parts},  # strings would be left out
+        get_storage_size=lambda key: prod(plan.parts[key[0]][0][1].shape) * plan.dtypes[key[0]].itemsize,
+        filename_pattern='model{suffix}.safetensors',
+        get_storage_id=lambda key: None,
+        max_shard_size=max_shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        _write_safetensors_header(plan, folder / file, names)
+        _fill(plan, open_checkpoint(folder / file), progress)
+    if split.is_sharded:
+        index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+
+
+def _write_safetensors_header(plan: Plan, path: Path, names: Sequence[str]) -> None:
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}  # transformers refuses a file without
+    end = 0
+    for name in sorted(names, key=lambda name: (-plan.dtypes[name].itemsize, name)):  # so everything is aligned
+        shape, dtype = plan.parts[name][0][1].shape, plan.dtypes[name]
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {'dtype': NAMES[dtype], 'shape': shape, 'data_offsets': [begin, end]}
+    data = json.dumps(header, separators=(',', ':')).encode()
+    data += b' ' * (-len(data) % 8)
+    with open(path, 'wb') as file:
+        file.write(len(data).to_bytes(8, 'little') + data)
+        file.truncate(8 + len(data) + end)
+
+
+def write_monolithic(plan: Plan, path: Path, progress: Progress) -> None:
+    """Write a ``.pt`` file that ``load_path`` with ``load_weights_only: true`` takes.
+
+    Args:
+        plan: What to average. Tied tensors stay tied; ``integrations`` and ``metadata`` are the newest checkpoint's.
+        path: Made here.
+        progress: See :func:`average_tensors`.
+    """
+    newest = plan.newest
+    with FakeTensorMode():
+        model = {name: torch.empty(one.shape, dtype=plan.dtypes[name]) for name, one in newest.tensors.items()}
+    model |= {alias: model[name] for alias, name in newest.aliases.items()}
+    state = {'model': {newest.prefix + name: tensor for name, tensor in model.items()}, **newest.carried}
+    # leaves room where the data goes
+    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save({'state': state}, path)
+    _fill(plan, open_checkpoint(path), progress)
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Computes each tensor when its turn to be written comes."""
+
+    def __init__(self, compute: Callable[[str], torch.Tensor]) -> None:
+        super().__init__()
+        self.compute = compute
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if write_item.tensor_data is None:
+            return super().resolve_data(write_item)
+        return self.compute(write_item.index.fqn)
+
+
+def write_sharded(plan: Plan, folder: Path, progress: Progress) -> None:
+    """Write a sharded folder that ``load_path`` with ``load_weights_only: true`` takes, on any number of ranks.
+
+    Args:
+        plan: What to average. ``metadata`` and the config among ``integrations`` are the newest checkpoint's.
+        folder: Made here.
+        progress: See :func:`average_tensors`.
+
+    Cost: memory for one or two of the result's tensors.
+    """
+    newest = plan.newest
+    sources = {name: name for name in newest.tensors} | newest.aliases
+    by_key = {f'state.model.{newest.prefix}{name}': source for name, source in sources.items()}
+
+    def compute(key: str) -> torch.Tensor:
+        name = by_key[key]
+        result = torch.empty(plan.parts[name][0][1].shape, dtype=plan.dtypes[name])
+        data = as_bytes(result.view(-1))
+
+        def write(begin: int, block: Any) -> None:
+            data[begin : begin + len(block)] = block
+
+        average_tensors(plan.averages({name: write}), plan.accumulate, progress)
+        return result
+
+    model = {
+        newest.prefix + name: torch.empty(newest.tensors[source].shape, dtype=plan.dtypes[source], device='meta')
+        for name, source in sources.items()
+    }
+    config = ((newest.carried.get('integrations') or {}).get('huggingface') or {}).get('model')
+    state: dict[str, Any] = {'model': model, 'metadata': newest.carried.get('metadata') or {}}
+    if config:
+        state['integrations'] = {'huggingface': {'model': config}}  # a tokenizer is an entry for each of its tokens
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'torch.distributed is ')
+        warnings.filterwarnings('ignore', 'TypedStorage is deprecated')
+        save(
+            {'state': state},
+            storage_writer=FileSystemWriter(folder, thread_count=1),
+            planner=_LazyPlanner(compute),
+            no_dist=True,
+        )
+    if not (folder / '.metadata').exists():
+        raise CheckpointError(f'{folder} was not written')
+
+
+def tie(checkpoint: Checkpoint, config: Path) -> dict[str, str]:
+    """Names that a Composer checkpoint needs for tied tensors, and a Hugging Face one leaves out.
+
+    Args:
+        checkpoint: A Hugging Face checkpoint.
+        config: The folder with its ``config.json``.
+
+    Returns:
+        For each further name the one in ``checkpoint``; nothing for a model that transformers cannot build by itself.
+    """
+    from accelerate import init_empty_weights
+    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config, local_files_only=True))
+    except (OSError, ValueError, KeyError):
+        return {}
+    model.tie_weights()
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in checkpoint.tensors:
+            names[id(tensor)] = name
+    return {
+        name: names[id(tensor)]
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in checkpoint.tensors and id(tensor) in names
+    }

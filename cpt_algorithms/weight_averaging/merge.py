@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averages of saved checkpoints, block by block: a few megabytes of memory, whatever the model and however many."""
+
+import os
+import resource
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpt_algorithms.checkpoints import Checkpoint, CheckpointError, Piece, Stored, contiguous
+
+__all__ = ['Average', 'average_tensors', 'check_alike', 'view_average']
+
+BLOCK = 1 << 18  # elements; the accumulator (1 MiB) and what goes into it stay in a core's cache
+THREADS = min(8, os.cpu_count() or 1)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Average:
+    """One tensor to make.
+
+    Args:
+        parts: Weights, and what they weigh; of one dtype and shape.
+        dtype: Of the result.
+        write: Called with the first byte and the bytes of each block of the result, from several threads.
+    """
+
+    parts: Sequence[tuple[float, Stored]]
+    dtype: torch.dtype
+    write: Callable[[int, Any], None]
+
+
+def check_alike(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse to average what does not belong together.
+
+    Raises:
+        CheckpointError: If names, shapes or dtypes differ (with the first three differences), or a dtype cannot be
+            averaged.
+    """
+    first = checkpoints[0]
+    for name, one in first.tensors.items():
+        if (one.dtype.is_floating_point or one.dtype.is_complex) and one.dtype not in FLOATS:
+            raise CheckpointError(f'{first.path}: {name} is {short(one.dtype)}, which cannot be averaged')
+    for other in checkpoints[1:]:
+        differences = [
+            f'{name} is {describe(a)} there and {describe(b)} here'
+            for name, a in first.tensors.items()
+            if (b := other.tensors.get(name)) and (a.dtype, a.shape) != (b.dtype, b.shape)
+        ]
+        differences += [f'{name} is missing here' for name in first.tensors if name not in other.tensors]
+        differences += [f'{name} is missing there' for name in other.tensors if name not in first.tensors]
+        if differences:
+            more = f' (and {len(differences) - 3} more)' if len(differences) > 3 else ''
+            raise CheckpointError(f'{other.path} does not fit {first.path}: {"; ".join(differences[:3])}{more}')
+
+
+def short(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix('torch.')
+
+
+def describe(stored: Stored) -> str:
+    """Shape and dtype in a message."""
+    return f'{stored.shape} {short(stored.dtype)}'
+
+
+def view_average(checkpoint: Checkpoint, average: str) -> list[tuple[float, Checkpoint]]:
+    """An average that a callback kept, as parts that look like checkpoints.
+
+    Args:
+        checkpoint: A Composer checkpoint.
+        average: ``lawa``, or the name of one of the EMAs.
+
+    Returns:
+        Weights (with sum 1) and checkpoints. What the average does not hold (buffers, frozen parameters) is the
+        checkpoint's own.
+
+    Raises:
+        CheckpointError: If it holds no such average, or one that is not of this model.
+    """
+    if average not in checkpoint.averages:
+        there = ', '.join(checkpoint.averages) or 'none'
+        raise CheckpointError(f'{checkpoint.path} holds no average {average!r}; there are: {there}')
+    views = []
+    for weight, part in checkpoint.averages[average]:
+        kept = {checkpoint.aliases.get(name, name): one for name, one in part.items()}
+        for name, one in kept.items():
+            if (own := checkpoint.tensors.get(name)) is None or own.shape != one.shape:
+                here = 'missing' if own is None else describe(own)
+                raise CheckpointError(
+                    f'{checkpoint.path}: {name} is {describe(one)} in the average {average} and {here} in the model'
+                )
+        views.append((weight, replace(checkpoint, tensors={**checkpoint.tensors, **kept})))
+    return views
+
+
+class _Files:
+    """Opens files once and keeps them open."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a one-dimensional contiguous tensor."""
+    return memoryview(tensor.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def _read_run(files: _Files, path: Path, offset: int, into: torch.Tensor) -> None:
+    view = as_bytes(into)
+    while view:
+        count = os.preadv(files[path], [view], offset)
+        if not count:
+            raise CheckpointError(f'{path} ended early, at byte {offset:,}: it changed, or is damaged')
+        view, offset = view[count:], offset + count
+
+
+def _is_flat(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Whether a piece is a run of consecutive elements of the tensor, in the file as well."""
+    return piece.stride == contiguous(piece.shape) and piece.shape[1:] == shape[1:]
+
+
+def _rows(stored: Stored) -> int:
+    """Elements that are best read together: as many as a block must be a multiple of."""
+    if all(_is_flat(piece, stored.shape) for piece in stored.pieces):
+        return 1
+    if all(piece.stride == contiguous(piece.shape) for piece in stored.pieces):
+        return prod(stored.shape[1:])
+    return prod(stored.shape)
+
+
+def _read(files: _Files, stored: Stored, begin: int, into: torch.Tensor) -> None:
+    """Elements ``begin`` to ``begin + len(into)``, which are whole rows unless the pieces are flat, of a tensor."""
+    end, row = begin + into.numel(), prod(stored.shape[1:])
+    for piece in stored.pieces:
+        if _is_flat(piece, stored.shape):
+            start = piece.at[0] * row if piece.at else 0
+            low, high = max(begin, start), min(end, start + prod(piece.shape))
+            if low < high:
+                offset = piece.offset + (low - start) * stored.dtype.itemsize
+                _read_run(files, piece.path, offset, into[low - begin : high - begin])
+            continue
+        top = begin // row
+        low, high = max(top, piece.at[0]), min(end // row, piece.at[0] + piece.shape[0])
+        if low >= high:
+            continue
+        shape = (high - low, *piece.shape[1:])
+        span = 1 + sum((n - 1) * step for n, step in zip(shape, piece.stride, strict=True))
+        data = torch.empty(span, dtype=stored.dtype)
+        _read_run(files, piece.path, piece.offset + (low - piece.at[0]) * piece.stride[0] * data.itemsize, data)
+        box = into.view(-1, *stored.shape[1:])[low - top : high - top]
+        for axis in range(1, box.dim()):
+            box = box.narrow(axis, piece.at[axis], shape[axis])
+        box.copy_(data.as_strided(shape, piece.stride))
+
+
+class _Scratch(threading.local):
+    """Memory of a thread, used again for each block."""
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(3)]
+
+    def __call__(self, which: int, dtype: torch.dtype, count: int) -> torch.Tensor:
+        size = count * dtype.itemsize
+        if self._buffers[which].numel() < size:
+            self._buffers[which] = torch.empty(size, dtype=torch.uint8)
+        return self._buffers[which][:size].view(dtype)
+
+
+def average_tensors(
+    averages: Iterable[Average],
+    accumulate: torch.dtype = torch.float32,
+    progress: Callable[[int], Any] = lambda num_bytes: None,
+) -> None:
+    """Compute weighted averages from files to wherever ``write`` puts them.
+
+    ``result = c (sum_i (w_i / c) x_i)``, where ``c`` is the smallest weight, rounded once to the dtype of the result.
+    With equal or linear weights the factors are small whole numbers, so that with float32 sums of bfloat16 and float16
+    are exact as long as the values of an element are within a factor of about 1000 of each other: the result is within
+    half a unit in the last place, even where the values cancel. In general its error is that rounding plus at most
+    ``k * 2^-24 * sum_i |w_i x_i|`` (float64: ``2^-53``), so float32 checkpoints lose up to a few units in their last
+    place with float32, and none with float64.
+
+    Args:
+        averages: What to compute. A part of weight 0 is not read. A single part of the result's dtype is copied.
+        accumulate: Dtype of the sums, ``float32`` or ``float64``; tensors that are wider use their own.
+            Default: ``float32``.
+        progress: Called with the number of bytes read, after each block. Default: nothing.
+
+    Raises:
+        CheckpointError: If a file ends early or is damaged.
+
+    Cost: reads every part once. Memory: about 20 bytes for each of the 2^18 elements of a block, for each of at most 8
+    threads; tensors that are stored with gaps (transposed, or split along a later dimension) are read by rows, or at
+    once.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # k checkpoints of a file for each rank
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the threads here share the cores already
+    files, scratch = _Files(), _Scratch()
+    waiting: deque[Future[int]] = deque()
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            try:
+                for average in averages:
+                    count = prod(average.parts[0][1].shape)
+                    rows = max(_rows(stored) for _, stored in average.parts)
+                    block = rows * max(1, BLOCK // rows)
+                    for begin in range(0, count, block):
+                        size = min(block, count - begin)
+                        waiting.append(pool.submit(_average_block, average, begin, size, accumulate, files, scratch))
+                        if len(waiting) > 4 * THREADS:
+                            progress(waiting.popleft().result())
+                while waiting:
+                    progress(waiting.popleft().result())
+            finally:
+                for future in waiting:
+                    future.cancel()
+    finally:
+        files.close()
+        torch.set_num_threads(num_threads)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _average_block(
+    average: Average, begin: int, size: int, accumulate: torch.dtype, files: _Files, scratch: _Scratch
+) -> int:
+    parts = [(weight, stored) for weight, stored in average.parts if weight]
+    dtype = parts[0][1].dtype
+    values = scratch(0, dtype, size)
+    if len(parts) == 1 and parts[0][0] == 1 and dtype == average.dtype:
+        _read(files, parts[0][1], begin, values)
+        result = values
+    else:
+        total = scratch(1, torch.promote_types(accumulate, dtype), size)
+        scale = min(abs(weight) for weight, _ in parts)
+        for index, (weight, stored) in enumerate(parts):
+            _read(files, stored, begin, values)
+            factor = weight / scale
+            if index:
+                total.add_(values, alpha=factor)
+            elif factor == 1:
+                total.copy_(values)
+            else:
+                total.copy_(values).mul_(factor)
+        if scale != 1:
+            total.mul_(scale)
+        result = total if average.dtype == total.dtype else scratch(2, average.dtype, size).copy_(total)
+    average.write(begin * average.dtype.itemsize, as_bytes(result))
+    return len(parts) * size * dtype.itemsize
