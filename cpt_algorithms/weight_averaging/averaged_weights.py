@@ -15,10 +15,11 @@ from math import floor
 from typing import Any
 
 import torch
-from composer.core import Callback, Evaluator, Event, State, Time, TimeUnit
+from composer.core import Callback, Evaluator, State, Time, TimeUnit
 from composer.loggers import Logger
+from composer.utils.parallelism import FSDP2Config
 from llmfoundry.callbacks import HuggingFaceCheckpointer
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cpt_algorithms.weight_averaging.local_shards import LocalShards
@@ -27,6 +28,7 @@ __all__ = ['AveragedWeights', 'parse_time', 'resolve_time']
 
 log = logging.getLogger(__name__)
 
+copy_ = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 _UNITS = (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.DURATION)
 
 
@@ -78,6 +80,16 @@ class _EvaluatorOfAverage(Evaluator):
         self.average_name = name
         # asked afresh every time: other callbacks may change when the base evaluates
         self.eval_interval = lambda state, event: base.eval_interval(state, event)  # pyright: ignore
+
+
+class _WithLoadPlanner(FSDP2Config):
+    """Composer hands a config's ``load_planner`` to torch; that of FSDP2 is a constant ``None``."""
+
+    planner: DefaultLoadPlanner
+
+    @property
+    def load_planner(self) -> DefaultLoadPlanner:
+        return self.planner
 
 
 class AveragedWeights(Callback, ABC):
@@ -133,8 +145,8 @@ class AveragedWeights(Callback, ABC):
         """Lists of shards by name, and whatever else JSON can hold."""
 
     @abstractmethod
-    def restore(self, name: str, tensors: list[torch.Tensor], settings: dict[str, Any], state: State) -> str | None:
-        """Take back one list of shards; returns why not, if it does not fit this YAML."""
+    def restore(self, saved: dict[str, list[torch.Tensor]], settings: dict[str, Any], state: State) -> list[str]:
+        """Take back what :meth:`saved` gave; returns what of it is not used or was not there, and why."""
 
     @abstractmethod
     def candidates(self) -> Iterable[str]:
@@ -143,6 +155,9 @@ class AveragedWeights(Callback, ABC):
     def device(self) -> torch.device | None:
         """Where loaded shards go; ``None`` for beside the parameters."""
         return None
+
+    def begin(self, state: State) -> None:
+        """Start has come, whether or not it is time to look; called after every batch, before :meth:`observe`."""
 
     def forget(self) -> None:
         """Free what was kept for an evaluation."""
@@ -161,6 +176,7 @@ class AveragedWeights(Callback, ABC):
         start, interval = resolve_time(self.start, state), resolve_time(self.interval, state)
         if before is None or before.get(start.unit).value < start.value:
             return
+        self.begin(state)
         first, last = (floor(time.get(interval.unit).value / interval.value) for time in (before, now))
         if first != last:
             with torch.no_grad():
@@ -190,16 +206,16 @@ class AveragedWeights(Callback, ABC):
             self._raw = [torch.empty_like(parameter) for parameter in parameters]
         self.shards.reshard()
         with torch.no_grad():
-            torch._foreach_copy_(self._raw, parameters)
+            copy_(self._raw, parameters)
             self._is_in = True
-            torch._foreach_copy_(parameters, self.average(name))
+            copy_(parameters, self.average(name))
 
     def _copy_out(self) -> None:
         if self._is_in:
             self.shards.reshard()
             assert self._raw is not None
             with torch.no_grad():
-                torch._foreach_copy_(self.shards.tensors(), self._raw)
+                copy_(self.shards.tensors(), self._raw)
             self._is_in = False
 
     @contextmanager
@@ -259,19 +275,19 @@ class AveragedWeights(Callback, ABC):
     def before_load(self, state: State, logger: Logger) -> None:
         """The model is wrapped; a sharded checkpoint will be loaded into what it holds of ours, and not fail else."""
         self._shards = LocalShards(state.model)
-        if state.fsdp_sharded_state_dict_enabled:
-            config = state.fsdp_config
-            config.load_planner = planner = config.load_planner or DefaultLoadPlanner()
-            set_up = planner.set_up_planner
+        if not state.fsdp_sharded_state_dict_enabled:
+            return
+        config: Any = state.fsdp_config
+        planner = config.load_planner or DefaultLoadPlanner()
+        set_up = planner.set_up_planner
 
-            def set_up_planner(
-                state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-            ) -> None:
-                assert metadata is not None, 'torch always gives it'
-                self._fit_to(state_dict, metadata)
-                set_up(state_dict, metadata, is_coordinator)
+        def set_up_planner(state_dict: dict[str, Any], metadata: Metadata, is_coordinator: bool = False) -> None:
+            self._fit_to(state_dict, metadata)
+            set_up(state_dict, metadata, is_coordinator)
 
-            planner.set_up_planner = set_up_planner
+        planner.set_up_planner = set_up_planner
+        config.__class__ = _WithLoadPlanner
+        config.planner = planner
 
     def _fit_to(self, state_dict: dict[str, Any], metadata: Metadata) -> None:
         """Make the template of a sharded load ask for just those averages that the checkpoint has."""
@@ -318,39 +334,30 @@ class AveragedWeights(Callback, ABC):
     def after_load(self, state: State, logger: Logger) -> None:
         """Restore, and say what starts afresh; hook into the export."""
         self._shards = LocalShards(state.model)
-        restored: list[str] = []
-        reasons: dict[str, str] = {}
+        batch = int(state.timestamp.batch.value)
         if self._loaded is not None:
             settings = json.loads(self._loaded['meta'])
-            for name, saved in self._loaded.get(self.group, {}).items():
-                tensors = self.shards.from_saved(saved, f'{self.key} ({name})')
+            saved = {
+                name: self.shards.from_saved(tensors, f'{self.key} ({name})')
+                for name, tensors in self._loaded.get(self.group, {}).items()
+            }
+            for name, tensors in saved.items():
                 total, expected = self.shards.square_sum(tensors), settings['square_sum'][name]
                 if not abs(total - expected) <= 1e-9 * expected:
                     raise RuntimeError(
-                        f'{self.key} ({name}) was saved with the sum of squares {expected!r} and loaded with {total!r}: '
-                        'some rank has the shard of another, or the checkpoint is damaged'
+                        f'{self.key} ({name}) was saved with the sum of squares {expected!r} and loaded with '
+                        f'{total!r}: some rank has the shard of another, or the checkpoint is damaged'
                     )
-                if reason := self.restore(name, tensors, settings, state):
-                    reasons[name] = reason
-                else:
-                    restored.append(name)
+            for complaint in self.restore(saved, settings, state):
+                log.warning(f'{self.key}: {complaint}')
             self._loaded = None
-        if restored:
-            log.info(f'{self.key}: restored {", ".join(self.names())} at batch {int(state.timestamp.batch.value)}')
-        for name, reason in reasons.items():
-            log.warning(f'{self.key}: {name} of the checkpoint is not used, because {reason}')
-        if state.timestamp.batch.value and (fresh := self.missing()):
-            log.warning(
-                f'{self.key}: the checkpoint at batch {int(state.timestamp.batch.value)} holds no {", ".join(fresh)}; '
-                'averaging starts afresh from here'
-            )
+            if self.names():
+                log.info(f'{self.key}: restored {", ".join(self.names())} at batch {batch}')
+        elif batch:
+            log.warning(f'{self.key}: the checkpoint at batch {batch} holds no average; it starts afresh from here')
         for exporter in state.callbacks:
             if isinstance(exporter, HuggingFaceCheckpointer):
                 self._export_with(exporter)
-
-    @abstractmethod
-    def missing(self) -> list[str]:
-        """Averages that the YAML asks for and that do not exist yet."""
 
     # export
 

@@ -57,29 +57,30 @@ class EMA(AveragedWeights):
         """Averages that exist by now."""
         return list(self._averages)
 
-    def missing(self) -> list[str]:
-        """Averages that the YAML asks for and that do not exist yet."""
-        return [name for name in self.half_lives if name not in self._averages]
-
     def average(self, name: str) -> list[torch.Tensor]:
         """This rank's shards of an average: float32, beside the parameters."""
         return self._averages[name]
 
+    def begin(self, state: State) -> None:
+        """Start the clocks."""
+        assert state.previous_timestamp is not None, 'a batch has ended'
+        for name, time in self.half_lives.items():
+            if name not in self._clocks:
+                unit = resolve_time(time, state).unit
+                now = state.previous_timestamp.get(unit).value
+                self._clocks[name] = {'unit': unit.value, 'begin': now, 'last': now}
+
     def observe(self, state: State) -> None:
         """Update every average."""
-        assert state.previous_timestamp is not None, 'a batch has ended'
         parameters = self.shards.tensors()
         for name, time in self.half_lives.items():
-            half_life = resolve_time(time, state)
+            half_life, clock = resolve_time(time, state), self._clocks[name]
             now = state.timestamp.get(half_life.unit).value
-            if name not in self._averages:
+            if name in self._averages:
+                weight = ema_weight(now - clock['last'], now - clock['begin'], half_life.value)
+                update_ema_(self._averages[name], parameters, weight)
+            else:
                 self._averages[name] = [parameter.to(torch.float32, copy=True) for parameter in parameters]
-                begin = state.previous_timestamp.get(half_life.unit).value
-                self._clocks[name] = {'unit': half_life.unit.value, 'begin': begin, 'last': now}
-                continue
-            clock = self._clocks[name]
-            weight = ema_weight(now - clock['last'], now - clock['begin'], half_life.value)
-            update_ema_(self._averages[name], parameters, weight)
             clock['last'] = now
 
     def candidates(self) -> Iterable[str]:
@@ -90,18 +91,20 @@ class EMA(AveragedWeights):
         """The averages and their clocks."""
         return self._averages, {'clocks': self._clocks}
 
-    def restore(self, name: str, tensors: list[torch.Tensor], settings: dict[str, Any], state: State) -> str | None:
-        """Take back one average."""
-        if name not in self.half_lives:
-            return 'the YAML no longer asks for it'
-        clock = settings['clocks'][name]
-        unit = resolve_time(self.half_lives[name], state).unit.value
-        if clock['unit'] != unit:
-            return f'its clock ran in {clock["unit"]} and would now run in {unit}'
-        self._averages[name] = [
-            # its own memory, not that of a file or of the loader
-            tensor.to(parameter.device, torch.float32, copy=True)
-            for tensor, parameter in zip(tensors, self.shards.tensors(), strict=True)
-        ]
-        self._clocks[name] = clock
-        return None
+    def restore(self, saved: dict[str, list[torch.Tensor]], settings: dict[str, Any], state: State) -> list[str]:
+        """Take back the averages that the YAML still asks for."""
+        clocks = settings['clocks']
+        complaints = [f'{name} of the checkpoint is not asked for any more' for name in saved.keys() - self.half_lives]
+        for name, time in self.half_lives.items():
+            unit = resolve_time(time, state).unit.value
+            if name not in clocks or clocks[name]['unit'] != unit:
+                complaints.append(f'the checkpoint holds no {name} in {unit}; it starts afresh from here')
+                continue
+            self._clocks[name] = clocks[name]
+            if name in saved:
+                self._averages[name] = [
+                    # its own memory, not that of a file or of the loader
+                    tensor.to(parameter.device, torch.float32, copy=True)
+                    for tensor, parameter in zip(saved[name], self.shards.tensors(), strict=True)
+                ]
+        return complaints

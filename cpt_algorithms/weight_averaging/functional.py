@@ -44,7 +44,8 @@ def update_ema_(average: Sequence[torch.Tensor], parameters: Sequence[torch.Tens
     """
     same = [(a, p) for a, p in zip(average, parameters, strict=True) if a.dtype == p.dtype]
     if same:
-        torch._foreach_lerp_([a for a, _ in same], [p for _, p in same], weight)
+        averages, values = zip(*same, strict=True)
+        torch._foreach_lerp_(averages, values, weight)  # pyright: ignore[reportPrivateImportUsage]
     for a, p in zip(average, parameters, strict=True):
         if a.dtype != p.dtype:
             a.lerp_(p.to(a.dtype), weight)

@@ -67,10 +67,6 @@ class LAWA(AveragedWeights):
         """``lawa``, once there is a snapshot."""
         return ['lawa'] if self._window else []
 
-    def missing(self) -> list[str]:
-        """``lawa``, until there is a snapshot."""
-        return [] if self._window else ['lawa']
-
     def average(self, name: str) -> list[torch.Tensor]:
         """This rank's shards of the average: float32, beside the parameters; kept until :meth:`forget`."""
         if self._mean is None:
@@ -119,10 +115,14 @@ class LAWA(AveragedWeights):
         window = {str(index): snapshot for index, snapshot in enumerate(self._window)}
         return window, {'interval': self.interval.to_timestring(), 'weights': self.weights}
 
-    def restore(self, name: str, tensors: list[torch.Tensor], settings: dict[str, Any], state: State) -> str | None:
-        """Take back one snapshot; of a longer window than now, the newest stay."""
-        if settings['interval'] != self.interval.to_timestring():
-            return f'interval was {settings["interval"]} and is {self.interval.to_timestring()}'
-        parameters = self.shards.tensors()
-        self._window.append([self._place(t, p) for t, p in zip(tensors, parameters, strict=True)])
-        return None
+    def restore(self, saved: dict[str, list[torch.Tensor]], settings: dict[str, Any], state: State) -> list[str]:
+        """Take back the window; of a longer one than now, the newest stay."""
+        interval = self.interval.to_timestring()
+        if settings['interval'] != interval:
+            return [
+                f'the window was taken every {settings["interval"]}, now every {interval}; it starts afresh from here'
+            ]
+        for tensors in saved.values():
+            placed = zip(tensors, self.shards.tensors(), strict=True)
+            self._window.append([self._place(tensor, parameter) for tensor, parameter in placed])
+        return []
