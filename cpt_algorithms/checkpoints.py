@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import torch
@@ -273,7 +273,9 @@ def _open_monolithic(path: Path) -> Checkpoint:
     averages = {name: [(1.0, stored(each))] for name, each in (ema.get('averages') or {}).items()}
     slots = {int(slot): stored(each) for slot, each in (lawa.get('window') or {}).items()}
     averages |= _lawa(slots, lawa.get('meta'))
-    carried = {key: state[key] for key in ('integrations', 'metadata') if key in state}
+    carried = {key: state[key] for key in ('integrations', 'metadata') if isinstance(state.get(key), dict)}
+    if 'torch_version' in carried.get('metadata', {}):
+        carried['metadata']['torch_version'] = str(carried['metadata']['torch_version'])  # a class of its own
     return Checkpoint(path, 'pt', tensors, prefix, aliases, averages, carried)
 
 
@@ -306,7 +308,7 @@ _METADATA_GLOBALS: dict[tuple[str, str], Any] = {
     ('torch', 'Size'): torch.Size,
     ('torch.serialization', '_get_layout'): torch.serialization._get_layout,
     ('collections', 'OrderedDict'): dict,
-    **{('pathlib', name): str for name in ('Path', 'PosixPath', 'PurePosixPath')},
+    **{('pathlib', name): PurePosixPath for name in ('Path', 'PosixPath', 'PurePosixPath')},
 }  # fmt: skip
 
 

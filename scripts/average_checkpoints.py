@@ -27,6 +27,7 @@ import glob
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -49,7 +50,8 @@ from tqdm import tqdm
 WEIGHTS = ('uniform', 'linear', 'ema', 'one_minus_sqrt')
 DTYPES = ('bfloat16', 'float16', 'float32', 'float64')
 DEFAULT_DECAY = 0.9
-RUN, EXPORTS = 'ep*-ba*', 'ba*'  # Composer's names of checkpoints, and of exports in huggingface/
+RUN = 'ep*-ba*'  # Composer's names of checkpoints
+EXPORT = r'ba\d+'  # and of exports in huggingface/; those of averages have a suffix
 PROVENANCE = 'average.json'
 LIBRARIES = ('cpt-algorithms', 'mosaicml', 'safetensors', 'torch', 'transformers')
 
@@ -172,7 +174,8 @@ def is_checkpoint(place: Local | Remote, path: str) -> bool:
 def of_run(place: Local | Remote, folder: str) -> list[str]:
     """The checkpoints in a run's folder."""
     checkpoints = [path for path in place.glob(f'{folder}/{RUN}') if is_checkpoint(place, path)]
-    exports = [*place.glob(f'{folder}/huggingface/{EXPORTS}'), *place.glob(f'{folder}/{EXPORTS}')]
+    exports = [*place.glob(f'{folder}/huggingface/*'), *place.glob(f'{folder}/*')]
+    exports = [path for path in exports if re.fullmatch(EXPORT, path.rpartition('/')[2])]
     return checkpoints or [path for path in exports if is_checkpoint(place, path)]
 
 
@@ -330,8 +333,6 @@ def is_last(file: Path) -> bool:
 
 def require_disk(folder: Path, num_bytes: int, what: str) -> None:
     """Refuse to begin what does not fit."""
-    import shutil
-
     while not folder.exists():
         folder = folder.absolute().parent
     free = shutil.disk_usage(folder).free
@@ -511,7 +512,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise AverageError(f'--stride {options.stride} needs --window')
     if options.to == 'pt' and options.window is None and not options.out.endswith('.pt'):
         raise AverageError(f'--out {options.out}: expected a name that ends in .pt with --to pt')
-    if not re.fullmatch(r'\d+([KMGT]i?B)', options.max_shard_size):
+    if not re.fullmatch(r'[1-9]\d*[KMGT]B', options.max_shard_size):
         raise AverageError(f'--max-shard-size {options.max_shard_size}: expected a size such as 5GB')
     if options.config and not (options.config / 'config.json').is_file():
         raise AverageError(f'--config {options.config}: there is no config.json')
@@ -547,8 +548,6 @@ def run(options: argparse.Namespace) -> None:
             if '://' in out:
                 upload(local, out)
                 for file in local.parent.iterdir():
-                    import shutil
-
                     shutil.rmtree(file) if file.is_dir() else file.unlink()
             print(f'wrote {out}')
 

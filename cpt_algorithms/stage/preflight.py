@@ -20,9 +20,9 @@ from llmfoundry.utils.builders import build_callback, build_composer_model, buil
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from llmfoundry.utils.registry_utils import import_file
 from streaming import StreamingDataset
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from cpt_algorithms.checkpoints import read_metadata, safe_globals
 from cpt_algorithms.keys import check_keys
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, read_mix, row_length
@@ -349,27 +349,16 @@ def _check_data(cfg: Config) -> None:
 def _parent_shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Shape of every model tensor in a Composer checkpoint, monolithic or sharded, without reading the tensors."""
     if Path(path).is_dir():
-        metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+        metadata = read_metadata(path).state_dict_metadata
         prefix = 'state.model.'
         return {
             key[len(prefix) :]: tuple(value.size)
             for key, value in metadata.items()
             if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
         }
-    with torch.serialization.safe_globals(_safe_globals()):
+    with torch.serialization.safe_globals(safe_globals()):
         checkpoint = torch.load(path, map_location='meta', mmap=True, weights_only=True)
     return {key: tuple(value.shape) for key, value in checkpoint['state']['model'].items()}
-
-
-def _safe_globals() -> list[Any]:
-    """What a Composer checkpoint holds besides tensors and plain values; none of it can run code."""
-    import datetime
-
-    import numpy as np
-    from torch.torch_version import TorchVersion
-
-    reconstruct = np.empty(0).__reduce__()[0]
-    return [datetime.timedelta, TorchVersion, reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 def _check_parent(cfg: Config) -> None:
