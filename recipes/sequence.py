@@ -254,27 +254,32 @@ def results_of(spec: dict[str, Any], runs: list[Run]) -> list[ArmResult]:
         numbers = [json.loads((folder(each) / 'result.json').read_text()) for each in chain]
         final = [{name: mean['mean'] for name, mean in each['final'].items()} for each in numbers]
         tokens = sum(numbers[-1]['tokens'].values())
-        result = ArmResult(
-            arm=run.arm if run.name not in parents else f'{run.stage} only' + _suffix(run, runs),
-            seed=run.seed,
-            final=final[-1],
-            parent=final[-2] if len(final) > 1 else None,
-            old=[name for each in chain[:-1] for name in each.config['train_loader']['dataset']['new']],
-            new=list(run.config['train_loader']['dataset']['new']),
-            tokens=tokens,
-            union_tokens=union_tokens,
-            flops=training_flops(numbers[-1]['parameters'], tokens),
-        )
-        result.stage_start = sum(sum(number['tokens'].values()) for number in numbers[:-1])
-        start = 0
-        for each, number in zip(chain, numbers, strict=True):
-            for name, rows in number['losses'].items():
-                line = result.curves.setdefault(name, [])
-                line += [[start + token, loss] for _, token, loss in rows]
-            per_batch = each.config['global_train_batch_size'] * each.config['max_seq_len']
-            result.learning_rate += [[start + b * per_batch, lr] for b, lr in enumerate(learning_rates(each))]
-            start += sum(number['tokens'].values())
-        results.append(result)
+        arm = run.arm if run.name not in parents else f'{run.stage} only' + _suffix(run, runs)
+        # losses of averaged weights are called <dataset>/<average>
+        for average in dict.fromkeys('/'.join(label.split('/')[1:]) for label in final[-1]):
+            of_average = f'/{average}' if average else ''
+            labels = {name: f'{name}{of_average}' for name in spec['data'] if f'{name}{of_average}' in final[-1]}
+            result = ArmResult(
+                arm=f'{arm}, {average}' if average else arm,
+                seed=run.seed,
+                final={name: final[-1][label] for name, label in labels.items()},
+                parent=final[-2] if len(final) > 1 else None,
+                old=[name for each in chain[:-1] for name in each.config['train_loader']['dataset']['new']],
+                new=list(run.config['train_loader']['dataset']['new']),
+                tokens=tokens,
+                union_tokens=union_tokens,
+                flops=training_flops(numbers[-1]['parameters'], tokens),
+            )
+            result.stage_start = sum(sum(number['tokens'].values()) for number in numbers[:-1])
+            start = 0
+            for each, number in zip(chain, numbers, strict=True):
+                for name, label in labels.items():
+                    line = result.curves.setdefault(name, [])
+                    line += [[start + token, loss] for _, token, loss in number['losses'].get(label, [])]
+                per_batch = each.config['global_train_batch_size'] * each.config['max_seq_len']
+                result.learning_rate += [[start + b * per_batch, lr] for b, lr in enumerate(learning_rates(each))]
+                start += sum(number['tokens'].values())
+            results.append(result)
     return results
 
 

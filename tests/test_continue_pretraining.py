@@ -26,11 +26,14 @@ def run(folder, cfg, *arguments, expect=0):
     return done.stdout + done.stderr
 
 
+AVERAGES = {'ema': {'half_life': '2ba'}, 'lawa': {'k': 2, 'interval': '2ba'}}
+
+
 @pytest.fixture(scope='module')
 def original(data, tmp_path_factory):
     """A run of 8 batches with every other checkpoint kept."""
     folder = tmp_path_factory.mktemp('original')
-    run(folder, tiny.config(folder, data, 'run', save_num_checkpoints_to_keep=-1))
+    run(folder, tiny.config(folder, data, 'run', save_num_checkpoints_to_keep=-1, callbacks=AVERAGES))
     return folder
 
 
@@ -38,7 +41,7 @@ def original(data, tmp_path_factory):
 def finished(original, data, tmp_path):
     """A copy of it: its YAML, its folder, what it recorded."""
     shutil.copytree(original, tmp_path, dirs_exist_ok=True, symlinks=True)
-    cfg = tiny.config(tmp_path, data, 'run', save_num_checkpoints_to_keep=-1)
+    cfg = tiny.config(tmp_path, data, 'run', save_num_checkpoints_to_keep=-1, callbacks=AVERAGES)
     return cfg, tmp_path / 'run', (tmp_path / 'run.jsonl.rank0').read_text()
 
 
@@ -63,6 +66,8 @@ def state_of(case, folder):
         latest.symlink_to('ep0-ba6-rank0.pt')
     elif case == 'during the export':
         (folder / 'huggingface' / 'ba8' / 'model.safetensors').unlink()
+        for average in ('ema_2ba', 'lawa'):
+            shutil.rmtree(folder / 'huggingface' / f'ba8-{average}')
 
 
 @pytest.mark.parametrize(
@@ -77,6 +82,8 @@ def state_of(case, folder):
 )
 def test_killed_while_saving(case, finished, tmp_path):
     cfg, folder, recorded = finished
+    exported = {path.parent.name: path.read_bytes() for path in folder.glob('huggingface/*/model.safetensors')}
+    assert sorted(exported) == ['ba8', 'ba8-ema_2ba', 'ba8-lawa']
     state_of(case, folder)
     run(tmp_path, cfg)
     import recorder
@@ -85,7 +92,8 @@ def test_killed_while_saving(case, finished, tmp_path):
     assert sorted(lines) == list(range(8))
     assert (tmp_path / 'run.jsonl.rank0').read_text().startswith(recorded)
     assert json.loads((folder / 'done.json').read_text())['batch'] == 8
-    assert (folder / 'huggingface' / 'ba8' / 'model.safetensors').exists()
+    for name, weights in exported.items():
+        assert (folder / 'huggingface' / name / 'model.safetensors').read_bytes() == weights, 'averages too'
     assert (folder / 'latest-rank0.pt').resolve().name == 'ep0-ba8-rank0.pt'
 
 

@@ -47,7 +47,11 @@ def spec(data, tmp_path):
                 'name': 'text', 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
                 'persistent_workers': False, 'dataset': {'max_seq_len': tiny.SEQ_LEN},
             },
-            'callbacks': {'final_loss': {'window': '4ba', 'interval': '2ba'}},
+            'callbacks': {
+                'final_loss': {'window': '4ba', 'interval': '2ba'},
+                'ema': {'half_life': '4ba'},
+                'lawa': {'k': 3, 'interval': '3ba'},
+            },
         },
     }  # fmt: skip
 
@@ -109,8 +113,15 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path):
         assert path_done.stat().st_mtime_ns == when, 'finished work was done again'
     with open(tmp_path / 'runs' / 'table.csv', encoding='utf-8') as file:
         rows = {row['arm']: row for row in csv.DictReader(file)}
-    assert list(rows) == ['old only', 'none', 'replay 25 %', 'union']
-    assert float(rows['none']['compute against union']) == 0.5
+    arms = ('old only', 'none', 'replay 25 %', 'union')
+    assert list(rows) == [f'{arm}{average}' for arm in arms for average in ('', ', ema_4ba', ', lawa')]
+    for arm in ('none', 'none, lawa'):
+        assert float(rows[arm]['compute against union']) == 0.5
+    final = results(spec)['new-none-s17']['final']
+    assert float(rows['none, lawa']['loss old']) == pytest.approx(final['old/lawa']['mean'])
+    assert float(rows['none, lawa']['forgetting']) == pytest.approx(
+        final['old/lawa']['mean'] - results(spec)['old-s17']['final']['old']['mean']
+    ), "against the parent's own weights, from which the stage started"
     assert (tmp_path / 'runs' / 'report.png').exists()
 
     code, printed = run(

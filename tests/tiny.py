@@ -2,6 +2,10 @@
 """A stage small enough to run in a second or two, as an llm-foundry YAML in Python."""
 
 import gc
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +90,23 @@ def run(cfg: dict[str, Any]) -> dict[int, dict]:
         del trainer
         gc.collect()
     return recorder.read(cfg['callbacks']['recorder']['path'])
+
+
+def launch(script: Path, *arguments: object, expect: object = 0, ranks: int = 2) -> str:
+    """``composer -n <ranks> script arguments`` with FSDP2; returns what it printed."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'composer.cli.launcher', '-n', str(ranks), '--master_port', str(port)]
+    path = [str(ROOT / 'tests'), *filter(None, [os.environ.get('PYTHONPATH')])]
+    done = subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        env={**os.environ, 'FSDP_VERSION': '2', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    printed = done.stdout + done.stderr
+    assert (done.returncode == 0) == (expect == 0), printed[-6000:]
+    return printed

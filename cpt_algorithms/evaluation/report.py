@@ -144,7 +144,8 @@ def draw(path: Path, title: str, results: Sequence[ArmResult]) -> None:
         axis.set(
             title=f'validation loss on {what} ({", ".join(names)})', xlabel='tokens (M)', ylabel='loss (nats/token)'
         )
-        finals = [float(np.mean([r.final[n] for n in names])) for r in first.values() if set(names) <= r.final.keys()]
+        with_all = [result.final for result in first.values() if names and set(names) <= result.final.keys()]
+        finals = [float(np.mean([final[name] for name in names])) for final in with_all]
         if finals:
             # the start of training would squeeze everything else into a line
             axis.set_ylim(min(finals) - 0.15, max(finals) + 0.9)

@@ -8,7 +8,7 @@ would be given rank 0's shard, and that of callbacks tensor by tensor.
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from math import floor
@@ -148,9 +148,9 @@ class AveragedWeights(Callback, ABC):
     def restore(self, saved: dict[str, list[torch.Tensor]], settings: dict[str, Any], state: State) -> list[str]:
         """Take back what :meth:`saved` gave; returns what of it is not used or was not there, and why."""
 
-    @abstractmethod
-    def candidates(self) -> Iterable[str]:
-        """Names under which a checkpoint may hold shards of ours, in order; the search ends at the first it lacks."""
+    def wants(self, name: str) -> bool:
+        """Whether shards of this name are worth loading."""
+        return True
 
     def device(self) -> torch.device | None:
         """Where loaded shards go; ``None`` for beside the parameters."""
@@ -281,7 +281,10 @@ class AveragedWeights(Callback, ABC):
         planner = config.load_planner or DefaultLoadPlanner()
         set_up = planner.set_up_planner
 
-        def set_up_planner(state_dict: dict[str, Any], metadata: Metadata, is_coordinator: bool = False) -> None:
+        def set_up_planner(
+            state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+        ) -> None:
+            assert metadata is not None, 'torch always gives it'
             self._fit_to(state_dict, metadata)
             set_up(state_dict, metadata, is_coordinator)
 
@@ -302,17 +305,16 @@ class AveragedWeights(Callback, ABC):
             if not callbacks:
                 del state_dict['state']['callbacks']
             return
+        begin, end = f'{prefix}.{self.group}.', f'.{next(iter(self.shards.parameters))}'
+        names = [key[len(begin) : -len(end)] for key in there if key.startswith(begin) and key.endswith(end)]
         groups: dict[str, Any] = {}
-        first = next(iter(self.shards.parameters))
-        for name in self.candidates():
-            at = f'{prefix}.{self.group}.{name}'
-            if f'{at}.{first}' in there:
+        for name in filter(self.wants, sorted(names, key=lambda name: (len(name), name))):
 
-                def dtype(parameter: str, at: str = at) -> torch.dtype:
-                    found = there.get(f'{at}.{parameter}')
-                    return getattr(getattr(found, 'properties', None), 'dtype', torch.float32)
+            def dtype(parameter: str, name: str = name) -> torch.dtype:
+                found = there.get(f'{begin}{name}.{parameter}')
+                return getattr(getattr(found, 'properties', None), 'dtype', torch.float32)
 
-                groups[name] = self.shards.empty(dtype, self.device())
+            groups[name] = self.shards.empty(dtype, self.device())
         callbacks[ours] = {'meta': '', **({self.group: groups} if groups else {})}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``ema``: exponential moving averages of the weights, by half-life in tokens, batches or share of the run."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,9 +83,9 @@ class EMA(AveragedWeights):
                 self._averages[name] = [parameter.to(torch.float32, copy=True) for parameter in parameters]
             clock['last'] = now
 
-    def candidates(self) -> Iterable[str]:
-        """Names under which a checkpoint may hold averages."""
-        return self.half_lives
+    def wants(self, name: str) -> bool:
+        """Only half-lives that the YAML asks for."""
+        return name in self.half_lives
 
     def saved(self) -> tuple[dict[str, list[torch.Tensor]], dict[str, Any]]:
         """The averages and their clocks."""

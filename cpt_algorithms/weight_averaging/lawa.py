@@ -2,8 +2,6 @@
 """``lawa``: the average of the latest k weights, taken an interval nu apart (LAtest Weight Averaging)."""
 
 from collections import deque
-from collections.abc import Iterable
-from itertools import count
 from typing import Any
 
 import torch
@@ -103,10 +101,6 @@ class LAWA(AveragedWeights):
             snapshot = [self._place(parameter, parameter) for parameter in parameters]
         self._window.append(snapshot)
         self.forget()
-
-    def candidates(self) -> Iterable[str]:
-        """Names under which a checkpoint may hold snapshots, oldest first."""
-        return map(str, count())
 
     def saved(self) -> tuple[dict[str, list[torch.Tensor]], dict[str, Any]]:
         """The window, oldest first, and how it was taken."""

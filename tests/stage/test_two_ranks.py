@@ -2,9 +2,6 @@
 """Two FSDP2 ranks on CPU under the composer launcher: sharded parent, killed and resumed stage, refused mistakes."""
 
 import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import recorder
@@ -15,30 +12,10 @@ RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
 SHARDED = {'fsdp_config': {'state_dict_type': 'sharded'}}
 
 
-def launch(script, *arguments, expect=0):
-    """``composer -n 2 script arguments``; returns what it printed."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, '-m', 'composer.cli.launcher', '-n', '2', '--master_port', str(port)]
-    path = [str(tiny.ROOT / 'tests'), *filter(None, [os.environ.get('PYTHONPATH')])]
-    done = subprocess.run(
-        [*command, str(script), *map(str, arguments)],
-        env={**os.environ, 'FSDP_VERSION': '2', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    printed = done.stdout + done.stderr
-    assert (done.returncode == 0) == (expect == 0), printed[-6000:]
-    return printed
-
-
 def train(folder, cfg, expect=0):
     path = folder / f'{cfg["run_name"]}.yaml'
     OmegaConf.save(OmegaConf.create(cfg), path)
-    return launch(RECIPE, path, expect=expect)
+    return tiny.launch(RECIPE, path, expect=expect)
 
 
 @pytest.fixture(scope='module')
@@ -101,6 +78,6 @@ def test_a_killed_stage_resumes_identically_from_a_sharded_parent(parent, data, 
 def test_silent_failures_of_sharded_loads_cannot_happen(parent, data, tmp_path):
     """Several runs in one launch; sharded_cases.py asserts on both ranks and prints a line for each case."""
     OmegaConf.save(OmegaConf.create(stage(tmp_path, data, parent, 'case')), tmp_path / 'case.yaml')
-    printed = launch(tiny.ROOT / 'tests' / 'stage' / 'sharded_cases.py', tmp_path / 'case.yaml')
+    printed = tiny.launch(tiny.ROOT / 'tests' / 'stage' / 'sharded_cases.py', tmp_path / 'case.yaml')
     for case in ('kept optimizer', 'starred ignore', 'ignored optimizer', 'no autoresume', 'tensors in an algorithm'):
         assert f'{case}: ok' in printed, printed[-6000:]

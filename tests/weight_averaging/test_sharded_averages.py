@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ema`` and ``lawa`` on FSDP2 ranks under the composer launcher: killed, resumed, resharded."""
+
+import json
+import shutil
+
+import recorder
+import tiny
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
+
+
+def config(folder, data, name, **over):
+    loader = {
+        'name': 'text', 'label': 'old', 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
+        'persistent_workers': False, 'dataset': {'local': str(data['old']), 'split': 'val', 'max_seq_len': tiny.SEQ_LEN},
+    }  # fmt: skip
+    folder = folder / name
+    callbacks = {
+        'final_loss': {'window': '4ba', 'interval': '2ba'},
+        'recorder': {'path': str(folder.with_suffix('.jsonl')), 'weights': str(folder.with_suffix('.weights'))},
+        'ema': {'half_life': '2ba'},
+        'lawa': {'k': 2, 'interval': '2ba'},
+    }
+    cfg = tiny.config(folder.parent, data, name, eval_loader=[loader], eval_interval='3ba', save_interval='3ba',
+                      callbacks=callbacks, fsdp_config={'state_dict_type': 'sharded'})  # fmt: skip
+    return tiny.merge(cfg, over)
+
+
+def train(cfg, expect=0, ranks=2):
+    path = tiny.Path(cfg['save_folder']).with_suffix('.yaml')
+    OmegaConf.save(OmegaConf.create(cfg), path)
+    return tiny.launch(RECIPE, path, expect=expect, ranks=ranks)
+
+
+def weights(cfg, batch):
+    return torch.load(f'{cfg["callbacks"]["recorder"]["weights"]}/{batch}.pt', weights_only=True)
+
+
+def exported(cfg, name):
+    tensors = load_file(f'{cfg["save_folder"]}/huggingface/ba8{name}/model.safetensors')
+    return {f'model.{key}': tensor for key, tensor in tensors.items()}
+
+
+def losses(cfg):
+    return json.loads((tiny.Path(cfg['save_folder']) / 'losses.json').read_text())['losses']
+
+
+def test_killed_resumed_and_resharded(data, tmp_path):
+    straight = config(tmp_path, data, 'straight')
+    train(straight)
+    assert set(losses(straight)) == {'old', 'old/ema_2ba', 'old/lawa'}
+
+    # the checkpoint is sharded, averages included, and its model is the training weights
+    folder = tmp_path / 'straight' / 'ep0-ba8'
+    there = FileSystemReader(folder).read_metadata().state_dict_metadata
+    for prefix in ('state.model', 'state.callbacks.EMA.averages.ema_2ba', 'state.callbacks.LAWA.window.1'):
+        assert len(there[f'{prefix}.model.transformer.wte.weight'].chunks) == 2, 'a shard of each rank'
+    for key, tensor in exported(straight, '').items():
+        assert torch.equal(tensor, weights(straight, 8)[key])
+
+    # averages of shards are shards of the average
+    counts = [2 ** (-(8 - batch) / 2) for batch in range(1, 9)]
+    for name, batches, shares in (
+        ('-ema_2ba', range(1, 9), [c / sum(counts) for c in counts]),
+        ('-lawa', (6, 8), [0.5, 0.5]),
+    ):
+        for key, tensor in exported(straight, name).items():
+            expected = sum(s * weights(straight, b)[key].double() for s, b in zip(shares, batches, strict=True))
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)
+
+    # killed in the middle of the window; resumed, it is the straight run
+    killed = config(tmp_path, data, 'killed', callbacks={'recorder': {'kill_at': 5}})
+    train(killed, expect='killed')
+    shutil.copytree(tmp_path / 'killed', tmp_path / 'elastic', symlinks=True)
+    resumed = tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}})
+    printed = train(resumed)
+    assert 'ema: restored ema_2ba at batch 3' in printed
+    assert 'lawa: restored lawa at batch 3' in printed
+    for rank in (0, 1):
+        ours, theirs = (recorder.read(cfg['callbacks']['recorder']['path'], rank) for cfg in (resumed, straight))
+        assert ours == theirs
+    assert losses(resumed) == losses(straight), 'raw and averaged, bit for bit'
+    for name in ('', '-ema_2ba', '-lawa'):
+        ours, theirs = exported(resumed, name), exported(straight, name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+    # resumed on four ranks, the averages go on from what they were
+    elastic = config(
+        tmp_path,
+        data,
+        'elastic',
+        run_name='killed',
+        callbacks={'recorder': {'weights': str(tmp_path / 'elastic.weights')}},
+    )
+    printed = train(elastic, ranks=4)
+    assert 'ema: restored ema_2ba at batch 3' in printed, printed[-4000:]
+    seen = {b: weights(straight, b) for b in (1, 2, 3)} | {b: weights(elastic, b) for b in range(4, 9)}
+    shares = [c / sum(counts) for c in counts]
+    for key, tensor in exported(elastic, '-ema_2ba').items():
+        expected = sum(s * seen[b][key].double() for s, b in zip(shares, range(1, 9), strict=True))
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)
+    for key, tensor in exported(elastic, '-lawa').items():
+        torch.testing.assert_close(tensor, (seen[6][key] + seen[8][key]) / 2, rtol=1e-6, atol=1e-8)
+
+
+def test_mistakes_of_sharded_averaging_cannot_happen(data, tmp_path):
+    """Several runs in one launch; averages_cases.py asserts on both ranks and prints a line for each case."""
+    OmegaConf.save(OmegaConf.create(config(tmp_path, data, 'case')), tmp_path / 'case.yaml')
+    printed = tiny.launch(tiny.ROOT / 'tests' / 'weight_averaging' / 'averages_cases.py', tmp_path / 'case.yaml')
+    for case in ('local shards', 'no averages saved', 'full', 'gathered parameters', "Composer's EMA", 'DDP', 'FSDP1'):
+        assert f'{case}: ok' in printed, printed[-6000:]
