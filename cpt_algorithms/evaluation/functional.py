@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-__all__ = ['Mean', 'adaptation', 'final_loss', 'forgetting', 'in_final_window', 'training_flops']
+__all__ = [
+    'Mean',
+    'adaptation',
+    'final_loss',
+    'forgetting',
+    'in_final_window',
+    'steps_saved',
+    'training_flops',
+]
 
 
 @dataclass(frozen=True)
@@ -67,3 +75,27 @@ def adaptation(loss: float, parent_loss: float) -> float:
 def training_flops(num_parameters: int, num_tokens: int) -> float:
     """Floating point operations of training: 6 per parameter and token (forward 2, backward 4)."""
     return 6.0 * num_parameters * num_tokens
+
+
+def steps_saved(raw: Sequence[Sequence[float]], averaged: Sequence[Sequence[float]], window: int) -> float | None:
+    """Share of a run's batches that averaged weights spare until they are as good as its raw weights end.
+
+    The loss to reach is the mean of the raw losses in the last ``window`` batches, which the raw weights have had since
+    the middle of these: ``1 - (first batch at which the average is that good) / (last - window / 2)``. The first batch
+    is taken on a straight line between evaluations.
+
+    Args:
+        raw: ``[[batch, loss], ...]`` of the training weights.
+        averaged: Likewise of an average.
+        window: Batches.
+
+    Returns:
+        Below 0 if the average is later; ``None`` if it never gets there.
+    """
+    last = raw[-1][0]
+    target = final_loss([loss for batch, loss in raw if batch > last - window]).value
+    for (batch, loss), (next_batch, next_loss) in zip(averaged, averaged[1:], strict=False):
+        if next_loss <= target < loss:
+            reached = batch + (loss - target) / (loss - next_loss) * (next_batch - batch)
+            return 1 - reached / (last - window / 2)
+    return None

@@ -4,6 +4,7 @@
 import inspect
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -108,6 +109,7 @@ def preflight(cfg: Config, world_size: int = 1) -> None:
         lambda: _check_callbacks(cfg),
         lambda: _check_tokenizer(cfg),
         lambda: _check_batch_size(cfg, world_size),
+        lambda: _check_averages(cfg, world_size),
         lambda: _check_loading(cfg),
         lambda: _check_saving(cfg),
         lambda: _check_data(cfg),
@@ -233,6 +235,17 @@ def _check_batch_size(cfg: Config, world_size: int) -> None:
     if cfg['global_train_batch_size'] % world_size:
         raise ValueError(
             f'global_train_batch_size={cfg["global_train_batch_size"]} is not divisible by the {world_size} ranks'
+        )
+
+
+def _check_averages(cfg: Config, world_size: int) -> None:
+    # Composer's default is 1
+    version = os.environ.get('FSDP_VERSION', '1')
+    averages = [f'callbacks.{name}' for name in ('ema', 'lawa') if name in cfg['callbacks']]
+    if averages and cfg.get('fsdp_config') and world_size > 1 and version != '2':
+        raise ValueError(
+            f'{averages[0]} works on plain, DDP and FSDP2 models, and FSDP_VERSION={version} in the environment: set '
+            'FSDP_VERSION=2 (the same fsdp_config works), or average checkpoints with scripts/average_checkpoints.py'
         )
 
 

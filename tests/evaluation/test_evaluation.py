@@ -10,7 +10,7 @@ import tiny
 from composer.core import Time, Timestamp
 
 from cpt_algorithms.evaluation import FinalLoss, adaptation, final_loss, forgetting, training_flops
-from cpt_algorithms.evaluation.functional import in_final_window
+from cpt_algorithms.evaluation.functional import in_final_window, steps_saved
 from cpt_algorithms.evaluation.report import ArmResult, draw, table, write_csv
 
 
@@ -125,3 +125,11 @@ def test_table_csv_and_plot(tmp_path):
     assert read[1]['forgetting'] == ''
     draw(tmp_path / 'report.png', 'test', results)
     assert (tmp_path / 'report.png').stat().st_size > 10_000
+
+
+def test_steps_saved_by_hand():
+    raw = [[100, 5.0], [200, 4.0], [300, 3.2], [400, 3.0], [500, 2.8]]
+    # the last 200 batches have the mean 2.9 (at 400 and 500), which the average passes half-way from 200 to 300
+    averaged = [[100, 5.5], [200, 3.1], [300, 2.7], [400, 2.6], [500, 2.6]]
+    assert steps_saved(raw, averaged, window=200) == pytest.approx(1 - 250 / 400)
+    assert steps_saved(raw, [[100, 5.0], [500, 3.0]], window=200) is None

@@ -428,3 +428,13 @@ def test_bad_settings_are_refused_before_training(data, tmp_path, averages, word
     with pytest.raises(PreflightError, match=words) as refused:
         preflight(resolve(config(tmp_path, data, 'bad', averages=averages)))
     assert len(refused.value.problems) == 1
+
+
+def test_fsdp1_is_refused_before_training(data, tmp_path, monkeypatch):
+    cfg = resolve(config(tmp_path, data, 'fsdp1', fsdp_config={'state_dict_type': 'sharded'}))
+    monkeypatch.setenv('FSDP_VERSION', '2')
+    preflight(cfg, world_size=2)
+    monkeypatch.delenv('FSDP_VERSION')  # Composer's default is 1
+    preflight(cfg, world_size=1)  # no FSDP
+    with pytest.raises(PreflightError, match='callbacks.ema works on plain, DDP and FSDP2 models.*set FSDP_VERSION=2'):
+        preflight(cfg, world_size=2)

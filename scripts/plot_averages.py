@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What averaging the weights gained: raw, EMA and LAWA validation loss along finished or half-finished runs.
+
+    python scripts/plot_averages.py runs/weight_averaging/* --out averages.png
+    python scripts/plot_averages.py runs/weight_averaging/*spike* --spike 1221      # and how much of a spike it saw
+
+A run is a folder with the `losses.json` of the `final_loss` callback. Runs that differ in their seed alone
+(`...-s17`, `...-s18`) count as one, with a 95 % interval over seeds (Student's t).
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student
+
+from cpt_algorithms.evaluation.functional import steps_saved
+
+Curve = list[list[float]]
+
+
+@dataclass
+class Group:
+    """Runs of several seeds.
+
+    Args:
+        name: What they have in common.
+        runs: ``{label: [[batch, loss], ...]}`` of each.
+    """
+
+    name: str
+    runs: list[dict[str, Curve]]
+
+
+def read(folders: list[Path], dataset: str | None) -> list[Group]:
+    """Curves by group; a dataset is chosen by its name, and by default the first."""
+    groups: dict[str, list[dict[str, Curve]]] = defaultdict(list)
+    for folder in folders:
+        path = folder / 'losses.json'
+        if not path.exists():
+            sys.exit(
+                f'{path} does not exist: the run has no final_loss callback with a save_folder, or no evaluation yet'
+            )
+        losses: dict[str, Any] = json.loads(path.read_text())['losses']
+        name = dataset or next(iter(losses))
+        if name not in losses:
+            sys.exit(f'{path}: there is no dataset {name!r}; there are {", ".join(k for k in losses if "/" not in k)}')
+        curves = {'raw': losses[name]}
+        curves |= {key.removeprefix(f'{name}/'): rows for key, rows in losses.items() if key.startswith(f'{name}/')}
+        if len(curves) == 1:
+            sys.exit(f'{path}: nothing was averaged in this run; add callbacks.ema or callbacks.lawa')
+        group = re.sub(r'-s\d+$', '', folder.name)
+        groups[group].append({key: [[row[0], row[2]] for row in rows] for key, rows in curves.items()})
+    return [Group(name, runs) for name, runs in groups.items()]
+
+
+def interval(values: list[float], digits: int = 3, percent: bool = False) -> str:
+    """Mean and half-width of the 95 % interval over seeds."""
+    scale, unit = (100, ' %') if percent else (1, '')
+    mean = float(np.mean(values)) * scale
+    if len(values) < 2:
+        return f'{mean:.{digits}f}{unit}'
+    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))) * scale
+    return f'{mean:.{digits}f} ± {half:.{digits}f}{unit}'
+
+
+def at(curve: Curve, batch: float) -> float:
+    """Loss at a batch, between evaluations on a straight line."""
+    batches, losses = zip(*curve, strict=True)
+    return float(np.interp(batch, batches, losses))
+
+
+def rows_of(group: Group, window: int, spike: int | None) -> list[list[str]]:
+    """A table row for each average: gains by third of the run, steps saved, and the share of the spike it saw."""
+    rows = []
+    for name in group.runs[0]:
+        runs = [run for run in group.runs if name in run]
+        cells = [name]
+        last = max(row[0] for row in runs[0]['raw'])
+        for third in range(3):
+            lower, upper = third * last / 3, (third + 1) * last / 3
+            gains = []
+            for run in runs:
+                points = [row for row in run[name] if lower < row[0] <= upper]
+                if points:
+                    gains.append(float(np.mean([at(run['raw'], batch) - loss for batch, loss in points])))
+            cells.append('' if name == 'raw' or not gains else interval(gains))
+        end = [float(np.mean([loss for batch, loss in run[name] if batch > last - window])) for run in runs]
+        cells.append(interval(end))
+        saved = [steps_saved(run['raw'], run[name], window) for run in runs]
+        reached = [value for value in saved if value is not None]
+        whole = interval(reached, 0, percent=True) if len(reached) == len(saved) else 'not reached'
+        cells.append('' if name == 'raw' else whole)
+        if spike is not None:
+            rises = []
+            for run in runs:
+                before = max(row[0] for row in run[name] if row[0] <= spike)
+                after = min(row[0] for row in run[name] if row[0] > spike)
+                rises.append(at(run[name], after) - at(run[name], before))
+            cells.append(interval(rises))
+        rows.append(cells)
+    return rows
+
+
+def draw(groups: list[Group], path: Path, spike: int | None) -> None:
+    """A panel for each group: mean over seeds, with the range of the seeds behind it."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.4), squeeze=False, layout='constrained')
+    for axis, group in zip(axes[0], groups, strict=True):
+        lowest = []
+        for index, name in enumerate(group.runs[0]):
+            runs = [run[name] for run in group.runs if name in run]
+            batches = [row[0] for row in runs[0]]
+            losses = np.array([[at(run, batch) for batch in batches] for run in runs])
+            colour = 'black' if name == 'raw' else plt.get_cmap('tab10').colors[index % 10]  # pyright: ignore
+            axis.plot(batches, losses.mean(0), color=colour, label=name, linewidth=1.1 if name == 'raw' else 1.6)
+            axis.fill_between(batches, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
+            lowest.append((losses.mean(0).min(), np.interp(batches[-1] / 4, batches, losses.mean(0))))
+        # the start of training would squeeze everything else into a line
+        axis.set_ylim(min(low for low, _ in lowest) - 0.05, max(start for _, start in lowest))
+        if spike is not None:
+            axis.axvline(spike, color='grey', linestyle=':', linewidth=0.8)
+        axis.set(
+            title=f'{group.name} ({len(group.runs)} seeds)', xlabel='batches', ylabel='validation loss (nats/token)'
+        )
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Read, tabulate, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', nargs='+', type=Path, help='folders with losses.json')
+    parser.add_argument('--dataset', help='name of an evaluation dataset; default: the first')
+    parser.add_argument('--window', type=int, default=100, help='last batches whose mean is the loss to reach')
+    parser.add_argument('--spike', type=int, help='batch at which the loss jumped: also show the rise over it')
+    parser.add_argument('--out', type=Path, default=Path('averages.png'))
+    arguments = parser.parse_args()
+    groups = read([run for run in arguments.runs if run.is_dir()], arguments.dataset)
+    console = Console()
+    columns = ['weights', 'gain, 1st third', '2nd third', '3rd third', f'loss, last {arguments.window}', 'steps saved']
+    columns += [] if arguments.spike is None else ['rise at the spike']
+    for group in groups:
+        shown = Table(*columns, title=f'{group.name}: {len(group.runs)} seeds', title_justify='left')
+        for row in rows_of(group, arguments.window, arguments.spike):
+            shown.add_row(*row)
+        console.print(shown)
+    console.print('gain: raw loss minus averaged loss, nats/token; ± is the 95 % interval over seeds')
+    draw(groups, arguments.out, arguments.spike)
+    console.print(f'{arguments.out}')
+
+
+if __name__ == '__main__':
+    main()
