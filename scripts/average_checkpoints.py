@@ -98,15 +98,14 @@ class Remote:
     def __init__(self, uri: str):
         from composer.utils import maybe_create_object_store_from_uri, parse_uri
 
-        backend, bucket, self.path = parse_uri(uri)
-        self.root = f'{backend}://{bucket}/'
-        self.path = self.path.rstrip('/')
-        fixed = re.split(r'[*?[]', self.path)[0]
+        fixed = re.split(r'[*?[]', uri)[0]  # where a pattern begins, a URI would have a query
+        self.path = uri.split('://', 1)[1].partition('/')[2].rstrip('/')
+        self.root = uri[: uri.index('/', uri.index('://') + 3) + 1] if '/' in uri.split('://', 1)[1] else f'{uri}/'
         try:
-            store = maybe_create_object_store_from_uri(uri)
+            store = maybe_create_object_store_from_uri(fixed)
             assert store is not None, 'it has a scheme'
             self.store = store
-            found = store.list_objects(fixed)
+            found = store.list_objects(parse_uri(fixed)[2])
         except Exception as error:
             raise AverageError(f'{uri}: cannot list it: {" ".join(str(error).split())}') from None
         self.names = sorted(name for name in found if not name.endswith(('.symlink', '/')))
@@ -285,29 +284,26 @@ def download(found: Sequence[Found], folder: Path, small_files: bool) -> list[Pa
     Raises:
         AverageError: If the disk is too small or a download fails.
     """
-    from composer.utils import parse_uri
-
     objects = {}
     for one in found:
         if one.remote:
             for name in needed(one, small_files and one is found[-1]):
-                objects[one.remote.root + name] = one.remote.store, name
-    sizes = {uri: store.get_object_size(name) for uri, (store, name) in objects.items()}
+                objects[one.remote.root, name] = one.remote.store
+    sizes = {place: store.get_object_size(place[1]) for place, store in objects.items()}
     require_disk(folder, sum(sizes.values()), 'downloading the inputs')
 
-    def place(uri: str) -> Path:
-        backend, bucket, name = parse_uri(uri)
-        return folder / f'{backend}-{bucket}' / name
+    def local(root: str, name: str) -> Path:
+        return folder / re.sub(r'\W+', '-', root) / name
 
     with tqdm(total=sum(sizes.values()), desc='downloading', unit='B', unit_scale=True, disable=None) as bar:
-        for uri, (store, name) in objects.items():
-            place(uri).parent.mkdir(parents=True, exist_ok=True)
+        for (root, name), store in objects.items():
+            local(root, name).parent.mkdir(parents=True, exist_ok=True)
             try:
-                store.download_object(name, str(place(uri)))
+                store.download_object(name, str(local(root, name)))
             except Exception as error:
-                raise AverageError(f'{uri}: cannot download it: {" ".join(str(error).split())}') from None
-            bar.update(sizes[uri])
-    return [place(one.given) if one.remote else Path(one.path) for one in found]
+                raise AverageError(f'{root}{name}: cannot download it: {" ".join(str(error).split())}') from None
+            bar.update(sizes[root, name])
+    return [local(one.remote.root, one.path) if one.remote else Path(one.path) for one in found]
 
 
 def upload(made: Path, uri: str) -> None:

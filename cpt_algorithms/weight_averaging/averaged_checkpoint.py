@@ -97,21 +97,23 @@ def make_plan(
     """
     check_alike(checkpoints)
     newest = checkpoints[-1]
-    views = [
-        (weight * part, view)
-        for weight, checkpoint in zip(weights, checkpoints, strict=True)
-        for part, view in (view_average(checkpoint, average) if average else [(1.0, checkpoint)])
-    ]
-    check_alike([view for _, view in views])
-    parts, dtypes, copied = {}, {}, []
+    views = [view_average(each, average) if average else [(1.0, each)] for each in checkpoints]
+    check_alike([view for each in views for _, view in each])
+    parts, dtypes, copied, kept = {}, {}, [], []
     for name, own in newest.tensors.items():
-        if own.dtype.is_floating_point:
-            parts[name] = [(weight, view.tensors[name]) for weight, view in views]
-            dtypes[name] = dtype or own.dtype
-        else:
-            parts[name], dtypes[name] = [(1.0, own)], own.dtype
+        dtypes[name] = (dtype or own.dtype) if own.dtype.is_floating_point else own.dtype
+        if not own.dtype.is_floating_point:
+            parts[name] = [(1.0, own)]
             copied.append(name)
-    kept = [name for name, own in newest.tensors.items() if average and views[-1][1].tensors[name] is own]
+        elif average and all(view.tensors[name] is own for _, view in views[-1]):
+            parts[name] = [(w, checkpoint.tensors[name]) for w, checkpoint in zip(weights, checkpoints, strict=True)]
+            kept.append(name)
+        else:
+            parts[name] = [
+                (weight * part, view.tensors[name])
+                for weight, each in zip(weights, views, strict=True)
+                for part, view in each
+            ]
     return Plan(parts, dtypes, newest, copied, kept, accumulate)
 
 

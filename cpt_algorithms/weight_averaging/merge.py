@@ -195,7 +195,7 @@ def average_tensors(
 
     ``result = c (sum_i (w_i / c) x_i)``, where ``c`` is the smallest weight, rounded once to the dtype of the result.
     With equal or linear weights the factors are small whole numbers, so that with float32 sums of bfloat16 and float16
-    are exact as long as the values of an element are within a factor of about 1000 of each other: the result is within
+    are exact as long as the values of an element are within a factor of about 100 of each other: the result is within
     half a unit in the last place, even where the values cancel. In general its error is that rounding plus at most
     ``k * 2^-24 * sum_i |w_i x_i|`` (float64: ``2^-53``), so float32 checkpoints lose up to a few units in their last
     place with float32, and none with float64.

@@ -1,0 +1,853 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``scripts/average_checkpoints.py``: every format in and out, right to the last place, refusing, being killed, S3."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import average_checkpoints
+import pytest
+import sharded_writer
+import tiny
+import torch
+from average_checkpoints import AverageError, Found, select, windows_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as dist_cp
+from torch.distributed.checkpoint.metadata import Metadata
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
+
+from cpt_algorithms.checkpoints import (
+    CheckpointError,
+    Piece,
+    Stored,
+    contiguous,
+    open_checkpoint,
+    read_metadata,
+    safe_globals,
+)  # fmt: skip
+from cpt_algorithms.stage.preflight import _parent_shapes
+from cpt_algorithms.weight_averaging import averaged_checkpoint, merge
+from cpt_algorithms.weight_averaging.functional import window_weights
+from cpt_algorithms.weight_averaging.merge import Average, average_tensors
+
+SCRIPT = Path(average_checkpoints.__file__)
+SMALL = {
+    'vocab_size': 64, 'hidden_size': 16, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'intermediate_size': 32,
+    'max_position_embeddings': 16,
+}  # fmt: skip
+
+
+def average(out: Path | str, *arguments: object) -> Path:
+    """Runs the script in this process."""
+    average_checkpoints.main([*map(str, arguments), '--out', str(out)])
+    return Path(out)
+
+
+def error_of(capsys: pytest.CaptureFixture, out: Path, *arguments: object) -> str:
+    """The one line the script prints before it exits with status 2, having left nothing."""
+    before = sorted(out.parent.iterdir())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        average(out, *arguments)
+    printed = capsys.readouterr().err.splitlines()
+    assert exit_info.value.code == 2
+    errors = [line for line in printed if line.startswith('average_checkpoints: error: ')]
+    assert len(errors) == 1
+    assert sorted(out.parent.iterdir()) == before
+    return errors[0]
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    """The model of a Composer checkpoint."""
+    with torch.serialization.safe_globals(safe_globals()):
+        return torch.load(path, weights_only=True)['state']['model']
+
+
+def mean(tensors: list[dict[str, torch.Tensor]], weights: list[float]) -> dict[str, torch.Tensor]:
+    """In float64; sums of whole multiples are exact, so that what cancels is 0 and no rounding error."""
+    scale = min(map(abs, weights))
+    factors = [round(weight / scale, 14) for weight in weights]
+    return {
+        name: sum(f * each[name].double() for f, each in zip(factors, tensors, strict=True)) * scale
+        for name in tensors[0]
+    }
+
+
+def units(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest distance, in units of the last place of the result's dtype."""
+    bits = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}[result.dtype]
+    exponent = torch.frexp(exact).exponent.clamp(min={torch.float16: -13}.get(result.dtype, -125))
+    return float(((result.double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - bits)).max())
+
+
+def assert_right(result: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], most: float = 0.5001) -> None:
+    assert result.keys() == exact.keys()
+    for name, tensor in result.items():
+        assert units(tensor, exact[name]) <= most, name
+
+
+# The arithmetic
+
+
+def stored(path: Path, tensor: torch.Tensor) -> Stored:
+    """A tensor in a file of its own, behind a few other bytes."""
+    path.write_bytes(b'other' + bytes(merge.as_bytes(tensor.reshape(-1))))
+    piece = Piece(path, 5, (0,) * tensor.dim(), tuple(tensor.shape), contiguous(tuple(tensor.shape)))
+    return Stored(tensor.dtype, tuple(tensor.shape), lambda: [piece])
+
+
+def averaged(parts: list[tuple[float, Stored]], dtype: torch.dtype, accumulate=torch.float32) -> torch.Tensor:
+    result = torch.zeros(parts[0][1].shape, dtype=dtype)
+    data = merge.as_bytes(result.view(-1))
+
+    def write(begin: int, block: memoryview) -> None:
+        data[begin : begin + len(block)] = block
+
+    average_tensors([Average(parts, dtype, write)], accumulate)
+    return result
+
+
+def test_by_hand(tmp_path: Path):
+    parts = [stored(tmp_path / f'{i}', torch.tensor(values)) for i, values in enumerate([[3.0, 0.0], [6.0, -8.0]])]
+    assert averaged([(0.5, parts[0]), (0.5, parts[1])], torch.float32).tolist() == [4.5, -4.0]
+    assert averaged([(0.25, parts[0]), (0.75, parts[1])], torch.float32).tolist() == [5.25, -6.0]
+    assert averaged([(2.0, parts[0]), (-1.0, parts[1])], torch.float32).tolist() == [0.0, 8.0]
+    assert averaged(
+        [(0.0, stored(tmp_path / 'nan', torch.tensor([torch.nan] * 2))), (1.0, parts[1])], torch.float32
+    ).tolist() == [6, -8]
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'accumulate'),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float64)],
+)
+@pytest.mark.parametrize('kind', ['uniform', 'linear', 'ema', 'one_minus_sqrt'])
+def test_half_a_unit_in_the_last_place(dtype, accumulate, kind, tmp_path, monkeypatch):
+    """Of checkpoints that are near each other; with equal and linear weights even of ones that cancel."""
+    monkeypatch.setattr(merge, 'BLOCK', 1000)
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(10_007, generator=generator)
+    if kind in ('uniform', 'linear'):
+        base.zero_()
+    tensors = [(base + 0.1 * torch.randn(10_007, generator=generator)).to(dtype) for _ in range(5)]
+    weights = window_weights(kind, 5)
+    parts = [(w, stored(tmp_path / f'{i}', tensor)) for i, (w, tensor) in enumerate(zip(weights, tensors, strict=True))]
+    exact = mean([{'x': tensor} for tensor in tensors], weights)['x']
+    assert units(averaged(parts, dtype, accumulate), exact) <= 0.5005
+
+
+def test_float32_with_float32_sums_is_nearly_right(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [0.02 + 0.001 * torch.randn(10_000, generator=generator) for _ in range(5)]
+    parts = [(0.2, stored(tmp_path / f'{i}', tensor)) for i, tensor in enumerate(tensors)]
+    exact = mean([{'x': tensor} for tensor in tensors], [0.2] * 5)['x']
+    assert units(averaged(parts, torch.float32), exact) < 4
+    assert averaged(parts, torch.float64, torch.float64).sub(exact).abs().max() < 1e-16
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=4), st.data())
+def test_any_pieces_of_any_layout(tmp_path_factory, shape, data):
+    """A tensor cut into boxes, each stored in its own order, is read as it was."""
+    folder = tmp_path_factory.mktemp('pieces')
+    whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
+    boxes = [((0,) * len(shape), whole)]
+    for axis, size in enumerate(shape):
+        if data.draw(st.booleans()):
+            cut = data.draw(st.integers(0, size))
+            boxes = [
+                half
+                for at, box in boxes
+                for half in (
+                    (at, box.narrow(axis, 0, cut)),
+                    ((*at[:axis], cut, *at[axis + 1 :]), box.narrow(axis, cut, size - cut)),
+                )
+            ]
+    pieces = []
+    for number, (at, box) in enumerate(boxes):
+        if not box.numel():
+            continue
+        order = data.draw(st.permutations(range(box.dim())))
+        inverse = [order.index(axis) for axis in range(box.dim())]
+        laid_out = box.permute(order).contiguous().permute(inverse)
+        path = folder / str(number)
+        path.write_bytes(bytes(merge.as_bytes(box.permute(order).contiguous().view(-1))))
+        pieces.append(Piece(path, 0, at, tuple(box.shape), tuple(laid_out.stride())))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, 'BLOCK', data.draw(st.integers(1, 40)))
+        found = Stored(torch.float32, tuple(shape), lambda: pieces)
+        assert averaged([(1.0, found)], torch.float32).equal(whole)
+        assert averaged([(0.5, found), (0.5, found)], torch.float64).equal(whole.double())
+
+
+def test_a_file_that_shrinks_is_an_error(tmp_path):
+    part = stored(tmp_path / 'x', torch.ones(100))
+    os.truncate(tmp_path / 'x', 50)
+    with pytest.raises(CheckpointError, match='x ended early, at byte 50'):
+        averaged([(1.0, part)], torch.float32)
+
+
+# Which checkpoints
+
+
+def made_up(*batches: int) -> list[Found]:
+    return [Found(f'run/ep0-ba{batch}-rank0.pt', f'run/ep0-ba{batch}-rank0.pt') for batch in batches]
+
+
+def batches(found: list[Found]) -> list[int | None]:
+    return [one.batch for one in found]
+
+
+def test_select_by_hand():
+    found = made_up(9, 1, 3, 5, 7)
+    assert batches(select(found, 3, None)) == [5, 7, 9]
+    assert batches(select(found, 3, 4)) == [1, 5, 9]
+    with pytest.raises(AverageError, match='--last 3 --every 3: batch 6 is missing; there are 1, 3, 5, 7, 9'):
+        select(made_up(9, 1, 3, 5, 7), 3, 3)
+
+
+def test_windows_by_hand():
+    found = made_up(1, 2, 3, 4, 5)
+    assert [batches(each) for each in windows_of(found, None, 1)] == [[1, 2, 3, 4, 5]]
+    assert [batches(each) for each in windows_of(found, 3, 1)] == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
+    assert [batches(each) for each in windows_of(found, 2, 2)] == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ('path', 'name', 'batch'),
+    [
+        ('run/ep0-ba10-rank0.pt', 'ep0-ba10', 10),
+        ('run/ep1-ba20', 'ep1-ba20', 20),
+        ('run/huggingface/ba7', 'ba7', 7),
+        ('run/huggingface/ba7/model.safetensors', 'ba7', 7),
+        ('run/huggingface/ba7-ema_100ba', 'ba7-ema_100ba', 7),
+        ('alibaba3/x.safetensors', 'x', None),
+    ],
+)
+def test_names(path, name, batch):
+    assert (Found(path, path).name, Found(path, path).batch) == (name, batch)
+
+
+# A real run: tied embeddings, both callbacks, exports
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, data) -> Path:
+    """Checkpoints and exports of batches 2, 4 and 6, the averages of both callbacks in them."""
+    folder = tmp_path_factory.mktemp('run')
+    LlamaConfig(**{**SMALL, 'vocab_size': tiny.VOCAB}, tie_word_embeddings=True).save_pretrained(folder / 'llama')
+    cfg = tiny.config(
+        folder, data, 'run', max_duration='6ba',
+        model={'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(folder / 'llama'), 'pretrained': False,
+               'init_device': 'cpu', 'use_flash_attention_2': False, 'use_train_metrics': False},
+        callbacks={
+            'ema': {'half_life': ['2ba', '0.5dur']}, 'lawa': {'k': 2, 'interval': '2ba', 'weights': 'linear'},
+            'hf_checkpointer': {'save_folder': str(folder / 'run'), 'save_interval': '2ba', 'precision': 'float32'},
+        },
+    )  # fmt: skip
+    tiny.run(cfg)
+    return folder / 'run'
+
+
+def trajectory(run: Path) -> list[dict[str, torch.Tensor]]:
+    return [load(run / f'ep0-ba{batch}-rank0.pt') for batch in (2, 4, 6)]
+
+
+def without_tied(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix('model.'): tensor for name, tensor in model.items() if name != 'model.lm_head.weight'}
+
+
+def test_a_run_as_hugging_face_model(run, tmp_path, capsys):
+    out = average(tmp_path / 'out', run, '--accumulate', 'float64')
+    printed = capsys.readouterr().out
+    assert all(f'ep0-ba{batch}-rank0.pt' in printed for batch in (2, 4, 6)) and 'latest' not in printed
+    exact = mean(trajectory(run), [1 / 3] * 3)
+    assert_right(load_file(out / 'model.safetensors'), without_tied(exact))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_right({f'model.{name}': tensor for name, tensor in model.state_dict().items()}, exact)
+    assert len(AutoTokenizer.from_pretrained(out)) == tiny.VOCAB
+    record = json.loads((out / 'average.json').read_text())
+    assert [one['path'] for one in record['inputs']] == [str(run / f'ep0-ba{b}-rank0.pt') for b in (2, 4, 6)]
+    assert [one['weight'] for one in record['inputs']] == [1 / 3] * 3
+    assert record['inputs'][0]['bytes'] == (run / 'ep0-ba2-rank0.pt').stat().st_size
+    assert (record['accumulator'], record['dtypes'], record['to']) == ('float64', ['float32'], 'hf')
+    assert record['versions']['torch'] == torch.__version__.split('+')[0]
+    # the exports of the same batches, among them those of averages, give the same
+    exports = average(tmp_path / 'exports', run / 'huggingface', '--accumulate', 'float64')
+    assert (exports / 'model.safetensors').read_bytes() == (out / 'model.safetensors').read_bytes()
+
+
+def test_a_run_as_parent_of_a_stage(run, data, tmp_path):
+    out = average(
+        tmp_path / 'out.pt',
+        run,
+        '--last',
+        2,
+        '--every',
+        '2ba',
+        '--to',
+        'pt',
+        '--weights',
+        'linear',
+        '--accumulate',
+        'float64',
+    )
+    exact = mean(trajectory(run)[1:], [1 / 3, 2 / 3])
+    assert json.loads((tmp_path / 'out.pt.average.json').read_text())['weights'] == 'linear'
+    for options in ({}, {'mmap': True}):
+        model = torch.load(out, weights_only=True, **options)['state']['model']
+        assert_right(model, exact)
+        assert list(model) == list(exact)
+        assert model['model.lm_head.weight'].data_ptr() == model['model.model.embed_tokens.weight'].data_ptr()
+    cfg = tiny.config(
+        tmp_path, data, 'next', max_duration='2ba', load_path=str(out), load_weights_only=True, scheduler={'t_warmup': '1ba'},
+        model={'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(run.parent / 'llama'), 'pretrained': False,
+               'init_device': 'cpu', 'use_flash_attention_2': False, 'use_train_metrics': False},
+        optimizer={'name': 'decoupled_adamw', 'lr': 0.0, 'betas': [0.9, 0.95], 'weight_decay': 0.0},
+    )  # fmt: skip
+    tiny.run(cfg)
+    trained = load(tmp_path / 'next' / 'ep0-ba2-rank0.pt')
+    assert all(trained[name].equal(model[name]) for name in model), 'nothing was learned at a learning rate of 0'
+    # what was averaged can be averaged
+    again = average(tmp_path / 'again', out)
+    assert_right(load_file(again / 'model.safetensors'), without_tied({k: v.double() for k, v in model.items()}), 0)
+
+
+def test_exports_as_parent_of_a_stage(run, tmp_path):
+    """The names that safetensors leave out for tied tensors are there again."""
+    out = average(tmp_path / 'out.pt', run / 'huggingface', '--to', 'pt', '--accumulate', 'float64')
+    model = load(out)
+    assert_right(model, mean(trajectory(run), [1 / 3] * 3))
+    assert model['model.lm_head.weight'].data_ptr() == model['model.model.embed_tokens.weight'].data_ptr()
+
+
+def test_sharded_result(run, tmp_path):
+    out = average(tmp_path / 'out', run, '--to', 'sharded', '--dtype', 'bfloat16')
+    exact = mean(trajectory(run), [1 / 3] * 3)
+    model = {name: torch.zeros(tensor.shape, dtype=torch.bfloat16) for name, tensor in exact.items()}
+    dist_cp.load({'state': {'model': model}}, checkpoint_id=out)
+    assert_right(model, exact)
+    assert (out / 'average.json').exists()
+    again = average(tmp_path / 'again', out)
+    assert json.loads((again / 'config.json').read_text())['torch_dtype'] == 'bfloat16'
+    tied = load_file(again / 'model.safetensors')
+    assert tied.pop('lm_head.weight').equal(tied['model.embed_tokens.weight'])
+    assert_right(tied, without_tied(exact))
+
+
+def kept(run: Path, callback: str) -> dict:
+    with torch.serialization.safe_globals(safe_globals()):
+        state = torch.load(run / 'ep0-ba6-rank0.pt', weights_only=True)['state']
+    return state['callbacks'][callback]
+
+
+@pytest.mark.parametrize('name', ['ema_2ba', 'ema_0.5dur'])
+def test_the_runs_own_ema(run, tmp_path, name):
+    out = average(tmp_path / 'out', run / 'latest-rank0.pt', '--average', name)
+    expected = {key.removeprefix('model.'): tensor for key, tensor in kept(run, 'EMA')['averages'][name].items()}
+    result = load_file(out / 'model.safetensors')
+    assert result.keys() == expected.keys() and all(result[key].equal(expected[key]) for key in result)
+    export = load_file(run / 'huggingface' / f'ba6-{name}' / 'model.safetensors')
+    assert all(result[key].equal(export[key]) for key in export)
+    assert json.loads((out / 'average.json').read_text())['inputs'][0]['path'].endswith('ep0-ba6-rank0.pt')
+
+
+def test_the_runs_own_lawa(run, tmp_path):
+    out = average(tmp_path / 'out', run / 'ep0-ba6-rank0.pt', '--average', 'lawa', '--accumulate', 'float64')
+    exact = mean(trajectory(run)[1:], [1 / 3, 2 / 3])
+    assert_right(load_file(out / 'model.safetensors'), without_tied(exact))
+    record = json.loads((out / 'average.json').read_text())
+    assert record['averaged'] == 'lawa' and record['parts_of_the_average'] == [1 / 3, 2 / 3]
+
+
+def test_windows_of_a_run(run, tmp_path):
+    average(tmp_path / 'out', f'{run}/ep*.pt', '--window', 2, '--accumulate', 'float64')
+    assert sorted(os.listdir(tmp_path / 'out')) == ['ep0-ba4', 'ep0-ba6']
+    for first, name in enumerate(['ep0-ba4', 'ep0-ba6']):
+        exact = mean(trajectory(run)[first : first + 2], [0.5, 0.5])
+        assert_right(load_file(tmp_path / 'out' / name / 'model.safetensors'), without_tied(exact))
+    average(tmp_path / 'blocks', run, '--window', 2, '--stride', 2, '--to', 'pt')
+    assert sorted(os.listdir(tmp_path / 'blocks')) == ['ep0-ba4.pt', 'ep0-ba4.pt.average.json']
+
+
+def test_config_without_an_export(run, tmp_path):
+    """From the checkpoint's own state, tokenizer and all; or from --config."""
+    for batch in (2, 4):
+        shutil.copy(run / f'ep0-ba{batch}-rank0.pt', tmp_path)
+    out = average(tmp_path / 'out', f'{tmp_path}/*.pt')
+    assert AutoModelForCausalLM.from_pretrained(out).config.hidden_size == SMALL['hidden_size']
+    assert AutoTokenizer.from_pretrained(out)('t1 t2')['input_ids'] == [1, 2]
+    given = average(tmp_path / 'given', f'{tmp_path}/*.pt', '--config', run.parent / 'llama')
+    assert not (given / 'tokenizer.json').exists()
+
+
+# Hugging Face in and out
+
+
+def models(folder: Path, config, count: int = 3, dtype: torch.dtype = torch.bfloat16, **options) -> list[dict]:
+    found = []
+    for number in range(count):
+        torch.manual_seed(number)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        model.save_pretrained(folder / f'ba{number}', **options)
+        found.append(model.state_dict())
+    return found
+
+
+@pytest.mark.parametrize('shards', ['one file', 'shards'])
+@pytest.mark.parametrize(
+    'config',
+    [LlamaConfig(**SMALL, tie_word_embeddings=True), LlamaConfig(**SMALL), GPTNeoXConfig(**SMALL)],
+    ids=['tied llama', 'llama', 'neox'],
+)
+def test_hugging_face(config, shards, tmp_path):
+    states = models(tmp_path, config, **({'max_shard_size': '4KB'} if shards == 'shards' else {}))
+    out = average(tmp_path / 'out', f'{tmp_path}/ba*', *(['--max-shard-size', '4KB'] if shards == 'shards' else []))
+    if shards == 'shards':
+        ours, theirs = (json.loads((f / 'model.safetensors.index.json').read_text()) for f in (out, tmp_path / 'ba2'))
+        assert ours['weight_map'].keys() == theirs['weight_map'].keys()
+        assert ours['metadata'] == theirs['metadata'] and len(set(ours['weight_map'].values())) > 3
+    assert {f.name for f in out.glob('*.json')} >= {f.name for f in (tmp_path / 'ba2').glob('*.json')}
+    model = AutoModelForCausalLM.from_pretrained(out, torch_dtype='auto')
+    assert model.dtype == torch.bfloat16
+    assert_right(model.state_dict(), mean(states, [1 / 3] * 3))
+
+
+def test_files_instead_of_folders(tmp_path):
+    states = models(tmp_path, LlamaConfig(**SMALL))
+    files = [tmp_path / f'ba{number}' / 'model.safetensors' for number in (2, 0)]
+    out = average(tmp_path / 'out', *files, '--weights', '0.25,0.75', '--dtype', 'float32')  # in the order given
+    assert_right(load_file(out / 'model.safetensors'), mean([states[2], states[0]], [0.25, 0.75]), 1)
+    assert json.loads((out / 'config.json').read_text())['torch_dtype'] == 'float32'
+
+
+def test_what_is_no_floating_point_number_is_the_newest(tmp_path):
+    big = 2**53 + 1
+    for number in (1, 2):
+        (tmp_path / f'ba{number}').mkdir()
+        tensors = {
+            'w': torch.tensor([float(number)]),
+            'steps': torch.tensor([big + number]),
+            'mask': torch.tensor(number > 1),
+        }
+        save_file(tensors, tmp_path / f'ba{number}' / 'model.safetensors')
+        (tmp_path / f'ba{number}' / 'config.json').write_text('{}')
+    out = average(tmp_path / 'out', f'{tmp_path}/ba*')
+    result = load_file(out / 'model.safetensors')
+    assert (result['w'].item(), result['steps'].item(), result['mask'].item()) == (1.5, big + 2, True)
+    assert sorted(json.loads((out / 'average.json').read_text())['copied_from_newest']) == ['mask', 'steps']
+
+
+# Other ways to store tensors
+
+
+def test_odd_tensors_of_a_pt_file(tmp_path):
+    """Transposed, part of a larger storage, tied, empty, scalar; saved from a GPU."""
+    base = torch.arange(60.0)
+    part = base[7:].as_strided((3, 4), (5, 1))
+    model = {
+        'a': torch.arange(6.0).view(2, 3).t(),
+        'b': part,
+        'c': part,
+        'd': torch.empty(0, 3),
+        'e': torch.tensor(7.0),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:3')
+        torch.save({'state': {'model': model}}, tmp_path / 'x.pt')
+    found = open_checkpoint(tmp_path / 'x.pt')
+    assert found.aliases == {'c': 'b'} and found.prefix == ''
+    out = average(tmp_path / 'out.pt', tmp_path / 'x.pt', '--to', 'pt')
+    result = load(out)
+    assert all(result[name].equal(model[name]) for name in model)
+
+
+@pytest.fixture(scope='module')
+def shards(tmp_path_factory) -> Path:
+    """Three sharded checkpoints of two ranks; see sharded_writer.py."""
+    folder = tmp_path_factory.mktemp('shards')
+    command = [sys.executable, sharded_writer.__file__, str(folder), '3']
+    ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    try:
+        assert [rank.wait(60) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert len(list((folder / 'ep0-ba1').glob('*.distcp'))) == 2
+    return folder
+
+
+def test_shards_of_ranks(shards, tmp_path):
+    found = open_checkpoint(shards / 'ep0-ba2')
+    content = {'model_type': 'llama', 'layers': [1, 2], 'nested': {'a.b': None}}
+    assert found.carried == {'integrations': {'huggingface': {'model': {'config': {'content': content}}}}}
+    assert len(found.tensors['columns'].pieces) == 2
+    out = average(tmp_path / 'out', shards, '--accumulate', 'float64')
+    result = load_file(out / 'model.safetensors')
+    states = [sharded_writer.tensors(number) for number in range(3)]
+    assert result.pop('steps').item() == 2
+    exact = mean(states, [1 / 3] * 3)
+    del exact['steps']
+    assert_right(result, exact)
+    assert json.loads((out / 'config.json').read_text())['layers'] == [1, 2]
+
+
+def test_averages_in_shards(shards, tmp_path):
+    original = sharded_writer.tensors(2)
+    for name, factor in {'ema_0.01dur': 2, 'lawa': (1 * 1 + 2 * 4) / 3}.items():
+        out = average(tmp_path / name, shards / 'ep0-ba3', '--average', name)
+        result = load_file(out / 'model.safetensors')
+        torch.testing.assert_close(result.pop('rows'), factor * original['rows'])
+        assert all(tensor.equal(original[key]) for key, tensor in result.items())
+        kept = json.loads((out / 'average.json').read_text())['not_in_the_callback']
+        assert sorted(kept) == sorted(original.keys() - {'rows', 'steps'})
+
+
+# Never running what a file brings along
+
+
+class Evil:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.sign}',)
+
+
+def test_a_malicious_pt_file(tmp_path, capsys):
+    sign = tmp_path / 'sign'
+    torch.save({'state': {'model': {'model.w': torch.ones(1)}, 'callbacks': Evil(sign)}}, tmp_path / 'x.pt')
+    message = error_of(capsys, tmp_path / 'out', tmp_path / 'x.pt')
+    assert 'x.pt is not safe to read: it asks to import posix.system' in message and not sign.exists()
+
+
+def test_malicious_metadata(shards, tmp_path, capsys):
+    shutil.copytree(shards / 'ep0-ba1', tmp_path / 'x')
+    found, sign = read_metadata(tmp_path / 'x'), tmp_path / 'sign'
+    (tmp_path / 'x' / '.metadata').write_bytes(
+        pickle.dumps(Metadata(found.state_dict_metadata, Evil(sign), found.storage_data))
+    )
+    message = error_of(capsys, tmp_path / 'out', tmp_path / 'x')
+    assert '.metadata is not safe to read: it asks to import posix.system' in message and not sign.exists()
+    with pytest.raises(CheckpointError, match='not safe'):
+        _parent_shapes(str(tmp_path / 'x'))  # of preflight
+    assert not sign.exists()
+
+
+@pytest.mark.parametrize(
+    'name', ['builtins.eval', 'torch.load', 'torch.distributed.checkpoint.metadata.os.system', 'torch.Size.mro']
+)
+def test_metadata_imports_nothing_else(name, tmp_path):
+    module, _, attribute = name.rpartition('.') if 'metadata' not in name else name.partition('.os')
+    attribute = attribute.lstrip('.') if 'metadata' not in name else 'os.system'
+    code = pickle.PROTO + b'\x04' + b''.join(
+        pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode() for text in (module, attribute)
+    ) + pickle.STACK_GLOBAL + b'.'  # fmt: skip
+    (tmp_path / '.metadata').write_bytes(code)
+    with pytest.raises(CheckpointError, match='not safe to read: it asks to import'):
+        read_metadata(tmp_path)
+
+
+def rewritten(folder: Path, key: str, data: bytes) -> None:
+    """Puts other bytes where a tensor of a sharded checkpoint is."""
+    found = read_metadata(folder)
+    (folder / 'new.distcp').write_bytes(data)
+    for index, info in found.storage_data.items():
+        if index.fqn == key:
+            info.relative_path, info.offset, info.length = 'new.distcp', 0, len(data)
+    (folder / '.metadata').write_bytes(pickle.dumps(found))
+
+
+def test_a_malicious_shard(shards, tmp_path, capsys):
+    shutil.copytree(shards / 'ep0-ba1', tmp_path / 'x')
+    sign, data = tmp_path / 'sign', io.BytesIO()
+    torch.save(Evil(sign), data)
+    rewritten(tmp_path / 'x', 'state.model.model.whole', data.getvalue())
+    message = error_of(capsys, tmp_path / 'out', tmp_path / 'x')
+    assert 'state.model.model.whole in' in message and 'asks to import posix.system' in message and not sign.exists()
+
+
+# Errors
+
+
+def write_hf(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir()
+    save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+    (folder / 'config.json').write_text('{}')
+    return folder
+
+
+@pytest.fixture
+def good(tmp_path) -> Path:
+    """Two checkpoints that go together."""
+    for number in (1, 2):
+        write_hf(tmp_path / f'ba{number}', {name: torch.ones(2, 3) for name in 'abcde'})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['ba*', '--weights', 'uniformly'], '--weights uniformly: expected one of uniform, linear, ema, one_minus_sqrt, or numbers'),
+        (['ba*', '--weights', '0.5,0.6'], '--weights 0.5,0.6: weights=[0.5, 0.6] must be finite numbers with sum 1; their sum is 1.1'),
+        (['ba*', '--weights', '0.5,0.2,0.3'], '3 weights for 2 checkpoints'),
+        (['ba*', '--decay', '0.5'], '--decay 0.5 is for --weights ema, not uniform'),
+        (['ba*', '--weights', 'ema', '--decay', '2'], 'decay=2.0 must be above 0 and at most 1'),
+        (['ba*', '--last', '0'], '--last 0: expected at least 1'),
+        (['ba*', '--last', '3'], '--last 3: there are only 2: 1, 2'),
+        (['ba*', '--every', '1ba'], '--every 1ba needs --last'),
+        (['ba*', '--last', '2', '--every', '1ep'], '--every 1ep: expected a number of batches, such as 1000ba'),
+        (['ba*', '--last', '2', '--every', '2'], '--last 2 --every 2: batch 0 is missing; there are 1, 2'),
+        (['ba*', '--window', '3'], '--window 3: there are only 2 checkpoints'),
+        (['ba*', '--stride', '2'], '--stride 2 needs --window'),
+        (['ba*', '--to', 'pt'], 'expected a name that ends in .pt with --to pt'),
+        (['ba*', '--to', 'bin'], "argument --to: invalid choice: 'bin'"),
+        (['ba*', '--max-shard-size', '5G'], '--max-shard-size 5G: expected a size such as 5GB'),
+        (['ba*', '--config', 'nowhere'], '--config nowhere: there is no config.json'),
+        (['ba*', '--average', 'ema_1ba'], "ba1 holds no average 'ema_1ba'; there are: none"),
+        (['ba1', 'ba1/'], 'ba1 is given 2 times'),
+        (['ba1', 'nowhere'], 'nowhere does not exist; expected a Composer .pt file, a Composer sharded folder'),
+        (['nowhere*'], 'nowhere*: no checkpoint found'),
+        (['ba1', 'empty'], 'empty is no checkpoint; expected'),
+        (['ba1', 'unfinished'], 'unfinished is no checkpoint: .metadata is missing, so it was not saved to the end'),
+        (['ba1', 'text.pt'], 'text.pt is no checkpoint, or a compressed or old one'),
+        (['ba1', 'bin/pytorch_model.bin'], 'pytorch_model.bin holds no state.model, so it is not from Composer; expected'),
+        (['ba1', 'deflated.pt'], 'deflated.pt is compressed inside'),
+        (['ba1', 'short.pt'], 'short.pt is no checkpoint'),
+        (['ba1', 'short.safetensors'], 'short.safetensors is damaged, or no safetensors file'),
+        (['ba1', 'index'], 'index/model.safetensors.index.json names model-2.safetensors, which is missing'),
+        (['ba1', 'outside'], "names the file '../ba1/model.safetensors', which is not beside it"),
+        (['ba1', 'renamed'], 'renamed does not fit ba1: a is missing here; b is missing here; x is missing there'),
+        (['ba1', 'reshaped'], 'a is (2, 3) float32 there and (3, 2) float32 here; b is (2, 3) float32 there and (3, 2) float32 here; c is (2, 3) float32 there and (3, 2) float32 here (and 2 more)'),
+        (['ba1', 'half'], 'half does not fit ba1: a is (2, 3) float32 there and (2, 3) float16 here'),
+        (['float8'], 'float8/model.safetensors: a is F8_E4M3; one of F64'),
+        (['configless'], 'configless has no config.json; give a folder that has one with --config'),
+        (['ba1', 's3:x'], 's3:x does not exist'),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(arguments, message, good, capsys, monkeypatch):
+    ones = {name: torch.ones(2, 3) for name in 'abcde'}
+    (good / 'empty').mkdir()
+    (good / 'unfinished').mkdir()
+    (good / 'unfinished' / '__0_0.distcp').touch()
+    (good / 'text.pt').write_text('hello')
+    (good / 'bin').mkdir()
+    torch.save(ones, good / 'bin' / 'pytorch_model.bin')
+    torch.save({'state': {'model': ones}}, good / 'whole.pt')
+    with (
+        zipfile.ZipFile(good / 'whole.pt') as whole,
+        zipfile.ZipFile(good / 'deflated.pt', 'w', zipfile.ZIP_DEFLATED) as out,
+    ):
+        for name in whole.namelist():
+            out.writestr(name, whole.read(name))
+    (good / 'short.pt').write_bytes((good / 'whole.pt').read_bytes()[:-100])
+    (good / 'short.safetensors').write_bytes((good / 'ba1' / 'model.safetensors').read_bytes()[:-1])
+    for name, file in {'index': 'model-2.safetensors', 'outside': '../ba1/model.safetensors'}.items():
+        (good / name).mkdir()
+        (good / name / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': {'a': file}}))
+    write_hf(good / 'renamed', {name: torch.ones(2, 3) for name in 'cdex'})
+    write_hf(good / 'reshaped', {name: torch.ones(3, 2) for name in 'abcde'})
+    write_hf(good / 'half', {**ones, 'a': ones['a'].half()})
+    write_hf(good / 'float8', {'a': torch.ones(1).to(torch.float8_e4m3fn)})
+    write_hf(good / 'configless', ones)
+    (good / 'configless' / 'config.json').unlink()
+    monkeypatch.setattr(averaged_checkpoint, 'average_tensors', None)  # found before any work
+    monkeypatch.chdir(good)
+    assert message in error_of(capsys, good / 'out', *arguments)
+
+
+def test_unknown_average_names_those_that_are_there(run, tmp_path, capsys):
+    message = error_of(capsys, tmp_path / 'out', run / 'ep0-ba6-rank0.pt', '--average', 'ema_3ba')
+    assert "holds no average 'ema_3ba'; there are: ema_2ba, ema_0.5dur, lawa" in message
+
+
+def test_damaged_shards(shards, tmp_path, capsys):
+    folder = tmp_path / 'x'
+
+    def message(change) -> str:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(shards / 'ep0-ba1', folder)
+        found = read_metadata(folder)
+        change(found)
+        (folder / '.metadata').write_bytes(pickle.dumps(found))
+        return error_of(capsys, tmp_path / 'out', folder)
+
+    def escape(found: Metadata) -> None:
+        for info in found.storage_data.values():
+            info.relative_path = f'../../{info.relative_path}'
+
+    assert 'outside the folder' in message(escape)
+    assert 'does not hold all of state.model.model.rows' in message(
+        lambda found: found.state_dict_metadata['state.model.model.rows'].chunks.pop()
+    )
+    assert '__0_0.distcp is damaged' in message(lambda found: os.truncate(folder / '__0_0.distcp', 100))
+    assert '__1_0.distcp is missing' in message(lambda found: (folder / '__1_0.distcp').unlink())
+    assert '.metadata does not say where state.' in message(lambda found: found.storage_data.clear())
+
+
+def test_nothing_is_overwritten(good, capsys):
+    for out, options in {'hf': [], 'x.pt': ['--to', 'pt'], 'sharded': ['--to', 'sharded']}.items():
+        average(good / out, f'{good}/ba*', *options)
+        assert 'exists; choose another --out or delete it' in error_of(capsys, good / out, f'{good}/ba*', *options)
+    (good / 'x.pt').unlink()
+    assert 'x.pt.average.json exists' in error_of(capsys, good / 'x.pt', f'{good}/ba*', '--to', 'pt')
+
+
+def test_dry_run_leaves_nothing(good, capsys):
+    before = sorted(good.iterdir())
+    average(good / 'out', f'{good}/ba*', '--dry-run')
+    assert sorted(good.iterdir()) == before
+    assert 'ba2' in capsys.readouterr().out
+
+
+def test_too_little_disk(good, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda folder: shutil._ntuple_diskusage(10, 10, 0))
+    assert 'writing out needs 0.0 GB in' in error_of(capsys, good / 'out', f'{good}/ba*')
+
+
+@pytest.mark.parametrize('to', ['hf', *(pytest.param(to, marks=pytest.mark.slow) for to in ('pt', 'sharded'))])
+def test_killed_half_way_leaves_nothing_that_looks_finished(to, good):
+    """Kills the process when the data of the third tensor is to be written."""
+    out = good / 'out.pt'
+    code = (
+        'import os, signal, sys; sys.path.insert(0, sys.argv[1])\n'
+        'import average_checkpoints\nfrom cpt_algorithms.weight_averaging import merge\n'
+        'original, calls = merge._average_block, []\n'
+        'def block(*arguments):\n'
+        '    calls.append(1)\n'
+        '    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n'
+        '    return original(*arguments)\n'
+        'merge._average_block = block\n'
+        'average_checkpoints.main(sys.argv[2:])\n'
+    )
+    command = [sys.executable, '-c', code, str(SCRIPT.parent), str(good / 'ba1'), str(good / 'ba2')]
+    done = subprocess.run([*command, '--out', str(out), '--to', to], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not out.exists() and (good / '.out.pt.partial').exists()
+    average(out, f'{good}/ba*', '--to', to)
+    assert out.exists() and not (good / '.out.pt.partial').exists()
+
+
+def test_two_runs_at_once(tmp_path):
+    with averaged_checkpoint.appearing_whole(tmp_path / 'out') as partial:
+        (partial / 'out').touch()
+        with pytest.raises(CheckpointError, match='another run is making'):
+            with averaged_checkpoint.appearing_whole(tmp_path / 'out'):
+                pass
+    assert (tmp_path / 'out').exists() and len(list(tmp_path.iterdir())) == 1
+
+
+# Memory
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    """Three checkpoints of 128 MB, most of it one tensor, take a few MB more than one of 1 KB."""
+    big = 64 << 20
+    entries = {
+        'small': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]},
+        'big': {'dtype': 'BF16', 'shape': [big], 'data_offsets': [8, 8 + 2 * big]},
+    }
+    header = json.dumps(entries).encode()
+    for number in range(3):
+        folder = tmp_path / f'ba{number}'
+        folder.mkdir()
+        with open(folder / 'model.safetensors', 'wb') as file:
+            file.write(struct.pack('<Q', len(header)) + header)
+            file.truncate(8 + len(header) + 8 + 2 * big)  # zeros
+        (folder / 'config.json').write_text('{}')
+    write_hf(tmp_path / 'tiny', {'a': torch.ones(10)})
+    code = (
+        'import resource, sys; sys.path.insert(0, sys.argv[1]); folder = sys.argv[2]\n'
+        'import average_checkpoints\n'
+        'def peak(source, to, out):\n'
+        '    average_checkpoints.main([f"{folder}/{source}", "--to", to, "--out", f"{folder}/{out}"])\n'
+        '    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n'
+        'before = max(peak("tiny", "hf", "1"), peak("tiny", "pt", "1.pt"))\n'
+        'print(max(peak("ba*", "hf", "2"), peak("ba*", "pt", "2.pt")) - before)\n'
+    )
+    command = [sys.executable, '-c', code, str(SCRIPT.parent), str(tmp_path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert float(printed.splitlines()[-1]) < 40
+
+
+# Object storage
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket of a real server on this machine."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for key, value in {
+        'AWS_ACCESS_KEY_ID': 'x', 'AWS_SECRET_ACCESS_KEY': 'x', 'AWS_DEFAULT_REGION': 'us-east-1',
+        'S3_ENDPOINT_URL': f'http://{host}:{port}',
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    client = boto3.client('s3', endpoint_url=f'http://{host}:{port}')
+    client.create_bucket(Bucket='bucket')
+    yield client
+    server.stop()
+
+
+def put(client, folder: Path, prefix: str) -> None:
+    for file in folder.rglob('*'):
+        if file.is_file() and not file.is_symlink():
+            client.upload_file(str(file), 'bucket', f'{prefix}/{file.relative_to(folder)}')
+
+
+def names(client, prefix: str) -> set[str]:
+    found = client.list_objects_v2(Bucket='bucket', Prefix=prefix).get('Contents', [])
+    return {entry['Key'] for entry in found}
+
+
+def test_object_storage(run, shards, bucket, tmp_path, capsys):
+    put(bucket, run, 'runs/stage')
+    bucket.put_object(Bucket='bucket', Key='runs/stage/latest-rank0.pt.symlink', Body=b'runs/stage/ep0-ba6-rank0.pt')
+    here = average(tmp_path / 'here', run, '--last', 2)
+    data = (here / 'model.safetensors').read_bytes()
+    for number, source in enumerate(['runs/stage', 'runs/stage/ep0-ba[46]*.pt', 'runs/stage/huggingface/ba?']):
+        out = average(tmp_path / f'{number}', f's3://bucket/{source}', '--last', 2)
+        assert (out / 'model.safetensors').read_bytes() == data
+        assert (out / 'tokenizer.json').exists()
+        record = json.loads((out / 'average.json').read_text())
+        assert record['inputs'][1]['path'].startswith('s3://bucket/runs/stage/')
+    put(bucket, shards, 'shards')
+    average(tmp_path / 'from shards', 's3://bucket/shards/ep0-ba1', shards / 'ep0-ba2')
+    expected = average(tmp_path / 'local', shards / 'ep0-ba1', shards / 'ep0-ba2')
+    assert (tmp_path / 'from shards' / 'model.safetensors').read_bytes() == (
+        expected / 'model.safetensors'
+    ).read_bytes()
+    # and back
+    average_checkpoints.main(['s3://bucket/runs/stage', '--last', '2', '--out', 's3://bucket/merged/hf'])
+    assert {name.rpartition('/')[2] for name in names(bucket, 'merged/hf/')} == set(os.listdir(here))
+    average_checkpoints.main([str(run), '--to', 'pt', '--out', 's3://bucket/merged/x.pt'])
+    assert names(bucket, 'merged/x.pt') == {'merged/x.pt', 'merged/x.pt.average.json'}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['0', '1', '2', 'from shards', 'here', 'local']
+    capsys.readouterr()
+    for arguments, message in {
+        ('s3://bucket/nothing',): 's3://bucket/nothing: no checkpoint found',
+        ('s3://bucket/nothing/*',): 's3://bucket/nothing/*: no checkpoint found',
+        ('s3://nobucket/x',): 's3://nobucket/x: cannot list it',
+        ('nowhere://bucket/x',): 'nowhere://bucket/x: cannot list it',
+    }.items():
+        assert message in error_of(capsys, tmp_path / 'out', *arguments)
+    with pytest.raises(SystemExit):
+        average_checkpoints.main([str(run), '--out', 's3://bucket/merged/hf'])
+    assert 's3://bucket/merged/hf exists' in capsys.readouterr().err
