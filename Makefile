@@ -17,7 +17,7 @@ data: $(VENV)/installed
 	$(BIN)/python scripts/prepare_data.py --out $(DATA) --vocab-size 2048 --max-train-tokens 2000000 --max-val-tokens 16384
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -30,6 +30,8 @@ style: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python scripts/benchmarks/replay_loader.py
+	$(BIN)/python scripts/benchmarks/weight_averages.py
+	$(BIN)/python scripts/benchmarks/average_checkpoints.py
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), f"Python 3.10-3.12 is needed, this is {sys.version}"'

@@ -25,7 +25,16 @@ ENTRY_POINTS = {
     ],
 }
 
-TEST = ['pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'pyright[nodejs]>=1.1.390']
+TEST = [
+    'pytest>=8',
+    'pytest-xdist>=3.6',
+    'moto>=5',
+    'flask>=3',
+    'flask-cors>=5',
+    'hypothesis>=6.100',
+    'ruff>=0.9',
+    'pyright[nodejs]>=1.1.390',
+]
 
 setup(
     name='cpt-algorithms',

@@ -22,6 +22,14 @@ SEQ_LEN = 16
 VOCAB = 256
 
 
+@pytest.fixture(autouse=True, scope='session')
+def one_dataset_at_a_time() -> None:
+    """Tests run in several processes."""
+    import tiny
+
+    assert tiny.DATASETS_LOCK
+
+
 @pytest.fixture(autouse=True)
 def free_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Streaming frees shared memory only at exit, and every dataset opens that of all before: 20,000 files in all."""

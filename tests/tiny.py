@@ -6,18 +6,39 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import recorder
+from continue_pretraining import DATASETS_LOCK
 from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
+from streaming import StreamingDataset
 
 SEQ_LEN = 16
 VOCAB = 256
 BATCH = 8
 TOKENS_PER_BATCH = SEQ_LEN * BATCH
 ROOT = Path(__file__).parents[1]
+
+
+def one_dataset_at_a_time() -> None:
+    """Let only one process of this machine build a StreamingDataset at a time, as the recipes do.
+
+    Two that start at the same moment can pick the same shared memory.
+    """
+    build = StreamingDataset.__init__
+
+    def init(self: StreamingDataset, *args: Any, **kwargs: Any) -> None:
+        # the other ranks wait for this one anyway
+        with DATASETS_LOCK if os.environ.get('LOCAL_RANK', '0') == '0' else nullcontext():
+            build(self, *args, **kwargs)
+
+    StreamingDataset.__init__ = init
+
+
+one_dataset_at_a_time()
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +119,7 @@ def launch(script: Path, *arguments: object, expect: object = 0, ranks: int = 2)
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     command = [sys.executable, '-m', 'composer.cli.launcher', '-n', str(ranks), '--master_port', str(port)]
-    path = [str(ROOT / 'tests'), *filter(None, [os.environ.get('PYTHONPATH')])]
+    path = [str(ROOT / 'tests'), str(ROOT / 'recipes'), *filter(None, [os.environ.get('PYTHONPATH')])]
     done = subprocess.run(
         [*command, str(script), *map(str, arguments)],
         env={**os.environ, 'FSDP_VERSION': '2', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(path)},

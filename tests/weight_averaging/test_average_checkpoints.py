@@ -21,6 +21,7 @@ import torch
 from average_checkpoints import AverageError, Found, select, windows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dist_cp
 from torch.distributed.checkpoint.metadata import Metadata
@@ -37,7 +38,7 @@ from cpt_algorithms.checkpoints import (
 )  # fmt: skip
 from cpt_algorithms.stage.preflight import _parent_shapes
 from cpt_algorithms.weight_averaging import averaged_checkpoint, merge
-from cpt_algorithms.weight_averaging.functional import window_weights
+from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS, window_weights
 from cpt_algorithms.weight_averaging.merge import Average, average_tensors
 
 SCRIPT = Path(average_checkpoints.__file__)
@@ -216,6 +217,10 @@ def test_select_by_hand():
         select(made_up(9, 1, 3, 5, 7), 3, 3)
 
 
+def test_names_of_weights():
+    assert average_checkpoints.WEIGHTS == WINDOW_WEIGHTS
+
+
 def test_windows_by_hand():
     found = made_up(1, 2, 3, 4, 5)
     assert [batches(each) for each in windows_of(found, None, 1)] == [[1, 2, 3, 4, 5]]
@@ -344,6 +349,26 @@ def test_sharded_result(run, tmp_path):
     tied = load_file(again / 'model.safetensors')
     assert tied.pop('lm_head.weight').equal(tied['model.embed_tokens.weight'])
     assert_right(tied, without_tied(exact))
+
+
+@pytest.mark.slow
+def test_sharded_result_as_parent_of_a_stage_of_two_ranks(run, data, tmp_path):
+    """And what the two ranks save is averaged, too."""
+    out = average(tmp_path / 'out', run, '--to', 'sharded')
+    cfg = tiny.config(
+        tmp_path, data, 'next', max_duration='2ba', load_path=str(out), scheduler={'t_warmup': '1ba'},
+        model={'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(run.parent / 'llama'), 'pretrained': False,
+               'init_device': 'cpu', 'use_flash_attention_2': False, 'use_train_metrics': False},
+        optimizer={'name': 'decoupled_adamw', 'lr': 0.0, 'betas': [0.9, 0.95], 'weight_decay': 0.0},
+        fsdp_config={'state_dict_type': 'sharded'}, save_interval='1ba',
+    )  # fmt: skip
+    OmegaConf.save(OmegaConf.create(cfg), tmp_path / 'next.yaml')
+    tiny.launch(tiny.ROOT / 'recipes' / 'continue_pretraining.py', tmp_path / 'next.yaml')
+    assert len(list((tmp_path / 'next' / 'ep0-ba2').glob('*.distcp'))) == 2
+    again = average(tmp_path / 'again', tmp_path / 'next')
+    expected = load_file(average(tmp_path / 'hf', run) / 'model.safetensors')
+    result = load_file(again / 'model.safetensors')
+    assert all(result[name].equal(expected[name]) for name in expected), 'nothing was learned at a learning rate of 0'
 
 
 def kept(run: Path, callback: str) -> dict:
@@ -711,6 +736,12 @@ def test_dry_run_leaves_nothing(good, capsys):
     average(good / 'out', f'{good}/ba*', '--dry-run')
     assert sorted(good.iterdir()) == before
     assert 'ba2' in capsys.readouterr().out
+
+
+def test_a_place_where_nothing_can_be_made(good, capsys):
+    with pytest.raises(SystemExit):
+        average(good / 'ba1' / 'config.json' / 'out', f'{good}/ba*')
+    assert 'config.json' in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_too_little_disk(good, capsys, monkeypatch):

@@ -11,11 +11,13 @@ from composer import ComposerModel, Trainer
 from composer.core import Callback, Evaluator
 from llmfoundry import registry
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from cpt_algorithms.stage import PreflightError, preflight, resolve
 from cpt_algorithms.weight_averaging import EMA, LAWA, window_weights
+from cpt_algorithms.weight_averaging.local_shards import LocalShards
 
 AVERAGES = {
     'ema': {'half_life': ['2ba', '192tok', '0.25dur'], 'interval': '1ba'},
@@ -438,3 +440,8 @@ def test_fsdp1_is_refused_before_training(data, tmp_path, monkeypatch):
     preflight(cfg, world_size=1)  # no FSDP
     with pytest.raises(PreflightError, match='callbacks.ema works on plain, DDP and FSDP2 models.*set FSDP_VERSION=2'):
         preflight(cfg, world_size=2)
+    # and by the callbacks themselves: torch makes FSDP1 modules on a GPU only, so this one is not initialised
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    torch.nn.Module.__init__(wrapped)
+    with pytest.raises(ValueError, match='wrapped in FSDP1: set FSDP_VERSION=2'):
+        LocalShards(wrapped)

@@ -113,5 +113,5 @@ def test_mistakes_of_sharded_averaging_cannot_happen(data, tmp_path):
     """Several runs in one launch; averages_cases.py asserts on both ranks and prints a line for each case."""
     OmegaConf.save(OmegaConf.create(config(tmp_path, data, 'case')), tmp_path / 'case.yaml')
     printed = tiny.launch(tiny.ROOT / 'tests' / 'weight_averaging' / 'averages_cases.py', tmp_path / 'case.yaml')
-    for case in ('local shards', 'no averages saved', 'full', 'gathered parameters', "Composer's EMA", 'DDP', 'FSDP1'):
+    for case in ('local shards', 'no averages saved', 'full', 'gathered parameters', "Composer's EMA", 'DDP'):
         assert f'{case}: ok' in printed, printed[-6000:]
