@@ -24,6 +24,7 @@ oci://, azure://) is downloaded first into a temporary folder beside the result,
 import argparse
 import fnmatch
 import glob
+import json
 import os
 import platform
 import re
@@ -340,17 +341,16 @@ def require_disk(folder: Path, num_bytes: int, what: str) -> None:
 
 
 def provenance(
-    options: argparse.Namespace, found: Sequence[Found], paths: Sequence[Path], plan: Any, weights: Any
-) -> dict:
+    options: argparse.Namespace, found: Sequence[Found], checkpoints: Sequence[Any], plan: Any, weights: Sequence[float]
+) -> dict[str, Any]:
     """How a result was made."""
-    from cpt_algorithms.checkpoints import files_of, open_checkpoint
+    from cpt_algorithms.checkpoints import files_of
 
     inputs = []
-    for one, path, weight in zip(found, paths, weights, strict=True):
-        files = files_of(open_checkpoint(path))
-        newest = max(file.stat().st_mtime for file in files)
-        size = sum(file.stat().st_size for file in files)
-        inputs.append({'path': one.given, 'weight': weight, 'bytes': size, 'modified': newest})
+    for one, checkpoint, weight in zip(found, checkpoints, weights, strict=True):
+        stats = [file.stat() for file in files_of(checkpoint)]
+        size, modified = sum(stat.st_size for stat in stats), max(stat.st_mtime for stat in stats)
+        inputs.append({'path': one.given, 'weight': weight, 'bytes': size, 'modified': modified})
     floats = sorted({str(dtype).removeprefix('torch.') for dtype in plan.dtypes.values() if dtype.is_floating_point})
     return {
         'averaged': options.average or 'weights',
@@ -422,7 +422,6 @@ def average(
     import torch
 
     from cpt_algorithms.checkpoints import open_checkpoint
-    from cpt_algorithms.evaluation.final_loss import write_json
     from cpt_algorithms.weight_averaging import averaged_checkpoint as to
 
     checkpoints = [open_checkpoint(path) for path in paths]
@@ -436,7 +435,7 @@ def average(
     require_disk(out.parent, plan.written_bytes, f'writing {out.name}')
     if options.dry_run:
         return
-    record = provenance(options, window, paths, plan, weights)
+    record = provenance(options, window, checkpoints, plan, weights)
     bar = tqdm(total=plan.read_bytes, desc=out.name, unit='B', unit_scale=True, disable=None)
     with bar, to.appearing_whole(out) as partial:
         made = partial / out.name
@@ -446,7 +445,8 @@ def average(
             to.write_monolithic(plan, made, bar.update)
         else:
             to.write_sharded(plan, made, bar.update)
-        write_json(companion(made) if options.to == 'pt' else made / PROVENANCE, record)
+        place = companion(made) if options.to == 'pt' else made / PROVENANCE
+        place.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
 
 
 # Command line
@@ -554,7 +554,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         run(options)
-    except AverageError as error:
+    except (AverageError, OSError) as error:
         parser.error(str(error))
     except ValueError as error:
         from cpt_algorithms.checkpoints import CheckpointError

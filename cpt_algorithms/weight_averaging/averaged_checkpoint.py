@@ -366,7 +366,8 @@ def tie(checkpoint: Checkpoint, config: Path) -> dict[str, str]:
 
     try:
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config, local_files_only=True))
+            described = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return {}
     model.tie_weights()

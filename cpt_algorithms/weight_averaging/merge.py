@@ -18,7 +18,7 @@ from cpt_algorithms.checkpoints import Checkpoint, CheckpointError, Piece, Store
 
 __all__ = ['Average', 'average_tensors', 'check_alike', 'view_average']
 
-BLOCK = 1 << 18  # elements; the accumulator (1 MiB) and what goes into it stay in a core's cache
+BLOCK = 1 << 17  # elements; the accumulator (512 KiB) and what goes into it stay in a core's cache
 THREADS = min(8, os.cpu_count() or 1)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -209,7 +209,7 @@ def average_tensors(
     Raises:
         CheckpointError: If a file ends early or is damaged.
 
-    Cost: reads every part once. Memory: about 20 bytes for each of the 2^18 elements of a block, for each of at most 8
+    Cost: reads every part once. Memory: about 20 bytes for each of the 2^17 elements of a block, for each of at most 8
     threads; tensors that are stored with gaps (transposed, or split along a later dimension) are read by rows, or at
     once.
     """

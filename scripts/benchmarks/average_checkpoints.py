@@ -4,10 +4,11 @@
     python scripts/benchmarks/average_checkpoints.py [--mergekit PATH/TO/mergekit-yaml] [--json FILE]
 
 Five bfloat16 Llama-shaped safetensors checkpoints of about 2 GB, near each other as a run's are, in the page cache.
-Each round times, one after the other, reading all of them to nowhere (with as many threads as the averaging), our
-average (all of it, in this process, after the imports) and mergekit's linear merge (its command line in a process of
-its own, without the time its ``--help`` takes, which is its imports). Then the whole script's peak memory and time in a
-process of its own, and the result against a float64 reference, in units of the last place of bfloat16.
+Each round times, one after the other, reading all of them to nowhere (``cat`` to /dev/null; and with as many threads as
+the averaging, each into a buffer that stays in its cache), our average (all of it, in this process, after the imports)
+and mergekit's linear merge (its command line in a process of its own, without the time its ``--help`` takes, which is
+its imports). Then the whole script's peak memory and time in a process of its own, and the result against a float64
+reference, in units of the last place of bfloat16.
 """
 
 import argparse
@@ -65,14 +66,18 @@ def write(root: Path, gigabytes: float) -> list[Path]:
         shapes |= {f'{block}.mlp.down_proj.weight': (hidden, inner)}
         shapes |= {f'{block}.{name}_layernorm.weight': (hidden,) for name in ('input', 'post_attention')}
     shapes |= {'model.norm.weight': (hidden,), 'lm_head.weight': (vocabulary, hidden)}
+    # parts of one long noise: making 5 times 1e9 numbers would take longer than all the rest
+    noise = torch.randn(80_000_000, generator=torch.Generator().manual_seed(0))
+
+    def values(shape: tuple[int, ...], begin: int) -> torch.Tensor:
+        count = torch.Size(shape).numel()
+        return noise[begin : begin + count].view(shape)
+
     folders = []
     for number in tqdm(range(COUNT), 'writing', disable=None):
-        base, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(number + 1)
         tensors = {
-            name: (0.02 * torch.randn(shape, generator=base) + 0.001 * torch.randn(shape, generator=own)).to(
-                torch.bfloat16
-            )
-            for name, shape in shapes.items()
+            name: (0.02 * values(shape, index) + 0.001 * values(shape, 1_000_000 * (number + 1))).to(torch.bfloat16)
+            for index, (name, shape) in enumerate(shapes.items())
         }
         folders.append(root / f'ba{number}')
         folders[-1].mkdir()
@@ -101,6 +106,13 @@ def read_to_nowhere(folders: list[Path]) -> None:
         list(pool.map(read, shares))
 
 
+def cat(folders: list[Path]) -> None:
+    """Read all bytes once, as everybody does."""
+    subprocess.run(
+        ['cat', *(folder / 'model.safetensors' for folder in folders)], stdout=subprocess.DEVNULL, check=True
+    )
+
+
 def average(folders: list[Path], out: Path) -> None:
     """Our average."""
     checkpoints = [open_checkpoint(folder) for folder in folders]
@@ -109,17 +121,24 @@ def average(folders: list[Path], out: Path) -> None:
     averaged_checkpoint.write_hugging_face(plan, out, small_files, '5GB', lambda num_bytes: None)
 
 
-def worst_error(folders: list[Path], out: Path) -> float:
-    """Largest distance from the mean in float64, in units of the last place of the result."""
-    worst = 0.0
+def errors(folders: list[Path], out: Path) -> tuple[float, int, int]:
+    """Distances from the mean in float64, in units of the last place of the result.
+
+    Returns:
+        The largest; how many are more than rounding (0.5005); of how many.
+    """
+    worst, beyond, count = 0.0, 0, 0
     files = [safe_open(folder / 'model.safetensors', 'pt') for folder in folders]
     with safe_open(out / 'model.safetensors', 'pt') as result:
         for name in tqdm(result.keys(), 'checking', disable=None):
             mean = torch.stack([file.get_tensor(name) for file in files]).double().mean(0)
             # 8 bits of precision: the last of them is worth 2^(exponent - 8), frexp's mantissa being below 1
             unit = torch.ldexp(torch.ones_like(mean), torch.frexp(mean).exponent - 8)
-            worst = max(worst, float(((result.get_tensor(name).double() - mean).abs() / unit).max()))
-    return worst
+            distance = (result.get_tensor(name).double() - mean).abs() / unit
+            worst = max(worst, float(distance.max()))
+            beyond += int((distance > 0.5005).sum())
+            count += distance.numel()
+    return worst, beyond, count
 
 
 def timed(function, *arguments) -> float:
@@ -148,7 +167,7 @@ def main() -> None:
         root = Path(name)
         folders = write(root, options.gigabytes)
         size = sum((folder / 'model.safetensors').stat().st_size for folder in folders)
-        seconds: dict[str, list[float]] = {'reading to nowhere': [], 'average_checkpoints': []}
+        seconds: dict[str, list[float]] = {'cat > /dev/null': [], 'reading to nowhere': [], 'average_checkpoints': []}
         merge_config = root / 'merge.yaml'
         models = [{'model': str(folder), 'parameters': {'weight': 1.0}} for folder in folders]
         merge_config.write_text(json.dumps({'merge_method': 'linear', 'models': models, 'dtype': 'bfloat16'}))
@@ -158,6 +177,7 @@ def main() -> None:
             imports = min(measure(options.mergekit, '--help')['seconds'] for _ in range(2))
         for _ in tqdm(range(options.rounds), 'rounds', disable=None):
             shutil.rmtree(root / 'ours', ignore_errors=True)
+            seconds['cat > /dev/null'].append(timed(cat, folders))
             seconds['reading to nowhere'].append(timed(read_to_nowhere, folders))
             seconds['average_checkpoints'].append(timed(average, folders, root / 'ours'))
             if options.mergekit:
@@ -170,22 +190,37 @@ def main() -> None:
             root / 'ours' / 'model.safetensors'
         ).read_bytes()
         assert same, 'the script and the function give the same bytes'
-        worst = worst_error(folders, root / 'ours')
+        worst, beyond, count = errors(folders, root / 'ours')
     title = (
         f'{COUNT} bfloat16 checkpoints of {size / COUNT / 1e9:.2f} GB, {options.rounds} rounds, {merge.THREADS} threads'
     )
     table = Table(title=title)
-    for column in ('what', 'seconds (median)', 'min-max', 'GB/s read', 'speed of reading (median of rounds)', 'times'):
+    # ratios are medians of rounds
+    for column in (
+        'what',
+        'seconds (median)',
+        'min-max',
+        'GB/s read',
+        'speed of cat',
+        'of reading',
+        'times as long as ours',
+    ):
         table.add_column(column, justify='left' if column == 'what' else 'right')
-    reading, own = seconds['reading to nowhere'], seconds['average_checkpoints']
+    sides = ('cat > /dev/null', 'reading to nowhere', 'average_checkpoints')
     ratios = {}
     for what, each in seconds.items():
-        to_reading = statistics.median(a / b for a, b in zip(reading, each, strict=True))
-        to_own = statistics.median(a / b for a, b in zip(each, own, strict=True))
-        ratios[what] = {'speed of reading': to_reading, 'times as long as average_checkpoints': to_own}
+        speeds = [statistics.median(a / b for a, b in zip(seconds[side], each, strict=True)) for side in sides]
+        ratios[what] = dict(zip([f'speed, as a part of {side}' for side in sides], speeds, strict=True))
         median = statistics.median(each)
         spread = f'{min(each):.2f}-{max(each):.2f}'
-        table.add_row(what, f'{median:.2f}', spread, f'{size / median / 1e9:.2f}', f'{to_reading:.2f}', f'{to_own:.2f}')
+        table.add_row(
+            what,
+            f'{median:.2f}',
+            spread,
+            f'{size / median / 1e9:.2f}',
+            *[f'{speed:.2f}' for speed in speeds[:2]],
+            f'{1 / speeds[2]:.2f}',
+        )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     if not options.mergekit:
@@ -195,12 +230,15 @@ def main() -> None:
     console.print(
         f'the script in its own process: {ours["seconds"]:.1f} s with imports, peak memory {ours["MB"]:,.0f} MB'
     )
-    console.print(f'largest distance from the float64 mean: {worst:.6f} units in the last place')
+    console.print(
+        f'distance from the float64 mean: at most {worst:.4f} units in the last place; more than 0.5005 (rounding) '
+        f'in {beyond:,} of {count:,} elements, where values cancel'
+    )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         results = {
             'seconds': seconds, 'ratios': ratios, 'bytes': size, 'threads': merge.THREADS, 'script': ours,
-            'mergekit peak MB': mergekit_peak, 'largest distance': worst,
+            'mergekit peak MB': mergekit_peak, 'largest distance': worst, 'beyond rounding': beyond, 'elements': count,
         }  # fmt: skip
         options.json.write_text(json.dumps(results, indent=1))
 
