@@ -19,9 +19,9 @@ from cpt_algorithms.weight_averaging import EMA, LAWA
 
 __all__ = [
     'EMA',
-    'LAWA',
     'FinalLoss',
     'InfiniteScheduler',
+    'LAWA',
     'PreflightError',
     'ReplayTextDataset',
     'RewarmConstantScheduler',

@@ -152,6 +152,7 @@ def main() -> None:
     arguments = parser.parse_args()
     groups = read([run for run in arguments.runs if run.is_dir()], arguments.dataset)
     console = Console()
+    console.width = max(console.width, 110)  # also where it is not a terminal
     columns = ['weights', 'gain, 1st third', '2nd third', '3rd third', f'loss, last {arguments.window}', 'steps saved']
     columns += [] if arguments.spike is None else ['rise at the spike']
     for group in groups:
