@@ -31,7 +31,7 @@ style: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python scripts/benchmarks/replay_loader.py
 	$(BIN)/python scripts/benchmarks/weight_averages.py
-	$(BIN)/python scripts/benchmarks/average_checkpoints.py
+	$(BIN)/python scripts/benchmarks/average_checkpoints.py --gigabytes 0.5
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), f"Python 3.10-3.12 is needed, this is {sys.version}"'
