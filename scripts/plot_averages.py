@@ -79,7 +79,7 @@ def at(curve: Curve, batch: float) -> float:
 
 
 def rows_of(group: Group, window: int, spike: int | None) -> list[list[str]]:
-    """A table row for each average: gains by third of the run, steps saved, and the share of the spike it saw."""
+    """A table row for each average: gains by third of the run, steps saved, and the rise over a spike."""
     rows = []
     for name in group.runs[0]:
         runs = [run for run in group.runs if name in run]
@@ -103,14 +103,14 @@ def rows_of(group: Group, window: int, spike: int | None) -> list[list[str]]:
             rises = []
             for run in runs:
                 before = max(row[0] for row in run[name] if row[0] <= spike)
-                after = min(row[0] for row in run[name] if row[0] > spike)
-                rises.append(at(run[name], after) - at(run[name], before))
+                after = [loss for batch, loss in run[name] if spike < batch <= spike + window]
+                rises.append(max(after) - at(run[name], before))
             cells.append(interval(rises))
         rows.append(cells)
     return rows
 
 
-def draw(groups: list[Group], path: Path, spike: int | None) -> None:
+def draw(groups: list[Group], path: Path) -> None:
     """A panel for each group: mean over seeds, with the range of the seeds behind it."""
     import matplotlib
 
@@ -130,8 +130,6 @@ def draw(groups: list[Group], path: Path, spike: int | None) -> None:
             lowest.append((losses.mean(0).min(), np.interp(batches[-1] / 4, batches, losses.mean(0))))
         # the start of training would squeeze everything else into a line
         axis.set_ylim(min(low for low, _ in lowest) - 0.05, max(start for _, start in lowest))
-        if spike is not None:
-            axis.axvline(spike, color='grey', linestyle=':', linewidth=0.8)
         axis.set(
             title=f'{group.name} ({len(group.runs)} seeds)', xlabel='batches', ylabel='validation loss (nats/token)'
         )
@@ -147,21 +145,21 @@ def main() -> None:
     parser.add_argument('runs', nargs='+', type=Path, help='folders with losses.json')
     parser.add_argument('--dataset', help='name of an evaluation dataset; default: the first')
     parser.add_argument('--window', type=int, default=100, help='last batches whose mean is the loss to reach')
-    parser.add_argument('--spike', type=int, help='batch at which the loss jumped: also show the rise over it')
+    parser.add_argument('--spike', type=int, help='batch of a jump: also show the highest loss in a window after it')
     parser.add_argument('--out', type=Path, default=Path('averages.png'))
     arguments = parser.parse_args()
     groups = read([run for run in arguments.runs if run.is_dir()], arguments.dataset)
     console = Console()
     console.width = max(console.width, 110)  # also where it is not a terminal
     columns = ['weights', 'gain, 1st third', '2nd third', '3rd third', f'loss, last {arguments.window}', 'steps saved']
-    columns += [] if arguments.spike is None else ['rise at the spike']
+    columns += [] if arguments.spike is None else ['rise in the spike']
     for group in groups:
         shown = Table(*columns, title=f'{group.name}: {len(group.runs)} seeds', title_justify='left')
         for row in rows_of(group, arguments.window, arguments.spike):
             shown.add_row(*row)
         console.print(shown)
     console.print('gain: raw loss minus averaged loss, nats/token; ± is the 95 % interval over seeds')
-    draw(groups, arguments.out, arguments.spike)
+    draw(groups, arguments.out)
     console.print(f'{arguments.out}')
 
 
