@@ -90,6 +90,12 @@ class Stored:
         """The pieces; together they cover the tensor once."""
         return self.find()
 
+    @cached_property
+    def is_flat(self) -> bool:
+        """Whether every piece is a run of consecutive elements of the tensor, in the file as well."""
+        flat = (each.stride == contiguous(each.shape) and each.shape[1:] == self.shape[1:] for each in self.pieces)
+        return all(flat)
+
     @property
     def nbytes(self) -> int:
         """Size in bytes."""

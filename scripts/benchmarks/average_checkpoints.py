@@ -163,6 +163,8 @@ def main() -> None:
     parser.add_argument('--folder', type=Path, help='for 7 checkpoints (default: the temporary folder)')
     parser.add_argument('--json', type=Path, help='where the numbers go as well')
     options = parser.parse_args()
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         root = Path(name)
         folders = write(root, options.gigabytes)

@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument('--json', type=Path, help='also write the numbers here')
     arguments = parser.parse_args()
     console = Console()
+    console.width = max(console.width, 110)
     tensors = parameters(arguments.millions * 1_000_000, arguments.device)
     averages = [tensor.clone() for tensor in tensors]
     others = [torch.empty_like(tensor) for tensor in tensors]
