@@ -302,7 +302,15 @@ def _lawa(slots: dict[int, dict[str, Stored]], meta: str | None) -> dict[str, li
     return {'lawa': [(weight, slots[slot]) for weight, slot in zip(weights, sorted(slots), strict=True)]}
 
 
+def _member(enum: Any, name: str) -> Any:
+    """What early releases of Python 3.11 pickle a member of an enumeration as, and nothing else of ``getattr``."""
+    if enum is not metadata._MEM_FORMAT_ENCODING or name not in enum.__members__:
+        raise CheckpointError(f'it asks for {name!r} of {enum!r}, which no weights need')
+    return enum[name]
+
+
 _METADATA_GLOBALS: dict[tuple[str, str], Any] = {
+    ('builtins', 'getattr'): _member,
     **{
         ('torch.distributed.checkpoint.metadata', name): getattr(metadata, name)
         for name in (

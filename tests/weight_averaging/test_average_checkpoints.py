@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dist_cp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
 from cpt_algorithms.checkpoints import (
@@ -584,6 +584,29 @@ def test_metadata_imports_nothing_else(name, tmp_path):
     (tmp_path / '.metadata').write_bytes(code)
     with pytest.raises(CheckpointError, match='not safe to read: it asks to import'):
         read_metadata(tmp_path)
+
+
+class Attribute:
+    """Pickles as ``getattr(of, name)``, as members of an enumeration do in early releases of Python 3.11."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self.of, self.name = of, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.of, self.name)
+
+
+def test_attributes_in_metadata_are_those_of_one_enumeration(shards, tmp_path):
+    found = read_metadata(shards / 'ep0-ba1')
+    member = Attribute(_MEM_FORMAT_ENCODING, 'TORCH_CONTIGUOUS_FORMAT')
+    for planner_data in (member, Attribute(_MEM_FORMAT_ENCODING, '__init__'), Attribute(torch.Size, 'mro')):
+        data = pickle.dumps(Metadata(found.state_dict_metadata, planner_data, found.storage_data))
+        (tmp_path / '.metadata').write_bytes(data)
+        if planner_data is member:
+            assert read_metadata(tmp_path).planner_data is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+        else:
+            with pytest.raises(CheckpointError, match='not safe to read: it asks for'):
+                read_metadata(tmp_path)
 
 
 def rewritten(folder: Path, key: str, data: bytes) -> None:
