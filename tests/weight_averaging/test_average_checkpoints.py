@@ -589,10 +589,10 @@ def test_metadata_imports_nothing_else(name, tmp_path):
 class Attribute:
     """Pickles as ``getattr(of, name)``, as members of an enumeration do in early releases of Python 3.11."""
 
-    def __init__(self, of: Any, name: str) -> None:
+    def __init__(self, of: object, name: str) -> None:
         self.of, self.name = of, name
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple:
         return getattr, (self.of, self.name)
 
 
