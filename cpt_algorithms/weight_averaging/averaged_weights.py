@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from math import floor
+from math import floor, isfinite
 from typing import Any
 
 import torch
@@ -202,13 +202,15 @@ class AveragedWeights(Callback, ABC):
         if self._is_in:  # a forward pass that ran out of memory is tried again
             return
         parameters = self.shards.tensors()
-        if self._raw is None:
-            self._raw = [torch.empty_like(parameter) for parameter in parameters]
         self.shards.reshard()
         with torch.no_grad():
+            # whatever can run out of memory comes first
+            average = self.average(name)
+            if self._raw is None:
+                self._raw = [torch.empty_like(parameter) for parameter in parameters]
             copy_(self._raw, parameters)
             self._is_in = True
-            copy_(parameters, self.average(name))
+            copy_(parameters, average)
 
     def _copy_out(self) -> None:
         if self._is_in:
@@ -225,12 +227,16 @@ class AveragedWeights(Callback, ABC):
         Args:
             name: One of :meth:`names`.
         """
-        self._copy_in(name)
         try:
+            self._copy_in(name)
             yield
         finally:
             self._copy_out()
             self._raw = None
+
+    def eval_standalone_start(self, state: State, logger: Logger) -> None:
+        """Evaluate restored averages also if nothing is trained."""
+        self._add_evaluators(state)
 
     def eval_start(self, state: State, logger: Logger) -> None:
         """Find out whether one of our twins is about to run."""
@@ -343,9 +349,15 @@ class AveragedWeights(Callback, ABC):
                 name: self.shards.from_saved(tensors, f'{self.key} ({name})')
                 for name, tensors in self._loaded.get(self.group, {}).items()
             }
+            if lost := [name for name in settings['square_sum'] if self.wants(name) and name not in saved]:
+                raise ValueError(
+                    f"{self.key} ({lost[0]}) was saved for other trainable parameters than this model's: "
+                    f'{next(iter(self.shards.parameters))} is not among them'
+                )
             for name, tensors in saved.items():
                 total, expected = self.shards.square_sum(tensors), settings['square_sum'][name]
-                if not abs(total - expected) <= 1e-9 * expected:
+                # a model that diverged has averages that are no numbers, and is as it was saved
+                if isfinite(expected) and not abs(total - expected) <= 1e-9 * expected:
                     raise RuntimeError(
                         f'{self.key} ({name}) was saved with the sum of squares {expected!r} and loaded with '
                         f'{total!r}: some rank has the shard of another, or the checkpoint is damaged'

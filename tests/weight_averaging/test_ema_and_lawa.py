@@ -401,6 +401,20 @@ def test_tied_frozen_and_half_precision_parameters(tmp_path):
         held = {key: value.to(seen[-1][key].dtype).double() for key, value in average.items()}
         outputs = dataset.tensors[0].double() @ held['embed'] @ held['embed'] + held['narrow'] + 1
         assert metrics[f'val/{name}'] == pytest.approx(float(((outputs - dataset.tensors[1]) ** 2).mean()), rel=1e-5)
+    # memory that runs out in the middle leaves the training weights, and the next try has the average
+    mean = lawa.average
+    lawa.average = lambda name: (_ for _ in ()).throw(RuntimeError('CUDA out of memory'))
+    with pytest.raises(RuntimeError, match='out of memory'), lawa.swapped_in('lawa'):
+        raise AssertionError('not reached')
+    lawa.eval_before_forward(trainer.state, trainer.logger)  # no evaluation of ours is under way
+    lawa.average = mean
+    assert torch.equal(model.embed.data, seen[-1]['embed'])
+    with lawa.swapped_in('lawa'):
+        assert torch.equal(model.embed.data, mean('lawa')[0])
+    assert 'LAWA' in trainer.state.state_dict()['callbacks']
+    before = dict(metrics)
+    trainer.eval()
+    assert {label: float(m['Loss'].compute()) for label, m in trainer.state.eval_metrics.items()} == before
     with ema.swapped_in('ema_3ba'):
         assert model.head is model.embed
         assert torch.equal(model.embed.data, ema.average('ema_3ba')[0])
