@@ -22,12 +22,6 @@ SEQ_LEN = 16
 VOCAB = 256
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start ranks and whole recipes come first, so that no test process has them left over at the end."""
-    first = ('test_sequence', 'test_sharded_averages', 'test_two_ranks', 'test_continue_pretraining')
-    items.sort(key=lambda item: item.path.stem not in first)
-
-
 @pytest.fixture(autouse=True, scope='session')
 def one_dataset_at_a_time() -> None:
     """Tests run in several processes."""
