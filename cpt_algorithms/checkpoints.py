@@ -70,6 +70,10 @@ class Piece:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    def is_flat_in(self, shape: tuple[int, ...]) -> bool:
+        """Whether the box is a run of consecutive elements of a tensor of this shape, in the file as well."""
+        return self.stride == contiguous(self.shape) and self.shape[1:] == shape[1:]
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -92,9 +96,8 @@ class Stored:
 
     @cached_property
     def is_flat(self) -> bool:
-        """Whether every piece is a run of consecutive elements of the tensor, in the file as well."""
-        flat = (each.stride == contiguous(each.shape) and each.shape[1:] == self.shape[1:] for each in self.pieces)
-        return all(flat)
+        """Whether every piece is a run of consecutive elements."""
+        return all(piece.is_flat_in(self.shape) for piece in self.pieces)
 
     @property
     def nbytes(self) -> int:

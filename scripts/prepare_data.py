@@ -17,7 +17,6 @@ so no validation document is in any training set. The same input gives the same 
 
 import argparse
 import difflib
-import fcntl
 import glob
 import hashlib
 import importlib.util
@@ -25,7 +24,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -42,6 +40,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+from cpt_algorithms.files import hidden_sibling
 
 # streaming (7 s), transformers and datasets are imported where they are used: a wrong argument or a re-run
 # of something already prepared answers at once.
@@ -431,31 +431,10 @@ def pack_dataset(
 
 @contextmanager
 def appearing_whole(out: Path) -> Iterator[Path]:
-    """Gives a temporary sibling of ``out`` that becomes ``out`` only if nothing goes wrong.
-
-    One run at a time has it, through a lock that dies with the process. What a killed run left is removed.
-    """
-    partial = out.with_name(f'.{out.name}.partial')
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.path.samestat(os.fstat(handle), partial.stat())  # and not what another run renamed
-        except (BlockingIOError, FileNotFoundError):
-            is_ours = False
-        if not is_ours:
-            raise PrepareError(f'another run is preparing {out}')
-        try:
-            for left in partial.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield partial
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    finally:
-        os.close(handle)
+    """Gives a sibling of ``out`` that becomes ``out`` only if nothing goes wrong; one run at a time has it."""
+    with hidden_sibling(out, PrepareError(f'another run is preparing {out}')) as partial:
+        yield partial
+        partial.rename(out)
 
 
 def prepare(request: dict[str, Any], sources: list[Source], files: dict[str, list[str]], out: Path) -> dict:

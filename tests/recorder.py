@@ -61,6 +61,21 @@ class Recorder(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Stop(Callback):
+    """Dies at the end of a batch, before its checkpoint.
+
+    Args:
+        at: Number of batches done.
+    """
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value == self.at:
+            raise RuntimeError('stopped')
+
+
 def read(path: Path | str, rank: int = 0) -> dict[int, dict]:
     """Lines by batch; a batch trained twice (after a kill) must have been trained identically."""
     lines: dict[int, dict] = {}
@@ -74,3 +89,4 @@ def read(path: Path | str, rank: int = 0) -> dict[int, dict]:
 
 if 'recorder' not in registry.callbacks:
     registry.callbacks.register('recorder', func=Recorder)
+    registry.callbacks.register('stop', func=Stop)

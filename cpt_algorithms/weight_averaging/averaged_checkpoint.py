@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An average of checkpoints as a checkpoint: Hugging Face safetensors, Composer ``.pt`` or Composer sharded."""
 
-import fcntl
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from cpt_algorithms.checkpoints import DTYPES, INDEX, Checkpoint, CheckpointError, Stored, open_checkpoint
+from cpt_algorithms.files import hidden_sibling
 from cpt_algorithms.weight_averaging.merge import Average, as_bytes, average_tensors, check_alike, short, view_average
 
 __all__ = [
@@ -128,24 +128,11 @@ def appearing_whole(out: Path) -> Iterator[Path]:
     """
     if out.exists() or out.is_symlink():
         raise CheckpointError(f'{out} exists; choose another --out or delete it')
-    partial = out.with_name(f'.{out.name}.partial')
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f'another run is making {out}') from None
-        try:
-            for left in partial.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield partial
-            for made in sorted(partial.iterdir(), key=lambda path: path.name == out.name):  # the result last
-                made.rename(out.with_name(made.name))
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(handle)
+    with hidden_sibling(out, CheckpointError(f'another run is making {out}')) as partial:
+        yield partial
+        for made in sorted(partial.iterdir(), key=lambda path: path.name == out.name):  # the result last
+            made.rename(out.with_name(made.name))
+        partial.rmdir()
 
 
 def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, Path | str | bytes]:

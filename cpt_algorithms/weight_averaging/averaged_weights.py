@@ -38,7 +38,7 @@ def parse_time(key: str, value: Any, at_least: float) -> Time:
     Args:
         key: Its dotted path, for the error.
         value: Such as ``100ba``, ``1000000tok`` or ``0.01dur``.
-        at_least: The least value allowed; 0 as a minimum of a length means "above 0" only in ``dur``.
+        at_least: 0 for a point in time, 1 for a length (which in ``dur`` must be above 0).
 
     Raises:
         ValueError: If it is not such a time.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cpt_algorithms.checkpoints import Checkpoint, CheckpointError, Piece, Stored, contiguous
+from cpt_algorithms.checkpoints import Checkpoint, CheckpointError, Stored, contiguous
 
 __all__ = ['Average', 'average_tensors', 'check_alike', 'view_average']
 
@@ -135,11 +135,6 @@ def _read_run(files: _Files, path: Path, offset: int, view: memoryview) -> None:
         view, offset = view[count:], offset + count
 
 
-def _is_flat(piece: Piece, shape: tuple[int, ...]) -> bool:
-    """Whether a piece is a run of consecutive elements of the tensor, in the file as well."""
-    return piece.stride == contiguous(piece.shape) and piece.shape[1:] == shape[1:]
-
-
 def _rows(stored: Stored) -> int:
     """Elements that are best read together: as many as a block must be a multiple of."""
     if stored.is_flat:
@@ -160,7 +155,7 @@ def _read(files: _Files, stored: Stored, begin: int, into: torch.Tensor, view: m
         return
     end, row = begin + into.numel(), prod(stored.shape[1:])
     for piece in stored.pieces:
-        if _is_flat(piece, stored.shape):
+        if piece.is_flat_in(stored.shape):
             start = piece.at[0] * row if piece.at else 0
             low, high = max(begin, start), min(end, start + prod(piece.shape))
             if low < high:

@@ -9,7 +9,6 @@ import recorder
 import tiny
 import torch
 from composer.algorithms import EMA as ComposersEMA  # noqa: N811
-from composer.core import Callback
 from composer.utils import dist
 from llmfoundry import registry
 from llmfoundry.command_utils import train
@@ -19,20 +18,6 @@ from cpt_algorithms import EMA, LAWA
 
 registry.algorithms.register('composers_ema', func=ComposersEMA)
 AVERAGES = ('EMA', 'LAWA')
-
-
-class Stop(Callback):
-    """Dies at the end of a batch, before its checkpoint."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def batch_end(self, state, logger):
-        if state.timestamp.batch.value == self.at:
-            raise RuntimeError('stopped')
-
-
-registry.callbacks.register('stop', func=Stop)
 
 
 def case(base, name, **over):

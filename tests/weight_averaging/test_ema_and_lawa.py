@@ -186,20 +186,6 @@ def same_state(ours, theirs):
         assert all(torch.equal(tensor, theirs[group][name][key]) for key, tensor in tensors.items())
 
 
-class Stop(Callback):
-    """Dies at the end of a batch, before its checkpoint."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def batch_end(self, state, logger):
-        if state.timestamp.batch.value == self.at:
-            raise RuntimeError('stopped')
-
-
-registry.callbacks.register('stop', func=Stop)
-
-
 def stopped(cfg, at):
     with pytest.raises(RuntimeError, match='stopped'):
         tiny.run(tiny.merge(cfg, {'save_interval': '1ba', 'callbacks': {'stop': {'at': at}}}))
