@@ -20,6 +20,7 @@ ENTRY_POINTS = {
     'llmfoundry_callbacks': [
         'stage_start = cpt_algorithms.stage:StageStart',
         'final_loss = cpt_algorithms.evaluation:FinalLoss',
+        'forgetting = cpt_algorithms.evaluation:Forgetting',
         'ema = cpt_algorithms.weight_averaging:EMA',
         'lawa = cpt_algorithms.weight_averaging:LAWA',
     ],

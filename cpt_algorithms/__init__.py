@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cpt_algorithms.evaluation import FinalLoss, adaptation, final_loss, forgetting
+    from cpt_algorithms.evaluation import FinalLoss, Forgetting, adaptation, final_loss, forgetting
     from cpt_algorithms.replay import ReplayTextDataset, build_replay_text_dataloader
     from cpt_algorithms.schedulers import (
         InfiniteScheduler,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     'EMA',
     'FinalLoss',
+    'Forgetting',
     'InfiniteScheduler',
     'LAWA',
     'PreflightError',

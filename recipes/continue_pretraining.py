@@ -5,8 +5,9 @@
     python recipes/continue_pretraining.py STAGE.yaml --dry-run        # every check, and the phases; trains nothing
 
 The YAML is an ordinary llm-foundry train YAML. Everything that can be checked without training is checked first; then
-llm-foundry trains; at the end the model lies in ``save_folder/huggingface``. Run the same command again after a crash:
-it goes on from the latest checkpoint, and does nothing if the stage is done.
+llm-foundry trains; at the end the model lies in ``save_folder/huggingface``. With ``variables.lm_eval: SUITE.yaml``, it
+and its averages are then evaluated on the suite. Run the same command again after a crash: it goes on from the latest
+checkpoint, and does nothing if the stage is done.
 """
 
 import argparse
@@ -16,8 +17,10 @@ import logging
 import os
 import platform
 import re
+import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import zipfile
@@ -46,6 +49,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cpt_algorithms.evaluation.final_loss import write_json
+from cpt_algorithms.evaluation.lm_eval import load_suite
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
 
@@ -82,19 +86,51 @@ def print_phases(cfg: dict[str, Any]) -> None:
         print(format_phases(schedule, unit, duration.value), flush=True)
 
 
-def write_lineage(cfg: dict[str, Any]) -> None:
-    """``stage.json`` beside the checkpoints: whose they are, from which parent, on what data, made with what."""
-    write_json(
-        Path(cfg['save_folder']) / 'stage.json',
-        {
-            'run_name': cfg['run_name'],
-            'parent': cfg.get('load_path'),
-            'data': cfg['train_loader']['dataset'],
-            'max_duration': cfg['max_duration'],
-            'config': cfg,
-            'versions': {name: version(name) for name in STACK},
-        },
-    )
+def start_or_restart(cfg: dict[str, Any], folder: Path) -> None:
+    """Write ``stage.json``, the lineage: whose checkpoints these are, from which parent, on what data, made with what.
+
+    If the same stage was stopped before its first checkpoint, the parent's losses are kept; else they are removed.
+    """
+    lineage = {
+        'run_name': cfg['run_name'],
+        'parent': cfg.get('load_path'),
+        'data': cfg['train_loader']['dataset'],
+        'max_duration': cfg['max_duration'],
+        'config': cfg,
+        'versions': {name: version(name) for name in STACK},
+    }
+    known, losses, parent = folder / 'stage.json', folder / 'forgetting.json', Path(cfg.get('load_path') or '')
+    before = json.loads(known.read_text(encoding='utf-8')) if known.exists() else {}
+    wandb_id = before.pop('wandb_id', secrets.token_hex(4))
+    unchanged = before == lineage and parent.exists()
+    if losses.exists() and not (unchanged and parent.stat().st_mtime < losses.stat().st_mtime):
+        losses.unlink()
+    write_json(known, {**lineage, 'wandb_id': wandb_id})
+
+
+def track(cfg: dict[str, Any], folder: Path) -> None:
+    """Let a restarted run go on as the same W&B run."""
+    given = (cfg.get('loggers') or {}).get('wandb')
+    if given is not None and given.get('rank_zero_only', True):
+        same = {'id': json.loads((folder / 'stage.json').read_text(encoding='utf-8'))['wandb_id'], 'resume': 'allow'}
+        given['init_kwargs'] = {**same, **(given.get('init_kwargs') or {})}
+
+
+def evaluate(folder: Path, suite: str) -> dict[str, float]:
+    """Run lm-eval on what was exported, and return the scores as metrics.
+
+    In a process of its own: one task that crashes must not take the run with it.
+    """
+    script = Path(__file__).parents[1] / 'scripts' / 'evaluate.py'
+    done = subprocess.run([sys.executable, str(script), str(folder), '--suite', suite], check=False)
+    if done.returncode not in (0, 1):  # 1: some tasks are missing, which it has said
+        sys.exit(f'{folder}: the model is trained and exported, but lm-eval could not be run; see above')
+    metrics = {}
+    for path in folder.glob(f'huggingface/lm_eval/{load_suite(suite)["name"]}/*.json'):
+        average = path.stem.partition('-')[2]
+        for name, task in json.loads(path.read_text(encoding='utf-8'))['tasks'].items():
+            metrics[f'lm_eval/{name}/{average}' if average else f'lm_eval/{name}'] = task['score']
+    return metrics
 
 
 def mend(folder: Path) -> None:
@@ -145,16 +181,20 @@ def main() -> None:
     if arguments.dry_run:
         return
 
+    suite = (cfg.get('variables') or {}).get('lm_eval')
     folder = Path(cfg['save_folder'])
     local = not parse_uri(cfg['save_folder'])[0]
     if local:
         cfg['save_folder'] = cfg['save_folder'].format(run_name=cfg['run_name'])
         folder = Path(cfg['save_folder'])
         total = total_batches(cfg)
-        done = json.loads((folder / 'done.json').read_text())['batch'] if (folder / 'done.json').exists() else 0
-        if done and (total is None or done >= total):
+        done = json.loads((folder / 'done.json').read_text()) if (folder / 'done.json').exists() else {'batch': 0}
+        if done['batch'] and (total is None or done['batch'] >= total):
             if rank_zero:
-                print(f'{cfg["run_name"]}: finished already, at batch {done}')
+                print(f'{cfg["run_name"]}: finished already, at batch {done["batch"]}')
+                if suite and done['lm_eval'] != suite:
+                    evaluate(folder, suite)
+                    write_json(folder / 'done.json', {**done, 'lm_eval': suite})
             return
         if rank_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -165,11 +205,19 @@ def main() -> None:
                 sys.exit(f'save_folder={folder}: another process is training there; wait for it or stop it')
             mend(folder)
             if not latest_batch(folder):
-                write_lineage(cfg)
+                start_or_restart(cfg, folder)
+            track(cfg, folder)
+        there = [latest_batch(folder), (folder / 'forgetting.json').exists()]
         if world_size > 1:
-            dist.barrier()
+            dist.broadcast_object_list(there)  # also waits for what rank 0 does above
+        latest, parent_is_evaluated = there
+        if parent_is_evaluated:
+            cfg['eval_first'] = False
+        if not latest:
+            # there is nothing to resume; Composer would ask W&B for it, which fails if W&B is offline
+            cfg['autoresume'] = False
         # killed between the last checkpoint and the end of the export
-        cfg['only_hf_checkpoint'] = total is not None and latest_batch(folder) >= total
+        cfg['only_hf_checkpoint'] = total is not None and latest >= total
     registry.callbacks.register('datasets_built', func=DatasetsBuilt)
     cfg['callbacks']['datasets_built'] = {}
     if os.environ.get('LOCAL_RANK', '0') == '0':
@@ -178,8 +226,13 @@ def main() -> None:
     trainer = train(OmegaConf.create(cfg))
     if local and rank_zero:
         parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
-        batch = int(trainer.state.timestamp.batch.value)
-        write_json(folder / 'done.json', {'batch': batch, 'parameters': parameters})
+        done = {'batch': int(trainer.state.timestamp.batch.value), 'parameters': parameters, 'lm_eval': None}
+        write_json(folder / 'done.json', done)
+        if suite:
+            trainer.state.optimizers = ()
+            trainer.state.model.to_empty(device='meta')  # the memory is wanted for the exported models
+            trainer.logger.log_metrics(evaluate(folder, suite))
+            write_json(folder / 'done.json', {**done, 'lm_eval': suite})
 
 
 if __name__ == '__main__':

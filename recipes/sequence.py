@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from composer.core import Time
 from continue_pretraining import die_with_parent
+from filelock import FileLock, Timeout
 from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -97,18 +98,26 @@ def check(spec: dict[str, Any], runs: list[Run]) -> None:
     for run in runs:
         try:
             # parents do not exist yet: each run's own preflight looks at them
-            parentless = {key: value for key, value in run.config.items() if not key.startswith('load_')}
-            preflight(parentless, int(spec.get('nproc') or 1))
+            preflight(run.config, int(spec.get('nproc') or 1), parent_is_there=False)
         except PreflightError as error:
             problems += [f'{run.name}: {problem}' for problem in error.problems]
         saved = folder(run) / 'run.yaml'
-        if saved.exists() and (changed := differences(OmegaConf.to_container(OmegaConf.load(saved)), run.config)):
+        if saved.exists() and (changed := differences(of_training(OmegaConf.load(saved)), of_training(run.config))):
             problems.append(
                 f'{run.name} was trained with other settings ({"; ".join(changed[:4])}). Use another folder, '
                 f'or delete {folder(run)} and the runs that start from it'
             )
     if problems:
         raise PreflightError(list(dict.fromkeys(problems)))
+
+
+def of_training(config: Any) -> dict[str, Any]:
+    """What of a run's YAML says how it is trained, and not where that is logged or what is evaluated afterwards."""
+    return {
+        key: value
+        for key, value in OmegaConf.to_container(OmegaConf.create(config)).items()
+        if key not in ('loggers', 'variables')
+    }
 
 
 def differences(old: Any, new: Any, path: str = '') -> list[str]:
@@ -124,6 +133,35 @@ def folder(run: Run) -> Path:
     return Path(run.config['save_folder'])
 
 
+def suite_of(run: Run) -> str | None:
+    """The lm-eval suite that a run ends with."""
+    return (run.config.get('variables') or {}).get('lm_eval')
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run is trained, exported and evaluated."""
+    path = folder(run) / 'done.json'
+    return path.exists() and json.loads(path.read_text(encoding='utf-8')).get('lm_eval') == suite_of(run)
+
+
+def write_sequence(spec: dict[str, Any], runs: list[Run]) -> None:
+    """``sequence.json``: which runs belong together, for the report."""
+    planned = [
+        {
+            'name': run.name,
+            'arm': run.arm,
+            'stage': run.stage,
+            'seed': run.seed,
+            'parent': run.parent,
+            'tokens': tokens_per_stream(run.config),
+            'batches': batches(run),
+        }
+        for run in runs
+    ]
+    sequence = {'name': spec['name'], 'data': list(spec['data']), 'stages': stage_tokens(spec), 'runs': planned}
+    write_json(Path(spec['folder']) / 'sequence.json', sequence)
+
+
 @dataclass
 class Running:
     """A run that is being trained."""
@@ -131,13 +169,20 @@ class Running:
     run: Run
     process: subprocess.Popen[bytes]
     log: IO[bytes]
+    lock: FileLock
     task: Any = None
     started: float = field(default_factory=time.monotonic)
 
 
-def launch(run: Run, ranks: int, jobs: int) -> Running:
-    """Start a run; it dies with us."""
+def launch(run: Run, ranks: int, jobs: int) -> Running | None:
+    """Start a run, which dies with us; None if another sequence is at it."""
     folder(run).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder(run) / '.sequence.lock')
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    (folder(run) / 'failed.json').unlink(missing_ok=True)
     partial = folder(run) / '.run.yaml'
     OmegaConf.save(OmegaConf.create(run.config), partial)
     partial.replace(folder(run) / 'run.yaml')
@@ -153,7 +198,7 @@ def launch(run: Run, ranks: int, jobs: int) -> Running:
         env={'OMP_NUM_THREADS': str(threads), **os.environ, 'TOKENIZERS_PARALLELISM': 'false'},
         preexec_fn=die_with_parent if platform.system() == 'Linux' else None,
     )
-    return Running(run, process, log)
+    return Running(run, process, log, lock)
 
 
 def progress_of(run: Run) -> int:
@@ -167,15 +212,6 @@ def progress_of(run: Run) -> int:
     return batches(run) * int(found[-1][0]) // int(found[-1][1]) if found else 0
 
 
-def finish(run: Run) -> None:
-    """Mark a run as done, with its numbers."""
-    losses = json.loads((folder(run) / 'losses.json').read_text())
-    parameters = json.loads((folder(run) / 'done.json').read_text())['parameters']
-    write_json(
-        folder(run) / 'result.json', {**losses, 'parameters': parameters, 'tokens': tokens_per_stream(run.config)}
-    )
-
-
 def _chain(run: Run, runs: list[Run]) -> int:
     """Batches from this run to the end of the longest chain that starts with it: the longest is started first."""
     return batches(run) + max((_chain(child, runs) for child in runs if child.parent == run.name), default=0)
@@ -184,10 +220,11 @@ def _chain(run: Run, runs: list[Run]) -> int:
 def run_all(spec: dict[str, Any], runs: list[Run]) -> list[str]:
     """Train what is not done yet, as many at a time as ``jobs`` says. Returns the names of runs that failed."""
     jobs, ranks = int(spec.get('jobs') or 1), int(spec.get('nproc') or 1)
-    done = {run.name for run in runs if (folder(run) / 'result.json').exists()}
+    done = {run.name for run in runs if is_done(run)}
     if done:
         console.print(f'{len(done)} of {len(runs)} runs are done already')
     failed: list[str] = []
+    elsewhere: set[str] = set()
     running: list[Running] = []
     columns = (
         TextColumn('{task.description}'),
@@ -207,11 +244,19 @@ def run_all(spec: dict[str, Any], runs: list[Run]) -> list[str]:
                 if run.parent in failed:
                     failed.append(run.name)
                     console.print(f'{run.name}: skipped, its parent {run.parent} failed')
+                elif is_done(run):  # by another sequence
+                    done.add(run.name)
+                    finished += batches(run)
                 elif len(running) < jobs and (run.parent is None or run.parent in done):
-                    running.append(launch(run, ranks, jobs))
-                    running[-1].task = bars.add_task(run.name, total=batches(run))
-                    console.print(f'{run.name}: started')
-            if not running:
+                    launched = launch(run, ranks, jobs)
+                    if launched is not None:
+                        launched.task = bars.add_task(run.name, total=batches(run))
+                        running.append(launched)
+                        console.print(f'{run.name}: started')
+                    elif run.name not in elsewhere:
+                        elsewhere.add(run.name)
+                        console.print(f'{run.name}: waiting for another process that trains it')
+            if not running and all(run.name in {*done, *failed} for run in runs):
                 break
             time.sleep(0.3)
             for each in list(running):
@@ -222,15 +267,16 @@ def run_all(spec: dict[str, Any], runs: list[Run]) -> list[str]:
                 each.log.close()
                 bars.remove_task(each.task)
                 if each.process.returncode == 0:
-                    finish(each.run)
                     done.add(each.run.name)
                     finished += batches(each.run)
                     console.print(f'{each.run.name}: done in {time.monotonic() - each.started:.0f} s')
                 else:
                     failed.append(each.run.name)
                     tail = (folder(each.run) / 'log.txt').read_text(errors='replace').splitlines()[-12:]
+                    write_json(folder(each.run) / 'failed.json', {'returncode': each.process.returncode, 'log': tail})
                     console.print(f'[red]{each.run.name}: failed[/red] ({folder(each.run) / "log.txt"}):')
                     console.print('\n'.join(tail), markup=False, highlight=False)
+                each.lock.release()
             bars.update(overall, completed=finished + sum(progress_of(x.run) for x in running))
             if not console.is_terminal and time.monotonic() - said > 15:
                 said = time.monotonic()
@@ -311,6 +357,7 @@ def main() -> None:
     print_plan(spec, runs)
     if arguments.dry_run:
         return
+    write_sequence(spec, runs)
     failed = run_all(spec, runs)
     results = results_of(spec, runs)
     if results:

@@ -79,13 +79,18 @@ def write_mds() -> Callable[..., Path]:
 @pytest.fixture(scope='session')
 def data(tmp_path_factory: pytest.TempPathFactory, write_mds) -> dict[str, Path]:
     """``new`` (400 samples), ``old`` (300) and ``older`` (200) with a validation split each, and a tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     root = tmp_path_factory.mktemp('data')
-    tokenizer = Tokenizer(models.WordLevel({f't{i}': i for i in range(VOCAB - 1)} | {'<|endoftext|>': VOCAB - 1}, 't0'))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    single = sorted(pre_tokenizers.ByteLevel.alphabet())[:200]
+    merges = list(zip(single, single[1 : VOCAB - 200], strict=False))
+    tokens = [*single, *(a + b for a, b in merges)]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|endoftext|>', pad_token='<|endoftext|>')
+    assert len(fast) == VOCAB
     fast.save_pretrained(root / 'tokenizer')
     folders = {'tokenizer': root / 'tokenizer'}
     for number, (name, size) in enumerate({'new': 400, 'old': 300, 'older': 200}.items()):

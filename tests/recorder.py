@@ -68,11 +68,13 @@ class Stop(Callback):
         at: Number of batches done.
     """
 
+    AT: int | None = None  # instead, for tests in which the YAML must stay as it is
+
     def __init__(self, at: int) -> None:
         self.at = at
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if state.timestamp.batch.value == self.at:
+        if state.timestamp.batch.value == (self.AT or self.at):
             raise RuntimeError('stopped')
 
 

@@ -113,6 +113,22 @@ def run(cfg: dict[str, Any]) -> dict[int, dict]:
     return recorder.read(cfg['callbacks']['recorder']['path'])
 
 
+def recipe(cfg: dict[str, Any], folder: Path, *arguments: object, expect: int = 0) -> str:
+    """``python recipes/continue_pretraining.py`` in a process of its own; returns what it printed."""
+    path = folder / f'{cfg["run_name"]}.yaml'
+    OmegaConf.save(OmegaConf.create(cfg), path)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'recipes' / 'continue_pretraining.py'), str(path), *map(str, arguments)],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def launch(script: Path, *arguments: object, expect: object = 0, ranks: int = 2) -> str:
     """``composer -n <ranks> script arguments`` with FSDP2; returns what it printed."""
     with socket.socket() as free:

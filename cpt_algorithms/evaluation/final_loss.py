@@ -12,9 +12,9 @@ from composer.core import Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 
-from cpt_algorithms.evaluation.functional import final_loss, in_final_window
+from cpt_algorithms.evaluation.functional import by_average, final_loss, in_final_window, thinned, training_flops
 
-__all__ = ['FinalLoss', 'write_json']
+__all__ = ['FinalLoss', 'batches_left', 'dataset_of', 'loss_of', 'write_json']
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -33,18 +33,55 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def _dataset(label: str) -> str:
-    # llm-foundry calls the evaluator of `label: python` "eval/python"
+def dataset_of(label: str) -> str:
+    """llm-foundry calls the evaluator of ``label: python`` ``eval/python``."""
     return label.removeprefix('eval/')
+
+
+def loss_of(state: State, metric: str) -> float | None:
+    """Loss of the dataset that was just evaluated; ``None`` if it is not judged by one.
+
+    Args:
+        state: At ``Event.EVAL_END``.
+        metric: Its name among the evaluation metrics.
+
+    Raises:
+        ValueError: If there was nothing to evaluate.
+    """
+    label = str(state.dataloader_label)
+    found = state.eval_metrics.get(label, {}).get(metric)
+    if found is None:
+        return None
+    if not state.eval_timestamp.batch.value:
+        raise ValueError(
+            f'eval_loader {dataset_of(label)}: nothing was evaluated; the dataset is empty, or has less than a batch '
+            'and drop_last=true'
+        )
+    return float(found.compute())
+
+
+def batches_left(state: State) -> int:
+    """Batches that are still to be trained.
+
+    Args:
+        state: Of a run that has trained at least one.
+    """
+    assert state.max_duration is not None, 'training has begun'
+    done, batches = state.timestamp.get(state.max_duration.unit).value, state.timestamp.batch.value
+    if state.max_duration.unit == TimeUnit.EPOCH:
+        assert state.dataloader_len is not None, 'replay_text knows its length'
+        return max(int(state.max_duration.value) * int(state.dataloader_len.value) - batches, 0)
+    return max(ceil((state.max_duration.value - done) / (done / batches) - 1e-9), 0)
 
 
 class FinalLoss(Callback):
     """Validation loss over the last ``window`` of a run, every ``interval``, as mean and standard error.
 
     Adds the evaluations of the final window to whatever ``eval_interval`` asks for, on every evaluation dataset; the
-    YAML needs nothing else. All validation losses of the run, with their batch and token, are kept in the checkpoint,
-    so a restart neither loses nor repeats one; they are written to ``save_folder/losses.json`` after every evaluation
-    and logged as ``final_loss/<dataset>`` at the end.
+    YAML needs nothing else. All validation losses of the run, with their batch and token, the learning rate of its
+    batches and what it has cost are kept in the checkpoint, so a restart neither loses nor repeats one. They are
+    written to ``save_folder/losses.json`` after every evaluation. At the end, ``final_loss/<dataset>``, ``..._stderr``,
+    ``final_loss/average``, ``cost/tokens``, ``cost/flops`` and ``cost/device_hours`` are logged.
 
     Args:
         save_folder: Where ``losses.json`` goes; ``{run_name}`` is filled in. ``None`` writes no file.
@@ -54,7 +91,8 @@ class FinalLoss(Callback):
         metric: Name of the loss among the evaluation metrics. Default: ``LanguageCrossEntropy``.
 
     Raises:
-        ValueError: If a time is not in batches, or the interval is longer than the window.
+        ValueError: If a time is not in batches, or the interval is longer than the window; if a validation dataset is
+            empty.
 
     Cost: ``window / interval`` evaluations of every dataset.
 
@@ -79,27 +117,19 @@ class FinalLoss(Callback):
         self.metric = metric
         # {dataset: [[batch, token, loss, in final window], ...]}
         self.losses: dict[str, list[list[float]]] = {}
+        # [[batch, token, learning rate], ...]
+        self.learning_rate: list[list[float]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """All losses so far, as one JSON string: a single leaf in a sharded checkpoint."""
-        return {'losses': json.dumps(self.losses)}
+        """All of it so far, as one JSON string: a single leaf in a sharded checkpoint."""
+        return {'losses': json.dumps({'losses': self.losses, 'learning_rate': self.learning_rate})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the losses up to the checkpoint."""
-        self.losses = json.loads(state['losses'])
+        """Take what there was up to the checkpoint."""
+        vars(self).update(json.loads(state['losses']))
 
     def _in_final_window(self, state: State) -> bool:
-        assert state.max_duration is not None, 'training has begun'
-        done = state.timestamp.get(state.max_duration.unit).value
-        batches = state.timestamp.batch.value
-        if not batches:
-            return False
-        if state.max_duration.unit == TimeUnit.EPOCH:
-            assert state.dataloader_len is not None, 'replay_text knows its length'
-            left = int(state.max_duration.value) * int(state.dataloader_len.value) - batches
-        else:
-            left = ceil((state.max_duration.value - done) / (done / batches) - 1e-9)
-        return in_final_window(max(left, 0), self.window, self.interval)
+        return state.timestamp.batch.value > 0 and in_final_window(batches_left(state), self.window, self.interval)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Let every evaluator also run in the final window."""
@@ -115,20 +145,37 @@ class FinalLoss(Callback):
 
         for evaluator in state.evaluators:
             assert evaluator.eval_interval is not None, 'the trainer has set it'
-            evaluator.eval_interval = also_in_final_window(_dataset(evaluator.label), evaluator.eval_interval)
+            evaluator.eval_interval = also_in_final_window(dataset_of(evaluator.label), evaluator.eval_interval)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Note the learning rate that this batch is trained with."""
+        time = state.timestamp
+        point = [int(time.batch.value), int(time.token.value), float(state.optimizers[0].param_groups[0]['lr'])]
+        self.learning_rate = thinned(self.learning_rate, point)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Note the loss of the dataset that was just evaluated."""
-        label = str(state.dataloader_label)
-        metric = state.eval_metrics.get(label, {}).get(self.metric)
-        if metric is not None:
+        loss = loss_of(state, self.metric)
+        if loss is not None:
             batch, token = int(state.timestamp.batch.value), int(state.timestamp.token.value)
-            row = [batch, token, float(metric.compute()), float(self._in_final_window(state))]
-            self.losses.setdefault(_dataset(label), []).append(row)
+            row = [batch, token, loss, float(self._in_final_window(state))]
+            self.losses.setdefault(dataset_of(str(state.dataloader_label)), []).append(row)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """Write the file."""
+        """Write the file; log the final losses, before the last checkpoint is saved."""
         self._write(state)
+        if not batches_left(state):
+            final = self.final()
+            for label, mean in final.items():
+                logger.log_metrics({f'final_loss/{label}': mean['mean'], f'final_loss/{label}_stderr': mean['stderr']})
+            means = {label: mean['mean'] for label, mean in final.items()}
+            for average, losses in by_average(means, self._datasets(state)).items():
+                key = f'final_loss/average/{average}' if average else 'final_loss/average'
+                logger.log_metrics({key: sum(losses.values()) / len(losses)})
+            cost = self._cost(state)
+            flops = training_flops(cost['parameters'], cost['tokens'])
+            hours = cost['seconds'] * cost['devices'] / 3600
+            logger.log_metrics({'cost/tokens': cost['tokens'], 'cost/flops': flops, 'cost/device_hours': hours})
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
         """Write the file."""
@@ -143,13 +190,30 @@ class FinalLoss(Callback):
                 result[label] = {'mean': mean.value, 'stderr': mean.stderr, 'count': mean.count}
         return result
 
-    def fit_end(self, state: State, logger: Logger) -> None:
-        """Log the final losses."""
-        for label, mean in self.final().items():
-            logger.log_metrics({f'final_loss/{label}': mean['mean'], f'final_loss/{label}_stderr': mean['stderr']})
+    def _datasets(self, state: State) -> list[str]:
+        """Labels of the YAML's own evaluators."""
+        labels = [dataset_of(evaluator.label) for evaluator in state.evaluators]
+        return [label for label in labels if not any(label.startswith(f'{other}/') for other in labels)]
+
+    def _cost(self, state: State) -> dict[str, Any]:
+        """Training so far; evaluation is left out."""
+        elapsed = state.timestamp.total_wct
+        return {
+            'batch': int(state.timestamp.batch.value),
+            'tokens': int(state.timestamp.token.value),
+            'parameters': sum(parameter.numel() for parameter in state.model.parameters()),
+            'seconds': 0.0 if elapsed is None else elapsed.total_seconds(),
+            'devices': dist.get_world_size(),
+            'device': state.device.name,
+        }
 
     def _write(self, state: State) -> None:
         if self.save_folder is not None and dist.get_global_rank() == 0:
             folder = Path(format_name_with_dist(self.save_folder, state.run_name))
-            rows = {label: [row[:3] for row in rows] for label, rows in self.losses.items()}
-            write_json(folder / 'losses.json', {'losses': rows, 'final': self.final()})
+            written = {
+                'losses': {label: [row[:3] for row in rows] for label, rows in self.losses.items()},
+                'final': self.final(),
+                'learning_rate': self.learning_rate,
+                'cost': self._cost(state),
+            }
+            write_json(folder / 'losses.json', written)

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was forgotten, what was learned, what it cost: arithmetic on validation losses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import log, sqrt
 
 __all__ = [
     'Mean',
     'adaptation',
+    'bits_per_byte',
+    'by_average',
+    'changes',
     'final_loss',
     'forgetting',
     'in_final_window',
     'steps_saved',
+    'thinned',
     'training_flops',
 ]
 
@@ -72,6 +76,56 @@ def adaptation(loss: float, parent_loss: float) -> float:
     return parent_loss - loss
 
 
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    r"""Loss that can be compared between tokenizers: :math:`L / \ln 2 / b`.
+
+    Args:
+        loss: Nats per token.
+        bytes_per_token: UTF-8 bytes of the text over the tokens it was predicted as.
+    """
+    return loss / log(2) / bytes_per_token
+
+
+def by_average(losses: Mapping[str, float], datasets: Iterable[str]) -> dict[str, dict[str, float]]:
+    """``{average: {dataset: loss}}``, with the training weights under ''.
+
+    Args:
+        losses: ``{label: loss}``; a label is a dataset, or ``<dataset>/<average>`` for averaged weights.
+        datasets: Those wanted; others are left out.
+    """
+    longest_first = sorted(datasets, key=len, reverse=True)
+    result: dict[str, dict[str, float]] = {}
+    for label, loss in losses.items():
+        if found := [name for name in longest_first if label == name or label.startswith(f'{name}/')]:
+            result.setdefault(label[len(found[0]) + 1 :], {})[found[0]] = loss
+    return result
+
+
+def changes(
+    losses: Mapping[str, float], parent: Mapping[str, float], old: Sequence[str], new: Sequence[str]
+) -> dict[str, float]:
+    """Forgetting of every old dataset, adaptation to every new one, and their means, against the untouched parent.
+
+    Args:
+        losses: As in :func:`by_average`.
+        parent: ``{dataset: loss of the parent's weights}``.
+        old: Datasets learned before.
+        new: Datasets of this stage.
+
+    Returns:
+        ``{'forgetting/<label>': ..., 'forgetting/average[/<average>]': ..., 'adaptation/<label>': ..., ...}``.
+    """
+    result: dict[str, float] = {}
+    for average, of in by_average(losses, [*old, *new]).items():
+        suffix = f'/{average}' if average else ''
+        for key, datasets, change in (('forgetting', old, forgetting), ('adaptation', new, adaptation)):
+            changed = {name: change(of[name], parent[name]) for name in datasets if name in of}
+            result |= {f'{key}/{name}{suffix}': value for name, value in changed.items()}
+            if changed and len(changed) == len(datasets):
+                result[f'{key}/average{suffix}'] = sum(changed.values()) / len(changed)
+    return result
+
+
 def training_flops(num_parameters: int, num_tokens: int) -> float:
     """Floating point operations of training: 6 per parameter and token (forward 2, backward 4)."""
     return 6.0 * num_parameters * num_tokens
@@ -99,3 +153,17 @@ def steps_saved(raw: Sequence[Sequence[float]], averaged: Sequence[Sequence[floa
             reached = batch + (loss - target) / (loss - next_loss) * (next_batch - batch)
             return 1 - reached / (last - window / 2)
     return None
+
+
+def thinned(points: list[list[float]], point: list[float], most: int = 2000) -> list[list[float]]:
+    """A curve with one point more, and never more than ``most``: then every second one is dropped.
+
+    Args:
+        points: ``[[batch, ...], ...]``, of every d-th batch for some power of two d.
+        point: Of the next batch; taken if its turn has come.
+        most: Points to keep. Default: ``2000``.
+    """
+    step = points[1][0] - points[0][0] if len(points) > 1 else 1
+    if points and (point[0] - points[0][0]) % step:
+        return points
+    return [*points, point] if len(points) < most else thinned(points[::2], point, most)

@@ -20,7 +20,7 @@ __all__ = ['Run', 'plan', 'stage_tokens', 'tokens_per_stream']
 
 Config = dict[str, Any]
 
-SEQUENCE_KEYS = ('name', 'folder', 'seeds', 'jobs', 'nproc', 'data', 'common', 'stages', 'arms', 'variables')
+SEQUENCE_KEYS = ('name', 'folder', 'seeds', 'jobs', 'nproc', 'data', 'common', 'stages', 'arms', 'variables', 'lm_eval')
 # What a stage says besides llm-foundry keys.
 STAGE_KEYS = ('new', 'replay', 'optimizer_state')
 # Filled in for every run.
@@ -99,6 +99,18 @@ def _train_config(spec: Config, stage: Config, earlier: list[str]) -> Config:
     return config
 
 
+def _track(config: Config, sequence: str, stage: str, arm: str, seed: int) -> None:
+    """W&B runs that can be grouped by sequence, stage, arm and seed; what the YAML says itself stays."""
+    if 'wandb' not in (config.get('loggers') or {}):
+        return
+    config['loggers'] = copy.deepcopy(config['loggers'])
+    given = config['loggers']['wandb'] = {'project': sequence, 'group': sequence, **(config['loggers']['wandb'] or {})}
+    given['tags'] = [*(given.get('tags') or []), *(tag[:64] for tag in (stage, arm, f'seed {seed}'))]
+    grouped = {'sequence': sequence, 'stage': stage, 'arm': arm, 'seed': seed}
+    init = given.get('init_kwargs') or {}
+    given['init_kwargs'] = {'job_type': stage, **init, 'config': {**grouped, **(init.get('config') or {})}}
+
+
 def _stages_of(spec: Config, arm: str, overrides: Config) -> dict[str, Config]:
     """The stages of one arm, each with everything that applies to it."""
     overrides = dict(overrides or {})
@@ -155,7 +167,8 @@ def plan(spec: Config) -> list[Run]:
     Args:
         spec: The sequence YAML: ``name``, ``folder``, ``data`` (``{name: stream}``), ``common`` (llm-foundry keys of
             all stages), ``stages`` (``{name: llm-foundry keys + new, replay, optimizer_state}``, in order), ``arms``
-            (``{arm: {stage: overrides}}``, or ``{baseline: union}``), ``seeds``, ``jobs``, ``nproc``.
+            (``{arm: {stage: overrides}}``, or ``{baseline: union}``), ``seeds``, ``jobs``, ``nproc``, ``lm_eval`` (the
+            suite that every run ends with).
 
     Raises:
         ValueError: On an unknown key or name, with the nearest right one.
@@ -201,6 +214,13 @@ def plan(spec: Config) -> list[Run]:
                     config['train_loader']['dataset'].setdefault('shuffle_seed', seed)
                     if parent is not None:
                         config['load_path'] = f'{spec["folder"]}/{parent}/{_latest(config)}'
+                        new = list(config['train_loader']['dataset']['new'])
+                        old = [name for name in dict.fromkeys(earlier) if name not in new]
+                        if old:
+                            config['callbacks']['forgetting'] = {'new': new, 'old': old}
+                    if spec.get('lm_eval'):
+                        config['variables'] = {**(config.get('variables') or {}), 'lm_eval': spec['lm_eval']}
+                    _track(config, spec['name'], stage, 'shared' if plain else arm, seed)
                     runs[key] = Run(name, arm, stage, seed, parent, config)
                 parent = runs[key].name
                 new = settings['new']

@@ -24,6 +24,7 @@ from streaming import StreamingDataset
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cpt_algorithms.checkpoints import read_metadata, safe_globals
+from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite
 from cpt_algorithms.keys import check_keys
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, read_mix, row_length
@@ -61,7 +62,8 @@ def resolve(cfg: Config) -> Config:
 
     * ``autoresume: true``: llm-foundry says it turns it on, and does not.
     * ``load_weights_only`` and ``load_ignore_keys`` as ``callbacks.stage_start.optimizer`` needs them.
-    * ``callbacks.final_loss.save_folder`` and ``callbacks.hf_checkpointer`` (export at the end) from ``save_folder``.
+    * ``save_folder`` of ``callbacks.final_loss``, ``forgetting`` and ``hf_checkpointer`` (export at the end).
+    * ``eval_first: true`` for ``callbacks.forgetting``, which wants the parent's losses.
 
     Args:
         cfg: A resolved llm-foundry train YAML.
@@ -78,18 +80,22 @@ def resolve(cfg: Config) -> Config:
         cfg.setdefault('load_weights_only', not keep)
         if keep:
             cfg.setdefault('load_ignore_keys', list(KEEP_OPTIMIZER_IGNORE_KEYS))
-    if 'final_loss' in callbacks:
-        callbacks['final_loss'] = {'save_folder': folder, **(callbacks['final_loss'] or {})}
+    for name in ('final_loss', 'forgetting'):
+        if name in callbacks:
+            callbacks[name] = {'save_folder': folder, **(callbacks[name] or {})}
+    if 'forgetting' in callbacks:
+        cfg.setdefault('eval_first', True)
     callbacks.setdefault('hf_checkpointer', {'save_folder': folder, 'save_interval': '1dur', 'precision': 'float32'})
     return cfg
 
 
-def preflight(cfg: Config, world_size: int = 1) -> None:
+def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) -> None:
     """Find everything wrong with a stage.
 
     Args:
         cfg: The resolved YAML, of :func:`resolve`.
         world_size: Ranks it will run on. Default: ``1``.
+        parent_is_there: Whether to look at the parent's checkpoint; it may still have to be trained. Default: ``True``.
 
     Raises:
         PreflightError: With all problems found.
@@ -110,10 +116,12 @@ def preflight(cfg: Config, world_size: int = 1) -> None:
         lambda: _check_tokenizer(cfg),
         lambda: _check_batch_size(cfg, world_size),
         lambda: _check_averages(cfg, world_size),
+        lambda: _check_forgetting(cfg),
+        lambda: _check_lm_eval(cfg),
         lambda: _check_loading(cfg),
         lambda: _check_saving(cfg),
         lambda: _check_data(cfg),
-        lambda: _check_parent(cfg),
+        *([lambda: _check_parent(cfg)] if parent_is_there else []),
     ]
     problems: list[str] = []
     unreadable: list[str] = []  # what a check stumbled over is mostly what another has named
@@ -212,7 +220,7 @@ def _check_scheduler(cfg: Config) -> None:
 
 
 def _check_callbacks(cfg: Config) -> None:
-    for name in ('stage_start', 'final_loss', 'ema', 'lawa'):
+    for name in ('stage_start', 'final_loss', 'forgetting', 'ema', 'lawa'):
         if name in cfg['callbacks']:
             try:
                 build_callback(name, dict(cfg['callbacks'][name] or {}))
@@ -247,6 +255,35 @@ def _check_averages(cfg: Config, world_size: int) -> None:
             f'{averages[0]} works on plain, DDP and FSDP2 models, and FSDP_VERSION={version} in the environment: set '
             'FSDP_VERSION=2 (the same fsdp_config works), or average checkpoints with scripts/average_checkpoints.py'
         )
+
+
+def _check_forgetting(cfg: Config) -> None:
+    given = cfg['callbacks'].get('forgetting')
+    if given is None:
+        return
+    if not cfg.get('load_path'):
+        raise ValueError(
+            'callbacks.forgetting compares with the parent, and load_path is missing: name the checkpoint the stage '
+            'starts from, or leave the callback out when training from scratch'
+        )
+    if not cfg.get('eval_first'):
+        raise ValueError(
+            'eval_first=false, and callbacks.forgetting needs it true to evaluate the parent; leave it out'
+        )
+    labels = [str(loader.get('label')) for where, loader in _loaders(cfg) if where != 'train_loader']
+    for key in ('old', 'new'):
+        if unknown := [label for label in given.get(key) or [] if label not in labels]:
+            near = get_close_matches(unknown[0], labels, n=1)
+            raise ValueError(
+                f'callbacks.forgetting.{key}: no eval_loader has the label {unknown[0]!r}; '
+                + (f'did you mean {near[0]!r}?' if near else f'these are there: {", ".join(labels) or "none"}')
+            )
+
+
+def _check_lm_eval(cfg: Config) -> None:
+    if path := (cfg.get('variables') or {}).get('lm_eval'):
+        if problems := check_suite(load_suite(path)):
+            raise ValueError(f'variables.lm_eval={path}: {"; ".join(problems)}')
 
 
 def _check_loading(cfg: Config) -> None:

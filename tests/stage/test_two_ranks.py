@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two FSDP2 ranks on CPU under the composer launcher: sharded parent, killed and resumed stage, refused mistakes."""
 
+import json
 import os
 
 import pytest
 import recorder
 import tiny
 from omegaconf import OmegaConf
+from streaming import StreamingDataset
+from transformers import AutoTokenizer
 
 RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
 SHARDED = {'fsdp_config': {'state_dict_type': 'sharded'}}
@@ -44,9 +47,38 @@ def stage(folder, data, parent, run_name, **over):
     return tiny.merge(cfg, over)
 
 
+def judged(data):
+    """Forgetting, during and after."""
+    loaders = [
+        {
+            'name': 'text', 'label': label, 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
+            'persistent_workers': False,
+            'dataset': {'local': str(data[label]), 'split': 'val', 'max_seq_len': tiny.SEQ_LEN},
+        }
+        for label in ('old', 'new')
+    ]  # fmt: skip
+    callbacks = {'forgetting': {'new': ['new'], 'old': ['old']}, 'final_loss': {'window': '4ba', 'interval': '2ba'}}
+    return {'eval_loader': loaders, 'callbacks': callbacks}
+
+
+def suite(folder):
+    (folder / 'texts.jsonl').write_text('{"text": "!!\\"#$%&"}\n{"text": "$%&()"}\n')
+    task = {
+        'task': 'texts', 'dataset_path': 'json', 'dataset_kwargs': {'data_files': {'test': str(folder / 'texts.jsonl')}},
+        'test_split': 'test', 'output_type': 'loglikelihood_rolling', 'doc_to_text': '', 'doc_to_target': 'text',
+        'metric_list': [{'metric': 'bits_per_byte', 'aggregation': 'bits_per_byte', 'higher_is_better': False}],
+    }  # fmt: skip
+    tasks = {'texts': {'task': task, 'num_fewshot': 0, 'metric': 'bits_per_byte'}}
+    OmegaConf.save(OmegaConf.create({'name': 'texts', 'tasks': tasks}), folder / 'suite.yaml')
+    return str(folder / 'suite.yaml')
+
+
 def test_a_killed_stage_resumes_identically_from_a_sharded_parent(parent, data, tmp_path):
-    train(tmp_path, stage(tmp_path, data, parent, 'straight'))
-    killed = stage(tmp_path, data, parent, 'killed', callbacks={'recorder': {'kill_at': 5}})
+    evaluated = {'variables': {'lm_eval': suite(tmp_path)}}
+    train(tmp_path, stage(tmp_path, data, parent, 'straight', **tiny.merge(judged(data), evaluated)))
+    killed = tiny.merge(
+        stage(tmp_path, data, parent, 'killed', **judged(data)), {'callbacks': {'recorder': {'kill_at': 5}}}
+    )
     train(tmp_path, killed, expect='killed')
     assert (tmp_path / 'killed' / 'ep0-ba3' / '.metadata').exists()
     printed = train(tmp_path, tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}))
@@ -71,6 +103,20 @@ def test_a_killed_stage_resumes_identically_from_a_sharded_parent(parent, data, 
         sum(r[0] for b in range(8) for r in recorder.read(tmp_path / 'straight.jsonl', k)[b]['rows']) for k in (0, 1)
     ]
     assert min(per_rank) >= 6, f'replay is spread over the ranks: {per_rank}'
+    ours, theirs = (
+        {name: json.loads((tmp_path / run / f'{name}.json').read_text()) for name in ('losses', 'forgetting')}
+        for run in ('killed', 'straight')
+    )
+    assert ours['losses'].pop('cost')['devices'] == theirs['losses'].pop('cost')['devices'] == 2
+    assert ours == theirs
+    tokenizer, expected = AutoTokenizer.from_pretrained(str(data['tokenizer'])), {}
+    for label in ('old', 'new'):
+        rows = StreamingDataset(local=str(data[label]), split='val', batch_size=1)
+        tokens = [int(token) for row in rows for token in row['tokens'][1:] if token != tokenizer.pad_token_id]
+        expected[label] = sum(map(len, tokenizer.convert_ids_to_tokens(tokens))) / len(tokens)
+    assert ours['forgetting']['bytes_per_token'] == pytest.approx(expected)
+    results = json.loads((tmp_path / 'straight' / 'huggingface' / 'lm_eval' / 'texts' / 'ba8.json').read_text())
+    assert results['tasks']['texts']['count'] == 2
     again = train(tmp_path, tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}))
     assert 'finished already, at batch 8' in again
 

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads back what W&B wrote offline, record by record."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.internal.datastore import DataStore
+
+
+@dataclass
+class Written:
+    """One W&B run: what it was started with, every step, and what its table shows."""
+
+    id: str = ''
+    group: str = ''
+    job_type: str = ''
+    name: str = ''
+    tags: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def _items(items: Any) -> dict[str, Any]:
+    return {item.key or '/'.join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def read(folder: Path) -> list[Written]:
+    """Every run that was written under ``folder/wandb``, in the order of their files; a killed one's may be empty."""
+    runs = []
+    for path in sorted(path for path in folder.glob('wandb/offline-run-*/*.wandb') if path.stat().st_size):
+        store, run = DataStore(), Written()
+        store.open_for_scan(str(path))
+        while data := store.scan_data():
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.HasField('run'):
+                given = record.run
+                run.id, run.group, run.job_type, run.name = (
+                    given.run_id,
+                    given.run_group,
+                    given.job_type,
+                    given.display_name,
+                )
+                run.tags, run.config = list(given.tags), {**run.config, **_items(given.config.update)}
+            elif record.HasField('config'):
+                run.config |= _items(record.config.update)
+            elif record.HasField('history'):
+                step = _items(record.history.item)
+                run.history.append(step)
+                run.summary |= step  # as W&B does, unless told otherwise
+            elif record.HasField('summary'):
+                run.summary |= _items(record.summary.update)
+        runs.append(run)
+    return runs
