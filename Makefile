@@ -37,6 +37,7 @@ $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), f"Python 3.10-3.12 is needed, this is {sys.version}"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --no-deps sweeps==0.3.0  # W&B's schema, for tests; it would ask for numpy 1
 	touch $@
 
 clean:

@@ -33,6 +33,8 @@ TEST = [
     'flask>=3',
     'flask-cors>=5',
     'hypothesis>=6.100',
+    'jsonschema>=4',
+    'jsonref>=1',
     'ruff>=0.9',
     'pyright[nodejs]>=1.1.390',
 ]
@@ -46,18 +48,20 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10,<3.13',
     packages=find_packages(include=['cpt_algorithms', 'cpt_algorithms.*']),
-    package_data={'cpt_algorithms': ['py.typed', '*/README.md']},
+    package_data={'cpt_algorithms': ['py.typed', '*/README.md', '*/*.jinja']},
     install_requires=[
         'llm-foundry>=0.22,<0.23',
         'mosaicml>=0.32.1,<0.33',
         'mosaicml-streaming>=0.12,<0.13',
-        'lm-eval>=0.4.8,<0.5',
+        'lm-eval>=0.4.13,<0.5',
         'wandb>=0.18,<0.19',  # as Composer pins it
         'filelock',
+        'jinja2>=3',
         'matplotlib>=3.8',
         'numpy',
         'omegaconf>=2.3,<3',
         'rich>=13',
+        'scipy',
         'setuptools<82',  # llm-foundry 0.22 imports pkg_resources, which later releases no longer have
         'tqdm',
     ],

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages x arms x seeds from one YAML, then the table: what was forgotten, what was learned, what it cost.
+"""Stages x arms x seeds from one YAML, then the report: what was forgotten, what was learned, what it cost.
 
     python recipes/sequence.py yamls/sequence/quickstart.yaml [key=value ...]
     python recipes/sequence.py yamls/sequence/quickstart.yaml --dry-run      # the plan; trains nothing
+    python recipes/sequence.py --sweep yamls/sweeps/replay_fraction.yaml     # every trial of a W&B sweep, without W&B
 
 Each run is one plain llm-foundry train YAML (``FOLDER/RUN/run.yaml``), launched through continue_pretraining.py. Run
 the same command again after any interruption: finished runs are kept, the others go on from their latest checkpoint.
-Ends with FOLDER/table.csv and FOLDER/report.png.
+Ends with FOLDER/report.html.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
 from composer.core import Time
 from continue_pretraining import die_with_parent
 from filelock import FileLock, Timeout
@@ -32,12 +34,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cpt_algorithms.evaluation import training_flops
 from cpt_algorithms.evaluation.final_loss import write_json
-from cpt_algorithms.evaluation.report import ArmResult, draw, rich_table, table, write_csv
-from cpt_algorithms.schedulers import PhaseScheduler, format_phases, preview
+from cpt_algorithms.evaluation.report import Report, print_report, write_report
+from cpt_algorithms.evaluation.wandb_runs import environment_of_children, trial_run
+from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, preflight, resolve, total_batches
 from cpt_algorithms.stage.plan import Run, plan, stage_tokens, tokens_per_stream
+from cpt_algorithms.stage.sweep import plan_trials, sequence_of, trials_of
 
 RECIPE = Path(__file__).with_name('continue_pretraining.py')
 # Composer's console logger: [token=40960/1638400]
@@ -51,17 +54,6 @@ def batches(run: Run) -> int:
     total = total_batches(run.config)
     assert total is not None, 'tokens_per_stream has refused epochs'
     return total
-
-
-def learning_rates(run: Run) -> list[float]:
-    """The learning rate of each batch."""
-    config = run.config
-    scheduler = build_scheduler(
-        config['scheduler']['name'], {k: v for k, v in config['scheduler'].items() if k != 'name'}
-    )
-    batch = config['global_train_batch_size']
-    multipliers = preview(scheduler, config['max_duration'], batch * config['max_seq_len'], batch)
-    return [config['optimizer']['lr'] * float(m) for m in multipliers]
 
 
 def print_plan(spec: dict[str, Any], runs: list[Run]) -> None:
@@ -133,7 +125,7 @@ def folder(run: Run) -> Path:
     return Path(run.config['save_folder'])
 
 
-def suite_of(run: Run) -> str | None:
+def suite_of(run: Run) -> str | list[str] | None:
     """The lm-eval suite that a run ends with."""
     return (run.config.get('variables') or {}).get('lm_eval')
 
@@ -144,8 +136,9 @@ def is_done(run: Run) -> bool:
     return path.exists() and json.loads(path.read_text(encoding='utf-8')).get('lm_eval') == suite_of(run)
 
 
-def write_sequence(spec: dict[str, Any], runs: list[Run]) -> None:
-    """``sequence.json``: which runs belong together, for the report."""
+def write_sequence(spec: dict[str, Any], runs: list[Run], keep: bool) -> None:
+    """``sequence.json``: which runs belong together, for the report; ``keep`` those of other trials."""
+    path = Path(spec['folder']) / 'sequence.json'
     planned = [
         {
             'name': run.name,
@@ -159,7 +152,13 @@ def write_sequence(spec: dict[str, Any], runs: list[Run]) -> None:
         for run in runs
     ]
     sequence = {'name': spec['name'], 'data': list(spec['data']), 'stages': stage_tokens(spec), 'runs': planned}
-    write_json(Path(spec['folder']) / 'sequence.json', sequence)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name('.sequence.lock')):
+        if keep and path.exists():
+            names = {run.name for run in runs}
+            others = json.loads(path.read_text(encoding='utf-8'))['runs']
+            sequence['runs'] = [*(other for other in others if other['name'] not in names), *planned]
+        write_json(path, sequence)
 
 
 @dataclass
@@ -195,7 +194,7 @@ def launch(run: Run, ranks: int, jobs: int) -> Running | None:
         [sys.executable, *launcher, *script],
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={'OMP_NUM_THREADS': str(threads), **os.environ, 'TOKENIZERS_PARALLELISM': 'false'},
+        env={'OMP_NUM_THREADS': str(threads), **environment_of_children(os.environ), 'TOKENIZERS_PARALLELISM': 'false'},
         preexec_fn=die_with_parent if platform.system() == 'Linux' else None,
     )
     return Running(run, process, log, lock)
@@ -285,92 +284,80 @@ def run_all(spec: dict[str, Any], runs: list[Run]) -> list[str]:
     return failed
 
 
-def results_of(spec: dict[str, Any], runs: list[Run]) -> list[ArmResult]:
-    """Every arm that came to its end, in the order of the YAML."""
-    by_name = {run.name: run for run in runs}
-    parents = {run.parent for run in runs}
-    union_tokens = sum(stage_tokens(spec).values())
-    results = []
-    for run in runs:
-        chain = [run]
-        while chain[0].parent is not None:
-            chain.insert(0, by_name[chain[0].parent])
-        if not all((folder(each) / 'result.json').exists() for each in chain):
-            continue
-        numbers = [json.loads((folder(each) / 'result.json').read_text()) for each in chain]
-        final = [{name: mean['mean'] for name, mean in each['final'].items()} for each in numbers]
-        tokens = sum(numbers[-1]['tokens'].values())
-        arm = run.arm if run.name not in parents else f'{run.stage} only' + _suffix(run, runs)
-        # losses of averaged weights are called <dataset>/<average>
-        for average in dict.fromkeys('/'.join(label.split('/')[1:]) for label in final[-1]):
-            of_average = f'/{average}' if average else ''
-            labels = {name: f'{name}{of_average}' for name in spec['data'] if f'{name}{of_average}' in final[-1]}
-            result = ArmResult(
-                arm=f'{arm}, {average}' if average else arm,
-                seed=run.seed,
-                final={name: final[-1][label] for name, label in labels.items()},
-                parent=final[-2] if len(final) > 1 else None,
-                old=[name for each in chain[:-1] for name in each.config['train_loader']['dataset']['new']],
-                new=list(run.config['train_loader']['dataset']['new']),
-                tokens=tokens,
-                union_tokens=union_tokens,
-                flops=training_flops(numbers[-1]['parameters'], tokens),
-            )
-            result.stage_start = sum(sum(number['tokens'].values()) for number in numbers[:-1])
-            start = 0
-            for each, number in zip(chain, numbers, strict=True):
-                for name, label in labels.items():
-                    line = result.curves.setdefault(name, [])
-                    line += [[start + token, loss] for _, token, loss in number['losses'].get(label, [])]
-                per_batch = each.config['global_train_batch_size'] * each.config['max_seq_len']
-                result.learning_rate += [[start + b * per_batch, lr] for b, lr in enumerate(learning_rates(each))]
-                start += sum(number['tokens'].values())
-            results.append(result)
-    return results
+def summary_of(report: Report, arm: str) -> dict[str, float]:
+    """What a sweep compares its trials by: final losses, forgetting and adaptation of the last stage of an arm."""
+    summary = {}
+    for row in report.rows:
+        if row.arm == arm:
+            of_average = f'/{row.average}' if row.average else ''
+            for column, value in row.columns.items():
+                name, _, dataset = column.partition(' ')
+                if name == 'loss':
+                    summary[f'final_loss/{dataset}{of_average}'] = value.mean
+                elif name in ('forgetting', 'adaptation'):
+                    summary[f'{name}/{dataset or "average"}{of_average}'] = value.mean
+    return summary
 
 
-def _suffix(run: Run, runs: list[Run]) -> str:
-    # the first stage is trained more than once if an arm changes it
-    first = next(other for other in runs if (other.stage, other.seed) == (run.stage, run.seed))
-    return '' if run is first else f' ({run.arm})'
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('words', nargs='*', metavar='YAML [key=value ...]', help='a sequence YAML; none with --sweep')
+    parser.add_argument('--sweep', metavar='FILE', help='a W&B sweep of a sequence, run here, without wandb agent')
+    parser.add_argument(
+        '--trial', nargs='+', metavar='STAGE.KEY=VALUE', help='one trial of a sweep instead of the arms'
+    )
+    parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
+    return parser.parse_intermixed_args(words)
+
+
+def read(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Run]]:
+    """The sequence, and all its runs.
+
+    Raises:
+        ValueError: If it, or the sweep, is not right.
+    """
+    words, trials = arguments.words, [arguments.trial] if arguments.trial else []
+    try:
+        if arguments.sweep:
+            # as wandb sweep reads it; OmegaConf would take ${env} for its own
+            sweep = yaml.safe_load(Path(arguments.sweep).read_text(encoding='utf-8'))
+            words, trials = [*sequence_of(sweep), *words], trials_of(sweep)
+        if not words:
+            raise ValueError('a sequence YAML is missing, or --sweep FILE')
+        merged = OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(words[1:]))
+        spec: Any = OmegaConf.to_container(merged, resolve=True)
+    except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f'{arguments.sweep or words[0]} cannot be read: {error}') from error
+    runs = plan_trials(spec, trials) if trials else plan(spec)
+    return spec, [replace(run, config=resolve(run.config)) for run in runs]
 
 
 def main() -> None:
     """Plan, check, train, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('yaml', help='a sequence YAML')
-    parser.add_argument('overrides', nargs='*', help='key=value')
-    parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
-    arguments = parser.parse_args()
+    arguments = parse(sys.argv[1:])
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        merged = OmegaConf.merge(OmegaConf.load(arguments.yaml), OmegaConf.from_cli(arguments.overrides))
-        spec: Any = OmegaConf.to_container(merged, resolve=True)
-    except (OSError, OmegaConfBaseException) as error:
-        sys.exit(f'{arguments.yaml} cannot be read: {error}')
-    try:
-        runs = [replace(run, config=resolve(run.config)) for run in plan(spec)]
+        spec, runs = read(arguments)
         check(spec, runs)
     except ValueError as error:
-        sys.exit(f'{arguments.yaml} was refused before training:\n{error}')
+        sys.exit(f'{arguments.sweep or " ".join(arguments.words[:1])} was refused before training:\n{error}')
     print_plan(spec, runs)
     if arguments.dry_run:
         return
-    write_sequence(spec, runs)
-    failed = run_all(spec, runs)
-    results = results_of(spec, runs)
-    if results:
-        rows = table(results)
-        out = Path(spec['folder'])
-        write_csv(out / 'table.csv', rows)
-        draw(out / 'report.png', str(spec['name']), results)
-        console.print(rich_table(f'{spec["name"]}: final validation loss (mean over the last window)', rows))
-        console.print(f'{out / "table.csv"}  {out / "report.png"}  ({time.monotonic() - started:.0f} s)')
-    if failed:
-        sys.exit(
-            f'{len(failed)} of {len(runs)} runs failed: {", ".join(failed)}; run the same command to try them again'
-        )
+    with trial_run({'sequence': spec['name'], 'arm': runs[-1].arm}) as summary:
+        write_sequence(spec, runs, keep=bool(arguments.trial))
+        failed = run_all(spec, runs)
+        report = write_report([Path(spec['folder'])], Path(spec['folder']))
+        print_report(report, console)
+        console.print(f'({time.monotonic() - started:.0f} s)')
+        if arguments.trial:
+            summary |= summary_of(report, runs[-1].arm)
+        if failed:
+            sys.exit(
+                f'{len(failed)} of {len(runs)} runs failed: {", ".join(failed)}; run the same command to try them again'
+            )
 
 
 if __name__ == '__main__':

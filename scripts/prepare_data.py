@@ -10,7 +10,8 @@ Your own text (``KIND`` is installed, jsonl, parquet, text or hf; quote globs an
     python scripts/prepare_data.py --out data/x --dataset pile=jsonl:'pile/*.jsonl' \
         --dataset web='hf:allenai/c4?name=en&split=train' --tokenizer EleutherAI/gpt-neox-20b --max-seq-len 2048
 
-``OUT`` gets ``<dataset>/{train,val}/`` (column ``tokens``, ``ndarray:int32``), ``tokenizer/`` and ``manifest.json``.
+``OUT`` gets ``<dataset>/{train,val}/`` (column ``tokens``, ``ndarray:int32``), ``tokenizer/``, ``manifest.json``, and
+of validation documents ``lm_eval/<dataset>_{passages,continuations}.jsonl`` for ``scripts/evaluate.py``.
 A document's split follows from a hash of its text and the same text is packed only once over all datasets,
 so no validation document is in any training set. The same input gives the same bytes.
 """
@@ -23,6 +24,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,8 +59,11 @@ MAX_INSTALLED_BYTES = 1 << 20  # larger source files are generated tables
 PRUNED = ('__pycache__', 'site-packages', 'dist-packages')  # folders not walked into
 CHUNK_CHARACTERS = 1 << 20  # text tokenised at once: bounds memory, keeps the cores busy
 SPLITS = ('train', 'val')
+LM_EVAL_ITEMS = 200  # of each kind and dataset
+LM_EVAL_DOCUMENTS = 200  # they are taken from
+LM_EVAL_CHARACTERS = 1 << 16  # of each of these
 LIBRARIES = ('datasets', 'mosaicml-streaming', 'numpy', 'tokenizers', 'transformers')
-FORMAT = 1  # of the manifest and of what it describes; another one is never re-used
+FORMAT = 2  # of the manifest and of what it describes; another one is never re-used
 
 Packed = tuple[np.ndarray, np.ndarray]
 HFTokenizer = Any  # a transformers.PreTrainedTokenizerBase, whose own annotations no type checker follows
@@ -129,6 +134,61 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f'known: {", ".join(known)}'
 
 
+def boundary(text: str, limit: int) -> int:
+    """Where to cut at most ``limit`` characters: after the last newline of their second half, or space, or all."""
+    newline, space = (text.rfind(mark, limit // 2, limit) + 1 for mark in '\n ')
+    return newline or space or limit
+
+
+def passages(text: str, length: int) -> list[str]:
+    """Cuts a text into pieces of at most ``length`` characters, at a :func:`boundary`; joined, they are the text."""
+    pieces = []
+    while len(text) > length:
+        end = boundary(text, length)
+        pieces.append(text[:end])
+        text = text[end:]
+    return [*pieces, text] if text else pieces
+
+
+def in_hash_order(documents: Sequence[str], length: int) -> list[tuple[int, str]]:
+    """The passages of all documents that are not blank, each text once, with the number of the document."""
+    found = {piece: number for number, text in enumerate(documents) for piece in passages(text, length)}
+    return sorted(((number, piece) for piece, number in found.items() if piece.strip()), key=lambda p: digest(p[1]))
+
+
+def continuations(documents: Sequence[str], length: int, count: int) -> list[dict[str, Any]]:
+    """Items "which of 4 texts follows": one that does, three that follow something in other documents.
+
+    All four begin at a :func:`boundary` and have as many characters, so that their likelihoods can be compared as they
+    are.
+
+    Args:
+        documents: Texts.
+        length: Characters of context and continuation at most; a quarter, or 64, is the continuation.
+        count: Items wanted; where there are not enough other documents there are fewer.
+
+    Returns:
+        ``{context, choices, answer}`` each.
+    """
+    size = min(length // 4, 64)
+    split = []
+    for number, piece in in_hash_order(documents, length)[: 10 * count]:
+        end = boundary(piece, len(piece) - size) if len(piece) >= length // 2 else len(piece)
+        if piece[:end].strip() and piece[end : end + size].strip():
+            split.append((number, piece[:end], piece[end : end + size]))
+    items = []
+    for number, context, right in split:
+        if len(items) == count:
+            break
+        others = list(dict.fromkeys(text for other, _, text in split if other != number and text != right))
+        if len(others) >= 3:
+            generator = random.Random(digest(context + right))
+            choices = [right, *generator.sample(others, 3)]
+            generator.shuffle(choices)
+            items.append({'context': context, 'choices': choices, 'answer': choices.index(right)})
+    return items
+
+
 # Sources: where documents come from
 
 
@@ -147,7 +207,7 @@ class Source:
         if not match:
             raise PrepareError(f'--dataset {spec!r}: expected NAME=KIND:TARGET, such as german=jsonl:german.jsonl')
         name, kind, target = match.groups()
-        if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name) or name in ('tokenizer', 'manifest.json'):
+        if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name) or name in ('tokenizer', 'lm_eval', 'manifest.json'):
             raise PrepareError(f'--dataset {spec!r}: {name!r} cannot be the name of a dataset folder')
         if kind not in KINDS:
             raise PrepareError(f'--dataset {spec!r}: unknown source kind {kind!r}; {nearest(kind, KINDS)}')
@@ -352,6 +412,7 @@ class SplitWriter:
 
     def __init__(self, writer: Any, tokenizer: HFTokenizer, max_seq_len: int, max_tokens: int | None):
         self.counts = Counts()
+        self.texts: list[str] = []  # the beginnings of its first documents
         self._writer = writer
         self._tokenizer = tokenizer
         self._max_seq_len = max_seq_len
@@ -370,6 +431,8 @@ class SplitWriter:
         for row in rows[:room]:
             self._writer.write({'tokens': row})
         self._dropped = np.concatenate([rows[room:].ravel(), rest])
+        if len(self.texts) < LM_EVAL_DOCUMENTS:
+            self.texts.append(text[:LM_EVAL_CHARACTERS])
         self.counts.documents += 1
         self.counts.bytes += len(text.encode())
         self.counts.samples += len(rows[:room])
@@ -429,6 +492,31 @@ def pack_dataset(
     return skipped
 
 
+def write_lm_eval(folder: Path, dataset: str, documents: Sequence[str], max_seq_len: int) -> dict[str, int]:
+    """Writes the data of lm-eval tasks, of two characters per token that a model can read at once.
+
+    Args:
+        folder: Where the files go.
+        dataset: Their name.
+        documents: Documents held out from training.
+        max_seq_len: Tokens of a sample.
+
+    Returns:
+        dict: Rows of each kind; one that has none gets no file.
+    """
+    length = 2 * max_seq_len
+    rows = {
+        'passages': [{'text': piece} for _, piece in in_hash_order(documents, length)[:LM_EVAL_ITEMS]],
+        'continuations': continuations(documents, length, LM_EVAL_ITEMS),
+    }
+    folder.mkdir(exist_ok=True)
+    for kind, items in rows.items():
+        if items:
+            lines = ''.join(json.dumps(item) + '\n' for item in items)
+            (folder / f'{dataset}_{kind}.jsonl').write_text(lines, encoding='utf-8')
+    return {kind: len(items) for kind, items in rows.items()}
+
+
 @contextmanager
 def appearing_whole(out: Path) -> Iterator[Path]:
     """Gives a sibling of ``out`` that becomes ``out`` only if nothing goes wrong; one run at a time has it."""
@@ -483,7 +571,13 @@ def prepare(request: dict[str, Any], sources: list[Source], files: dict[str, lis
                     f'({count["documents"]} documents, {count["duplicates"]} duplicates, {count["leftover"]} tokens); '
                     'give it more text or change --val-fraction, --max-seq-len'
                 )
-        datasets[source.name] = {'files': len(files[source.name]), 'skipped': skipped, 'splits': counts}
+        items = write_lm_eval(out / 'lm_eval', source.name, splits['val'].texts, max_seq_len)
+        datasets[source.name] = {
+            'files': len(files[source.name]),
+            'skipped': skipped,
+            'splits': counts,
+            'lm_eval': items,
+        }
 
     manifest = {
         'request': request,

@@ -142,6 +142,30 @@ def test_hf_arguments():
     assert prepare_data.hf_arguments('org/data') == {'path': 'org/data', 'split': 'train'}
 
 
+@given(st.text(alphabet='ab \n', max_size=60), st.integers(2, 9))
+def test_passages_are_the_text_in_pieces(text: str, length: int):
+    pieces = prepare_data.passages(text, length)
+    assert ''.join(pieces) == text and all(0 < len(piece) <= length for piece in pieces)
+
+
+def test_passages_by_hand():
+    # after a newline in the second half, else a space there, else anywhere
+    assert prepare_data.passages('abc\nd e fghijklmn', 6) == ['abc\n', 'd e ', 'fghijk', 'lmn']
+
+
+def test_continuations_by_hand():
+    # of 16 characters 12 can be context, which is cut after the last space in their second half, and 4 follow
+    documents = [f'{letter * 7} {letter * 4} xyz' for letter in 'abcde']
+    items = prepare_data.continuations(documents, 16, 9)
+    assert sorted(item['context'] for item in items) == [f'{letter * 7} ' for letter in 'abcde']
+    for item in items:
+        right = item['context'][0] * 4
+        assert item['choices'][item['answer']] == right and len(set(item['choices'])) == 4
+        assert set(item['choices']) <= {letter * 4 for letter in 'abcde'}
+    assert prepare_data.continuations(documents, 16, 2) == items[:2]
+    assert prepare_data.continuations(documents[:3], 16, 9) == [], 'there are not three others'
+
+
 # What is written
 
 
@@ -197,6 +221,35 @@ def test_text_that_spells_eos_is_text(two: tuple[Path, dict, dict[str, list[str]
     out, _, _ = two
     parts = [read_documents(out, name, split) for name in ('old', 'new') for split in ('train', 'val')]
     assert any(EOS in document for part in parts for document in part)
+
+
+def test_lm_eval_items_are_of_documents_held_out(tmp_path: Path):
+    texts = ['\n'.join(make_texts(at, 8)) for at in range(60)]
+    data = write_jsonl(tmp_path / 'a.jsonl', texts)
+    manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}', '--max-val-tokens', '4000')
+    counts = manifest['datasets']['a']
+    val = [text for text in texts if split_of(digest(text), 0.2) == 'val'][: counts['splits']['val']['documents']]
+    rows = {}
+    for kind in ('passages', 'continuations'):
+        lines = (tmp_path / 'out' / 'lm_eval' / f'a_{kind}.jsonl').read_text().splitlines()
+        rows[kind] = [json.loads(line) for line in lines]
+        assert 0 < len(lines) == counts['lm_eval'][kind] <= prepare_data.LM_EVAL_ITEMS
+    for row in rows['passages']:
+        assert len(row['text']) <= 2 * LENGTH and any(row['text'] in text for text in val)
+    for row in rows['continuations']:
+        right = row['choices'][row['answer']]
+        assert any(row['context'] + right in text for text in val)
+        assert len({len(choice) for choice in row['choices']}) == 1 and len(set(row['choices'])) == 4
+
+
+def test_too_few_documents_for_lm_eval_give_no_file(tmp_path: Path):
+    texts = ['\n'.join(make_texts(at, 8)) for at in range(12)]
+    val = [text for text in texts if split_of(digest(text), 0.2) == 'val']
+    train = [text for text in texts if text not in val]
+    data = write_jsonl(tmp_path / 'a.jsonl', [*train, val[0]])
+    manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}')
+    assert manifest['datasets']['a']['lm_eval']['continuations'] == 0
+    assert [file.name for file in (tmp_path / 'out' / 'lm_eval').iterdir()] == ['a_passages.jsonl']
 
 
 def test_tokenizer(two: tuple[Path, dict, dict[str, list[str]]]):
@@ -304,6 +357,14 @@ def test_a_different_request_is_refused(two: tuple[Path, dict, dict[str, list[st
     assert 'max_seq_len was 16, now 32' in message and 'choose another --out or delete it' in message
     assert 'datasets was' in error_of(capsys, out, datasets[0])
     assert every_byte(out) == before
+
+
+def test_a_preparation_of_another_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
+    data = write_jsonl(tmp_path / 'a.jsonl', make_texts(3))
+    manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}')
+    manifest['request']['format'] -= 1
+    (tmp_path / 'out' / 'manifest.json').write_text(json.dumps(manifest))
+    assert 'format was 1, now 2); choose' in error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}')
 
 
 def test_changed_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -423,6 +484,7 @@ def test_given_tokenizer(two: tuple[Path, dict, dict[str, list[str]]], tmp_path:
         (['--dataset=german'], 'expected NAME=KIND:TARGET'),
         (['--dataset=../a=installed:python'], "'../a' cannot be the name of a dataset folder"),
         (['--dataset=tokenizer=installed:python'], "'tokenizer' cannot be the name of a dataset folder"),
+        (['--dataset=lm_eval=installed:python'], "'lm_eval' cannot be the name of a dataset folder"),
         (['--dataset=a=installed:python', '--dataset=a=installed:cpp'], "two datasets are called 'a'"),
         (['--dataset=a=hf:x/y?splt=train'], "unknown option 'splt'; did you mean 'split'?"),
         (['--dataset=a=hf:x/y?train'], 'expected options as name=value&name=value'),

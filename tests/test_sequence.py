@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import sequence
 import tiny
+import wandb_files
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 RECIPE = tiny.ROOT / 'recipes' / 'sequence.py'
+REPORT = tiny.ROOT / 'scripts' / 'report.py'
 
 
 @pytest.fixture
@@ -61,29 +65,43 @@ def write(spec, folder, name='sequence.yaml'):
     return folder / name
 
 
-def start(path, *arguments):
+def start(path, *arguments, **environment):
     return subprocess.Popen(
         [sys.executable, str(RECIPE), str(path), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
     )
 
 
-def run(path, *arguments):
-    process = start(path, *arguments)
+def run(path, *arguments, **environment):
+    process = start(path, *arguments, **environment)
     printed = process.communicate(timeout=400)[0]
     return process.returncode, printed
 
 
+def without_times(value):
+    """Everything that is said of runs, but how long they took."""
+    if isinstance(value, list):
+        return [without_times(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: without_times(item) for key, item in value.items() if key != 'seconds' and 'hours' not in key}
+
+
 def results(spec):
-    folder = os.path.join(spec['folder'])
-    return {
-        name: json.load(open(os.path.join(folder, name, 'result.json'), encoding='utf-8'))
-        for name in sorted(os.listdir(folder))
-        if os.path.isdir(os.path.join(folder, name))
-    }
+    folder = Path(spec['folder'])
+    files = [folder / 'report.json', *folder.glob('*/losses.json'), *folder.glob('*/forgetting.json')]
+    return {str(path.relative_to(folder)): without_times(json.loads(path.read_text())) for path in sorted(files)}
+
+
+def wait_until_gone(words):
+    """Its runs die with a sequence."""
+    deadline = time.monotonic() + 10
+    while subprocess.run(['pgrep', '-f', words], capture_output=True, check=False).stdout:
+        assert time.monotonic() < deadline, 'a killed sequence must not leave runs behind'
+        time.sleep(0.1)
 
 
 def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path):
@@ -91,7 +109,15 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path):
     code, printed = run(write(straight, tmp_path, 'straight.yaml'))
     assert code == 0, printed
     assert 'final validation loss' in printed
-    assert sorted(results(straight)) == ['new-none-s17', 'new-replay_25pct-s17', 'old-s17', 'union-s17']
+    assert str(tmp_path / 'straight' / 'report.html') in printed.replace('\n', '')
+    updates = ['new-none-s17', 'new-replay_25pct-s17']
+    names = [*updates, 'old-s17', 'union-s17']
+    expected = [
+        'report.json',
+        *(f'{name}/losses.json' for name in names),
+        *(f'{name}/forgetting.json' for name in updates),
+    ]
+    assert set(results(straight)) == set(expected)
 
     path = write(spec, tmp_path)
     for wait_for in ('old-s17/ep0-ba*', 'new-*/ep0-ba*'):
@@ -101,10 +127,10 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path):
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        time.sleep(1)  # its runs die with it
-        left = subprocess.run(['pgrep', '-f', str(tmp_path / 'runs')], capture_output=True, text=True, check=False)
-        assert left.stdout == '', 'a killed sequence must not leave runs behind'
-    done_before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'runs').glob('*/result.json')}
+        wait_until_gone(str(tmp_path / 'runs'))
+    done_before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'runs').glob('*/done.json')}
+    subprocess.run([sys.executable, str(REPORT), str(tmp_path / 'runs')], check=True)  # half-finished
+    assert ' of 16' in (tmp_path / 'runs' / 'report.html').read_text()
     code, printed = run(path)
     assert code == 0, printed
     assert results(spec) == results(straight)
@@ -117,12 +143,13 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path):
     assert list(rows) == [f'{arm}{average}' for arm in arms for average in ('', ', ema_4ba', ', lawa')]
     for arm in ('none', 'none, lawa'):
         assert float(rows[arm]['compute against union']) == 0.5
-    final = results(spec)['new-none-s17']['final']
+    final = results(spec)['new-none-s17/losses.json']['final']
     assert float(rows['none, lawa']['loss old']) == pytest.approx(final['old/lawa']['mean'])
-    assert float(rows['none, lawa']['forgetting']) == pytest.approx(
-        final['old/lawa']['mean'] - results(spec)['old-s17']['final']['old']['mean']
-    ), "against the parent's own weights, from which the stage started"
-    assert (tmp_path / 'runs' / 'report.png').exists()
+    at_start = results(spec)['new-none-s17/forgetting.json']['parent']
+    assert float(rows['none, lawa']['forgetting']) == pytest.approx(final['old/lawa']['mean'] - at_start['old']), (
+        "against the parent's own weights, from which the stage started"
+    )
+    assert at_start == results(spec)['new-replay_25pct-s17/forgetting.json']['parent']
 
     code, printed = run(
         write(
@@ -136,15 +163,64 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path):
 
 
 def test_a_crashing_arm_does_not_stop_the_others(spec, tmp_path):
-    # a loss that no preflight can foresee: the optimizer is asked for a negative learning rate
+    # what no preflight can foresee: the optimizer is asked for a negative learning rate
     spec['arms'] = {'none': {}, 'broken': {'new': {'optimizer': {'name': 'decoupled_adamw', 'lr': -1.0}}}}
-    code, printed = run(write(spec, tmp_path))
+    spec['common']['loggers'] = {'wandb': {'tags': ['mine']}}
+    spec['common']['callbacks'] = {'final_loss': {'window': '4ba', 'interval': '2ba'}}
+    code, printed = run(write(spec, tmp_path), WANDB_DIR=str(tmp_path))
     assert code != 0
     assert 'new-broken-s17: failed' in printed
     assert 'Invalid learning rate' in printed
     assert '1 of 3 runs failed: new-broken-s17' in printed
-    assert (tmp_path / 'runs' / 'new-none-s17' / 'result.json').exists()
-    assert 'none' in (tmp_path / 'runs' / 'table.csv').read_text()
+    report = json.loads((tmp_path / 'runs' / 'report.json').read_text())
+    assert {each['name']: each['state'] for each in report['runs']} == {
+        'old-s17': 'finished',
+        'new-none-s17': 'finished',
+        'new-broken-s17': 'failed',
+    }
+    assert any('new-broken-s17' in line and 'Invalid learning rate' in line for line in report['missing'])
+
+    # W&B can group them by sequence, stage, arm and seed
+    tracked = {written.name: written for written in wandb_files.read(tmp_path)}
+    grouped = {
+        name: [written.config[k] for k in ('sequence', 'stage', 'arm', 'seed')] for name, written in tracked.items()
+    }
+    assert grouped['old-s17'] == ['test', 'old', 'shared', 17]
+    assert grouped['new-none-s17'] == ['test', 'new', 'none', 17]
+    none = tracked['new-none-s17']
+    assert (none.group, none.job_type, none.tags) == ('test', 'new', ['mine', 'new', 'none', 'seed 17'])
+    row = next(row for row in report['rows'] if row['arm'] == 'none')
+    assert none.summary['final_loss/average'] == pytest.approx(row['loss average'])
+    assert none.summary['final_forgetting/average'] == pytest.approx(row['forgetting'])
+    assert none.summary['final_adaptation/average'] == pytest.approx(row['adaptation'])
+
+
+def test_a_run_that_another_process_trains_is_waited_for(spec, tmp_path, monkeypatch, capsys):
+    """Two agents of a sweep share the first stage."""
+    spec['arms'] = {'none': {}}
+    path = write(spec, tmp_path)
+    first = Path(spec['folder']) / 'old-s17'
+    first.mkdir(parents=True)
+    lock = FileLock(first / '.sequence.lock')
+    lock.acquire()
+    launched = []
+
+    def launch(run, ranks, jobs):
+        if run.name != 'old-s17':
+            launched.append(run.name)
+            raise KeyboardInterrupt
+        return original(run, ranks, jobs)
+
+    def sleep(seconds):
+        (first / 'done.json').write_text('{"lm_eval": null}')  # the other process is done
+
+    original = sequence.launch
+    monkeypatch.setattr(sequence, 'launch', launch)
+    monkeypatch.setattr(sequence.time, 'sleep', sleep)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, path)
+    assert launched == ['new-none-s17']
+    assert 'old-s17: waiting for another process' in capsys.readouterr().out
 
 
 def call(monkeypatch, path, *arguments):

@@ -32,6 +32,7 @@ __all__ = [
     'evaluate',
     'load_model',
     'load_suite',
+    'load_suite_of',
     'macro_average',
     'paired_delta',
     'result_file',
@@ -124,6 +125,19 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
         raise ValueError(f'{path}: {"; ".join(problems)}')
     assert isinstance(suite, dict), 'it has been checked'
     return {str(key): value for key, value in suite.items()}
+
+
+def load_suite_of(given: str | Sequence[str]) -> Suite:
+    """The suite that ``variables.lm_eval`` of a stage names.
+
+    Args:
+        given: A path, or a path and ``key=value`` words, as ``scripts/evaluate.py`` takes them.
+
+    Raises:
+        ValueError: As :func:`load_suite`.
+    """
+    path, *overrides = [given] if isinstance(given, str) else given
+    return load_suite(path, overrides)
 
 
 def check_form(suite: Any) -> list[str]:
@@ -297,7 +311,7 @@ def evaluate(
     """Evaluate a model on a suite, going on from what was done before.
 
     The result file is written after every task. A task is not run again if it was with the same suite entry, limit,
-    release of lm-eval (which fixes its task versions), model files and local data files.
+    release of lm-eval (which fixes its task versions), model files and local data files, or these are gone.
 
     Args:
         folder: A Hugging Face model.
@@ -332,11 +346,13 @@ def evaluate(
     result |= {'missing': dict(suite.get('missing') or {}), 'settings': settings}
     model: Any = None
     for name, entry in suite['tasks'].items():
-        if not (reason := _unavailable(entry['task'])):
-            data = {file: _stat(Path(file)) for file in _data_files(entry['task'])}
-            if name in done and done[name]['entry'] == entry and done[name]['data'] == data:
-                result['tasks'][name] = done[name]
-                continue
+        reason = _unavailable(entry['task'])
+        data = {} if reason else {file: _stat(Path(file)) for file in _data_files(entry['task'])}
+        # results outlive their data
+        if name in done and done[name]['entry'] == entry and (reason or done[name]['data'] == data):
+            result['tasks'][name] = done[name]
+            continue
+        if not reason:
             try:
                 tasks = _build(entry)
             except Exception as error:

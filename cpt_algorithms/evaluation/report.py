@@ -1,178 +1,454 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table and the plots of a sequence: forgetting, adaptation and cost by arm, as in the paper's Table 2."""
+"""The report of runs: one page to look at, the same as PNG, CSV and JSON files, and a table for the terminal."""
 
-import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from math import sqrt
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from rich.console import Console
 from rich.table import Table
 
-from cpt_algorithms.evaluation.functional import adaptation, forgetting
+from cpt_algorithms.evaluation.final_loss import write_json
+from cpt_algorithms.evaluation.functional import Mean, changes
+from cpt_algorithms.evaluation.lm_eval import within_noise
+from cpt_algorithms.evaluation.plots import plots_of, png, svg
+from cpt_algorithms.evaluation.results import Study, read_study
+from cpt_algorithms.evaluation.tables import (
+    OverSeeds,
+    Row,
+    Scores,
+    contenders,
+    finding,
+    flat,
+    flat_scores,
+    flop,
+    missing,
+    percent,
+    progress,
+    rows_of,
+    scores_of,
+    short,
+    signed,
+    size_name,
+    write_csv,
+)
 
-__all__ = ['ArmResult', 'draw', 'rich_table', 'table', 'write_csv']
+__all__ = ['Report', 'print_report', 'rich_table', 'write_report']
 
-Curves = dict[str, list[list[float]]]
-
-
-@dataclass
-class ArmResult:
-    """What one arm came to under one seed.
-
-    Args:
-        arm: Its name.
-        seed: Its seed.
-        final: Final loss of its last stage on each dataset.
-        parent: Final loss of the stage before on each dataset; None from scratch.
-        old: Datasets learned before the last stage.
-        new: Datasets of the last stage.
-        tokens: Tokens of the last stage, new and replayed: what the update costs.
-        union_tokens: Tokens of training on all data from scratch.
-        flops: Floating point operations of the last stage.
-        stage_start: Tokens of the arm's stages before the last. Default: ``0``.
-        curves: ``{dataset: [[token, loss], ...]}`` over the whole arm, tokens counted from its first stage on.
-        learning_rate: ``[[token, lr], ...]`` likewise.
-    """
-
-    arm: str
-    seed: int
-    final: dict[str, float]
-    parent: dict[str, float] | None
-    old: list[str]
-    new: list[str]
-    tokens: int
-    union_tokens: int
-    flops: float
-    stage_start: int = 0
-    curves: Curves = field(default_factory=dict)
-    learning_rate: list[list[float]] = field(default_factory=list)
+LOWER_IS_BETTER = ('loss', 'forgetting', 'bits per byte')
 
 
-def _row(result: ArmResult) -> dict[str, float]:
-    row = {f'loss {name}': loss for name, loss in result.final.items()}
-    row['loss average'] = sum(result.final.values()) / len(result.final)
-    if result.parent is not None:
-        parent = result.parent
-        row['forgetting'] = float(np.mean([forgetting(result.final[n], parent[n]) for n in result.old]))
-        row['adaptation'] = float(np.mean([adaptation(result.final[n], parent[n]) for n in result.new]))
-    row['tokens'] = result.tokens
-    row['flops'] = result.flops
-    row['compute against union'] = result.tokens / result.union_tokens
-    return row
-
-
-def table(results: Sequence[ArmResult]) -> list[dict[str, Any]]:
-    """One row per arm: means over its seeds, and with more than one seed their standard errors as ``<column> stderr``.
+@dataclass(frozen=True)
+class Report:
+    """What was written, and the numbers in it.
 
     Args:
-        results: Of all arms and seeds, in the order of the table.
+        name: Names of the sequences or runs.
+        findings: A sentence or two for each model size.
+        rows: The rows of the table.
+        scores: lm-eval scores by suite and row.
+        missing: What is not there.
+        path: The page.
+        study: What was read.
     """
-    rows = []
-    for arm in dict.fromkeys(result.arm for result in results):
-        seeds = [_row(result) for result in results if result.arm == arm]
-        row: dict[str, Any] = {'arm': arm, 'seeds': len(seeds)}
-        for column in seeds[0]:
-            values = [seed[column] for seed in seeds]
-            row[column] = float(np.mean(values))
-            if len(values) > 1:
-                row[f'{column} stderr'] = float(np.std(values, ddof=1) / sqrt(len(values)))
-        rows.append(row)
-    return rows
+
+    name: str
+    findings: list[str]
+    rows: list[Row]
+    scores: list[Scores]
+    missing: list[str]
+    path: Path
+    study: Study
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the table with all its columns; what an arm does not have is left empty."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with open(path, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+@dataclass(frozen=True)
+class _Cell:
+    text: str = '-'
+    small: str = ''
+    look: str = ''
 
 
-def rich_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The table as people read it."""
-    losses = [c for c in dict.fromkeys(k for row in rows for k in row) if c.startswith('loss ') and 'stderr' not in c]
-    shown = Table(title=title, title_justify='left')
+@dataclass(frozen=True)
+class _Line:
+    name: str
+    note: str
+    look: str
+    cells: list[_Cell]
+
+
+@dataclass(frozen=True)
+class _Table:
+    title: str
+    note: str
+    groups: list[tuple[str, list[str]]]
+    lines: list[_Line]
+    first: str = 'arm'
+    is_text: bool = False
+
+
+def write_report(folders: Sequence[Path], out: Path) -> Report:
+    """Write ``report.html`` (one file that needs no other), ``*.png``, ``table.csv`` and ``report.json``.
+
+    Works at any time: on runs that are finished, half-finished, failed or not begun. Numbers follow from the files of
+    the runs alone.
+
+    Args:
+        folders: Sequence folders or run folders.
+        out: Where to write; made if need be.
+
+    Raises:
+        ValueError: If a folder is neither a sequence nor a run.
+    """
+    study = read_study(folders)
+    rows = rows_of(study)
+    scores = scores_of(study, rows)
+    findings = [finding(rows, size) for size in study.sizes]
+    if len(findings) > 1:
+        findings = [
+            f'At {size_name(size)}, {text.replace("Nothing", "nothing", 1)}'
+            for size, text in zip(study.sizes, findings, strict=True)
+        ]
+    report = Report(study.name, findings, rows, scores, missing(study, rows), out / 'report.html', study)
+    out.mkdir(parents=True, exist_ok=True)
+    plots = list(plots_of(study, rows))
+    for plot in plots:
+        (out / f'{plot.name}.png').write_bytes(png(plot))
+    write_csv(out / 'table.csv', [flat(row) for row in rows])
+    write_json(out / 'report.json', _as_json(report))
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    page = environment.get_template('report.html.jinja').render(
+        report=report,
+        cards=_cards(report),
+        count=_count(study, rows),
+        states=_states(study),
+        tables=_tables(report),
+        lineage=_lineage(study),
+        versions=_versions(study),
+        plots=[(plot.title, Markup(svg(plot))) for plot in plots],
+    )
+    report.path.write_text(page, encoding='utf-8')
+    return report
+
+
+def rich_table(report: Report) -> Table:
+    """The main numbers, as a terminal shows them."""
+    shown = Table(title=f'{report.name}: final validation loss', title_justify='left')
     shown.add_column('arm', no_wrap=True)
-    columns = [*losses, 'forgetting', 'adaptation']
+    columns = [*_loss_columns(report.study), 'forgetting', 'adaptation']
     for column in columns:
         shown.add_column(column.replace('loss ', 'loss\n'), justify='right')
-    for column in ('update\ntokens', 'update\nTFLOP', 'compute\nvs union'):
+    for column in ('update\ntokens', 'update\nFLOP', 'compute\nvs union'):
         shown.add_column(column, justify='right')
-    for row in rows:
-        cells = []
-        for column in columns:
-            text = f'{row[column]:+.3f}' if column in ('forgetting', 'adaptation') and column in row else ''
-            text = text or (f'{row[column]:.3f}' if column in row else '-')
-            cells.append(text + (f' ±{row[f"{column} stderr"]:.3f}' if f'{column} stderr' in row else ''))
-        cost = [f'{row["tokens"] / 1e6:.2f} M', f'{row["flops"] / 1e12:.1f}', f'{row["compute against union"]:.0%}']
-        shown.add_row(str(row['arm']), *cells, *cost)
+    several = len(report.study.sizes) > 1
+    for row in report.rows:
+        cells = [_number(row, column) for column in columns]
+        texts = [f'{cell.text} {cell.small}'.strip() for cell in cells]
+        cost = [_number(row, column).text for column in ('tokens', 'flops', 'compute against union')]
+        name = f'{row.name} ({size_name(row.size)})' if several else row.name
+        shown.add_row(f'{name}\n  {row.note}' if row.note else name, *texts, *cost)
     return shown
 
 
-def draw(path: Path, title: str, results: Sequence[ArmResult]) -> None:
-    """Four plots in one PNG: loss on old and new data over tokens, forgetting against adaptation, learning rates.
+def print_report(report: Report, console: Console) -> None:
+    """The findings, the table, what is missing, and where the page is."""
+    for sentence in report.findings:
+        console.print(sentence, highlight=False, markup=False)
+    console.print(rich_table(report))
+    for line in report.missing:
+        console.print(f'missing: {line}', highlight=False, markup=False)
+    console.print(str(report.path), highlight=False, markup=False)
 
-    Args:
-        path: The PNG.
-        title: Its title.
-        results: Of all arms and seeds; curves are those of the first seed of each arm.
-    """
-    import matplotlib
 
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+def _as_json(report: Report) -> dict[str, Any]:
+    study = report.study
+    return {
+        'name': report.name,
+        'data': study.data,
+        'findings': report.findings,
+        'rows': [flat(row) for row in report.rows],
+        'benchmarks': [flat_scores(scores) for scores in report.scores],
+        'runs': [
+            {
+                'name': run.name,
+                'state': run.state,
+                'batch': run.cost.get('batch', 0),
+                'batches': run.batches,
+                'parent': study.runs[run.parent].name if run.parent else run.load_path,
+                'tokens': run.tokens,
+                'cost': run.cost,
+                'scheduler': run.config.get('scheduler'),
+                'versions': run.versions,
+            }
+            for run in study.runs.values()
+        ],
+        'missing': report.missing,
+    }
 
-    arms = list(dict.fromkeys(result.arm for result in results))
-    colours = dict(zip(arms, plt.get_cmap('tab10').colors * 9, strict=False))  # pyright: ignore
-    first = {arm: next(result for result in results if result.arm == arm) for arm in arms}
-    updated = [result for result in first.values() if result.parent is not None] or list(first.values())
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
-    figure.suptitle(title)
-    panels = [(axes[0][0], updated[0].old, 'old data'), (axes[0][1], updated[0].new, 'new data')]
-    for axis, names, what in panels:
-        for arm, result in first.items():
-            points = [result.curves.get(name, []) for name in names]
-            if points and all(points):
-                tokens = [point[0] / 1e6 for point in points[0]]
-                losses = np.mean([[point[1] for point in line] for line in points], axis=0)
-                style = '--' if result.parent is None else '-'
-                axis.plot(tokens, losses, style, color=colours[arm], label=arm, linewidth=1.6)
-        axis.set(
-            title=f'validation loss on {what} ({", ".join(names)})', xlabel='tokens (M)', ylabel='loss (nats/token)'
+
+def _loss_columns(study: Study) -> list[str]:
+    return [*(f'loss {name}' for name in study.data), *(['loss average'] if len(study.data) > 1 else [])]
+
+
+def _number(row: Row, column: str) -> _Cell:
+    """A number of the table in the form that people read."""
+    value = row.columns.get(column)
+    if value is None:
+        return _Cell()
+    if 'tokens' in column:
+        return _Cell(short(value.mean))
+    if column == 'flops':
+        return _Cell(flop(value.mean))
+    if column == 'compute against union':
+        return _Cell(percent(value.mean))
+    if column.startswith('device hours'):
+        return _Cell(f'{value.mean:.3g}', _interval(value, '.2g'))
+    is_change = column.startswith(('forgetting', 'adaptation'))
+    return _Cell(signed(value.mean, 3) if is_change else f'{value.mean:.3f}', _interval(value, '.3f'))
+
+
+def _interval(value: OverSeeds, form: str) -> str:
+    return '' if value.half is None else f'±{value.half:{form}}'
+
+
+def _cards(report: Report) -> list[list[dict[str, str]]]:
+    """The answers for each model size, one for each question."""
+    return [cards for size in report.study.sizes if (cards := _cards_of(report, size))]
+
+
+def _cards_of(report: Report, size: int | None) -> list[dict[str, str]]:
+    cards = []
+    updates = contenders(report.rows, size)
+    which = f', {size_name(size)}' if len(report.study.sizes) > 1 else ''
+    questions = [
+        ('Forgot', 'least', 'forgetting', min, 'nats/token'),
+        ('Learned', 'most', 'adaptation', max, 'nats/token'),
+        ('Average loss:', 'best', 'loss average', min, 'nats/token'),
+        ('Cost of an update:', 'lowest', 'compute against union', min, 'of training on everything'),
+    ]
+    for title, superlative, column, choose, unit in questions:
+        able = [row for row in updates if column in row.columns]
+        if not able or (column == 'compute against union' and able[0].kind != 'update'):
+            continue
+        best = choose(able, key=lambda row, column=column: row.columns[column].mean)
+        level = [row.name for row in able if row.columns[column].mean == best.columns[column].mean]
+        is_alike = len(level) == len(able)
+        cell = _number(best, column)
+        cards.append(
+            {
+                'title': (title.rstrip(':') if is_alike else f'{title} {superlative}') + which,
+                'value': cell.text,
+                'small': cell.small,
+                'unit': unit,
+                'arm': 'all updates alike' if is_alike and len(level) > 1 else ', '.join(level),
+            }
         )
-        with_all = [result.final for result in first.values() if names and set(names) <= result.final.keys()]
-        finals = [float(np.mean([final[name] for name in names])) for final in with_all]
-        if finals:
-            # the start of training would squeeze everything else into a line
-            axis.set_ylim(min(finals) - 0.15, max(finals) + 0.9)
-        axis.grid(alpha=0.3)
-        for boundary in {result.stage_start for result in updated if result.stage_start}:
-            axis.axvline(boundary / 1e6, color='grey', linewidth=0.8, linestyle=':')
-    plane = axes[1][0]
-    for result in results:
-        if result.parent is not None:
-            row = _row(result)
-            plane.scatter(row['forgetting'], row['adaptation'], color=colours[result.arm], s=70)
-    plane.set(
-        title='forgetting and adaptation: up and left is better',
-        xlabel='forgetting (nats/token)',
-        ylabel='adaptation (nats/token)',
-    )
-    plane.margins(0.15)
-    plane.grid(alpha=0.3)
-    rates = axes[1][1]
-    for arm, result in first.items():
-        if result.learning_rate:
-            tokens, values = zip(*result.learning_rate, strict=True)
-            rates.plot(
-                np.array(tokens) / 1e6, values, '--' if result.parent is None else '-', color=colours[arm], label=arm
+    return cards
+
+
+def _count(study: Study, rows: Sequence[Row]) -> dict[str, str]:
+    numbers = {
+        'arms': len({row.arm for row in rows}),
+        'seeds': len({run.seed for run in study.runs.values() if run.is_asked_for}),
+    }
+    return {what: f'{number} {what.removesuffix("s") if number == 1 else what}' for what, number in numbers.items()}
+
+
+def _states(study: Study) -> list[tuple[str, int]]:
+    """Runs by state, the good ones first."""
+    found = Counter(run.state for run in study.runs.values() if run.is_asked_for)
+    return [(state, found[state]) for state in ('finished', 'unfinished', 'failed', 'not started') if found[state]]
+
+
+def _tables(report: Report) -> list[_Table]:
+    study, rows = report.study, report.rows
+    labels = {name: f'D{index} {name}' for index, name in enumerate(study.data)}
+    losses = {column: labels.get(column.removeprefix('loss '), 'AVG') for column in _loss_columns(study)}
+    changed = {'forgetting': 'forgetting', 'adaptation': 'adaptation'}
+    note = 'Mean ± 95 % interval over seeds (Student’s t)' if any(len(row.runs) > 1 for row in rows) else 'One seed'
+    note += '; bold: the best.' if any(len(contenders(rows, size)) > 1 for size in study.sizes) else '.'
+    if any(len(row.runs) == 1 for row in rows) and any(len(row.runs) > 1 for row in rows):
+        note += ' Rows with one seed have no interval.'
+    tables = []
+    if len(study.sizes) > 1:
+        names = list(dict.fromkeys(row.name for row in rows))
+        lines = []
+        for name in names:
+            by_size = {row.size: row for row in rows if row.name == name}
+            cells = [
+                _ranked(by_size[size], column, rows) if size in by_size else _Cell()
+                for size in study.sizes
+                for column in (*losses, *changed)
+            ]
+            notes = dict.fromkeys(f'{size_name(size)}: {row.note}' for size, row in by_size.items() if row.note)
+            lines.append(_Line(name, '; '.join(notes), next(iter(by_size.values())).kind, cells))
+        groups = [(size_name(size), [*losses.values(), *changed.values()]) for size in study.sizes]
+        tables.append(_Table('Final loss by model size', note, groups, lines))
+    else:
+        lengths = {f'bits per byte {name}': labels[name] for name in study.data if name in study.bytes_per_token}
+        cost = {'tokens': 'tokens', 'compute against union': 'vs union'}
+        groups = [
+            ('validation loss (nats/token)', losses),
+            ('against the parent', changed),
+            ('bits per byte', lengths),
+            ('last stage', cost),
+        ]
+        groups = [(title, columns) for title, columns in groups if columns]
+        lines = [
+            _Line(
+                row.name,
+                row.note,
+                row.kind,
+                [
+                    *(_ranked(row, column, rows) for _, columns in groups for column in columns),
+                    _Cell(_seeds(row)),
+                ],
             )
-    rates.set(title='learning rate of each batch', xlabel='tokens (M)', ylabel='learning rate')
-    rates.grid(alpha=0.3)
-    figure.legend(*rates.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            for row in rows
+        ]
+        heads = [(title, list(columns.values())) for title, columns in groups]
+        tables.append(_Table('Final loss', note, [*heads, ('', ['seeds'])], lines))
+    return [*tables, *_benchmark_tables(report, losses), _cost_table(report)]
+
+
+def _seeds(row: Row) -> str:
+    """How many of the row's seeds its numbers are from."""
+    finished = len(row.runs) if row.is_finished else 0
+    every = len(row.runs) + len(row.others)
+    return str(every) if finished == every else f'{finished} of {every}'
+
+
+def _ranked(row: Row, column: str, rows: Sequence[Row]) -> _Cell:
+    """A number, marked if it is the best of those that are compared."""
+    cell, rivals = _number(row, column), [other for other in contenders(rows, row.size) if column in other.columns]
+    means = [other.columns[column].mean for other in rivals]
+    if row not in rivals or len(rivals) < 2:
+        return cell
+    best = min(means) if column.startswith(LOWER_IS_BETTER) else max(means) if column == 'adaptation' else None
+    return _Cell(cell.text, cell.small, 'best') if row.columns[column].mean == best else cell
+
+
+def _benchmark_tables(report: Report, losses: Mapping[str, str]) -> list[_Table]:
+    if not report.scores:
+        return []
+    suites = list(dict.fromkeys(scores.suite for scores in report.scores))
+    of = {(id(scores.row), scores.suite): scores for scores in report.scores}
+    several = len(report.study.sizes) > 1
+
+    def line(row: Row, cells: list[_Cell]) -> _Line:
+        return _Line(f'{row.name} ({size_name(row.size)})' if several else row.name, row.note, row.kind, cells)
+
+    note = 'Small: change against the parent on the same items ± its standard error; grey: within noise (1.96 of them).'
+    if any(len(scores.row.runs) > 1 for scores in report.scores):
+        note += ' Beside a score: 95 % interval over seeds.'
+    lines = []
+    for row in report.rows:
+        found = [of.get((id(row), suite)) for suite in suites]
+        if any(found):
+            averages = [_score(s.average, s.average_delta) if s and s.average else _Cell() for s in found]
+            lines.append(line(row, [*(_number(row, column) for column in losses), *averages]))
+    groups = [('validation loss (nats/token)', list(losses.values())), ('mean of accuracies (%)', suites)]
+    tables = [_Table('Losses and benchmarks', note, groups, lines)]
+    for suite in suites:
+        of_suite = [scores for scores in report.scores if scores.suite == suite]
+        tasks = list(dict.fromkeys(task for scores in of_suite for task in scores.tasks))
+        lines = []
+        for scores in of_suite:
+            cells = [
+                _score(scores.tasks[task], scores.deltas.get(task)) if task in scores.tasks else _Cell()
+                for task in tasks
+            ]
+            average = _score(scores.average, scores.average_delta) if scores.average else _Cell()
+            lines.append(line(scores.row, [*cells, average]))
+        heads = [_task_head(report, suite, task) for task in tasks]
+        tables.append(_Table(f'Benchmarks: {suite}', note, [('accuracies in %', [*heads, 'AVG'])], lines))
+    return tables
+
+
+def _task_head(report: Report, suite: str, task: str) -> str:
+    """Task with its number of examples in the prompt and, if it is no accuracy, its metric."""
+    results = (of['tasks'] for run in report.study.runs.values() for of in run.benchmarks.get(suite, {}).values())
+    result = next(tasks[task] for tasks in results if task in tasks)
+    metric = '' if result['higher_is_better'] else f', {result["metric"]} ↓'
+    shots = '' if result.get('num_fewshot') is None else f' ({result["num_fewshot"]}-shot{metric})'
+    return f'{task}{shots}'
+
+
+def _score(score: OverSeeds, delta: Mean | None) -> _Cell:
+    text = f'{score.mean:.2f}' + (f' ± {score.half:.2f}' if score.half is not None else '')
+    if delta is None:
+        return _Cell(text)
+    return _Cell(text, f'{signed(delta.value, 2)} ± {delta.stderr:.2f}', 'noise' if within_noise(delta) else 'signal')
+
+
+def _cost_table(report: Report) -> _Table:
+    study = report.study
+    devices = {run.cost['device'] for run in study.runs.values() if run.cost}
+    hours = f'{next(iter(devices)).upper()}-hours' if len(devices) == 1 else 'device-hours'
+    has_new = ('new tokens', 'replayed tokens', 'flops', 'compute against union')
+    several = len(study.sizes) > 1
+    lines = []
+    is_estimate = False
+    for row in report.rows:
+        if row.average:
+            continue
+        saved = _number(row, 'device hours saved')
+        if 'device hours saved (estimated)' in row.columns:
+            guess = _number(row, 'device hours saved (estimated)')
+            saved, is_estimate = _Cell(f'≈ {guess.text}', guess.small), True
+        cells = [*(_number(row, column) for column in has_new), _number(row, 'device hours'), saved]
+        name = f'{row.name} ({size_name(row.size)})' if several else row.name
+        lines.append(_Line(name, row.note, row.kind, cells))
+    note = 'Of the last stage of each arm: what came before is paid for already. Compute: 6 × parameters N × tokens T.'
+    if is_estimate:
+        note += ' ≈: union was not run to its end; estimated from the hours that this run took for a token.'
+    groups = [
+        ('tokens', ['new', 'replayed']),
+        ('compute', ['6 N T', 'vs union']),
+        (f'measured {hours}', ['spent', 'saved against union']),
+    ]
+    return _Table('Cost', note, groups, lines)
+
+
+def _lineage(study: Study) -> _Table:
+    """Every run under its ancestors."""
+    lines = []
+    for run in study.runs.values():
+        depth = len(study.chain(run)) - 1
+        parent = study.runs[run.parent].name if run.parent else run.load_path or 'from scratch'
+        section = dict(run.config.get('scheduler') or {})
+        name = section.pop('name', '-')
+        settings = ', '.join(f'{key} {value}' for key, value in section.items())
+        changed = changes(run.final, run.at_start, run.old, run.new)
+        cells = [
+            _Cell(progress(run), run.error),
+            _Cell(parent),
+            _Cell(', '.join(f'{stream} {short(tokens)}' for stream, tokens in run.tokens.items())),
+            _Cell(f'{name}, lr {run.config["optimizer"]["lr"]:g}' if run.config.get('optimizer') else name, settings),
+            *(
+                _Cell(signed(changed[f'{key}/average'], 3) if f'{key}/average' in changed else '-')
+                for key in ('forgetting', 'adaptation')
+            ),
+        ]
+        lines.append(_Line(f'{"└ " * bool(depth)}{run.name}', '', f'depth{min(depth, 3)}', cells))
+    heads = ['state', 'parent', 'tokens', 'schedule', 'forgetting', 'adaptation']
+    return _Table('Lineage', '', [('', heads)], lines, first='run', is_text=True)
+
+
+def _versions(study: Study) -> list[tuple[str, str]]:
+    """``[(versions, runs that had them), ...]``."""
+    groups: dict[str, list[str]] = {}
+    for run in study.runs.values():
+        if run.versions:
+            groups.setdefault(', '.join(f'{k} {v}' for k, v in run.versions.items()), []).append(run.name)
+    every = sum(len(names) for names in groups.values())
+    return [(text, 'all runs' if len(names) == every else ', '.join(names)) for text, names in groups.items()]

@@ -24,7 +24,7 @@ from streaming import StreamingDataset
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cpt_algorithms.checkpoints import read_metadata, safe_globals
-from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite
+from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
 from cpt_algorithms.keys import check_keys
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, read_mix, row_length
@@ -281,9 +281,9 @@ def _check_forgetting(cfg: Config) -> None:
 
 
 def _check_lm_eval(cfg: Config) -> None:
-    if path := (cfg.get('variables') or {}).get('lm_eval'):
-        if problems := check_suite(load_suite(path)):
-            raise ValueError(f'variables.lm_eval={path}: {"; ".join(problems)}')
+    given = (cfg.get('variables') or {}).get('lm_eval')
+    if given and (problems := check_suite(load_suite_of(given))):
+        raise ValueError(f'variables.lm_eval={given}: {"; ".join(problems)}')
 
 
 def _check_loading(cfg: Config) -> None:

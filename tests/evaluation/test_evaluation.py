@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Final losses, forgetting and the table, against numbers one can check by hand and a real run."""
+"""Final losses and forgetting, against numbers one can check by hand and a real run."""
 
-import csv
 import json
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ from composer.core import Time, Timestamp
 
 from cpt_algorithms.evaluation import FinalLoss, adaptation, final_loss, forgetting, training_flops
 from cpt_algorithms.evaluation.functional import in_final_window, steps_saved
-from cpt_algorithms.evaluation.report import ArmResult, draw, table, write_csv
 
 
 def test_final_loss_by_hand():
@@ -99,34 +97,6 @@ def test_a_real_run_evaluates_its_final_window_and_a_restart_keeps_it(duration, 
     again = json.loads((tmp_path / 'again' / 'losses.json').read_text())
     assert again['cost'].pop('seconds') > 0 < straight['cost'].pop('seconds')
     assert again == straight
-
-
-def arm(name, seed, old, new, parent=True):
-    return ArmResult(
-        name, seed, {'pile': old, 'german': new}, {'pile': 2.2, 'german': 3.0} if parent else None, ['pile'], ['german'],
-        tokens=200, union_tokens=500, flops=1e6, curves={'pile': [[0, 3.0], [500, old]], 'german': [[0, 4.0], [500, new]]},
-        learning_rate=[[0, 1e-3], [500, 1e-4]],
-    )  # fmt: skip
-
-
-def test_table_csv_and_plot(tmp_path):
-    results = [arm('5 %', 1, 2.5, 1.2), arm('5 %', 2, 2.7, 1.0), arm('union', 1, 2.3, 1.3, parent=False)]
-    rows = table(results)
-    assert [row['arm'] for row in rows] == ['5 %', 'union']
-    assert rows[0]['loss pile'] == pytest.approx(2.6)
-    assert rows[0]['loss average'] == pytest.approx((2.6 + 1.1) / 2)
-    assert rows[0]['forgetting'] == pytest.approx(0.4)
-    assert rows[0]['forgetting stderr'] == pytest.approx(0.1)
-    assert rows[0]['adaptation'] == pytest.approx(1.9)
-    assert rows[0]['compute against union'] == pytest.approx(0.4)
-    assert 'forgetting' not in rows[1]
-    write_csv(tmp_path / 'table.csv', rows)
-    with open(tmp_path / 'table.csv', encoding='utf-8') as file:
-        read = list(csv.DictReader(file))
-    assert float(read[0]['adaptation']) == pytest.approx(1.9)
-    assert read[1]['forgetting'] == ''
-    draw(tmp_path / 'report.png', 'test', results)
-    assert (tmp_path / 'report.png').stat().st_size > 10_000
 
 
 def test_steps_saved_by_hand():

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plots of the report, one figure each, for people of any sight and screens of any width."""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
+
+from cpt_algorithms.evaluation.functional import by_average
+from cpt_algorithms.evaluation.results import Arm, RunRecord, Study
+from cpt_algorithms.evaluation.tables import Row, flop, percent, short, size_name
+
+__all__ = ['Plot', 'plots_of', 'png', 'svg']
+
+# Okabe and Ito's colours without their yellow, then Paul Tol's: told apart by colour-blind people
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#882255', '#999933', '#332288', '#44AA99')
+UNION, SHARED, INK, FAINT = '#000000', '#8a8f98', '#22303c', '#d5dae1'
+MARKERS = 'osD^vPXp*h'
+AVERAGE_STYLES = ('-.', ':', (0, (4, 1.5)), (0, (1, 1, 4, 1)))
+WIDTH, HEIGHT = 4.3, 3.0  # inches; 9-point letters are still legible at the width of a phone
+STYLE: dict[Any, Any] = {
+    'font.family': 'DejaVu Sans',
+    'font.size': 9,
+    'axes.titlesize': 10,
+    'axes.titleweight': 'bold',
+    'axes.titlelocation': 'left',
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.edgecolor': SHARED,
+    'axes.labelcolor': INK,
+    'text.color': INK,
+    'xtick.color': INK,
+    'ytick.color': INK,
+    'axes.grid': True,
+    'grid.color': FAINT,
+    'grid.linewidth': 0.6,
+    'axes.axisbelow': True,
+    'text.parse_math': False,  # names may have a $
+    'legend.frameon': False,
+    'legend.fontsize': 8.5,
+    'svg.fonttype': 'path',
+    'svg.hashsalt': 'cpt_algorithms',  # the same picture is the same file
+}
+
+Values = Callable[[RunRecord], list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the report.
+
+    Args:
+        name: Its file's name without the ending.
+        title: What it shows, for people who cannot see it.
+        figure: The figure.
+    """
+
+    name: str
+    title: str
+    figure: Figure
+
+
+def png(plot: Plot) -> bytes:
+    """The figure as a PNG file."""
+    with matplotlib.rc_context(STYLE):
+        buffer = io.BytesIO()
+        plot.figure.savefig(buffer, format='png', dpi=200, metadata={'Software': None})
+    return buffer.getvalue()
+
+
+def svg(plot: Plot) -> str:
+    """The figure as an element of a page, whose ids do not clash with those of other figures."""
+    with matplotlib.rc_context(STYLE):
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+        plot.figure.savefig(buffer, format='svg', metadata=nothing)
+    text = buffer.getvalue()
+    text = re.sub(r'<metadata>.*?</metadata>', '', text[text.index('<svg') :], flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{plot.name}-', text)
+    head = re.search(r'viewBox="[^"]*"', text)
+    assert head is not None, 'matplotlib says how large it is'
+    return f'<svg role="img" {head[0]} xmlns:xlink="http://www.w3.org/1999/xlink">{text[text.index(">") + 1 :]}'.strip()
+
+
+def plots_of(study: Study, rows: Sequence[Row]) -> Iterator[Plot]:
+    """Every plot that there are numbers for."""
+    for size in study.sizes:
+        arms = study.arms(size)
+        of_size = [row for row in rows if row.size == size]
+        several = len(study.sizes) > 1
+        tail, title = (f'-{_slug(size_name(size))}', size_name(size)) if several else ('', '')
+        with matplotlib.rc_context(STYLE):
+            made = [_loss(study, arms, name) for name in study.data]
+            made += [_averages(study, arms, name) for name in study.data]
+            colours = _colours(arms)
+            made += [_plane(of_size, colours), _learning_rates(study, arms), _cost(of_size, colours)]
+            found = [plot for plot in made if plot is not None]
+            for plot in found:
+                plot.figure.axes[0].set_title(f'{plot.title}\n{title}'.strip())
+                plot.figure.draw_without_rendering()
+                plot.figure.set_layout_engine('none')  # it is laid out, for all files
+        for plot in found:
+            yield Plot(plot.name + tail, ', '.join(filter(None, (plot.title, title))), plot.figure)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r'\W+', '_', text).strip('_')
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _colours(arms: Sequence[Arm]) -> dict[str, str]:
+    """An arm has one colour in all plots; first stages by themselves are not lines of their own."""
+    names = [arm.name for arm in arms if arm.kind == 'update'] or [arm.name for arm in arms if arm.kind != 'union']
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+    return colours | {arm.name: UNION for arm in arms if arm.kind == 'union'}
+
+
+@dataclass
+class _Line:
+    """One stage of an arm, or of several that share it."""
+
+    label: str
+    colour: str
+    style: Any
+    start: float
+    runs: list[RunRecord] = field(default_factory=list)
+    seeds: list[list[list[float]]] = field(default_factory=list)  # [[token, value], ...]
+
+
+def _lines(study: Study, arms: Sequence[Arm], values: Values) -> list[_Line]:
+    """Stages before an arm's last one are dashed; those of several arms are one grey line."""
+    colours = _colours(arms)
+    drawn = [arm for arm in arms if arm.name in colours]
+    users = Counter(run.folder for arm in drawn for last in arm.runs for run in study.chain(last)[:-1])
+    lines: dict[tuple[str, str], _Line] = {}
+    for arm in drawn:
+        for last in arm.runs:
+            start = 0
+            for run in study.chain(last):
+                is_shared = users[run.folder] > 1
+                label = f'{run.stage} (shared)' if is_shared else arm.name
+                colour, style = SHARED if is_shared else colours[arm.name], '-' if run is last else '--'
+                line = lines.setdefault((label, run.stage), _Line(label, colour, style, start))
+                points = [[start + token, value] for _, token, value in values(run)]
+                if points and run not in line.runs:
+                    line.runs.append(run)
+                    line.seeds.append(points)
+                start += run.budget
+    return [line for line in lines.values() if line.seeds]
+
+
+def _draw(axis: Axes, lines: Sequence[_Line]) -> None:
+    """Seeds as thin lines and their mean as a thick one; dotted where a stage begins."""
+    labelled: set[str] = set()
+    for line in lines:
+        # of an arm's own stages, the last stands in the legend
+        is_named = line.label not in labelled and (line.style != '--' or line.colour == SHARED)
+        look = {'color': line.colour, 'linestyle': line.style, 'label': line.label if is_named else None}
+        labelled |= {line.label} if is_named else set()
+        if len(line.seeds) > 1:
+            for points in line.seeds:
+                axis.plot(*zip(*points, strict=True), color=line.colour, linestyle=line.style, linewidth=0.6, alpha=0.5)
+        axis.plot(*_mean_line(line), linewidth=1.7, **look)
+    for start in {line.start for line in lines if line.start}:
+        axis.axvline(start, color=SHARED, linewidth=0.9, linestyle=':')
+    last = max((points[-1][0] for line in lines for points in line.seeds), default=0)
+    _tokens(axis.xaxis, last)
+    axis.set_xlabel('tokens')
+    axis.set_xlim(0, last or None)
+
+
+def _mean_line(line: _Line) -> tuple[list[float], list[float]]:
+    """Mean over the seeds that have finished, or else the one that has come furthest."""
+    finished = [points for run, points in zip(line.runs, line.seeds, strict=True) if run.state == 'finished']
+    seeds = finished or [max(line.seeds, key=lambda points: points[-1][0])]
+    tokens = [token for token, _ in seeds[0]]
+    values = [np.interp(tokens, [p[0] for p in points], [p[1] for p in points]) for points in seeds]
+    return tokens, np.mean(values, axis=0).tolist()
+
+
+def _tokens(axis: Axis, last: float) -> None:
+    """Ticks such as 0.5 M."""
+    power, letter = next(((p, x) for p, x in ((12, 'T'), (9, 'B'), (6, 'M'), (3, 'k')) if last >= 10**p / 2), (0, ''))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value / 10**power:g} {letter}'.strip()))
+    axis.set_major_locator(MaxNLocator(6))
+
+
+def _legend(figure: Figure, axis: Axes, extra: Sequence[Line2D] = ()) -> None:
+    """Under the plot, where it hides nothing."""
+    handles = [*axis.get_legend_handles_labels()[0], *extra]
+    # two columns, unless names are too long for that
+    columns = 2 if max((len(str(handle.get_label())) for handle in handles), default=0) <= 26 else 1
+    figure.legend(handles=handles, loc='outside lower left', ncols=columns, handlelength=2.2, columnspacing=1.2)
+    figure.set_figheight(_height(len(handles), columns))
+
+
+def _height(names: int, columns: int = 2) -> float:
+    return HEIGHT + 0.19 * -(-names // columns)
+
+
+def _frame(axis: Axes, lines: Sequence[_Line], name: str) -> None:
+    """Show all of old data's losses in the last stages, and the last two thirds of others': more would be a cliff."""
+    seeds = [(line, *seed) for line in lines for seed in zip(line.runs, line.seeds, strict=True)]
+    done = [(line, run, points) for line, run, points in seeds if line.style != '--' and run.state == 'finished']
+    shown = [points[-1][1] for line, _, points in seeds if line.style != '--']
+    for line, run, points in done or seeds:
+        share = 0 if name in run.old else (points[-1][0] - line.start) / 3
+        shown += [value for token, value in points if token >= line.start + share]
+    shown = [value for value in shown if isfinite(value)]
+    if shown:
+        margin = 0.06 * (max(shown) - min(shown)) or 0.1
+        axis.set_ylim(min(shown) - margin, max(shown) + margin)
+
+
+def _from_parent(run: RunRecord, name: str, label: str) -> list[list[float]]:
+    """Its losses; a stage starts where its parent ended."""
+    points = run.losses.get(label, [])
+    starts_there = name in run.at_start and (not points or points[0][1] > 0)
+    return [[0, 0, run.at_start[name]], *points] if starts_there else points
+
+
+def _role(study: Study, arms: Sequence[Arm], name: str) -> str:
+    runs = [run for arm in arms if arm.kind == 'update' for run in arm.runs]
+    role = 'old data' if any(name in run.old for run in runs) else ''
+    role = 'new data' if any(name in run.new for run in runs) else role
+    return f'{name} (D{study.data.index(name)}{f", {role}" if role else ""})'
+
+
+def _loss(study: Study, arms: Sequence[Arm], name: str) -> Plot | None:
+    lines = _lines(study, arms, lambda run: _from_parent(run, name, name))
+    if not any(len(points) > 1 for line in lines for points in line.seeds):
+        return None
+    figure, axis = _figure()
+    _draw(axis, lines)
+    _frame(axis, lines, name)
+    axis.set_ylabel('loss (nats/token)')
+    _legend(figure, axis)
+    return Plot(f'loss-{_slug(name)}', f'Loss on {_role(study, arms, name)}', figure)
+
+
+def _averages(study: Study, arms: Sequence[Arm], name: str) -> Plot | None:
+    """Averaged weights beside the training weights of the same arms, in the last stage."""
+    runs = [run for arm in arms for run in arm.runs]
+    averages = [a for a in dict.fromkeys(a for run in runs for a in by_average(run.final, [name])) if a]
+    if not averages:
+        return None
+    styles = dict(zip(averages, AVERAGE_STYLES * len(averages), strict=False))
+    averaged: list[_Line] = []
+    for average, style in styles.items():
+        labelled = f'{name}/{average}'
+        found = _lines(study, arms, lambda run, label=labelled: run.losses.get(label, []))
+        averaged += [replace(line, style=style, label=f'_{line.label}') for line in found if line.style == '-']
+    lines = _lines(study, arms, lambda run: _from_parent(run, name, name))
+    lines = [line for line in lines if line.style == '-' and f'_{line.label}' in {each.label for each in averaged}]
+    if not lines:
+        return None
+    drawn = [*lines, *averaged]
+    figure, axis = _figure()
+    _draw(axis, drawn)
+    _frame(axis, drawn, name)
+    first = min(points[0][0] for line in drawn for points in line.seeds)
+    axis.set_xlim(first)
+    axis.set_ylabel('loss (nats/token)')
+    looks = [Line2D([], [], color=INK, linestyle=style, label=average) for average, style in styles.items()]
+    _legend(figure, axis, looks)
+    return Plot(f'averages-{_slug(name)}', f'Averaged weights on {_role(study, arms, name)}', figure)
+
+
+def _learning_rates(study: Study, arms: Sequence[Arm]) -> Plot | None:
+    lines = _merged(_lines(study, arms, lambda run: run.learning_rate))
+    if not lines:
+        return None
+    figure, axis = _figure()
+    _draw(axis, lines)
+    axis.set_ylim(0)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _scientific(value)))
+    axis.set_ylabel('learning rate')
+    _legend(figure, axis)
+    return Plot('learning-rate', 'Learning rate, as applied', figure)
+
+
+def _merged(lines: Sequence[_Line]) -> list[_Line]:
+    """Lines that would hide each other as one, which says so."""
+    groups: dict[str, list[_Line]] = {}
+    for line in lines:
+        groups.setdefault(repr((line.style, line.seeds)), []).append(line)
+    merged = [(same[0], len(same) - 1) for same in groups.values()]
+    return [replace(line, label=f'{line.label} and {more} alike') if more else line for line, more in merged]
+
+
+def _scientific(value: float) -> str:
+    mantissa, exponent = f'{value:.1e}'.split('e')
+    return '0' if value == 0 else f'{float(mantissa):g}e{int(exponent)}'
+
+
+def _plane(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
+    rows = [row for row in rows if not row.average and {'forgetting', 'adaptation'} <= row.columns.keys()]
+    rows = [row for row in rows if isfinite(row.columns['forgetting'].mean + row.columns['adaptation'].mean)]
+    if not rows:
+        return None
+    figure, axis = _figure()
+    points = []
+    for index, row in enumerate(rows):
+        forgot, learned = row.columns['forgetting'], row.columns['adaptation']
+        colour = colours.get(row.arm, INK)
+        look = {'marker': MARKERS[index % len(MARKERS)], 'zorder': 3}
+        if forgot.count > 1:
+            axis.scatter(forgot.values, learned.values, s=12, color=colour, alpha=0.5, linewidths=0, **look)
+        face = colour if row.is_finished else 'white'
+        axis.scatter(forgot.mean, learned.mean, s=60, facecolor=face, edgecolor=colour, linewidths=1.4, **look)
+        points.append((forgot.mean, learned.mean, row.arm if row.is_finished else f'{row.arm} (unfinished)', colour))
+    axis.axvline(0, color=SHARED, linewidth=0.9)
+    axis.margins(0.16, 0.14)
+    axis.set(xlabel='forgetting (nats/token)', ylabel='adaptation (nats/token)')
+    figure.set_figheight(_height(len(colours) + 1))  # as high as plots with a legend
+    _label(figure, axis, points)
+    return Plot('forgetting-adaptation', 'Forgetting against adaptation', figure)
+
+
+def _label(figure: Figure, axis: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Name each point beside it: the nearest place where the name covers no point and no other name."""
+    axis.set_title('room for the title')
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+    scale, inside = figure.dpi / 72, axis.get_window_extent(renderer)
+    centres = [axis.transData.transform(point[:2]) for point in points]
+    better = axis.annotate('↖ better', (0.015, 0.985), xycoords='axes fraction', va='top', color=SHARED)
+    taken = [better.get_window_extent(renderer)]
+    taken += [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in centres]
+    look: dict[str, Any] = {'textcoords': 'offset points', 'ha': 'center', 'va': 'center', 'fontsize': 8.5}
+    for (x, y, name, colour), centre in zip(points, centres, strict=True):
+        text = axis.annotate(name, (x, y), (0, 0), color=colour, **look)
+        size = text.get_window_extent(renderer)
+        text.remove()
+        box = _place(centre, size.width + 2 * scale, size.height + scale, scale, taken, inside)
+        offset = (np.array([box.x0 + box.x1, box.y0 + box.y1]) / 2 - centre) / scale
+        # a name that is not beside its point needs a line to it
+        is_far = _common(box, Bbox([centre - 14 * scale, centre + 14 * scale])) == 0
+        arrow = {'arrowstyle': '-', 'color': colour, 'linewidth': 0.7, 'shrinkA': 0, 'shrinkB': 4} if is_far else None
+        text = axis.annotate(name, (x, y), tuple(offset), color=colour, arrowprops=arrow, **look)
+        text.set_in_layout(False)
+        taken.append(box)
+
+
+def _place(centre: Any, width: float, height: float, scale: float, taken: Sequence[Bbox], inside: Bbox) -> Bbox:
+    """The box of a name beside its point: the nearest of those that cover least of other things and stay inside."""
+    best, least = Bbox.null(), np.inf
+    for distance in (8, 14, 22, 32, 44, 58):
+        for angle in np.radians(range(0, 360, 15)):
+            across, up = np.cos(angle), np.sin(angle)
+            # the side of the box that faces the point is `distance` away
+            x = centre[0] + across * distance * scale + np.clip(across * 3, -1, 1) * width / 2
+            y = centre[1] + up * distance * scale + np.clip(up * 3, -1, 1) * height / 2
+            box = Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
+            covered = sum(_common(box, other) for other in taken) + width * height - _common(box, inside)
+            # right and left of a point are easiest to read
+            cost = 100 * covered + distance + 6 * abs(up)
+            if cost < least:
+                best, least = box, cost
+        if least < 100:
+            break
+    return best
+
+
+def _common(one: Bbox, other: Bbox) -> float:
+    """Area that two boxes have in common."""
+    both = Bbox.intersection(one, other)
+    return 0.0 if both is None else both.width * both.height
+
+
+def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
+    rows = [row for row in rows if not row.average]
+    bars = [(row, colours.get(row.arm, SHARED)) for row in rows if row.columns['tokens'].mean]
+    if not bars:
+        return None
+    union = next((row.runs[0].union_tokens for row in rows if row.runs[0].union_tokens), None)
+    is_run = any(row.kind == 'union' for row in rows)
+    last = max([row.columns['tokens'].mean for row, _ in bars] + [union or 0])
+    figure, axis = _figure()
+    count = len(bars) + (union is not None and not is_run)
+    for index, (row, colour) in enumerate(bars):
+        y, columns, is_begun = count - index, row.columns, row.runs[0].state != 'not started'
+        new, replayed = columns['new tokens'].mean, columns['replayed tokens'].mean
+        axis.barh(
+            y, new, 0.36, color=colour if is_begun else 'white', edgecolor=colour, linestyle='-' if is_begun else ':'
+        )
+        if replayed:
+            axis.barh(y, replayed, 0.36, left=new, color='white', edgecolor=colour, hatch='/////', linewidth=0.8)
+        said = [f'{short(new + replayed)} tokens']
+        said += [flop(columns['flops'].mean)] if 'flops' in columns else []
+        said += [percent(columns['compute against union'].mean)] if 'compute against union' in columns else []
+        _bar_text(axis, y, row.arm, ', '.join(said))
+    if union is not None and not is_run:
+        axis.barh(1, union, 0.36, color='white', edgecolor=SHARED, linestyle=':')
+        _bar_text(axis, 1, 'union', f'{short(union)} tokens, 100 %')
+    axis.set(ylim=(0.6, count + 0.75), xlim=(0, last * 1.01), xlabel='tokens (hatched: replayed, dotted: not run)')
+    axis.set_yticks([])
+    axis.grid(visible=False)
+    axis.spines['left'].set_visible(False)
+    _tokens(axis.xaxis, last)
+    figure.set_figheight(max(0.75 + 0.39 * count, 2.4))
+    return Plot('cost', 'Cost of the last stage', figure)
+
+
+def _bar_text(axis: Axes, y: float, name: str, numbers: str) -> None:
+    """Above its bar: the name on the left, the numbers on the right."""
+    look: dict[str, Any] = {'xycoords': ('axes fraction', 'data'), 'va': 'center', 'fontsize': 8.5}
+    name = name if len(name) < 34 else f'{name[:32]}…'
+    axis.annotate(name, (0, y + 0.41), ha='left', **look)
+    axis.annotate(numbers, (1, y + 0.41), ha='right', color='#52667a', **look)

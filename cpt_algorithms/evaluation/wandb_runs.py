@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run that ``wandb agent`` opened for a trial: filled in by the sequence, left alone by its training processes."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ['environment_of_children', 'trial_run']
+
+# What wandb.init takes for its own: the agent's run, sweep and parameters, and the service process of the sequence.
+_OF_THE_TRIAL = ('WANDB_RUN_ID', 'WANDB_SWEEP_ID', 'WANDB_SWEEP_PARAM_PATH', 'WANDB_SERVICE')
+
+
+def environment_of_children(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which each training process opens a W&B run of its own.
+
+    Args:
+        environ: That of the sequence.
+    """
+    return {key: value for key, value in environ.items() if key not in _OF_THE_TRIAL}
+
+
+@contextmanager
+def trial_run(config: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+    """Under ``wandb agent``: the trial's run, from now to the end of the block. Otherwise: nothing.
+
+    It is opened before anything is trained, so that the sweep sees a trial that runs, and one that fails.
+
+    Args:
+        config: Shown with the run; the trial's parameters are there already.
+
+    Yields:
+        A mapping to fill in: the summary of the run, where W&B looks for the sweep's metric.
+    """
+    summary: dict[str, float] = {}
+    if 'WANDB_SWEEP_ID' not in os.environ:
+        yield summary
+        return
+    import wandb  # takes a second, and most sequences need none
+
+    run = wandb.init(config=dict(config))
+    code = 1
+    try:
+        yield summary
+        code = 0
+    except SystemExit as error:
+        code = int(bool(error.code))
+        raise
+    finally:
+        run.summary.update(summary)
+        run.finish(exit_code=code)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was forgotten, what was learned, what it cost: a page about runs, at any time, finished or not.
+
+    python scripts/report.py runs/quickstart
+    python scripts/report.py runs/small runs/large --out report       # model sizes side by side
+    python scripts/report.py runs/one_stage                           # a run without a sequence; its parents are found
+
+Writes report.html (one file; open it in a browser), its plots as PNG, table.csv and report.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from cpt_algorithms.evaluation.report import print_report, write_report
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read, write, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='sequence folders or run folders')
+    parser.add_argument('--out', type=Path, help='folder to write to (default: the first RUN)')
+    arguments = parser.parse_args(argv)
+    try:
+        report = write_report(arguments.runs, arguments.out or arguments.runs[0])
+    except ValueError as error:
+        sys.exit(str(error))
+    # rich would take a log file for a narrow terminal
+    print_report(report, Console(width=None if sys.stdout.isatty() else 140))
+
+
+if __name__ == '__main__':
+    main()

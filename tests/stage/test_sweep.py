@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sweeps mean the same to W&B's own code as here, and cost the same in every trial."""
+
+import json
+import queue
+import random
+from pathlib import Path
+
+import pytest
+import sequence
+import sweeps
+import wandb.wandb_agent as agent
+import yaml
+from omegaconf import OmegaConf
+from sweeps.config import schema_violations_from_proposed_config
+from sweeps.params import HyperParameter
+from tiny import ROOT
+
+from cpt_algorithms.stage import sweep as ours
+from cpt_algorithms.stage.plan import tokens_per_stream
+from cpt_algorithms.stage.sweep import plan_trials, sequence_of, trials_of
+
+FILES = sorted((ROOT / 'yamls' / 'sweeps').glob('*.yaml'))
+QUICKSTART = ROOT / 'yamls' / 'sequence' / 'quickstart.yaml'
+COMMAND = ['${env}', '${interpreter}', '${program}', str(QUICKSTART), '--trial', '${args_no_hyphens}']
+each_file = pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+
+
+@pytest.fixture(autouse=True)
+def from_the_repositorys_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # as the paths in the files are
+
+
+@pytest.fixture
+def spec():
+    return OmegaConf.to_container(OmegaConf.load(QUICKSTART), resolve=True)
+
+
+def load(path):
+    return yaml.safe_load(path.read_text())
+
+
+def grid(parameters, **more):
+    return {'method': 'grid', 'command': COMMAND, 'parameters': parameters, **more}
+
+
+def asked_of_the_agent(sweep, values, folder, monkeypatch):
+    """What W&B's agent starts for one trial, from the words after the program on."""
+    started = []
+    monkeypatch.setattr(
+        agent, 'AgentProcess', lambda command, env: started.append(command) or type('Process', (), {})()
+    )
+    monkeypatch.setenv('WANDB_DIR', str(folder))
+    monkeypatch.setenv('WANDB_SWEEP_ID', 'sweep')
+    monkeypatch.setenv('WANDB_RUN_ID', 'given back when the test ends')
+    monkeypatch.setenv('WANDB_SWEEP_PARAM_PATH', 'likewise')
+    worker = agent.Agent(api=None, queue=queue.Queue())
+    worker._sweep_command = sweep['command']
+    (folder / 'wandb' / 'sweep-sweep').mkdir(parents=True, exist_ok=True)
+    worker._command_run({'run_id': 'trial', 'program': sweep.get('program', 'recipes/sequence.py'), 'args': values})
+    (command,) = started
+    assert command[:3] == ['/usr/bin/env', 'python', 'recipes/sequence.py']
+    return command[3:]
+
+
+def through_the_server(config):
+    return json.loads(json.dumps(config, default=float))
+
+
+def suggested(sweep):
+    """W&B's own trials of a grid."""
+    runs = []
+    while (run := sweeps.next_run(sweep, runs, validate=True)) is not None:
+        runs.append(run)
+    return [through_the_server(run.config) for run in runs]
+
+
+def named(runs):
+    return {run.name: run.config for run in runs}
+
+
+def test_there_are_sweeps_and_each_says_what_it_is():
+    assert {path.stem for path in FILES} == {
+        'replay_fraction', 'eta_max', 'warmup', 'infinite_cooldown', 'infinite_anneal', 'lawa',
+    }  # fmt: skip
+    for path in FILES:
+        header = [line for line in path.read_text().split('\n') if line.startswith('#')]
+        assert len(header) >= 3
+        assert f'--sweep yamls/sweeps/{path.name}' in header[1]
+        assert f'wandb sweep yamls/sweeps/{path.name}' in header[2]
+
+
+@each_file
+def test_wandb_finds_nothing_wrong(path):
+    assert schema_violations_from_proposed_config(load(path)) == []
+    assert schema_violations_from_proposed_config({**load(path), 'method': 'gird'})
+
+
+@each_file
+def test_trials_cost_the_same_and_share_what_they_do_not_change(path):
+    sweep = load(path)
+    trials = trials_of(sweep)
+    _, runs = sequence.read(sequence.parse(['--sweep', str(path)]))
+    assert len({run.arm for run in runs if run.stage == 'cpp'}) == len(trials)
+    for stage, tokens in (('python', 901_120), ('cpp', 532_480)):
+        assert {sum(tokens_per_stream(run.config).values()) for run in runs if run.stage == stage} == {tokens}
+    changed = any(name.startswith('python.') for name in sweep['parameters'])
+    first = [run.name for run in runs if run.stage == 'python']
+    assert len(first) == len(trials) if changed else first == ['python-s17']
+    total = sum(sum(tokens_per_stream(run.config).values()) for run in runs)
+    assert f'{total:,} in all' in path.read_text()
+    assert f'{len(runs)} runs' in path.read_text()
+
+
+@each_file
+def test_the_agents_command_means_the_arm_of_the_local_sweep(path, tmp_path, monkeypatch):
+    sweep = load(path)
+    # W&B draws other random trials than we do
+    random_one = through_the_server(sweeps.next_run({**sweep, 'method': 'random'}, []).config)
+    drawn = suggested(sweep) if sweep['method'] == 'grid' else [random_one]
+    tracked = 'common.loggers={wandb: {}}'  # what W&B is told about a run is the same, too
+    _, local = sequence.read(sequence.parse(['--sweep', str(path), tracked]))
+    together = {}
+    for config in drawn:
+        words = asked_of_the_agent(sweep, config, tmp_path, monkeypatch)
+        _, runs = sequence.read(sequence.parse([words[0], tracked, *words[1:]]))
+        together |= named(runs)
+        for name, given in config.items():
+            stage, _, key = name.partition('.')
+            if not key.startswith('replay.'):  # the stage's, and moved to its data by the plan
+                (config,) = [run.config for run in runs if run.stage == stage]
+                assert OmegaConf.select(OmegaConf.create(config), key) == given['value']
+    if sweep['method'] == 'grid':
+        assert together == named(local)
+    else:
+        assert len(together) == 2
+        assert together['python-s17'] == named(local)['python-s17']
+
+
+@pytest.mark.parametrize(
+    'parameters',
+    [
+        {'cpp.a': {'values': [0, 0.01, 1.0, 'x', True]}, 'cpp.b': {'value': 3}},
+        {'python.a': {'min': 2, 'max': 5}, 'cpp.b': {'values': ['1-sqrt', '3tok']}},
+        {'cpp.b': {'values': [{'name': 'wsd', 't_decay': '1ba'}, {'name': 'x'}]}, 'cpp.a': {'values': [1e-5, 2, 2]}},
+    ],
+)
+def test_a_grid_is_wandbs(parameters):
+    sweep = grid(parameters)
+    theirs = [[f'{name}={given["value"]}' for name, given in config.items()] for config in suggested(sweep)]
+    assert trials_of(sweep) == [sorted(trial) for trial in theirs]
+    assert trials_of({**sweep, 'run_cap': 2}) == trials_of(sweep)[:2]
+
+
+@pytest.mark.parametrize(
+    'parameter',
+    [
+        {'value': 7},
+        {'values': [1, 2, 'c']},
+        {'values': ['a', 'b', 'c'], 'probabilities': [0.5, 0.1, 0.4]},
+        {'min': 3, 'max': 9},
+        {'min': 0.5, 'max': 2},
+        {'distribution': 'uniform', 'min': 1, 'max': 3},
+        {'distribution': 'q_uniform', 'min': 0.0, 'max': 1.0, 'q': 0.05},
+        {'distribution': 'log_uniform_values', 'min': 1e-5, 'max': 1e-2},
+    ],
+    ids=str,
+)
+def test_a_draw_is_wandbs_at_the_same_quantile(parameter):
+    theirs = HyperParameter('cpp.a', dict(parameter))
+    generator = random.Random(1)
+    for _ in range(200):
+        x = generator.random()
+        drawn, expected = ours._draw(parameter, x), theirs.ppf(x)
+        assert drawn == (pytest.approx(expected, rel=6e-4) if isinstance(drawn, float) else expected)
+
+
+def test_random_trials_stay_the_same_and_a_larger_cap_keeps_them():
+    sweep = {**load(ROOT / 'yamls' / 'sweeps' / 'eta_max.yaml'), 'run_cap': 4}
+    trials = trials_of(sweep)
+    assert trials == trials_of(sweep)
+    assert trials_of({**sweep, 'run_cap': 9})[:4] == trials
+    assert trials[0] == ['cpp.optimizer.lr=0.005795', 'cpp.replay.fraction=0.25']
+    backwards = {**sweep, 'parameters': dict(reversed(sweep['parameters'].items()))}
+    assert trials_of(backwards) == trials
+
+
+def test_a_trial_drawn_twice_is_run_once():
+    sweep = grid({'cpp.a': {'values': [1, 2]}}, method='random', run_cap=30)
+    assert sorted(trials_of(sweep)) == [['cpp.a=1'], ['cpp.a=2']]
+
+
+def test_a_run_is_named_by_its_own_trial_alone(spec):
+    trials = [
+        ['python.scheduler.t_warmup=0.02dur', 'cpp.replay.fraction=0.05'],
+        ['cpp.replay.fraction=0.25', 'python.scheduler.t_warmup=0.02dur'],
+        ['cpp.optimizer.lr=0.001'],
+        ['cpp.scheduler.alpha_f=1.0', 'cpp.optimizer.lr=3e-4'],
+    ]
+    together = named(plan_trials(spec, trials))
+    assert list(together) == [
+        'python-replay.fraction_0.05_python.scheduler.t_warmup_0.02dur-s17',
+        'cpp-replay.fraction_0.05_python.scheduler.t_warmup_0.02dur-s17',
+        'python-replay.fraction_0.25_python.scheduler.t_warmup_0.02dur-s17',
+        'cpp-replay.fraction_0.25_python.scheduler.t_warmup_0.02dur-s17',
+        'python-s17',
+        'cpp-optimizer.lr_0.001-s17',
+        'cpp-optimizer.lr_0.0003_scheduler.alpha_f_1-s17',
+    ]
+    for trial in trials:
+        for name, config in named(plan_trials(spec, [trial])).items():
+            assert together[name] == config
+    assert together['cpp-optimizer.lr_0.0003_scheduler.alpha_f_1-s17']['optimizer']['lr'] == 3e-4
+
+
+def test_a_section_may_come_before_or_after_its_keys(spec):
+    section, key = (
+        "cpp.scheduler={'name': 'wsd', 't_warmup': '0tok', 't_decay': '1ba'}",
+        'cpp.scheduler.t_decay=4096tok',
+    )
+    one, other = (named(plan_trials(spec, [trial])) for trial in ([section, key], [key, section]))
+    assert one == other
+    assert one['cpp-scheduler.name_wsd_scheduler.t_decay_4096tok_scheduler.t_warmup_0tok-s17']['scheduler'] == {
+        'name': 'wsd', 't_warmup': '0tok', 't_decay': '4096tok',
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('trial', 'message'),
+    [
+        ('ccp.replay.fraction=0.1', r"ccp\.replay\.fraction does not begin with a stage .*'cpp\.replay\.fraction'"),
+        ('replay.fraction=0.1', r"replay\.fraction does not begin with a stage .*'cpp\.replay\.fraction'"),
+        ('baseline=union', 'baseline does not begin with a stage'),
+        ('cpp=3', 'cpp is a stage and no key of it'),
+        ('cpp.replay.fraction', 'is not STAGE.KEY=VALUE'),
+        ('cpp.replay.fracton=0.1', r"replay\.fracton is not a key that anything reads; did you mean 'fraction'"),
+        ('cpp.seed=1', r'seed is set by the sequence'),
+        ('cpp.max_duration=1ba', r'cpp\.max_duration would make one trial cost more'),
+        ('cpp.global_train_batch_size=64', r'cpp\.global_train_batch_size would make one trial cost more'),
+        ('python.max_seq_len=64', r'python\.max_seq_len would make one trial cost more'),
+        ('cpp.train_loader.dataset.max_seq_len=64', 'would make one trial cost more'),
+        ('cpp.model.d_model=256', r'cpp\.model\.d_model would make one trial cost more'),
+        ("cpp={'model': {'n_layers': 4}}", r'cpp\.model\.n_layers would make one trial cost more'),
+    ],
+)
+def test_bad_trials_are_named(spec, trial, message):
+    with pytest.raises(ValueError, match=message):
+        plan_trials(spec, [[trial]])
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'method': 'bayes'}, "method='bayes' needs wandb agent; grid and random, to their end, are possible without"),
+        ({'early_terminate': {'type': 'hyperband'}}, 'early_terminate needs wandb agent'),
+        ({'method': 'random'}, 'run_cap is missing'),
+        ({'paramters': {}}, "paramters is not a key that anything reads; did you mean 'parameters'"),
+        ({'parameters': {}}, 'parameters is missing'),
+        ({'parameters': {'cpp': {'parameters': {'a': {'value': 1}}}}}, r'parameters\.cpp must be one parameter'),
+        ({'parameters': {'cpp.a': 0.1}}, r'parameters\.cpp\.a must be one parameter'),
+        ({'parameters': {'cpp.a': {'min': 0.1, 'max': 1.0}}}, 'uniform with method=grid needs wandb agent'),
+        (
+            {'parameters': {'cpp.a': {'distribution': 'normal'}}, 'method': 'random', 'run_cap': 2},
+            'distribution normal with method=random needs wandb agent; possible without it: constant',
+        ),
+        ({'parameters': {'cpp.a': {'vals': [1]}}, 'method': 'random', 'run_cap': 2}, r'cpp\.a\.min is missing'),
+        (
+            {'parameters': {'cpp.a': {'min': '3e-4', 'max': 1.0}}, 'method': 'random', 'run_cap': 2},
+            "min='3e-4' is text in W&B's YAML",
+        ),
+        (
+            {'parameters': {'cpp.a': {'values': [1], 'probabilities': [1, 2]}}, 'method': 'random', 'run_cap': 2},
+            'as many probabilities as values',
+        ),
+    ],
+)
+def test_what_only_wandb_can_do_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        trials_of({**grid({'cpp.a': {'value': 1}}), **change})
+
+
+def test_the_sequence_stands_in_the_command():
+    words = ['base.yaml', 'folder=x']
+    assert sequence_of({'command': [*COMMAND[:3], *words, *COMMAND[-2:]]}) == words
+    for command in (None, ['${program}', '${args}'], [*COMMAND[:3], *COMMAND[-2:]], [*COMMAND[:-1], '${args}']):
+        with pytest.raises(ValueError, match='hands no trial to a sequence; use'):
+            sequence_of({'command': command})
+
+
+def test_words_after_a_sweep_change_all_its_trials(tmp_path):
+    path = Path('yamls/sweeps/lawa.yaml')
+    spec, runs = sequence.read(sequence.parse(['--sweep', str(path), f'folder={tmp_path}', 'seeds=[1,2]', 'jobs=1']))
+    assert (spec['name'], spec['jobs'], spec['folder']) == (load(path)['name'], 1, str(tmp_path))
+    assert len(runs) == 20
+    assert sequence.parse(['--sweep', str(path), '--dry-run', 'jobs=1']).words == ['jobs=1']
