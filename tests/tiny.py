@@ -54,6 +54,19 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def eval_loader(label: str, data: Path) -> dict[str, Any]:
+    """An evaluator on the validation split of a dataset."""
+    return {
+        'name': 'text',
+        'label': label,
+        'drop_last': False,
+        'num_workers': 0,
+        'prefetch_factor': None,
+        'persistent_workers': False,
+        'dataset': {'local': str(data), 'split': 'val', 'max_seq_len': SEQ_LEN},
+    }
+
+
 def config(folder: Path, data: dict[str, Path], run_name: str, **over: Any) -> dict[str, Any]:
     """A stage on ``data['new']``; keyword arguments are merged over it."""
     base = {

@@ -207,7 +207,7 @@ def plan(spec: Config) -> list[Run]:
                 if key in runs and last:
                     raise ValueError(f'arms.{arm} means the same runs as arms.{runs[key].arm}; leave one out')
                 if key not in runs:
-                    plain = not last and not (overrides or {}).get(stage) and parent is None
+                    plain = not last and not any((overrides or {}).get(name) for name in list(stages)[: index + 1])
                     words = [stage] if plain or arm == stage else [stage, arm]
                     name = f'{"-".join(map(_slug, words))}-s{seed}'
                     config = {**config, 'run_name': name, 'save_folder': f'{spec["folder"]}/{name}', 'seed': seed}

@@ -60,16 +60,9 @@ def test_bad_windows_are_named(kwargs, message):
 
 @pytest.mark.parametrize('duration', ['8ba', f'{8 * tiny.TOKENS_PER_BATCH}tok'])
 def test_a_real_run_evaluates_its_final_window_and_a_restart_keeps_it(duration, data, tmp_path):
-    def evaluated(label, folder):
-        return {
-            'name': 'text', 'label': label, 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
-            'persistent_workers': False,
-            'dataset': {'local': str(folder), 'split': 'val', 'max_seq_len': tiny.SEQ_LEN},
-        }  # fmt: skip
-
     def cfg(name):
         scheduler = {'name': 'rewarm_constant', 't_warmup': '0.5dur'}
-        loaders = [evaluated('fresh', data['new']), evaluated('past', data['old'])]
+        loaders = [tiny.eval_loader('fresh', data['new']), tiny.eval_loader('past', data['old'])]
         final = {'save_folder': str(tmp_path / name), 'window': '6ba', 'interval': '2ba'}
         return tiny.config(
             tmp_path, data, name, max_duration=duration, scheduler=scheduler, eval_loader=loaders,

@@ -119,14 +119,6 @@ def test_bad_arguments_are_named(arguments, message):
         Forgetting(**arguments)
 
 
-def evaluated(label, folder):
-    return {
-        'name': 'text', 'label': label, 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
-        'persistent_workers': False,
-        'dataset': {'local': str(folder), 'split': 'val', 'max_seq_len': tiny.SEQ_LEN},
-    }  # fmt: skip
-
-
 @pytest.fixture(scope='module')
 def parent(data, tmp_path_factory):
     """A model that has learned a little of the old data."""
@@ -140,7 +132,7 @@ def parent(data, tmp_path_factory):
 def child(parent, data, tmp_path):
     return tiny.config(
         tmp_path, data, 'child', load_path=str(parent / 'latest-rank0.pt'), eval_interval='3ba',
-        eval_loader=[evaluated('fresh', data['new']), evaluated('past', data['old'])],
+        eval_loader=[tiny.eval_loader('fresh', data['new']), tiny.eval_loader('past', data['old'])],
         callbacks={
             'forgetting': {'new': ['fresh'], 'old': ['past']}, 'final_loss': {'window': '4ba', 'interval': '2ba'},
             'lawa': {'k': 2, 'interval': '2ba'},
@@ -269,11 +261,11 @@ def test_what_cannot_be_judged_is_refused(child, data, write_mds, tmp_path):
         {'callbacks': {'forgetting': {'old': ['pasd']}}}
     )
     empty = write_mds(tmp_path / 'empty', 0, 0, split='val')
-    assert 'eval_loader[0].stream: the dataset is empty' in problems({'eval_loader': [evaluated('past', empty)]})
-    small = {**evaluated('past', data['old']), 'drop_last': True}
+    assert 'eval_loader[0].stream: the dataset is empty' in problems({'eval_loader': [tiny.eval_loader('past', empty)]})
+    small = {**tiny.eval_loader('past', data['old']), 'drop_last': True}
     with pytest.raises(ValueError, match=r'eval_loader past: nothing was evaluated.*less than a batch'):
         tiny.run(resolve(tiny.merge(child, {
-            'eval_loader': [evaluated('fresh', data['new']), small], 'device_eval_batch_size': 64,
+            'eval_loader': [tiny.eval_loader('fresh', data['new']), small], 'device_eval_batch_size': 64,
         })))  # fmt: skip
     with pytest.raises(ValueError, match='the parent was not evaluated on .past.*set eval_first: true'):
         tiny.run({**resolve(child), 'eval_first': False})

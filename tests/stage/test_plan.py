@@ -110,3 +110,42 @@ def test_three_stages_replay_everything_earlier(spec):
 def test_bad_sequences_are_named(spec, change, message):
     with pytest.raises(ValueError, match=message):
         plan(merge(spec, change))
+
+
+def test_stages_with_a_parent_are_judged_against_it(spec):
+    runs = {run.name: run.config['callbacks'] for run in plan(spec)}
+    assert runs['cpp-replay_0pct-s17']['forgetting'] == {'new': ['cpp'], 'old': ['python']}
+    assert 'forgetting' not in runs['python-s17']
+    assert 'forgetting' not in runs['union-s17']
+    third = merge(spec, {'stages': {'again': {'new': 'python', 'max_duration': '532480tok'}}, 'arms': {'union': None}})
+    runs = {run.name: run for run in plan(third)}
+    assert runs['again-replay_5pct-s17'].config['callbacks']['forgetting'] == {'new': ['python'], 'old': ['cpp']}
+    assert runs['again-replay_5pct-s17'].parent == 'cpp-replay_5pct-s17'
+
+
+def test_a_middle_stage_that_no_arm_changes_has_no_arms_name(spec):
+    three = {'python': {}, 'cpp': {}, 'last': {'new': 'python', 'max_duration': '532480tok'}}
+    arms = {'low': {'last': {'optimizer': {'lr': 1e-4}}}, 'high': {'last': {'optimizer': {'lr': 1e-2}}}}
+    runs = plan({**merge(spec, {'stages': three}), 'arms': arms})
+    assert [run.name for run in runs] == ['python-s17', 'cpp-s17', 'last-low-s17', 'last-high-s17']
+
+
+def test_wandb_runs_can_be_grouped(spec):
+    mine = {'entity': 'us', 'tags': ['mine'], 'init_kwargs': {'config': {'budget': 'small'}, 'mode': 'offline'}}
+    tracked = merge(spec, {'common': {'loggers': {'wandb': mine}}})
+    runs = {run.name: run.config['loggers']['wandb'] for run in plan(tracked)}
+    assert runs['cpp-replay_5pct-s17'] == {
+        'project': 'quickstart', 'group': 'quickstart', 'entity': 'us',
+        'tags': ['mine', 'cpp', 'replay 5 %', 'seed 17'],
+        'init_kwargs': {
+            'job_type': 'cpp', 'mode': 'offline',
+            'config': {'sequence': 'quickstart', 'stage': 'cpp', 'arm': 'replay 5 %', 'seed': 17, 'budget': 'small'},
+        },
+    }  # fmt: skip
+    assert runs['python-s17']['init_kwargs']['config']['arm'] == 'shared'
+    assert [run.name for run in plan(tracked)] == [run.name for run in plan(spec)], 'tracking changes no run'
+
+
+def test_every_run_ends_with_the_suite(spec):
+    assert {run.config['variables']['lm_eval'][0] for run in plan(spec)} == {'yamls/eval/offline.yaml'}
+    assert not any('variables' in run.config for run in plan({**spec, 'lm_eval': None}))

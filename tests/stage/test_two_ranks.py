@@ -49,16 +49,8 @@ def stage(folder, data, parent, run_name, **over):
 
 def judged(data):
     """Forgetting, during and after."""
-    loaders = [
-        {
-            'name': 'text', 'label': label, 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
-            'persistent_workers': False,
-            'dataset': {'local': str(data[label]), 'split': 'val', 'max_seq_len': tiny.SEQ_LEN},
-        }
-        for label in ('old', 'new')
-    ]  # fmt: skip
     callbacks = {'forgetting': {'new': ['new'], 'old': ['old']}, 'final_loss': {'window': '4ba', 'interval': '2ba'}}
-    return {'eval_loader': loaders, 'callbacks': callbacks}
+    return {'eval_loader': [tiny.eval_loader(label, data[label]) for label in ('old', 'new')], 'callbacks': callbacks}
 
 
 def suite(folder):

@@ -29,13 +29,7 @@ DROPOUT = {'resid_pdrop': 0.1, 'emb_pdrop': 0.1}
 
 
 def eval_loaders(data, *names):
-    return [
-        {
-            'name': 'text', 'label': name, 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
-            'persistent_workers': False, 'dataset': {'local': str(data[name]), 'split': 'val', 'max_seq_len': tiny.SEQ_LEN},
-        }
-        for name in names
-    ]  # fmt: skip
+    return [tiny.eval_loader(name, data[name]) for name in names]
 
 
 def config(folder, data, name, averages=AVERAGES, **over):

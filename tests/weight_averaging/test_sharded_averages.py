@@ -15,10 +15,6 @@ RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
 
 
 def config(folder, data, name, **over):
-    loader = {
-        'name': 'text', 'label': 'old', 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
-        'persistent_workers': False, 'dataset': {'local': str(data['old']), 'split': 'val', 'max_seq_len': tiny.SEQ_LEN},
-    }  # fmt: skip
     folder = folder / name
     callbacks = {
         'final_loss': {'window': '4ba', 'interval': '2ba'},
@@ -26,7 +22,7 @@ def config(folder, data, name, **over):
         'ema': {'half_life': '2ba'},
         'lawa': {'k': 2, 'interval': '2ba'},
     }
-    cfg = tiny.config(folder.parent, data, name, eval_loader=[loader], eval_interval='3ba', save_interval='3ba',
+    cfg = tiny.config(folder.parent, data, name, eval_loader=[tiny.eval_loader('old', data['old'])], eval_interval='3ba', save_interval='3ba',
                       callbacks=callbacks, fsdp_config={'state_dict_type': 'sharded'})  # fmt: skip
     return tiny.merge(cfg, over)
 
