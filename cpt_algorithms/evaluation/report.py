@@ -210,10 +210,15 @@ def _number(row: Row, column: str) -> _Cell:
         return _Cell(flop(value.mean))
     if column == 'compute against union':
         return _Cell(percent(value.mean))
-    if column.startswith('device hours'):
-        return _Cell(f'{value.mean:.3g}', _interval(value, '.2g'))
     is_change = column.startswith(('forgetting', 'adaptation'))
     return _Cell(signed(value.mean, 3) if is_change else f'{value.mean:.3f}', _interval(value, '.3f'))
+
+
+def _hours(value: OverSeeds | None, scale: int) -> _Cell:
+    if value is None:
+        return _Cell()
+    half = '' if value.half is None else f'±{scale * value.half:.2g}'
+    return _Cell(f'{scale * value.mean:.3g}', half)
 
 
 def _interval(value: OverSeeds, form: str) -> str:
@@ -370,7 +375,7 @@ def _benchmark_tables(report: Report, losses: Mapping[str, str]) -> list[_Table]
             average = _score(scores.average, scores.average_delta) if scores.average else _Cell()
             lines.append(line(scores.row, [*cells, average]))
         heads = [_task_head(report, suite, task) for task in tasks]
-        tables.append(_Table(f'Benchmarks: {suite}', note, [('accuracies in %', [*heads, 'AVG'])], lines))
+        tables.append(_Table(f'Benchmarks: {suite}', note, [('scores, accuracies in %', [*heads, 'AVG'])], lines))
     return tables
 
 
@@ -393,7 +398,9 @@ def _score(score: OverSeeds, delta: Mean | None) -> _Cell:
 def _cost_table(report: Report) -> _Table:
     study = report.study
     devices = {run.cost['device'] for run in study.runs.values() if run.cost}
-    hours = f'{next(iter(devices)).upper()}-hours' if len(devices) == 1 else 'device-hours'
+    longest = max((run.hours or 0 for run in study.runs.values()), default=0)
+    scale, unit = (60, 'minutes') if longest < 1 else (1, 'hours')
+    hours = f'{next(iter(devices)).upper() if len(devices) == 1 else "device"}-{unit}'
     has_new = ('new tokens', 'replayed tokens', 'flops', 'compute against union')
     several = len(study.sizes) > 1
     lines = []
@@ -401,11 +408,12 @@ def _cost_table(report: Report) -> _Table:
     for row in report.rows:
         if row.average:
             continue
-        saved = _number(row, 'device hours saved')
+        saved = _hours(row.columns.get('device hours saved'), scale)
         if 'device hours saved (estimated)' in row.columns:
-            guess = _number(row, 'device hours saved (estimated)')
+            guess = _hours(row.columns['device hours saved (estimated)'], scale)
             saved, is_estimate = _Cell(f'≈ {guess.text}', guess.small), True
-        cells = [*(_number(row, column) for column in has_new), _number(row, 'device hours'), saved]
+        spent = _hours(row.columns.get('device hours'), scale)
+        cells = [*(_number(row, column) for column in has_new), spent, saved]
         name = f'{row.name} ({size_name(row.size)})' if several else row.name
         lines.append(_Line(name, row.note, row.kind, cells))
     note = 'Of the last stage of each arm: what came before is paid for already. Compute: 6 × parameters N × tokens T.'
