@@ -20,7 +20,6 @@ import re
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -49,7 +48,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cpt_algorithms.evaluation.final_loss import write_json
-from cpt_algorithms.evaluation.lm_eval import load_suite_of
+from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
+from cpt_algorithms.exports import models_of, parent_of
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
 
@@ -116,20 +116,20 @@ def track(cfg: dict[str, Any], folder: Path) -> None:
         given['init_kwargs'] = {**same, **(given.get('init_kwargs') or {})}
 
 
-def evaluate(folder: Path, suite: str | list[str]) -> dict[str, float]:
-    """Run lm-eval on what was exported, and return the scores as metrics.
-
-    In a process of its own: one task that crashes must not take the run with it.
-    """
-    script = Path(__file__).parents[1] / 'scripts' / 'evaluate.py'
-    path, *overrides = [suite] if isinstance(suite, str) else suite
-    done = subprocess.run([sys.executable, str(script), str(folder), *overrides, '--suite', path], check=False)
-    if done.returncode not in (0, 1):  # 1: some tasks are missing, which it has said
-        sys.exit(f'{folder}: the model is trained and exported, but lm-eval could not be run; see above')
+def evaluate(folder: Path, given: str | list[str]) -> dict[str, float]:
+    """Run lm-eval on what was exported, beside the parent, and return the scores as metrics."""
+    suite, models = load_suite_of(given), models_of(folder)
+    try:
+        parent = parent_of(folder)
+    except ValueError as missing:
+        print(missing)
+        parent = None
+    results = evaluate_all([models], [parent], suite)
     metrics = {}
-    for result in folder.glob(f'huggingface/lm_eval/{load_suite_of(suite)["name"]}/*.json'):
-        average = result.stem.partition('-')[2]
-        for name, task in json.loads(result.read_text(encoding='utf-8'))['tasks'].items():
+    for model in models:
+        print_result(results[model], results[parent] if parent else None)
+        average = model.name.partition('-')[2]
+        for name, task in results[model]['tasks'].items():
             metrics[f'lm_eval/{name}/{average}' if average else f'lm_eval/{name}'] = task['score']
     return metrics
 

@@ -133,7 +133,7 @@ def suite_of(run: Run) -> str | list[str] | None:
 def is_done(run: Run) -> bool:
     """Whether a run is trained, exported and evaluated."""
     path = folder(run) / 'done.json'
-    return path.exists() and json.loads(path.read_text(encoding='utf-8')).get('lm_eval') == suite_of(run)
+    return path.exists() and suite_of(run) in (None, json.loads(path.read_text(encoding='utf-8'))['lm_eval'])
 
 
 def write_sequence(spec: dict[str, Any], runs: list[Run], keep: bool) -> None:

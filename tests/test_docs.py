@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 import numpy as np
 import pytest
+import yaml
 from llmfoundry import registry
 from llmfoundry.utils.builders import build_callback, build_scheduler
 from omegaconf import OmegaConf
@@ -16,6 +17,7 @@ from tiny import ROOT
 import cpt_algorithms
 from cpt_algorithms.stage import preflight, resolve
 from cpt_algorithms.stage.plan import plan
+from cpt_algorithms.stage.sweep import sequence_of, trials_of
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'cpt_algorithms').rglob('README.md'))]
 YAMLS = sorted((ROOT / 'yamls').rglob('*.yaml'))
@@ -46,6 +48,11 @@ def test_links_and_named_files_exist(page):
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.parent.name)
 def test_yaml_blocks_build(page):
     for text in blocks(page, 'yaml'):
+        if 'parameters:' in text:
+            sweep = yaml.safe_load(text)
+            assert sequence_of(sweep)
+            assert trials_of(sweep)
+            continue
         cfg = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
         if 'scheduler' in cfg:
             section = dict(cfg['scheduler'])

@@ -3,7 +3,11 @@
 
 import hashlib
 import json
+import logging
+import os
 import random
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,6 +23,9 @@ import torch
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from cpt_algorithms.evaluation.final_loss import write_json
 from cpt_algorithms.evaluation.functional import Mean
@@ -30,11 +37,13 @@ __all__ = [
     'check_suite',
     'compare',
     'evaluate',
+    'evaluate_all',
     'load_model',
     'load_suite',
     'load_suite_of',
     'macro_average',
     'paired_delta',
+    'print_result',
     'result_file',
     'score',
     'within_noise',
@@ -371,6 +380,51 @@ def evaluate(
     return result
 
 
+def evaluate_all(
+    models: Sequence[Sequence[Path]],
+    parents: Sequence[Path | None],
+    suite: Mapping[str, Any],
+    device: str | None = None,
+    batch_size: int = 16,
+    limit: int | None = None,
+) -> dict[Path, dict[str, Any]]:
+    """Evaluate models and what they are compared with, each once.
+
+    Args:
+        models: Models of each run.
+        parents: Of each run, what its models are compared with.
+        suite: Of :func:`load_suite`.
+        device: ``cpu`` or ``cuda``. Default: ``cuda`` if there is one.
+        batch_size: Sequences at once. Default: ``16``.
+        limit: Items of each task at most. Default: ``None``.
+
+    Returns:
+        ``{model: result of evaluate}``.
+
+    Raises:
+        ValueError: If a model cannot be loaded.
+    """
+    _quiet()
+    if device is None:
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    print_once = cache(print)  # a task is missing for all models
+    wanted = [model for parent, found in zip(parents, models, strict=True) for model in (parent, *found) if model]
+    return {model: evaluate(model, suite, device, batch_size, limit, print_once) for model in dict.fromkeys(wanted)}
+
+
+def _quiet() -> None:
+    """Leaves lm-eval's progress bars and what goes wrong, and keeps what is offline offline."""
+    if os.environ.get('HF_HUB_OFFLINE'):
+        os.environ.setdefault('HF_DATASETS_OFFLINE', os.environ['HF_HUB_OFFLINE'])
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    warnings.filterwarnings('ignore', module=r'(llmfoundry|composer|transformers|torch|lm_eval)\b')
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.set_verbosity_error()
+    logging.getLogger('lm_eval').setLevel(logging.WARNING)
+    logging.getLogger('lm_eval.models').setLevel(logging.ERROR)  # it warns of every model that is loaded already
+
+
 def _build(entry: Mapping[str, Any]) -> Any:
     """The tasks of an entry with their data, as ``lm_eval.simple_evaluate`` makes them.
 
@@ -493,3 +547,43 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
         both = (macro_average(parents), macro_average(deltas)) if whole else (None, None)
         rows.append(Row(f'average of {len(averaged)}', None, '', True, average, *both))
     return rows
+
+
+# Printing
+
+
+def _cell(mean: Mean | None, is_accuracy: bool, sign: str = '') -> str:
+    """A number with its standard error, in percent or as it is."""
+    if mean is None:
+        return '-'
+    if is_accuracy:
+        return f'{100 * mean.value:{sign}.2f} ± {100 * mean.stderr:.2f} %'
+    return f'{mean.value:{sign}.4f} ± {mean.stderr:.4f}'
+
+
+def _verdict(row: Row) -> str:
+    """What a difference means."""
+    if row.delta is None:
+        return ''
+    if within_noise(row.delta):
+        return 'within noise'
+    arrow = '↑' if row.delta.value > 0 else '↓'
+    return f'{arrow} better' if (row.delta.value > 0) == row.is_accuracy else f'{arrow} worse'
+
+
+def print_result(result: dict[str, Any], parent: dict[str, Any] | None) -> None:
+    """One model, beside its parent if it has one."""
+    title = f'{result["model"]}: {result["suite"]}' + (f', against {parent["model"]}' if parent else '')
+    table = Table('task', title=title, title_justify='left', box=box.SIMPLE)
+    for column in ('shots', 'n', 'score', *(('parent', 'delta') if parent else ())):
+        table.add_column(column, justify='right', no_wrap=True)
+    table.add_column('')
+    for row in compare(result, parent):
+        shots = ['', ''] if row.num_fewshot is None else [str(row.num_fewshot), f'{row.score.count:,}']
+        cells = [row.name, *shots, _cell(row.score, row.is_accuracy)]
+        if parent:
+            cells += [_cell(row.parent, row.is_accuracy), _cell(row.delta, row.is_accuracy, '+'), _verdict(row)]
+        table.add_row(*cells)
+    for name in result['missing']:
+        table.add_row(name, '', '', 'missing')
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

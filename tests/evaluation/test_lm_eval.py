@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from cpt_algorithms import exports
 from cpt_algorithms.evaluation import lm_eval
 from cpt_algorithms.evaluation.functional import Mean
 from cpt_algorithms.evaluation.lm_eval import (
@@ -409,10 +410,10 @@ def test_a_parent_that_is_not_there(runs: Path, suite_file: Path, capsys: pytest
 def test_the_parent_is_the_checkpoint_that_was_loaded(runs: Path):
     newest = runs / 'base' / 'huggingface' / 'ba8'
     shutil.copytree(runs / 'base' / 'huggingface' / 'ba4', newest)
-    assert script.models_of(runs / 'base') == [newest]
-    assert script.parent_of(runs / 'child') == runs / 'base' / 'huggingface' / 'ba4'
-    assert script.parent_of(runs / 'child' / 'huggingface' / 'ba4-lawa') == runs / 'base' / 'huggingface' / 'ba4'
-    assert script.parent_of(runs / 'base') is None
+    assert exports.models_of(runs / 'base') == [newest]
+    assert exports.parent_of(runs / 'child') == runs / 'base' / 'huggingface' / 'ba4'
+    assert exports.parent_of(runs / 'child' / 'huggingface' / 'ba4-lawa') == runs / 'base' / 'huggingface' / 'ba4'
+    assert exports.parent_of(runs / 'base') is None
 
 
 def test_models_of_transformers(tmp_path: Path, data, suite_file: Path):
