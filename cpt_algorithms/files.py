@@ -2,13 +2,42 @@
 """Results that appear whole or not at all."""
 
 import fcntl
+import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ['hidden_sibling']
+__all__ = ['hidden_sibling', 'write_json', 'write_whole']
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, even if the machine stops half-way or another process writes it too.
+
+    Args:
+        path: The file; its folder is made if need be.
+        content: What it will hold.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
+    with open(partial, 'wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all.
+
+    Args:
+        path: The file; its folder is made if need be.
+        value: Anything JSON can hold.
+    """
+    write_whole(path, json.dumps(value, indent=1).encode())
 
 
 @contextmanager

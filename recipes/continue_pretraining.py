@@ -47,9 +47,9 @@ from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cpt_algorithms.evaluation.final_loss import write_json
 from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
 from cpt_algorithms.exports import models_of, parent_of
+from cpt_algorithms.files import write_json
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
 
@@ -86,11 +86,15 @@ def print_phases(cfg: dict[str, Any]) -> None:
         print(format_phases(schedule, unit, duration.value), flush=True)
 
 
-def start_or_restart(cfg: dict[str, Any], folder: Path) -> None:
-    """Write ``stage.json``, the lineage: whose checkpoints these are, from which parent, on what data, made with what.
+def note_lineage(cfg: dict[str, Any], folder: Path) -> None:
+    """``stage.json``: whose checkpoints these are, from which parent, on what data, made with what.
 
-    If the same stage was stopped before its first checkpoint, the parent's losses are kept; else they are removed.
+    Written when the stage starts, and when a restart extends it. The parent's losses of a start that was stopped before
+    its first checkpoint are kept if nothing has changed since, and otherwise removed.
     """
+    known, losses, parent = folder / 'stage.json', folder / 'forgetting.json', Path(cfg.get('load_path') or '')
+    before = json.loads(known.read_text(encoding='utf-8')) if known.exists() else {}
+    wandb_id = before.pop('wandb_id', secrets.token_hex(4))
     lineage = {
         'run_name': cfg['run_name'],
         'parent': cfg.get('load_path'),
@@ -99,39 +103,50 @@ def start_or_restart(cfg: dict[str, Any], folder: Path) -> None:
         'config': cfg,
         'versions': {name: version(name) for name in STACK},
     }
-    known, losses, parent = folder / 'stage.json', folder / 'forgetting.json', Path(cfg.get('load_path') or '')
-    before = json.loads(known.read_text(encoding='utf-8')) if known.exists() else {}
-    wandb_id = before.pop('wandb_id', secrets.token_hex(4))
+    if latest_batch(folder) and before.get('max_duration') == cfg['max_duration']:
+        return
     unchanged = before == lineage and parent.exists()
-    if losses.exists() and not (unchanged and parent.stat().st_mtime < losses.stat().st_mtime):
-        losses.unlink()
+    if losses.exists() and not latest_batch(folder):
+        if not (unchanged and parent.stat().st_mtime < losses.stat().st_mtime):
+            losses.unlink()
     write_json(known, {**lineage, 'wandb_id': wandb_id})
 
 
 def track(cfg: dict[str, Any], folder: Path) -> None:
     """Let a restarted run go on as the same W&B run."""
-    given = (cfg.get('loggers') or {}).get('wandb')
-    if given is not None and given.get('rank_zero_only', True):
-        same = {'id': json.loads((folder / 'stage.json').read_text(encoding='utf-8'))['wandb_id'], 'resume': 'allow'}
-        given['init_kwargs'] = {**same, **(given.get('init_kwargs') or {})}
+    loggers = cfg.get('loggers') or {}
+    given = loggers.get('wandb') or {}
+    wandb_id = json.loads((folder / 'stage.json').read_text(encoding='utf-8')).get('wandb_id')
+    if 'wandb' in loggers and wandb_id and given.get('rank_zero_only', True):
+        init = {'id': wandb_id, 'resume': 'allow', **(given.get('init_kwargs') or {})}
+        loggers['wandb'] = {**given, 'init_kwargs': init}
 
 
-def evaluate(folder: Path, given: str | list[str]) -> dict[str, float]:
-    """Run lm-eval on what was exported, beside the parent, and return the scores as metrics."""
-    suite, models = load_suite_of(given), models_of(folder)
+def evaluate(folder: Path, given: str | list[str]) -> tuple[dict[str, float], bool]:
+    """Run lm-eval on what was exported, beside the parent.
+
+    Returns:
+        The scores as metrics, and whether there is nothing left to try again.
+    """
     try:
-        parent = parent_of(folder)
-    except ValueError as missing:
-        print(missing)
-        parent = None
-    results = evaluate_all([models], [parent], suite)
+        suite, models = load_suite_of(given), models_of(folder)
+        try:
+            parent = parent_of(folder)
+        except ValueError as missing:
+            print(missing)
+            parent = None
+        results = evaluate_all([models], [parent], suite)
+    except Exception as error:  # of any kind: the model is trained and exported, and others may start from it
+        print(f'{folder}: lm-eval could not be run; the same command tries again: {type(error).__name__}: {error}')
+        return {}, False
     metrics = {}
     for model in models:
         print_result(results[model], results[parent] if parent else None)
         average = model.name.partition('-')[2]
         for name, task in results[model]['tasks'].items():
             metrics[f'lm_eval/{name}/{average}' if average else f'lm_eval/{name}'] = task['score']
-    return metrics
+    expected = set(suite.get('missing') or {})
+    return metrics, all(set(results[model]['missing']) == expected for model in models)
 
 
 def mend(folder: Path) -> None:
@@ -193,8 +208,7 @@ def main() -> None:
         if done['batch'] and (total is None or done['batch'] >= total):
             if rank_zero:
                 print(f'{cfg["run_name"]}: finished already, at batch {done["batch"]}')
-                if suite and done['lm_eval'] != suite:
-                    evaluate(folder, suite)
+                if suite and done.get('lm_eval') != suite and evaluate(folder, suite)[1]:
                     write_json(folder / 'done.json', {**done, 'lm_eval': suite})
             return
         if rank_zero:
@@ -205,8 +219,8 @@ def main() -> None:
             except Timeout:
                 sys.exit(f'save_folder={folder}: another process is training there; wait for it or stop it')
             mend(folder)
-            if not latest_batch(folder):
-                start_or_restart(cfg, folder)
+            (folder / 'done.json').unlink(missing_ok=True)  # of a shorter run, which is now extended
+            note_lineage(cfg, folder)
             track(cfg, folder)
         there = [latest_batch(folder), (folder / 'forgetting.json').exists()]
         if world_size > 1:
@@ -226,14 +240,17 @@ def main() -> None:
     logging.getLogger('cpt_algorithms').setLevel(logging.INFO)  # what the first step used, whatever python_log_level
     trainer = train(OmegaConf.create(cfg))
     if local and rank_zero:
-        parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
-        done = {'batch': int(trainer.state.timestamp.batch.value), 'parameters': parameters, 'lm_eval': None}
+        done = {'batch': int(trainer.state.timestamp.batch.value), 'lm_eval': None}
         write_json(folder / 'done.json', done)
         if suite:
-            trainer.state.optimizers = ()
-            trainer.state.model.to_empty(device='meta')  # the memory is wanted for the exported models
-            trainer.logger.log_metrics(evaluate(folder, suite))
-            write_json(folder / 'done.json', {**done, 'lm_eval': suite})
+            # their memory is wanted for the exported models
+            for optimizer in trainer.state.optimizers:
+                optimizer.state.clear()
+            trainer.state.model.to_empty(device='meta')
+            metrics, complete = evaluate(folder, suite)
+            trainer.logger.log_metrics(metrics)
+            if complete:
+                write_json(folder / 'done.json', {**done, 'lm_eval': suite})
 
 
 if __name__ == '__main__':

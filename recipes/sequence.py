@@ -31,12 +31,13 @@ from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cpt_algorithms.evaluation.final_loss import write_json
 from cpt_algorithms.evaluation.report import Report, print_report, write_report
 from cpt_algorithms.evaluation.wandb_runs import environment_of_children, trial_run
+from cpt_algorithms.files import write_json
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, preflight, resolve, total_batches
 from cpt_algorithms.stage.plan import Run, plan, stage_tokens, tokens_per_stream
@@ -58,7 +59,7 @@ def batches(run: Run) -> int:
 
 def print_plan(spec: dict[str, Any], runs: list[Run]) -> None:
     """What will be trained, on what, for how long, at which learning rate."""
-    shown = Table(title=f'{spec["name"]}: {len(runs)} runs', title_justify='left')
+    shown = Table(title=escape(f'{spec["name"]}: {len(runs)} runs'), title_justify='left')
     for column in ('run', 'parent', 'tokens'):
         shown.add_column(column)
     shown.add_column('batches', justify='right')
@@ -69,7 +70,7 @@ def print_plan(spec: dict[str, Any], runs: list[Run]) -> None:
         shown.add_row(
             run.name,
             run.parent or '(from scratch)',
-            ', '.join(f'{name} {tokens:,}' for name, tokens in streams.items()),
+            escape(', '.join(f'{name} {tokens:,}' for name, tokens in streams.items())),
             f'{batches(run):,}',
         )
     console.print(shown)
@@ -133,7 +134,7 @@ def suite_of(run: Run) -> str | list[str] | None:
 def is_done(run: Run) -> bool:
     """Whether a run is trained, exported and evaluated."""
     path = folder(run) / 'done.json'
-    return path.exists() and suite_of(run) in (None, json.loads(path.read_text(encoding='utf-8'))['lm_eval'])
+    return path.exists() and suite_of(run) in (None, json.loads(path.read_text(encoding='utf-8')).get('lm_eval'))
 
 
 def write_sequence(spec: dict[str, Any], runs: list[Run], keep: bool) -> None:
@@ -288,14 +289,14 @@ def summary_of(report: Report, arm: str) -> dict[str, float]:
     """What a sweep compares its trials by: final losses, forgetting and adaptation of the last stage of an arm."""
     summary = {}
     for row in report.rows:
-        if row.arm == arm:
+        if row.arm == arm and row.is_finished:
             of_average = f'/{row.average}' if row.average else ''
             for column, value in row.columns.items():
                 name, _, dataset = column.partition(' ')
                 if name == 'loss':
                     summary[f'final_loss/{dataset}{of_average}'] = value.mean
                 elif name in ('forgetting', 'adaptation'):
-                    summary[f'{name}/{dataset or "average"}{of_average}'] = value.mean
+                    summary[f'final_{name}/{dataset or "average"}{of_average}'] = value.mean
     return summary
 
 

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         report = write_report(arguments.runs, arguments.out or arguments.runs[0])
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     # rich would take a log file for a narrow terminal
     print_report(report, Console(width=None if sys.stdout.isatty() else 140))

@@ -2,7 +2,6 @@
 """``final_loss``: the papers' way of saying how good a run ended, as part of the run."""
 
 import json
-import os
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
@@ -13,24 +12,9 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 
 from cpt_algorithms.evaluation.functional import by_average, final_loss, in_final_window, thinned, training_flops
+from cpt_algorithms.files import write_json
 
-__all__ = ['FinalLoss', 'batches_left', 'dataset_of', 'loss_of', 'write_json']
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all, even if the machine stops half-way.
-
-    Args:
-        path: The file; its folder is made if need be.
-        value: Anything JSON can hold.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')
-    with open(partial, 'w', encoding='utf-8') as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+__all__ = ['FinalLoss', 'batches_left', 'dataset_of', 'loss_of']
 
 
 def dataset_of(label: str) -> str:
@@ -119,6 +103,7 @@ class FinalLoss(Callback):
         self.losses: dict[str, list[list[float]]] = {}
         # [[batch, token, learning rate], ...]
         self.learning_rate: list[list[float]] = []
+        self._parameters = 0
 
     def state_dict(self) -> dict[str, Any]:
         """All of it so far, as one JSON string: a single leaf in a sharded checkpoint."""
@@ -127,6 +112,10 @@ class FinalLoss(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what there was up to the checkpoint."""
         vars(self).update(json.loads(state['losses']))
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Count the parameters, before FSDP leaves each rank a part of them."""
+        self._parameters = sum(parameter.numel() for parameter in state.model.parameters())
 
     def _in_final_window(self, state: State) -> bool:
         return state.timestamp.batch.value > 0 and in_final_window(batches_left(state), self.window, self.interval)
@@ -185,7 +174,8 @@ class FinalLoss(Callback):
         """``{dataset: {mean, stderr, count}}`` over the final window; empty before it."""
         result = {}
         for label, rows in self.losses.items():
-            if losses := [row[2] for row in rows if row[3]]:
+            # a run that was extended has an earlier final window too
+            if losses := [row[2] for row in rows if row[3] and rows[-1][0] - row[0] < self.window]:
                 mean = final_loss(losses)
                 result[label] = {'mean': mean.value, 'stderr': mean.stderr, 'count': mean.count}
         return result
@@ -201,7 +191,7 @@ class FinalLoss(Callback):
         return {
             'batch': int(state.timestamp.batch.value),
             'tokens': int(state.timestamp.token.value),
-            'parameters': sum(parameter.numel() for parameter in state.model.parameters()),
+            'parameters': self._parameters,
             'seconds': 0.0 if elapsed is None else elapsed.total_seconds(),
             'devices': dist.get_world_size(),
             'device': state.device.name,

@@ -14,8 +14,9 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-from cpt_algorithms.evaluation.final_loss import FinalLoss, batches_left, dataset_of, loss_of, write_json
+from cpt_algorithms.evaluation.final_loss import FinalLoss, batches_left, dataset_of, loss_of
 from cpt_algorithms.evaluation.functional import bits_per_byte, by_average, changes
+from cpt_algorithms.files import write_json
 
 __all__ = ['Forgetting', 'token_bytes']
 
@@ -47,10 +48,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor | None:
         is_byte = len(token) == 6 and token.startswith('<0x') and token.endswith('>')
         return 1 if is_byte else len(token.replace('\u2581', ' ').encode())
 
-    sizes = [size(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    vocabulary = tokenizer.get_vocab()
+    sizes = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.int64)
+    for token, index in vocabulary.items():
+        sizes[index] = size(token)
     for index, added in tokenizer.added_tokens_decoder.items():
         sizes[index] = 0 if added.special else len(added.content.encode())
-    return torch.tensor(sizes)
+    return sizes
 
 
 class Forgetting(Callback):
@@ -128,7 +132,7 @@ class Forgetting(Callback):
         if not self.parent and path is not None and dist.get_global_rank() == 0 and path.exists():
             found = [json.loads(path.read_text(encoding='utf-8'))]
         dist.broadcast_object_list(found)
-        if found[0] and set(found[0]['parent']) == set(labels):
+        if found[0] and {*self.old, *self.new} <= set(found[0]['parent']):
             self.parent, self.bytes_per_token = found[0]['parent'], found[0]['bytes_per_token']
 
     def fit_start(self, state: State, logger: Logger) -> None:

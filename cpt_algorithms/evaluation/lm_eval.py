@@ -25,10 +25,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.evaluation.final_loss import write_json
 from cpt_algorithms.evaluation.functional import Mean
+from cpt_algorithms.files import write_json
 from cpt_algorithms.keys import check_keys
 
 __all__ = [
@@ -376,7 +377,9 @@ def evaluate(
             result['missing'][name] = reason
             report(f'{name}: {reason}')
         write_json(path, {**result, 'tasks': {**done, **result['tasks']}})
-    write_json(path, result)
+    # what other suites of this name have asked is kept
+    others = {name: task for name, task in done.items() if name not in suite['tasks']}
+    write_json(path, {**result, 'tasks': {**others, **result['tasks']}})
     return result
 
 
@@ -574,16 +577,16 @@ def _verdict(row: Row) -> str:
 def print_result(result: dict[str, Any], parent: dict[str, Any] | None) -> None:
     """One model, beside its parent if it has one."""
     title = f'{result["model"]}: {result["suite"]}' + (f', against {parent["model"]}' if parent else '')
-    table = Table('task', title=title, title_justify='left', box=box.SIMPLE)
+    table = Table('task', title=escape(title), title_justify='left', box=box.SIMPLE)
     for column in ('shots', 'n', 'score', *(('parent', 'delta') if parent else ())):
         table.add_column(column, justify='right', no_wrap=True)
     table.add_column('')
     for row in compare(result, parent):
         shots = ['', ''] if row.num_fewshot is None else [str(row.num_fewshot), f'{row.score.count:,}']
-        cells = [row.name, *shots, _cell(row.score, row.is_accuracy)]
+        cells = [escape(row.name), *shots, _cell(row.score, row.is_accuracy)]
         if parent:
             cells += [_cell(row.parent, row.is_accuracy), _cell(row.delta, row.is_accuracy, '+'), _verdict(row)]
         table.add_row(*cells)
     for name in result['missing']:
-        table.add_row(name, '', '', 'missing')
+        table.add_row(escape(name), '', '', 'missing')
     Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -97,6 +97,7 @@ def svg(plot: Plot) -> str:
 
 def plots_of(study: Study, rows: Sequence[Row]) -> Iterator[Plot]:
     """Every plot that there are numbers for."""
+    taken: Counter[str] = Counter()
     for size in study.sizes:
         arms = study.arms(size)
         of_size = [row for row in rows if row.size == size]
@@ -113,7 +114,10 @@ def plots_of(study: Study, rows: Sequence[Row]) -> Iterator[Plot]:
                 plot.figure.draw_without_rendering()
                 plot.figure.set_layout_engine('none')  # it is laid out, for all files
         for plot in found:
-            yield Plot(plot.name + tail, ', '.join(filter(None, (plot.title, title))), plot.figure)
+            name = plot.name + tail
+            taken[name] += 1  # c++ and c# are both c to a file
+            name += f'-{taken[name]}' if taken[name] > 1 else ''
+            yield Plot(name, ', '.join(filter(None, (plot.title, title))), plot.figure)
 
 
 def _slug(text: str) -> str:

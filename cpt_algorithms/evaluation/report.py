@@ -10,14 +10,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.evaluation.final_loss import write_json
 from cpt_algorithms.evaluation.functional import Mean, changes
 from cpt_algorithms.evaluation.lm_eval import within_noise
 from cpt_algorithms.evaluation.plots import plots_of, png, svg
 from cpt_algorithms.evaluation.results import Study, read_study
 from cpt_algorithms.evaluation.tables import (
+    COUNTS,
     OverSeeds,
     Row,
     Scores,
@@ -36,6 +37,7 @@ from cpt_algorithms.evaluation.tables import (
     size_name,
     write_csv,
 )
+from cpt_algorithms.files import write_json, write_whole
 
 __all__ = ['Report', 'print_report', 'rich_table', 'write_report']
 
@@ -116,7 +118,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
     out.mkdir(parents=True, exist_ok=True)
     plots = list(plots_of(study, rows))
     for plot in plots:
-        (out / f'{plot.name}.png').write_bytes(png(plot))
+        write_whole(out / f'{plot.name}.png', png(plot))
     write_csv(out / 'table.csv', [flat(row) for row in rows])
     write_json(out / 'report.json', _as_json(report))
     environment = Environment(
@@ -136,17 +138,17 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
         versions=_versions(study),
         plots=[(plot.title, Markup(svg(plot))) for plot in plots],
     )
-    report.path.write_text(page, encoding='utf-8')
+    write_whole(report.path, page.encode())
     return report
 
 
 def rich_table(report: Report) -> Table:
     """The main numbers, as a terminal shows them."""
-    shown = Table(title=f'{report.name}: final validation loss', title_justify='left')
+    shown = Table(title=escape(f'{report.name}: final validation loss'), title_justify='left')
     shown.add_column('arm', no_wrap=True)
     columns = [*_loss_columns(report.study), 'forgetting', 'adaptation']
     for column in columns:
-        shown.add_column(column.replace('loss ', 'loss\n'), justify='right')
+        shown.add_column(escape(column.replace('loss ', 'loss\n')), justify='right')
     for column in ('update\ntokens', 'update\nFLOP', 'compute\nvs union'):
         shown.add_column(column, justify='right')
     several = len(report.study.sizes) > 1
@@ -155,7 +157,7 @@ def rich_table(report: Report) -> Table:
         texts = [f'{cell.text} {cell.small}'.strip() for cell in cells]
         cost = [_number(row, column).text for column in ('tokens', 'flops', 'compute against union')]
         name = f'{row.name} ({size_name(row.size)})' if several else row.name
-        shown.add_row(f'{name}\n  {row.note}' if row.note else name, *texts, *cost)
+        shown.add_row(escape(f'{name}\n  {row.note}' if row.note else name), *texts, *cost)
     return shown
 
 
@@ -204,7 +206,7 @@ def _number(row: Row, column: str) -> _Cell:
     value = row.columns.get(column)
     if value is None:
         return _Cell()
-    if 'tokens' in column:
+    if column in COUNTS:
         return _Cell(short(value.mean))
     if column == 'flops':
         return _Cell(flop(value.mean))

@@ -154,12 +154,17 @@ class Study:
             if run.is_asked_for and run.parameters == size:
                 from_scratch = 'union' if run.stage == 'union' else 'scratch'
                 kind = 'update' if run.load_path or run.parent else from_scratch
+                if name in arms and run.seed in (other.seed for other in arms[name].runs):
+                    name = f'{name} ({run.folder.parent.name})'  # not another seed, but another sequence
                 arms.setdefault(name, Arm(name, kind, [])).runs.append(run)
         return list(arms.values())
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f'{path} cannot be read: {error}') from None
 
 
 def _last_error(lines: Sequence[str]) -> str:
@@ -198,7 +203,7 @@ def _read_run(folder: Path, planned: Mapping[str, Any]) -> RunRecord:
         final={**latest, **final} if is_finished else latest,
         learning_rate=measured.get('learning_rate', []),
         cost=cost,
-        parameters=cost.get('parameters') or _json(folder / 'done.json').get('parameters'),
+        parameters=cost.get('parameters'),
         old=forgotten.get('old', []),
         new=forgotten.get('new', []),
         at_start=forgotten.get('parent', {}),
@@ -285,7 +290,8 @@ def _read_single(folder: Path, is_asked_for: bool) -> tuple[list[RunRecord], dic
 
 def _datasets(runs: Sequence[RunRecord]) -> list[str]:
     """Datasets of single runs, as their evaluators are labelled."""
-    labels = [loader['label'] for run in runs for loader in run.config.get('eval_loader') or []]
+    given = [run.config.get('eval_loader') or [] for run in runs]
+    labels = [each['label'] for loaders in given if isinstance(loaders, list) for each in loaders]
     labels += [label for run in runs for label in run.losses]
     return [name for name in dict.fromkeys(labels) if not any(name.startswith(f'{other}/') for other in labels)]
 

@@ -2,6 +2,7 @@
 """The arithmetic of the report: rows of the papers' tables, means over seeds, costs, findings, what is missing."""
 
 import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, sqrt
@@ -14,8 +15,10 @@ from scipy.stats import t as student
 from cpt_algorithms.evaluation.functional import Mean, bits_per_byte, by_average, changes, training_flops
 from cpt_algorithms.evaluation.lm_eval import macro_average, paired_delta, within_noise
 from cpt_algorithms.evaluation.results import Arm, RunRecord, Study
+from cpt_algorithms.files import write_whole
 
 __all__ = [
+    'COUNTS',
     'OverSeeds',
     'Row',
     'Scores',
@@ -35,6 +38,10 @@ __all__ = [
     'size_name',
     'write_csv',
 ]
+
+
+# columns that count tokens
+COUNTS = ('tokens', 'new tokens', 'replayed tokens')
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ def _columns(run: RunRecord, average: str, study: Study, union_hours: float | No
     """All numbers of one run, under the names they have in the table."""
     losses = by_average(run.final, study.data).get(average, {})
     columns = {f'loss {name}': losses[name] for name in study.data if name in losses}
-    if len(columns) == len(study.data):
+    if losses and len(columns) == len(study.data):
         columns['loss average'] = sum(losses.values()) / len(losses)
     changed = changes(run.final, run.at_start, run.old, run.new)
     suffix = f'/{average}' if average else ''
@@ -263,9 +270,9 @@ def _scores(
         with_task = [(run, tasks[name]) for run, tasks in found if name in tasks]
         if with_task:
             means[name] = over_seeds([_scale(result) * result['score'] for _, result in with_task])
-            pairs = [_against_parent(study, run, suite, name, result) for run, result in with_task]
-            if all(pairs):
-                deltas[name] = macro_average([pair for pair in pairs if pair is not None])
+            delta = _against_parents(study, suite, name, with_task)
+            if delta is not None:
+                deltas[name] = delta
     averages = [float(np.mean([tasks[name]['score'] * 100 for name in common])) for _, tasks in found if common]
     changed = [deltas[name] for name in common if name in deltas]
     average_delta = macro_average(changed) if changed and len(changed) == len(common) else None
@@ -276,14 +283,21 @@ def _scale(result: Mapping[str, Any]) -> float:
     return 100.0 if _is_accuracy(result) else 1.0
 
 
-def _against_parent(study: Study, run: RunRecord, suite: str, task: str, result: Mapping[str, Any]) -> Mean | None:
-    if run.parent is None:
-        return None
-    parent = study.runs[run.parent].benchmarks.get(suite, {}).get('', {}).get('tasks', {}).get(task)
-    if parent is None or any(parent.get(key) != result.get(key) for key in ('entry', 'items', 'weights')):
-        return None
-    delta, scale = paired_delta(result['values'], parent['values'], result['weights']), _scale(result)
-    return Mean(delta.value * scale, delta.stderr * scale, delta.count)
+def _against_parents(
+    study: Study, suite: str, task: str, found: Sequence[tuple[RunRecord, Mapping[str, Any]]]
+) -> Mean | None:
+    """Change against the parents, item by item: seeds answer the same items, so each is first averaged over them."""
+    same = ('entry', 'items', 'weights')
+    parents = []
+    for run, result in found:
+        of_parent = study.runs[run.parent].benchmarks.get(suite, {}).get('', {}) if run.parent else {}
+        parents.append(of_parent.get('tasks', {}).get(task, {}))
+        if any(parents[-1].get(key) != result[key] or result[key] != found[0][1][key] for key in same):
+            return None
+    ours, theirs = (np.mean([each['values'] for each in side], axis=0) for side in ([r for _, r in found], parents))
+    scale = _scale(found[0][1])
+    delta = paired_delta(list(scale * ours), list(scale * theirs), found[0][1]['weights'])
+    return Mean(float(delta.value), float(delta.stderr), delta.count)
 
 
 def _is_told_apart(row: Row, other: Row, column: str) -> bool:
@@ -333,7 +347,7 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
         close = dict.fromkeys(row.arm for row in others if not _is_told_apart(best, row, 'loss average'))
         text += f'. The seeds do not tell its average loss from that of {" or ".join(close)}' if close else ''
     waiting = len({row.arm for row in rows if row.kind == 'update' and not row.is_finished})
-    text += f'. {waiting} other updates have not finished yet' if waiting else ''
+    text += f'. Not finished yet: {waiting} of the updates' if waiting else ''
     return f'{text}.'
 
 
@@ -382,12 +396,13 @@ def _missing_benchmarks(runs: Sequence[RunRecord]) -> Iterator[str]:
         if without := [run.name for run in finished if suite not in run.benchmarks]:
             yield f'lm-eval {suite}: no results of {", ".join(without)}'
         reasons: dict[tuple[str, str], list[str]] = {}
+        evaluated = {run.name for run in runs if suite in run.benchmarks}
         for run in runs:
-            for average, result in run.benchmarks.get(suite, {}).items():
+            for result in run.benchmarks.get(suite, {}).values():
                 for task, reason in result.get('missing', {}).items():
-                    reasons.setdefault((task, reason), []).append(f'{run.name}, {average}' if average else run.name)
+                    reasons.setdefault((task, reason), []).append(run.name)
         for (task, reason), of in reasons.items():
-            where = 'everywhere' if len(of) >= len(finished) else f'in {", ".join(of)}'
+            where = 'everywhere' if set(of) == evaluated else f'in {", ".join(dict.fromkeys(of))}'
             yield f'lm-eval {suite}: {task} is missing {where}: {reason}'
 
 
@@ -402,7 +417,7 @@ def flat(row: Row) -> dict[str, Any]:
     for column, value in row.columns.items():
         result[column] = value.mean
         # the same for every seed
-        if value.half is not None and 'tokens' not in column and column not in ('flops', 'compute against union'):
+        if value.half is not None and column not in (*COUNTS, 'flops', 'compute against union'):
             result[f'{column} interval'] = value.half
     return result
 
@@ -423,7 +438,8 @@ def flat_scores(scores: Scores) -> dict[str, Any]:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a table with all its columns; what a row does not have is left empty."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with open(path, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())

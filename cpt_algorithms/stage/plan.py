@@ -104,7 +104,8 @@ def _track(config: Config, sequence: str, stage: str, arm: str, seed: int) -> No
     if 'wandb' not in (config.get('loggers') or {}):
         return
     config['loggers'] = copy.deepcopy(config['loggers'])
-    given = config['loggers']['wandb'] = {'project': sequence, 'group': sequence, **(config['loggers']['wandb'] or {})}
+    project = re.sub(r'[/\\#?%:]', '_', sequence)[:128]  # W&B takes no others
+    given = config['loggers']['wandb'] = {'project': project, 'group': sequence, **(config['loggers']['wandb'] or {})}
     given['tags'] = [*(given.get('tags') or []), *(tag[:64] for tag in (stage, arm, f'seed {seed}'))]
     grouped = {'sequence': sequence, 'stage': stage, 'arm': arm, 'seed': seed}
     init = given.get('init_kwargs') or {}
@@ -217,7 +218,8 @@ def plan(spec: Config) -> list[Run]:
                         new = list(config['train_loader']['dataset']['new'])
                         old = [name for name in dict.fromkeys(earlier) if name not in new]
                         if old:
-                            config['callbacks']['forgetting'] = {'new': new, 'old': old}
+                            given = config['callbacks'].get('forgetting') or {}
+                            config['callbacks']['forgetting'] = {'new': new, 'old': old, **given}
                     if spec.get('lm_eval'):
                         config['variables'] = {**(config.get('variables') or {}), 'lm_eval': spec['lm_eval']}
                     _track(config, spec['name'], stage, 'shared' if plain else arm, seed)

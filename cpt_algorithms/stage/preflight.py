@@ -80,9 +80,10 @@ def resolve(cfg: Config) -> Config:
         cfg.setdefault('load_weights_only', not keep)
         if keep:
             cfg.setdefault('load_ignore_keys', list(KEEP_OPTIMIZER_IGNORE_KEYS))
+    local_folder = None if parse_uri(str(folder))[0] else folder  # their files are written to local folders only
     for name in ('final_loss', 'forgetting'):
         if name in callbacks:
-            callbacks[name] = {'save_folder': folder, **(callbacks[name] or {})}
+            callbacks[name] = {'save_folder': local_folder, **(callbacks[name] or {})}
     if 'forgetting' in callbacks:
         cfg.setdefault('eval_first', True)
     callbacks.setdefault('hf_checkpointer', {'save_folder': folder, 'save_interval': '1dur', 'precision': 'float32'})
@@ -282,6 +283,11 @@ def _check_forgetting(cfg: Config) -> None:
 
 def _check_lm_eval(cfg: Config) -> None:
     given = (cfg.get('variables') or {}).get('lm_eval')
+    if given and parse_uri(str(cfg.get('save_folder')))[0]:
+        raise ValueError(
+            f'variables.lm_eval={given} wants the export in a local save_folder, which is {cfg["save_folder"]}; '
+            'copy the export and use scripts/evaluate.py'
+        )
     if given and (problems := check_suite(load_suite_of(given))):
         raise ValueError(f'variables.lm_eval={given}: {"; ".join(problems)}')
 

@@ -49,6 +49,8 @@ def sequence_of(sweep: Mapping[str, Any]) -> list[str]:
     Raises:
         ValueError: If ``command`` hands no trial to a sequence.
     """
+    if not isinstance(sweep, Mapping):
+        raise ValueError('a sweep is a mapping with the keys program, command, method, metric and parameters')
     command = [str(word) for word in sweep.get('command') or []]
     words = command[command.index('${program}') + 1 : -2] if '${program}' in command else []
     if command[-2:] != _COMMAND[-2:] or not words:
@@ -74,8 +76,10 @@ def trials_of(sweep: Mapping[str, Any]) -> list[list[str]]:
         raise ValueError(f'{what} needs wandb agent; grid and random, to their end, are possible without it')
     check_keys('', sweep, SWEEP_KEYS)
     parameters = sweep.get('parameters') or {}
-    if not parameters:
-        raise ValueError('parameters is missing from the sweep')
+    if not parameters or not isinstance(parameters, Mapping):
+        raise ValueError('parameters is missing from the sweep, or is not a mapping')
+    if cap is not None and (not isinstance(cap, int) or cap < 1):
+        raise ValueError(f'run_cap={cap!r} must be a whole number of at least 1')
     for name, parameter in parameters.items():
         _check_parameter(f'parameters.{name}', parameter, _GRID if method == 'grid' else _RANDOM, method)
     if method == 'grid':
@@ -118,6 +122,12 @@ def _check_parameter(where: str, parameter: Any, possible: Sequence[str], method
             raise ValueError(f'{where}.{key} is missing, or the parameter has neither value, values nor min and max')
         if key in ('min', 'max') and not isinstance(parameter[key], int | float):
             raise ValueError(f"{where}.{key}={parameter[key]!r} is text in W&B's YAML; write a number as 3.0e-4")
+        if key == 'values' and (not isinstance(parameter[key], list) or not parameter[key]):
+            raise ValueError(f'{where}.values={parameter[key]!r} must be a list of at least one')
+    if 'min' in parameter and parameter['min'] > parameter.get('max', parameter['min']):
+        raise ValueError(f'{where}: min={parameter["min"]} is above max={parameter["max"]}')
+    if distribution.startswith('log') and parameter['min'] <= 0:
+        raise ValueError(f'{where}.min={parameter["min"]} must be above 0 for {distribution}')
     if len(parameter.get('probabilities', [])) not in (0, len(parameter.get('values', []))):
         raise ValueError(f'{where} must have as many probabilities as values')
 
@@ -176,7 +186,12 @@ def plan_trials(spec: Config, trials: Sequence[Sequence[str]]) -> list[Run]:
         for name in leaves:
             _check_name(name, stages)
         for run in plan({**spec, 'arms': {_arm(leaves, stages[-1]): overrides}}):
-            runs.setdefault(run.name, run)
+            if len(run.name) > 200:
+                raise ValueError(f'{run.name} is too long for the name of a folder; sweep fewer parameters at once')
+            if runs.setdefault(run.name, run).config != run.config:
+                raise ValueError(
+                    f'two trials would both be kept in the folder {run.name}; make their values differ more'
+                )
     return list(runs.values())
 
 

@@ -38,6 +38,15 @@ def test_a_budget_that_is_not_whole_batches_still_gives_ten(tokens):
     assert inside == list(range(batches - 90, batches + 1, 10))
 
 
+def test_an_extended_run_has_one_final_window():
+    callback = FinalLoss(window='4ba', interval='2ba')
+    # it was to end at batch 8, and was extended to 16
+    callback.losses = {
+        'x': [[b, 0, 3.0, 1.0] for b in (6, 8)] + [[12, 0, 9.0, 0.0], [14, 0, 2.0, 1.0], [16, 0, 1.0, 1.0]]
+    }
+    assert callback.final() == {'x': {'mean': 1.5, 'stderr': 0.5, 'count': 2}}
+
+
 def test_signs_and_flops():
     assert forgetting(2.44, 2.17) == pytest.approx(0.27)  # Pile after SlimPajama without replay, 405 M
     assert adaptation(2.5, 3.0) == pytest.approx(0.5)

@@ -101,6 +101,9 @@ def test_bytes_of_tokens_are_those_of_the_text():
         sizes = token_bytes(tokenizer)
         assert int(sizes[torch.tensor(ids)].sum()) == len(TEXT.encode())
         assert sizes[tokenizer.all_special_ids].sum() == 0
+    gap = Tokenizer(models.BPE({'a': 0, 'bc': 7}, []))
+    gap.decoder = decoders.ByteLevel()
+    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=gap)).tolist() == [1, 0, 0, 0, 0, 0, 0, 2]
     wordpiece = Tokenizer(models.WordPiece({'[UNK]': 0}, unk_token='[UNK]'))
     wordpiece.decoder = decoders.WordPiece()
     assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=wordpiece)) is None
@@ -240,7 +243,7 @@ def test_a_restart_goes_on_as_the_same_wandb_run(child, tmp_path):
     cfg = tiny.merge(child, {'loggers': {'wandb': {}}})
     ids = []
     for given in (cfg, cfg, tiny.merge(cfg, {'loggers': {'wandb': {'init_kwargs': {'id': 'mine'}}}})):
-        continue_pretraining.start_or_restart(given, tmp_path)
+        continue_pretraining.note_lineage(given, tmp_path)
         tracked = copy.deepcopy(given)
         continue_pretraining.track(tracked, tmp_path)
         assert tracked['loggers']['wandb']['init_kwargs']['resume'] == 'allow'

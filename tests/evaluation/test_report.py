@@ -237,7 +237,8 @@ def benchmark(folder, right, missing=()):
     """`right` of 4 items."""
     values = [int(item < right) for item in range(4)]
     task = {'task': 'x', 'version': 1, 'num_fewshot': 0, 'metric': 'acc', 'higher_is_better': True, 'stderr': 0.2,
-            'score': right / 4, 'count': 4, 'values': values, 'weights': [1] * 4}  # fmt: skip
+            'score': right / 4, 'count': 4, 'values': values, 'weights': [1] * 4,
+            'entry': {'task': 'x'}, 'items': 'abcd'}  # fmt: skip
     bits = {**task, 'metric': 'bits_per_byte', 'higher_is_better': False, 'score': right / 8, 'weights': [2] * 4}
     write(
         folder / 'huggingface' / 'lm_eval' / 'english' / 'ba10.json',
@@ -271,6 +272,55 @@ def test_benchmarks_by_hand(tmp_path, no_plots):
     assert '-50.00 ± 28.87' in page
     saved = json.loads((tmp_path / 'out' / 'report.json').read_text())['benchmarks']
     assert saved[1]['against parent']['arc']['noise'] is True
+
+
+def test_seeds_that_answer_the_same_items_are_not_more_items(tmp_path):
+    folder = write_sequence(tmp_path, seeds=(1, 2))
+    for seed in (1, 2):
+        benchmark(folder / f'old-s{seed}', 3)
+        benchmark(folder / f'new-none-s{seed}', 1, missing=['trivia'])
+        benchmark(folder / f'new-r25-s{seed}', seed)
+    study = read_study([folder])
+    found = {scores.row.name: scores for scores in scores_of(study, rows_of(study))}
+    assert found['none'].deltas['arc'].stderr == pytest.approx(100 * sqrt(1 / 3) / 2), 'as for one seed'
+    # mean over the seeds of each item: 0, -1/2, -1, 0, with the sample deviation sqrt(11/48)
+    assert found['replay 25 %'].deltas['arc'].value == pytest.approx(-37.5)
+    assert found['replay 25 %'].deltas['arc'].stderr == pytest.approx(100 * sqrt(11 / 48) / 2)
+    said = [line for line in missing(study, rows_of(study)) if 'trivia' in line]
+    assert said == ['lm-eval english: trivia is missing in new-none-s1, new-none-s2: its data is not here']
+
+
+def test_arms_of_two_sequences_are_not_seeds_of_one(tmp_path):
+    found = rows(write_sequence(tmp_path / 'one', seeds=(1,)), write_sequence(tmp_path / 'two', seeds=(1,)))
+    assert found['none'].columns['loss old'].count == 1
+    assert found['none (two)'].columns['loss old'].count == 1
+
+
+@pytest.mark.parametrize('loaders', [None, {'label': 'old'}])
+def test_a_run_without_several_evaluators(loaders, tmp_path, no_plots):
+    write_run(tmp_path / 'run-s1', {'old': 3.5, 'new': 1.0})
+    stage = json.loads((tmp_path / 'run-s1' / 'stage.json').read_text())
+    stage['config']['eval_loader'] = loaders
+    write(tmp_path / 'run-s1' / 'stage.json', stage)
+    (tmp_path / 'run-s1' / 'losses.json').unlink()
+    write_report([tmp_path / 'run-s1'], tmp_path / 'out')
+
+
+def test_names_that_look_like_markup(tmp_path, no_plots):
+    folder = write_sequence(tmp_path, seeds=(1,))
+    sequence = json.loads((folder / 'sequence.json').read_text())
+    sequence['runs'][1]['arm'] = 'lr [/high] [x]'
+    write(folder / 'sequence.json', sequence)
+    console = Console(width=200, record=True)
+    console.print(rich_table(write_report([folder], tmp_path / 'out')))
+    assert 'lr [/high] [x]' in console.export_text()
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    folder = write_sequence(tmp_path, seeds=(1,))
+    (folder / 'old-s1' / 'losses.json').write_text('{"losses": ')
+    with pytest.raises(ValueError, match=r'old-s1/losses\.json cannot be read'):
+        read_study([folder])
 
 
 def test_single_runs_find_their_ancestors(tmp_path, no_plots):

@@ -268,6 +268,20 @@ def test_bad_trials_are_named(spec, trial, message):
             {'parameters': {'cpp.a': {'min': '3e-4', 'max': 1.0}}, 'method': 'random', 'run_cap': 2},
             "min='3e-4' is text in W&B's YAML",
         ),
+        ({'parameters': ['cpp.a']}, 'parameters is missing from the sweep, or is not a mapping'),
+        ({'parameters': {'cpp.a': {'values': []}}}, r'cpp\.a\.values=\[\] must be a list of at least one'),
+        ({'parameters': {'cpp.a': {'values': 3}}}, r'cpp\.a\.values=3 must be a list'),
+        ({'parameters': {'cpp.a': {'min': 3, 'max': 1}}}, 'min=3 is above max=1'),
+        ({'run_cap': 0}, 'run_cap=0 must be a whole number of at least 1'),
+        ({'run_cap': '2', 'method': 'random'}, "run_cap='2' must be a whole number"),
+        (
+            {
+                'parameters': {'cpp.a': {'distribution': 'log_uniform_values', 'min': 0, 'max': 1}},
+                'method': 'random',
+                'run_cap': 2,
+            },
+            r'cpp\.a\.min=0 must be above 0',
+        ),
         (
             {'parameters': {'cpp.a': {'values': [1], 'probabilities': [1, 2]}}, 'method': 'random', 'run_cap': 2},
             'as many probabilities as values',
@@ -277,6 +291,14 @@ def test_bad_trials_are_named(spec, trial, message):
 def test_what_only_wandb_can_do_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         trials_of({**grid({'cpp.a': {'value': 1}}), **change})
+
+
+def test_trials_that_would_share_a_folder_are_refused(spec):
+    with pytest.raises(ValueError, match=r'two trials would both be kept in the folder cpp-optimizer\.lr_1-s17'):
+        plan_trials(spec, [['cpp.optimizer.lr=1'], ['cpp.optimizer.lr=-1']])
+    long = [f'cpp.optimizer.a_parameter_with_a_long_name_{index}=1' for index in range(6)]
+    with pytest.raises(ValueError, match='is too long for the name of a folder'):
+        plan_trials(spec, [long])
 
 
 def test_the_sequence_stands_in_the_command():
