@@ -46,6 +46,7 @@ from llmfoundry.command_utils import train
 from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from streaming.base.shared import prefix
 
 from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
 from cpt_algorithms.exports import models_of, parent_of
@@ -56,6 +57,23 @@ from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolv
 # Streaming numbers the datasets of a machine, and two runs that start at the same moment can pick the same number.
 DATASETS_LOCK = FileLock(Path(tempfile.gettempdir()) / f'cpt_algorithms_datasets_{os.getuid()}.lock')
 STACK = ('cpt-algorithms', 'llm-foundry', 'mosaicml', 'mosaicml-streaming', 'torch', 'transformers')
+
+
+def agree_on_numbers() -> None:
+    """Number datasets alike on all ranks of a machine.
+
+    Streaming lets each rank look for a free number. If another run ends at that moment, its number is free to the ranks
+    that look later, and the run dies.
+    """
+    find = prefix._check_and_find_retrying
+
+    def find_the_leaders(*args: Any, **kwargs: Any) -> int:
+        return dist.all_gather_object(find(*args, **kwargs))[dist.get_global_rank() - dist.get_local_rank()]
+
+    prefix._check_and_find_retrying = find_the_leaders
+
+
+agree_on_numbers()
 
 
 class DatasetsBuilt(Callback):

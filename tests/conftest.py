@@ -20,6 +20,23 @@ import pytest
 
 SEQ_LEN = 16
 VOCAB = 256
+# Files that launch ranks or sequences come first: one left to the end would have a process of pytest-xdist to itself.
+LONGEST_FIRST = (
+    'test_sequence',
+    'test_sharded_averages',
+    'test_two_ranks',
+    'test_replay_text',
+    'test_forgetting',
+    'test_ema_and_lawa',
+    'test_continue_pretraining',
+    'test_average_checkpoints',
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort by file, the longest first."""
+    order = {name: index for index, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -85,7 +85,7 @@ def test_killed_while_saving(case, finished, tmp_path):
     exported = {path.parent.name: path.read_bytes() for path in folder.glob('huggingface/*/model.safetensors')}
     assert sorted(exported) == ['ba8', 'ba8-ema_2ba', 'ba8-lawa']
     state_of(case, folder)
-    run(tmp_path, cfg)
+    tiny.recipe_here(cfg, tmp_path)
     import recorder
 
     lines = recorder.read(tmp_path / 'run.jsonl')  # refuses a batch that was trained again and differently
@@ -97,10 +97,11 @@ def test_killed_while_saving(case, finished, tmp_path):
     assert (folder / 'latest-rank0.pt').resolve().name == 'ep0-ba8-rank0.pt'
 
 
-def test_a_finished_stage_is_left_alone_and_its_lineage_stays(finished, tmp_path):
+def test_a_finished_stage_is_left_alone_and_its_lineage_stays(finished, tmp_path, capsys):
     cfg, folder, recorded = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
-    assert 'finished already, at batch 8' in run(tmp_path, cfg)
+    tiny.recipe_here(cfg, tmp_path)
+    assert 'finished already, at batch 8' in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob('*')} == before
     assert (tmp_path / 'run.jsonl.rank0').read_text() == recorded
     lineage = json.loads((folder / 'stage.json').read_text())

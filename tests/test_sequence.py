@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import report
 import sequence
 import tiny
 import wandb_files
@@ -18,7 +19,6 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 
 RECIPE = tiny.ROOT / 'recipes' / 'sequence.py'
-REPORT = tiny.ROOT / 'scripts' / 'report.py'
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def spec(data, tmp_path):
         'jobs': 2,
         'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
         'stages': {'old': {'max_duration': '16ba'}, 'new': {'max_duration': '16ba'}},
-        'arms': {'none': {}, 'replay 25 %': {'new': {'replay': {'fraction': 0.25}}}, 'union': {'baseline': 'union'}},
+        'arms': {'none': {}, 'replay 25 %': {'new': {'replay': {'fraction': 0.25}}}},
         'common': {
             **common,
             'log_to_console': True,
@@ -53,7 +53,6 @@ def spec(data, tmp_path):
             },
             'callbacks': {
                 'final_loss': {'window': '4ba', 'interval': '2ba'},
-                'ema': {'half_life': '4ba'},
                 'lawa': {'k': 3, 'interval': '3ba'},
             },
         },
@@ -65,20 +64,33 @@ def write(spec, folder, name='sequence.yaml'):
     return folder / name
 
 
-def start(path, *arguments, **environment):
+def start(path):
     return subprocess.Popen(
-        [sys.executable, str(RECIPE), str(path), *arguments],
+        [sys.executable, str(RECIPE), str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
     )
 
 
-def run(path, *arguments, **environment):
-    process = start(path, *arguments, **environment)
-    printed = process.communicate(timeout=400)[0]
-    return process.returncode, printed
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The recipe in this process, which has imported everything already; its runs have processes of their own."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(path, *arguments):
+        monkeypatch.setattr(sys, 'argv', ['sequence.py', str(path), *arguments])
+        monkeypatch.setenv('OMP_NUM_THREADS', '1')
+        error = ''
+        try:
+            sequence.main()
+        except SystemExit as stopped:
+            error = str(stopped)
+        return error, capsys.readouterr().out
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 def without_times(value):
@@ -104,14 +116,14 @@ def wait_until_gone(words):
         time.sleep(0.1)
 
 
-def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path):
+def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path, run):
     straight = {**spec, 'folder': str(tmp_path / 'straight')}
-    code, printed = run(write(straight, tmp_path, 'straight.yaml'))
-    assert code == 0, printed
+    error, printed = run(write(straight, tmp_path, 'straight.yaml'))
+    assert not error, printed
     assert 'final validation loss' in printed
-    assert str(tmp_path / 'straight' / 'report.html') in printed.replace('\n', '')
+    assert f'report: {tmp_path / "straight" / "report.html"}\n' in printed
     updates = ['new-none-s17', 'new-replay_25pct-s17']
-    names = [*updates, 'old-s17', 'union-s17']
+    names = [*updates, 'old-s17']
     expected = [
         'report.json',
         *(f'{name}/losses.json' for name in names),
@@ -129,18 +141,18 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path):
         process.communicate()
         wait_until_gone(str(tmp_path / 'runs'))
     done_before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'runs').glob('*/done.json')}
-    subprocess.run([sys.executable, str(REPORT), str(tmp_path / 'runs')], check=True)  # half-finished
+    report.main([str(tmp_path / 'runs')])  # half-finished
     assert ' of 16' in (tmp_path / 'runs' / 'report.html').read_text()
-    code, printed = run(path)
-    assert code == 0, printed
+    error, printed = run(path)
+    assert not error, printed
     assert results(spec) == results(straight)
     assert done_before, 'the second kill came after the first stage was done'
     for path_done, when in done_before.items():
         assert path_done.stat().st_mtime_ns == when, 'finished work was done again'
     with open(tmp_path / 'runs' / 'table.csv', encoding='utf-8') as file:
         rows = {row['arm']: row for row in csv.DictReader(file)}
-    arms = ('old only', 'none', 'replay 25 %', 'union')
-    assert list(rows) == [f'{arm}{average}' for arm in arms for average in ('', ', ema_4ba', ', lawa')]
+    arms = ('old only', 'none', 'replay 25 %')
+    assert list(rows) == [f'{arm}{average}' for arm in arms for average in ('', ', lawa')]
     for arm in ('none', 'none, lawa'):
         assert float(rows[arm]['compute against union']) == 0.5
     final = results(spec)['new-none-s17/losses.json']['final']
@@ -151,34 +163,28 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path):
     )
     assert at_start == results(spec)['new-replay_25pct-s17/forgetting.json']['parent']
 
-    code, printed = run(
-        write(
-            {**spec, 'stages': {'old': {'max_duration': '12ba'}, 'new': {'max_duration': '16ba'}}},
-            tmp_path,
-            'changed.yaml',
-        )
-    )
-    assert code != 0
-    assert 'old-s17 was trained with other settings (max_duration: 16ba -> 12ba)' in printed
+    shorter = {**spec, 'stages': {'old': {'max_duration': '12ba'}, 'new': {'max_duration': '16ba'}}}
+    error, _ = run(write(shorter, tmp_path, 'changed.yaml'))
+    assert 'old-s17 was trained with other settings (max_duration: 16ba -> 12ba)' in error
 
 
-def test_a_crashing_arm_does_not_stop_the_others(spec, tmp_path):
+def test_a_crashing_arm_does_not_stop_the_others(spec, tmp_path, run, monkeypatch):
     # what no preflight can foresee: the optimizer is asked for a negative learning rate
     spec['arms'] = {'none': {}, 'broken': {'new': {'optimizer': {'name': 'decoupled_adamw', 'lr': -1.0}}}}
     spec['common']['loggers'] = {'wandb': {'tags': ['mine']}}
     spec['common']['callbacks'] = {'final_loss': {'window': '4ba', 'interval': '2ba'}}
-    code, printed = run(write(spec, tmp_path), WANDB_DIR=str(tmp_path))
-    assert code != 0
+    monkeypatch.setenv('WANDB_DIR', str(tmp_path))
+    error, printed = run(write(spec, tmp_path))
     assert 'new-broken-s17: failed' in printed
     assert 'Invalid learning rate' in printed
-    assert '1 of 3 runs failed: new-broken-s17' in printed
-    report = json.loads((tmp_path / 'runs' / 'report.json').read_text())
-    assert {each['name']: each['state'] for each in report['runs']} == {
+    assert '1 of 3 runs failed: new-broken-s17' in error
+    page = json.loads((tmp_path / 'runs' / 'report.json').read_text())
+    assert {each['name']: each['state'] for each in page['runs']} == {
         'old-s17': 'finished',
         'new-none-s17': 'finished',
         'new-broken-s17': 'failed',
     }
-    assert any('new-broken-s17' in line and 'Invalid learning rate' in line for line in report['missing'])
+    assert any('new-broken-s17' in line and 'Invalid learning rate' in line for line in page['missing'])
 
     # W&B can group them by sequence, stage, arm and seed
     tracked = {written.name: written for written in wandb_files.read(tmp_path)}
@@ -189,7 +195,7 @@ def test_a_crashing_arm_does_not_stop_the_others(spec, tmp_path):
     assert grouped['new-none-s17'] == ['test', 'new', 'none', 17]
     none = tracked['new-none-s17']
     assert (none.group, none.job_type, none.tags) == ('test', 'new', ['mine', 'new', 'none', 'seed 17'])
-    row = next(row for row in report['rows'] if row['arm'] == 'none')
+    row = next(row for row in page['rows'] if row['arm'] == 'none')
     assert none.summary['final_loss/average'] == pytest.approx(row['loss average'])
     assert none.summary['final_forgetting/average'] == pytest.approx(row['forgetting'])
     assert none.summary['final_adaptation/average'] == pytest.approx(row['adaptation'])
@@ -232,7 +238,7 @@ def call(monkeypatch, path, *arguments):
 def test_dry_run_prints_the_plan_and_trains_nothing(spec, tmp_path, monkeypatch, capsys):
     call(monkeypatch, write(spec, tmp_path), '--dry-run')
     printed = capsys.readouterr().out
-    assert 'test: 4 runs' in printed
+    assert 'test: 3 runs' in printed
     assert 'new 1,536, old 512' in printed
     assert 'warm-up' in printed
     assert not (tmp_path / 'runs').exists()

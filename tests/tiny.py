@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import continue_pretraining
 import recorder
 from continue_pretraining import DATASETS_LOCK
 from llmfoundry.command_utils import train
@@ -140,6 +141,18 @@ def recipe(cfg: dict[str, Any], folder: Path, *arguments: object, expect: int = 
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def recipe_here(cfg: dict[str, Any], folder: Path) -> None:
+    """The recipe in this process, which has imported everything already."""
+    path = folder / f'{cfg["run_name"]}.yaml'
+    OmegaConf.save(OmegaConf.create(cfg), path)
+    words, sys.argv = sys.argv, ['continue_pretraining.py', str(path)]
+    try:
+        continue_pretraining.main()
+    finally:
+        sys.argv = words
+        gc.collect()  # the run's lock
 
 
 def launch(script: Path, *arguments: object, expect: object = 0, ranks: int = 2) -> str:

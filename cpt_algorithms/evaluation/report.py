@@ -168,7 +168,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(rich_table(report))
     for line in report.missing:
         console.print(f'missing: {line}', highlight=False, markup=False)
-    console.print(str(report.path), highlight=False, markup=False)
+    console.print(f'report: {report.path}', highlight=False, markup=False, soft_wrap=True)
 
 
 def _as_json(report: Report) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 """Forgetting against the untouched parent: by hand, in real runs, after restarts, and as W&B gets it."""
 
 import copy
-import gc
 import json
 import shutil
-import sys
 from math import exp, log
 
 import continue_pretraining
@@ -15,7 +13,6 @@ import tiny
 import torch
 import wandb_files
 from llmfoundry import registry
-from omegaconf import OmegaConf
 from streaming import StreamingDataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -212,15 +209,11 @@ def written(folder):
 
 def test_the_parent_is_evaluated_once(child, data, tmp_path, monkeypatch):
     def recipe(cfg, stop=None):
-        path = tmp_path / 'child.yaml'
-        OmegaConf.save(OmegaConf.create(cfg), path)
-        monkeypatch.setattr(sys, 'argv', ['continue_pretraining.py', str(path)])
         monkeypatch.setattr(registry.callbacks.get('stop'), 'AT', stop, raising=False)
         try:
-            continue_pretraining.main()
+            tiny.recipe_here(cfg, tmp_path)
         except RuntimeError as error:
             assert str(error) == 'stopped'
-        gc.collect()  # the run's lock
         return written(tmp_path / 'child')[1], (tmp_path / 'child' / 'forgetting.json').stat().st_mtime_ns
 
     straight = tiny.merge(child, {'callbacks': {'stop': {'at': 99}}})

@@ -4,6 +4,7 @@
 import json
 import shutil
 
+import pytest
 import recorder
 import tiny
 import torch
@@ -46,9 +47,23 @@ def losses(cfg):
     return json.loads((tiny.Path(cfg['save_folder']) / 'losses.json').read_text())['losses']
 
 
-def test_killed_resumed_and_resharded(data, tmp_path):
-    straight = config(tmp_path, data, 'straight')
+COUNTS = [2 ** (-(8 - batch) / 2) for batch in range(1, 9)]
+
+
+@pytest.fixture(scope='module')
+def runs(data, tmp_path_factory):
+    """A straight run, one that was killed in the middle of the window, and a copy of that."""
+    folder = tmp_path_factory.mktemp('runs')
+    straight = config(folder, data, 'straight')
     train(straight)
+    killed = config(folder, data, 'killed', callbacks={'recorder': {'kill_at': 5}})
+    train(killed, expect='killed')
+    shutil.copytree(folder / 'killed', folder / 'elastic', symlinks=True)
+    return folder, straight, killed
+
+
+def test_killed_and_resumed(runs):
+    tmp_path, straight, killed = runs
     assert set(losses(straight)) == {'old', 'old/ema_2ba', 'old/lawa'}
 
     # the checkpoint is sharded, averages included, and its model is the training weights
@@ -60,19 +75,15 @@ def test_killed_resumed_and_resharded(data, tmp_path):
         assert torch.equal(tensor, weights(straight, 8)[key])
 
     # averages of shards are shards of the average
-    counts = [2 ** (-(8 - batch) / 2) for batch in range(1, 9)]
     for name, batches, shares in (
-        ('-ema_2ba', range(1, 9), [c / sum(counts) for c in counts]),
+        ('-ema_2ba', range(1, 9), [c / sum(COUNTS) for c in COUNTS]),
         ('-lawa', (6, 8), [0.5, 0.5]),
     ):
         for key, tensor in exported(straight, name).items():
             expected = sum(s * weights(straight, b)[key].double() for s, b in zip(shares, batches, strict=True))
             torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)
 
-    # killed in the middle of the window; resumed, it is the straight run
-    killed = config(tmp_path, data, 'killed', callbacks={'recorder': {'kill_at': 5}})
-    train(killed, expect='killed')
-    shutil.copytree(tmp_path / 'killed', tmp_path / 'elastic', symlinks=True)
+    # resumed, it is the straight run
     resumed = tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}})
     printed = train(resumed)
     assert 'ema: restored ema_2ba at batch 3' in printed
@@ -86,7 +97,10 @@ def test_killed_resumed_and_resharded(data, tmp_path):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
-    # resumed on four ranks, the averages go on from what they were
+
+@pytest.mark.slow
+def test_resumed_on_four_ranks_the_averages_go_on_from_what_they_were(runs, data):
+    tmp_path, straight, _ = runs
     elastic = config(
         tmp_path,
         data,
@@ -97,7 +111,7 @@ def test_killed_resumed_and_resharded(data, tmp_path):
     printed = train(elastic, ranks=4)
     assert 'ema: restored ema_2ba at batch 3' in printed, printed[-4000:]
     seen = {b: weights(straight, b) for b in (1, 2, 3)} | {b: weights(elastic, b) for b in range(4, 9)}
-    shares = [c / sum(counts) for c in counts]
+    shares = [c / sum(COUNTS) for c in COUNTS]
     for key, tensor in exported(elastic, '-ema_2ba').items():
         expected = sum(s * seen[b][key].double() for s, b in zip(shares, range(1, 9), strict=True))
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)
