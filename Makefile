@@ -17,7 +17,7 @@ data: $(VENV)/installed
 	$(BIN)/python scripts/prepare_data.py --out $(DATA) --vocab-size 2048 --max-train-tokens 2000000 --max-val-tokens 16384
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
