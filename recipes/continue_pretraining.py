@@ -121,11 +121,12 @@ def note_lineage(cfg: dict[str, Any], folder: Path) -> None:
         'config': cfg,
         'versions': {name: version(name) for name in STACK},
     }
-    if latest_batch(folder) and before.get('max_duration') == cfg['max_duration']:
+    resumes = latest_batch(folder) > 0
+    if resumes and before.get('max_duration') == cfg['max_duration']:
         return
-    unchanged = before == lineage and parent.exists()
-    if losses.exists() and not latest_batch(folder):
-        if not (unchanged and parent.stat().st_mtime < losses.stat().st_mtime):
+    if losses.exists() and not resumes:
+        unchanged = before == lineage and parent.exists()
+        if not unchanged or parent.stat().st_mtime >= losses.stat().st_mtime:
             losses.unlink()
     write_json(known, {**lineage, 'wandb_id': wandb_id})
 
