@@ -110,6 +110,29 @@ def test_a_finished_stage_is_left_alone_and_its_lineage_stays(finished, tmp_path
     assert lineage['versions']['mosaicml']
 
 
+def test_an_extended_stage_says_so(data, tmp_path):
+    schedule = {'name': 'infinite', 't_warmup': '1ba', 't_cooldown': '2ba', 'alpha_const': 0.5, 't_anneal': '0ba'}
+    cfg = tiny.config(
+        tmp_path, data, 'run', max_duration='4ba', scheduler=schedule, eval_loader=[tiny.eval_loader('new', data['new'])],
+        callbacks={'final_loss': {'window': '2ba', 'interval': '1ba'}},
+    )  # fmt: skip
+
+    def written(name):
+        return json.loads((tmp_path / 'run' / f'{name}.json').read_text())
+
+    tiny.recipe_here(cfg, tmp_path)
+    first = written('stage')
+    assert written('done')['batch'] == 4
+    assert written('losses')['final']['new']['count'] == 2
+    tiny.recipe_here({**cfg, 'max_duration': '8ba'}, tmp_path)
+    assert written('done')['batch'] == 8
+    assert written('stage')['max_duration'] == '8ba'
+    assert written('stage')['wandb_id'] == first['wandb_id']
+    rows = written('losses')['losses']['new']
+    assert [row[0] for row in rows] == [3, 4, 7, 8]
+    assert written('losses')['final']['new']['mean'] == pytest.approx((rows[2][2] + rows[3][2]) / 2)
+
+
 def test_mend_takes_whole_sharded_folders_only(tmp_path):
     for batch, whole in ((2, True), (4, True), (6, False)):
         (tmp_path / f'ep0-ba{batch}').mkdir()
