@@ -12,6 +12,8 @@ os.environ.setdefault('WANDB_MODE', 'offline')
 
 import atexit
 import gc
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +33,15 @@ LONGEST_FIRST = (
     'test_continue_pretraining',
     'test_average_checkpoints',
 )
+# Ends with its parent, which holds the other end of stdin.
+S3_SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
+server.start()
+print('http://%s:%s' % server.get_host_and_port(), flush=True)
+sys.stdin.read()
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -114,3 +125,32 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_mds) -> dict[str, Path]
         folders[name] = write_mds(root / name, number, size)
         write_mds(root / name, 10 + number, 16, split='val')
     return folders
+
+
+@pytest.fixture(scope='session')
+def s3_server() -> Iterator[str]:
+    """The address of a real S3 server on this machine (moto's), in a process of its own."""
+    with subprocess.Popen(
+        [sys.executable, '-c', S3_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.kill()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch):
+    """A client of the server, which has an empty bucket called ``bucket``; the environment leads to it."""
+    import boto3
+
+    for key, value in {
+        'AWS_ACCESS_KEY_ID': 'x', 'AWS_SECRET_ACCESS_KEY': 'x', 'AWS_DEFAULT_REGION': 'us-east-1',
+        'S3_ENDPOINT_URL': s3_server,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    client = boto3.client('s3', endpoint_url=s3_server)
+    client.create_bucket(Bucket='bucket')
+    yield client
+    bucket = boto3.resource('s3', endpoint_url=s3_server).Bucket('bucket')
+    bucket.objects.all().delete()
+    bucket.delete()

@@ -840,26 +840,6 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
 # Object storage
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """A bucket of a real server on this machine."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for key, value in {
-        'AWS_ACCESS_KEY_ID': 'x', 'AWS_SECRET_ACCESS_KEY': 'x', 'AWS_DEFAULT_REGION': 'us-east-1',
-        'S3_ENDPOINT_URL': f'http://{host}:{port}',
-    }.items():  # fmt: skip
-        monkeypatch.setenv(key, value)
-    client = boto3.client('s3', endpoint_url=f'http://{host}:{port}')
-    client.create_bucket(Bucket='bucket')
-    yield client
-    server.stop()
-
-
 def put(client, folder: Path, prefix: str) -> None:
     for file in folder.rglob('*'):
         if file.is_file() and not file.is_symlink():
