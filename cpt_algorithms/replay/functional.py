@@ -219,11 +219,13 @@ class ShuffledOrder:
 
     def __init__(self, shard_sizes: Ints, seed: int, pass_index: int, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
         self._key = (seed, pass_index)
-        sizes = np.asarray(shard_sizes, np.int64)
-        starts = np.cumsum(sizes) - sizes
-        order = np.random.default_rng([*self._key, 0]).permutation(len(sizes))
-        self._starts = starts[order]
-        self._ends = np.cumsum(sizes[order])  # in shuffled shard order
+        self._sizes = sizes = np.asarray(shard_sizes, np.int64)
+        # in place: with a million shards every temporary array is 10 MB
+        self._starts = np.cumsum(sizes)
+        self._starts -= sizes
+        self._order = np.random.default_rng([*self._key, 0]).permutation(len(sizes)).astype(np.int32)
+        self._ends = sizes[self._order]  # in shuffled shard order
+        np.cumsum(self._ends, out=self._ends)
         self.num_samples = int(sizes.sum())
         self.block_size = block_size
         self._num_blocks = -(-self.num_samples // block_size)
@@ -261,9 +263,9 @@ class ShuffledOrder:
             here = todo & (positions >= first) & (positions < first + len(members))
             x[here] = members[positions[here] - first]
             todo &= ~here
-        shard = np.searchsorted(self._ends, x, side='right')
-        size_before = np.concatenate([[0], self._ends[:-1]])[shard]
-        return self._starts[shard] + x - size_before
+        place = np.searchsorted(self._ends, x, side='right')
+        shard = self._order[place]
+        return self._starts[shard] + x - (self._ends[place] - self._sizes[shard])
 
 
 class MixedSequence:

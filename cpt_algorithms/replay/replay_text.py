@@ -6,8 +6,8 @@ Streaming still downloads, caches, hashes, retries and evicts shards; only *whic
 
 import inspect
 import json
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -19,7 +19,6 @@ from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
 from llmfoundry.utils.registry_utils import construct_from_registry
 from numpy.typing import NDArray
-from streaming import Stream
 from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -34,6 +33,9 @@ from cpt_algorithms.replay.functional import (
     shares_of,
     worker_slots,
 )
+from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
+from cpt_algorithms.replay.shard_index import ShardIndex
+from cpt_algorithms.replay.streams import DOWNLOAD_RETRY, ResilientStream, StreamError
 
 __all__ = ['ReplayTextDataset', 'build_replay_text_dataloader']
 
@@ -135,7 +137,7 @@ class _Work:
         return self._chunk(chunk)[row]
 
 
-class ReplayTextDataset(StreamingTextDataset):
+class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
     r"""New data with a fixed share of old data in every batch (compute-equivalent replay).
 
     After any number of samples N, the old streams together have given :math:`fN` and old stream j :math:`f v_j N`,
@@ -148,8 +150,8 @@ class ReplayTextDataset(StreamingTextDataset):
 
     Several ``new`` streams are read as one dataset, shuffled together.
 
-    Cost: no epoch is laid out; starting and resuming take the time to read the shard lists. Each order that is being
-    read keeps about 40 bytes per sample of one shuffle block, 10 MB at the default.
+    Cost: no epoch is laid out; starting and resuming take the time to read the shard lists and 60 bytes per shard. Each
+    order that is being read keeps about 40 bytes per sample of one shuffle block, 10 MB at the default.
 
     Args:
         tokenizer: HF tokenizer; only used if the shards hold ``text`` and not ``tokens``.
@@ -166,8 +168,9 @@ class ReplayTextDataset(StreamingTextDataset):
         shuffle_seed: Seed of the shuffle. Default: ``9176``.
         shuffle_block_size: Samples within which the shuffle mixes shards. Default: ``1 << 18``.
         max_passes: How many times the stage's budget may read a dataset, old or new. Default: ``1``.
+        token_encoding_type: Of tokens that were stored as bytes. Default: ``'int64'``.
         kwargs: Streaming's own: ``cache_limit``, ``predownload``, ``download_retry``, ``download_timeout``,
-            ``validate_hash``, ``keep_zip``, ``allow_unsafe_types``, ``replication``, ``token_encoding_type``.
+            ``validate_hash``, ``keep_zip``, ``allow_unsafe_types``, ``replication``.
 
     Raises:
         ValueError: If a key is unknown, the fraction or a weight is out of range, two streams share a name, or the
@@ -188,30 +191,38 @@ class ReplayTextDataset(StreamingTextDataset):
         shuffle_seed: int = 9176,
         shuffle_block_size: int | None = None,
         max_passes: float = 1,
+        token_encoding_type: str = 'int64',
         **kwargs: Any,
     ) -> None:
         mix = read_mix(new, replay)
-        streams = [Stream(**stream) for stream in (*mix.new.values(), *mix.old.values())]
-        super().__init__(
-            tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
-            max_seq_len=max_seq_len,
-            streams=streams,
-            batch_size=batch_size,
+        kwargs.setdefault('download_retry', DOWNLOAD_RETRY)
+        streams = [
+            ResilientStream(cache_limit=kwargs.get('cache_limit'), **stream)
+            for stream in (*mix.new.values(), *mix.old.values())
+        ]
+        LazyStreamingDataset.__init__(
+            self,
+            streams,
+            batch_size,
             shuffle=shuffle,
             shuffle_seed=shuffle_seed,
-            num_canonical_nodes=1,
+            shuffle_block_size=int(shuffle_block_size or DEFAULT_BLOCK_SIZE),
             **kwargs,
         )
+        # what StreamingTextDataset reads rows with
+        self.tokenizer = tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        self.max_seq_len = max_seq_len
+        self.token_encoding_type = token_encoding_type
         self._check_row_length()
         self.max_passes = exact_fraction('train_loader.dataset.max_passes', max_passes)
         self.names = ['new', *mix.old]
-        block_size = int(shuffle_block_size or DEFAULT_BLOCK_SIZE)
-        sizes = np.split(self.samples_per_shard, np.cumsum(self.shards_per_stream)[:-1])
-        sizes = [np.concatenate(sizes[: len(mix.new)]), *sizes[len(mix.new) :]]
+        samples = [index.samples for index in self.indexes]
+        new_sizes = samples[0] if len(mix.new) == 1 else np.concatenate(samples[: len(mix.new)])
+        sizes = [new_sizes, *samples[len(mix.new) :]]
         old_seed = shuffle_seed + (FRESH_SHUFFLE if mix.order == 'shuffled' else 0)
         seeds = [shuffle_seed if shuffle else None]
         seeds += [old_seed if shuffle or mix.order == 'shuffled' else None] * len(mix.old)
-        self.sequence = MixedSequence(mix.interleaving, sizes, seeds, block_size)
+        self.sequence = MixedSequence(mix.interleaving, sizes, seeds, int(self.shuffle_block_size or 0))
 
         self.global_batch_size = batch_size * self._parallel_rank_world.num_ranks
         self.slots_per_pass = mix.interleaving.slots_in_one_pass(self.sequence.sizes[0])
@@ -228,7 +239,7 @@ class ReplayTextDataset(StreamingTextDataset):
                 'order': mix.order,
                 'shuffle': bool(shuffle),
                 'shuffle_seed': shuffle_seed,
-                'shuffle_block_size': block_size,
+                'shuffle_block_size': self.shuffle_block_size,
                 'max_seq_len': max_seq_len,
                 'global_batch_size': self.global_batch_size,
                 'drop_last': drop_last,
@@ -243,23 +254,15 @@ class ReplayTextDataset(StreamingTextDataset):
         """Identity of each stream by its shards' sizes and hashes: moved data is still the same data."""
         described = {}
         for stream, name in enumerate(named, start=first):
-            begin = self.shard_offset_per_stream[stream]
-            shards = self.shards[begin : begin + self.shards_per_stream[stream]]
-            content = [
-                (shard.samples, [(info.bytes, sorted(info.hashes.items())) for info, _ in shard.file_pairs])
-                for shard in shards
-            ]
             weight = f', weight {weights[name]}' if name in weights else ''
-            crc = zlib.crc32(repr(content).encode())
-            described[f'{role}.{name}'] = f'{self.samples_per_stream[stream]:,} samples ({crc:08x}){weight}'
+            digest = self.indexes[stream].digest
+            described[f'{role}.{name}'] = f'{self.samples_per_stream[stream]:,} samples ({digest}){weight}'
         return described
 
     def _check_row_length(self) -> None:
         """Packed rows of another length would be cut, or count for more tokens than they have."""
-        for shard in self.shards:
-            for name, encoding in zip(
-                getattr(shard, 'column_names', ()), getattr(shard, 'column_encodings', ()), strict=True
-            ):
+        for kind in (kind for index in self.indexes for kind in index.kinds):
+            for name, encoding in zip(kind['column_names'] or (), kind['column_encodings'] or (), strict=True):
                 length = row_length(encoding)
                 if name == 'tokens' and length not in (None, self.max_seq_len):
                     raise ValueError(
@@ -302,6 +305,23 @@ class ReplayTextDataset(StreamingTextDataset):
             worker=world.worker_of_rank,
             num_workers=world.workers_per_rank,
         )
+
+    def _read_index(self, stream: ResilientStream) -> ShardIndex:  # pyright: ignore[reportIncompatibleMethodOverride]
+        stream.claim(self._unique_rank_world)
+        index = super()._read_index(stream)
+        stream.check_hashes(kind['hashes'] or () for kind in index.kinds)
+        return index
+
+    def on_exception(self, future: Future) -> None:
+        """Keep what a background thread died of; Streaming only logs it."""
+        self._background_error = future.exception() or getattr(self, '_background_error', None)
+        super().on_exception(future)
+
+    def _each_sample_id(self, it: Any) -> Iterator[int]:
+        yield from super()._each_sample_id(it)
+        if self._event.is_set():  # Streaming would let the epoch end here
+            error = getattr(self, '_background_error', None)
+            raise StreamError(f'reading ahead failed: {type(error).__name__}: {error}') from error
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Streaming's state and the mix it belongs to, as one JSON string (a single leaf in sharded checkpoints)."""

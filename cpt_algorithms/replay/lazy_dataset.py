@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A StreamingDataset that starts in the same time and memory whatever the size of its data."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming import Stream, StreamingDataset
+from streaming.base.constant import (
+    BARRIER,
+    BARRIER_FILELOCK,
+    CACHE_FILELOCK,
+    CACHE_USAGE,
+    DEFAULT_TIMEOUT,
+    NEXT_EPOCH,
+    SHARD_ACCESS_TIMES,
+    SHARD_STATES,
+)
+from streaming.base.dataset import _ShardState
+from streaming.base.distributed import maybe_init_dist
+from streaming.base.format import get_index_basename
+from streaming.base.format.mds.encodings import is_mds_encoding_safe
+from streaming.base.shared import SharedArray, SharedBarrier, SharedScalar, _get_path, get_shm_prefix
+from streaming.base.util import bytes_to_int, wait_for_file_to_exist
+from streaming.base.world import World
+from torch import distributed as dist
+
+from cpt_algorithms.replay.shard_index import ShardIndex, ShardOfSample, Shards
+
+__all__ = ['LazyStreamingDataset']
+
+# How often, in seconds, a rank looks whether its node's first one has downloaded an index.
+TICK = 0.05
+
+
+class LazyStreamingDataset(StreamingDataset):
+    """Streaming's dataset, but for how it starts: no object per shard, no table of samples, no laid-out epoch.
+
+    Downloading, caching, eviction, validation, decompression and reading are Streaming's own. The order is not: a
+    subclass gives ``_get_work`` and ``__len__``.
+
+    Cost: reading the index (see :class:`ShardIndex`) and about 60 bytes per shard.
+
+    Args:
+        streams: Where the data lies.
+        batch_size: Samples per rank and batch.
+        shuffle: What the state dict says.
+        shuffle_seed: What the state dict says.
+        shuffle_block_size: What the state dict says.
+        cache_limit: Most bytes of the cache; the shards used longest ago are then removed from it. Data that is only
+            here (no ``remote``) never is, and does not count. Default: ``None``, all is kept.
+        predownload: Samples each worker downloads ahead. Default: ``None``, 8 batches.
+        replication: Consecutive ranks that read the same samples. Default: ``None``.
+        allow_unsafe_types: Whether columns may hold pickled objects. Default: ``False``.
+        stream_defaults: ``split``, ``download_retry``, ``download_timeout``, ``validate_hash``, ``keep_zip`` of streams
+            that do not say it.
+
+    Raises:
+        ValueError: If an index is none, holds no sample or an unsafe type, or the cache is too small for 4 shards.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        batch_size: int,
+        shuffle: bool = False,
+        shuffle_seed: int = 9176,
+        shuffle_block_size: int | None = None,
+        cache_limit: int | str | None = None,
+        predownload: int | None = None,
+        replication: int | None = None,
+        allow_unsafe_types: bool = False,
+        **stream_defaults: Any,
+    ) -> None:
+        self.batch_size = batch_size
+        self.shuffle = self.epoch_seed_change = shuffle
+        self.shuffle_seed = shuffle_seed
+        self.shuffle_block_size = shuffle_block_size
+        self.cache_limit = bytes_to_int(cache_limit) if isinstance(cache_limit, str) else cache_limit
+        self.predownload = 8 * batch_size if predownload is None else predownload
+        self.replication = replication
+        self.allow_unsafe_types = allow_unsafe_types
+        self.num_canonical_nodes = 1
+        self.initial_physical_nodes = None
+        self._unique_rank_world = world = World.detect()
+        self._parallel_rank_world = world.copy() if replication is None else world.replicate(replication)
+
+        destroy_dist = maybe_init_dist()
+        defaults = {'split': None, 'download_retry': 2, 'download_timeout': DEFAULT_TIMEOUT, 'validate_hash': None}
+        for stream in streams:
+            stream.apply_default({**defaults, 'keep_zip': False, **stream_defaults})
+        self.streams = list(streams)
+        self.num_streams = len(streams)
+        self.indexes = [self._read_index(stream) for stream in streams]
+        self._lay_out()
+        self._check_cache_limit()
+        self._share()
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+        if destroy_dist:
+            dist.destroy_process_group()
+
+    def _read_index(self, stream: Stream) -> ShardIndex:
+        """Download the index if need be, on one rank of each node."""
+        name = get_index_basename()
+        path = os.path.join(stream.local, stream.split, name)
+        if not os.path.exists(path):
+            source = os.path.join(stream.remote or '', stream.split, name)
+            if not stream.remote:
+                raise ValueError(f'there is no dataset in {stream.local}: {path} does not exist, and no remote is given')
+            if self._unique_rank_world.is_local_leader:
+                os.rename(stream._download_file(name, f'{name}.tmp'), path)
+            else:
+                late = f'{source} was not downloaded to {path} within download_timeout={stream.download_timeout} s'
+                wait_for_file_to_exist(path, TICK, stream.download_timeout, late)
+        index = ShardIndex.read(Path(path))
+        if not index.samples.sum():
+            raise ValueError(f'{path}: the dataset is empty')
+        for kind in () if self.allow_unsafe_types else index.kinds:
+            for column, encoding in zip(kind['column_names'] or (), kind['column_encodings'] or (), strict=True):
+                if kind['format'] == 'mds' and not is_mds_encoding_safe(encoding):
+                    raise ValueError(
+                        f'{path}: column {column} is encoded as {encoding}, which can run code when it is read; '
+                        'set allow_unsafe_types: true only if you trust the data'
+                    )
+        return index
+
+    def _lay_out(self) -> None:
+        """Number shards and samples through all streams."""
+        self.shards_per_stream = np.array([len(index) for index in self.indexes], np.int64)
+        self.shard_offset_per_stream = np.cumsum(self.shards_per_stream) - self.shards_per_stream
+        self.samples_per_stream = np.array([index.samples.sum() for index in self.indexes], np.int64)
+        self.sample_offset_per_stream = np.cumsum(self.samples_per_stream) - self.samples_per_stream
+        self.num_samples = int(self.samples_per_stream.sum())
+        self.num_shards = int(self.shards_per_stream.sum())
+        self.stream_per_shard = np.repeat(np.arange(self.num_streams, dtype=np.int16), self.shards_per_stream)
+        places = [(stream.local, stream.split) for stream in self.streams]
+        self.shards = Shards(self.indexes, places)  # pyright: ignore[reportAttributeAccessIssue]
+        ends = np.empty(self.num_shards, np.int64)
+        for index, first, before in zip(
+            self.indexes, self.shard_offset_per_stream, self.sample_offset_per_stream, strict=True
+        ):
+            here = ends[first : first + len(index)]
+            np.cumsum(index.samples, out=here)
+            here += before
+        self.spanner = ShardOfSample(ends)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _check_cache_limit(self) -> None:
+        largest = max(int(index.bytes.max()) for index in self.indexes)
+        if self.cache_limit and self.cache_limit < 4 * largest:
+            raise ValueError(
+                f'cache_limit={self.cache_limit} bytes is too small: the largest shard takes {largest:,} bytes, and '
+                f'four must fit; set it to at least {4 * largest:,}, better to much more'
+            )
+
+    def _share(self) -> None:
+        """What the ranks and workers of a node know together; names are Streaming's."""
+        local = [os.path.abspath(os.path.join(stream.local, stream.split)) for stream in self.streams]
+        remote = [os.path.join(stream.remote, stream.split) if stream.remote else None for stream in self.streams]
+        self._shm_prefix_int, self._locals_shm = get_shm_prefix(local, remote, self._unique_rank_world)  # pyright: ignore
+
+        def name(what: str) -> str:
+            return _get_path(self._shm_prefix_int, what)
+
+        self._filelock_root = gettempdir()
+        self._shared_barrier = SharedBarrier(os.path.join(self._filelock_root, name(BARRIER_FILELOCK)), name(BARRIER))
+        self._next_epoch = SharedScalar(np.int64, name(NEXT_EPOCH))
+        self._cache_filelock_path = os.path.join(self._filelock_root, name(CACHE_FILELOCK))
+        self._cache_usage = SharedScalar(np.int64, name(CACHE_USAGE))
+        self._shard_states = SharedArray(self.num_shards, np.uint8, name(SHARD_STATES))
+        self._shard_access_times = SharedArray(self.num_shards, np.uint64, name(SHARD_ACCESS_TIMES))
+        if self._unique_rank_world.is_local_leader:
+            self.next_epoch = 0
+            self._note_what_is_here(self._shard_states.numpy())
+            self._shard_access_times.numpy()[:] = time.time_ns()
+        del self._shared_barrier.lock  # cannot be pickled
+
+    def _note_what_is_here(self, states: NDArray[np.uint8]) -> None:
+        states[:] = _ShardState.REMOTE
+        usage = 0
+        for index, stream, first in zip(self.indexes, self.streams, self.shard_offset_per_stream, strict=True):
+            if not _is_cache(stream):
+                states[first : first + len(index)] = _ShardState.LOCAL
+                continue
+            usage += stream.get_index_size()
+            folder = os.path.join(stream.local, stream.split)
+            listing = {os.path.join(root, leaf) for root, _, leaves in os.walk(folder) for leaf in leaves}
+            for number in index.present(folder):
+                size = self.shards[int(first) + number].set_up_local(listing, stream.safe_keep_zip)
+                if size:
+                    states[first + number] = _ShardState.LOCAL
+                    usage += size
+        self.cache_usage = usage
+
+    def _evict_coldest_shard(self) -> None:
+        """Remove from the cache what was used longest ago, and never what is only here: Streaming would."""
+        cached = [_is_cache(stream) for stream in self.streams]
+        candidates = np.flatnonzero(
+            (self._shard_states.numpy() == _ShardState.LOCAL) & np.array(cached)[self.stream_per_shard]
+        )
+        if not len(candidates):
+            raise ValueError(
+                f'cache_limit={self.cache_limit} bytes is used up by shards that are being downloaded: raise cache_limit'
+            )
+        self._evict_shard(int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])]))
+
+
+def _is_cache(stream: Stream) -> bool:
+    """Whether what lies in ``local`` is a copy."""
+    return bool(stream.remote) and stream.remote != stream.local
