@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``resilient``: a Streaming ``Stream`` that rides out faults of the object storage, or stops with one clear error.
+
+Which sample comes next is not decided here; only that it is the right one, or an error.
+"""
+
+import errno
+import fcntl
+import glob
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any, NoReturn
+
+from botocore.exceptions import ClientError, NoCredentialsError
+from streaming import Stream
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
+from streaming.base.distributed import barrier
+from streaming.base.format import FileInfo, Reader, get_index_basename
+from streaming.base.hashing import get_hash, is_hash
+from streaming.base.shared.prefix import _get_path, _unpack_locals
+from streaming.base.stream import streams_registry
+from streaming.base.util import bytes_to_int
+from streaming.base.world import World
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+__all__ = ['DOWNLOAD_RETRY', 'ResilientStream', 'StreamError']
+
+log = logging.getLogger(__name__)
+
+# Waits of 1, 2, 4, 8, 15, 15, 15, 15 s and some jitter: a server may be gone for 75 s.
+DOWNLOAD_RETRY = 8
+FIRST_WAIT, LONGEST_WAIT = 1.0, 15.0
+# Downloads of a file whose hash is wrong, after the first.
+CORRUPT_RETRY = 2
+# Seconds to wait for the workers of a killed run to end. They look for their parent every 5 s.
+CLAIM_TIMEOUT = 30.0
+# Seconds in which the resource tracker of a killed run removes its shared memory, by name: ours may get that name.
+TRACKER_TIME = 1.0
+# The fastest first; any other that an index offers comes after these.
+HASHES = ('xxh3_64', 'xxh3_128', 'xxh64', 'xxh128', 'xxh32', 'blake2b', 'sha1', 'md5')
+SHARED_MEMORY = Path('/dev/shm')
+# What a killed run leaves: our partial files, boto's beside them, Streaming's own.
+PARTIAL = re.compile(r'\.(part(\.\w{8})?|tmp)$')
+
+# Open files that lock the cache folders of this process, until it ends.
+_claimed: dict[str, list[Any]] = {}
+_exiting: list[bool] = []
+# Python joins the threads that download before it exits, and they may be waiting for a server.
+threading._register_atexit(lambda: _exiting.append(True))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class StreamError(RuntimeError):
+    """Data that cannot be read: which file, what happened, what would be right. In one line."""
+
+
+@cache
+def _first_parent(pid: int) -> int:
+    return os.getppid()
+
+
+def _is_ending() -> bool:
+    """Whether nobody waits for this process's downloads any more."""
+    is_worker = multiprocessing.parent_process() is not None
+    return bool(_exiting) or (is_worker and os.getppid() != _first_parent(os.getpid()))
+
+
+def _sleep(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not _is_ending():
+        time.sleep(min(left, 0.1))
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _advice(error: BaseException) -> str | None:
+    """What would be right, if trying again cannot help; else None."""
+    if isinstance(error, ClientError):
+        status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode')
+        if status == 404:
+            return 'it is not there: check bucket, path and split, and that the upload was finished'
+        if status in (401, 403):
+            return 'access is denied: check the credentials and what the bucket allows'
+    if isinstance(error, NoCredentialsError):
+        return 'there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE'
+    if isinstance(error, FileNotFoundError):
+        return 'it is not there: check path and split'
+    if isinstance(error, PermissionError):
+        return f'access to {error.filename} is denied'
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'
+
+
+def _pids_that_map(files: Iterable[str]) -> list[int]:
+    """Processes on this machine that have one of these files in their memory."""
+    wanted = {name.encode() for name in files}
+    found = []
+    for maps in glob.glob('/proc/[0-9]*/maps'):
+        try:
+            names = {line.split(None, 5)[-1].strip() for line in Path(maps).read_bytes().splitlines()}
+        except OSError:  # it has ended, or is another user's, whose shared memory we cannot use either
+            continue
+        if names & wanted:
+            found.append(int(maps.split('/')[2]))
+    return found
+
+
+def _left_behind(folder: str) -> dict[int, list[str]]:
+    """Shared memory of Streaming datasets that say they use this folder, by the dataset's number."""
+    found = {}
+    for path in SHARED_MEMORY.glob(f'[0-9]*_{LOCALS}'):
+        try:
+            locals_, number = _unpack_locals(path.read_bytes())
+        except (OSError, ValueError):  # not ours to read, or just being written
+            continue
+        if folder in locals_ and path.name == _get_path(number, LOCALS):
+            found[number] = glob.glob(str(SHARED_MEMORY / _get_path(number, '*')))
+    return found
+
+
+def _refuse(folder: str, user: str) -> NoReturn:
+    raise StreamError(
+        f"the cache folder {folder} is in use by {user}: two runs would delete each other's shards. "
+        'Stop that run, or give this one a folder of its own (local: ...), one per node'
+    )
+
+
+def _lock(path: Path, folder: str, deadline: float) -> Any:
+    """Hold a file for this process and its forked workers; its content says who does."""
+    file = path.open('a+')
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                _refuse(folder, file.read() or 'another run')
+            time.sleep(0.1)
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}')
+    file.flush()
+    return file
+
+
+def _free_shared_memory(folder: str, deadline: float) -> None:
+    """Remove what a killed run left in shared memory; Streaming would refuse the folder because of it.
+
+    The folder is locked, so no live run of ours has it. A run with Streaming's own streams shows by its memory.
+    """
+    while number_to_files := _left_behind(folder):
+        pids = _pids_that_map(file for files in number_to_files.values() for file in files)
+        if not pids:
+            time.sleep(TRACKER_TIME)
+            for number, files in number_to_files.items():
+                locks = [
+                    os.path.join(gettempdir(), _get_path(number, lock)) for lock in (BARRIER_FILELOCK, CACHE_FILELOCK)
+                ]
+                for file in (*files, *locks):
+                    Path(file).unlink(missing_ok=True)
+            log.info('removed the shared memory of a killed run that used %s', folder)
+            return
+        if time.monotonic() >= deadline:
+            _refuse(folder, f'process {pids[0]} on {socket.gethostname()}')
+        time.sleep(0.1)
+
+
+def _claim(folder: str) -> None:
+    """Make a cache folder this process's own; wait for the workers of a killed run to end.
+
+    Raises:
+        StreamError: If a live run uses it, here or on another machine.
+    """
+    if folder in _claimed:
+        return
+    deadline = time.monotonic() + CLAIM_TIMEOUT
+    os.makedirs(folder, exist_ok=True)
+    locks = [Path(folder) / '.lock']
+    if SHARED_MEMORY.is_dir():
+        # containers may share it without sharing folders or seeing each other's processes
+        locks.append(SHARED_MEMORY / f'cpt_algorithms_{os.getuid()}_{get_hash("xxh64", folder.encode())}')
+    held = [_lock(path, folder, deadline) for path in locks]
+    _free_shared_memory(folder, deadline)
+    for root, _, leaves in os.walk(folder):
+        for leaf in filter(PARTIAL.search, leaves):
+            os.remove(os.path.join(root, leaf))
+    _claimed[folder] = held
+
+
+def _read_after_failure(shard: Reader, error: StreamError, sample: int) -> bytes:
+    """Instead of a reader's ``get_sample_data`` after a failed download: once, then it is tried again."""
+    shard.__dict__.pop('get_sample_data', None)
+    try:
+        return shard.get_sample_data(sample)  # another worker may have had more luck
+    except FileNotFoundError:
+        raise error from None
+
+
+class ResilientStream(Stream):
+    """A stream whose downloads are tried again, validated, and fail aloud.
+
+    * Faults that may pass (no answer, 5xx, resets, cut bodies) are tried again with exponential backoff; what cannot
+      pass (not found, forbidden, no credentials, disk full) fails at once.
+    * A file gets its name in the cache after its hash was found right. Corrupt ones are deleted and downloaded again
+      twice. What is in the cache already is not validated again.
+    * A failed download is an error where its first row is read, in the process that reads it, not the end of the data;
+      other workers and ranks are not kept waiting for it.
+    * The cache folder (``local/split``) belongs to one run on one node at a time. What a killed run left behind, in
+      shared memory or half downloaded, is removed.
+
+    Streams without ``remote`` are read where they are, by any number of runs.
+
+    Args:
+        cache_limit: That of the dataset, to be checked and named in errors. Default: ``None``.
+        download_retry: Attempts after the first, as in Streaming; with 8 a server may be gone for 75 s.
+        validate_hash: A hash algorithm that the index offers, or ``False`` for none. Default: ``None``, the fastest
+            that the index offers; none, and said in the log, if it offers none.
+        stream: Streaming's own: ``remote``, ``local``, ``split``, ``download_timeout``, ``keep_zip``, ...
+
+    Raises:
+        StreamError: If the data cannot be read, or another run uses the cache folder.
+
+    Cost: hashing a downloaded file, about 0.1 ms per MB, and waiting until it is on disk, both in the background.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache_limit: int | str | None = None,
+        validate_hash: str | bool | None = None,
+        **stream: Any,
+    ) -> None:
+        super().__init__(**stream)
+        self.cache_limit = bytes_to_int(cache_limit) if cache_limit else None
+        # Streaming's validate_hash stays unset: it would validate files again under their final names
+        self._wanted_hash = validate_hash
+
+    def apply_default(self, default: dict) -> None:
+        """As Streaming, but ``validate_hash`` of the dataset."""
+        super().apply_default({**default, 'validate_hash': None})
+        if self._wanted_hash is None:
+            self._wanted_hash = default['validate_hash']
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether what lies in ``local`` is a copy."""
+        return bool(self.remote) and self.remote != self.local
+
+    @property
+    def folder(self) -> str:
+        """Where the files lie here."""
+        return os.path.abspath(os.path.join(self.local, self.split))
+
+    def claim(self, world: World) -> None:
+        """Make the cache folder this run's own, and download the index. All ranks at once.
+
+        Raises:
+            StreamError: If another run uses the folder, or the index cannot be downloaded.
+        """
+        if self.is_cache and world.is_local_leader:
+            _claim(self.folder)
+            if not os.path.exists(os.path.join(self.folder, get_index_basename())):
+                self._download_file(get_index_basename())
+        barrier()
+
+    def check_hashes(self, offered: Iterable[Sequence[str]]) -> None:
+        """See that files can be validated as asked.
+
+        Args:
+            offered: The algorithms of each shard.
+
+        Raises:
+            ValueError: If ``validate_hash`` is not offered.
+        """
+        if not self.is_cache or self._wanted_hash is False:
+            return
+        for algorithms in offered:
+            if self._wanted_hash and self._wanted_hash not in algorithms:
+                raise ValueError(
+                    f'validate_hash={self._wanted_hash}, and the index in {self.folder} offers '
+                    f'{", ".join(algorithms) or "none"}; leave it out to use what is offered'
+                )
+            if not algorithms:
+                log.warning('%s has no hashes: what is downloaded cannot be validated', self.folder)
+                return
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
+        """As Streaming, of a claimed folder; with everything checked that can be before training."""
+        self.claim(world)
+        shards = super().get_shards(world, allow_unsafe_types)
+        self.check_hashes([shard.hashes for shard in shards])
+        needed = self.get_index_size() + 4 * max((shard.get_max_size() for shard in shards), default=0)
+        if self.cache_limit and self.cache_limit < needed:
+            raise ValueError(
+                f'cache_limit={self.cache_limit:,} bytes is too small for {self.folder}: set {needed:,} or more'
+            )
+        return shards
+
+    def prepare_shard(self, shard: Reader) -> int:
+        """Download, validate and decompress a shard, if need be.
+
+        Does not raise: Streaming takes an error in its background threads for the end of the data, and lets other
+        workers wait for the shard for ever. The error is raised where a row of the shard is read.
+        """
+        try:
+            return super().prepare_shard(shard)
+        except Exception as error:  # of any kind
+            failure = error if isinstance(error, StreamError) else self._failure(shard.file_pairs[0][0].basename, error)
+            log.debug('download failed', exc_info=error)
+            shard.__dict__['get_sample_data'] = partial(_read_after_failure, shard, failure)
+            return 0
+
+    def _prepare_shard_part(
+        self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
+    ) -> int:
+        delta = 0
+        if not any(os.path.isfile(os.path.join(self.folder, info.basename)) for info in (raw_info, zip_info) if info):
+            wanted = zip_info or raw_info
+            self._fetch(wanted.basename, wanted)
+            delta = wanted.bytes
+        try:
+            return delta + super()._prepare_shard_part(raw_info, zip_info, compression)  # finds it there
+        except Exception as error:
+            Path(self.folder, f'{raw_info.basename}.tmp').unlink(missing_ok=True)
+            raise self._failure(raw_info.basename, error) from error
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        """Streaming's name for it; the index comes this way."""
+        return self._fetch(from_basename, None, to_basename)
+
+    def _fetch(self, basename: str, info: FileInfo | None, to_basename: str | None = None) -> str:
+        """Download a file and validate it; only a whole one gets its name."""
+        source = os.path.join(self.remote or '', self.split, basename)
+        path = os.path.join(self.folder, to_basename or basename)
+        part = f'{path}.part'
+        problem = None
+        for _ in range(1 + CORRUPT_RETRY):
+            try:
+                self._download(source, part)
+                problem = self._problem(part, info)
+                if problem is None:
+                    with open(part, 'rb') as file:
+                        os.fsync(file.fileno())
+                    os.replace(part, path)
+                    return path
+            except Exception as error:
+                raise self._failure(basename, error) from error
+            finally:
+                Path(part).unlink(missing_ok=True)
+            log.warning('%s arrived corrupt (%s); downloading it again', source, problem)
+        raise StreamError(
+            f'{source} is corrupt: {problem}, after {1 + CORRUPT_RETRY} downloads. Upload it again; if the dataset was '
+            f'replaced, empty the cache folder {self.folder}, whose index.json is older'
+        )
+
+    def _download(self, source: str, part: str) -> None:
+        """Ride out what may pass."""
+
+        def tried(state: RetryCallState) -> None:
+            assert state.outcome is not None and state.next_action is not None
+            log.warning(
+                '%s: attempt %d of %d failed, the next in %.0f s: %s',
+                source, state.attempt_number, 1 + self.download_retry, state.next_action.sleep,
+                _one_line(state.outcome.exception() or AssertionError()),
+            )  # fmt: skip
+
+        def once() -> None:
+            Path(part).unlink(missing_ok=True)  # or it would be taken for downloaded
+            try:
+                self._downloader.download(source, part, self.download_timeout)
+            except Exception:
+                self._downloader.clean_up()  # the next attempt is made on a new connection
+                raise
+
+        Retrying(
+            retry=retry_if_exception(lambda e: isinstance(e, Exception) and not _is_full(e) and _advice(e) is None),
+            stop=lambda state: stop_after_attempt(1 + self.download_retry)(state) or _is_ending(),
+            wait=wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT),
+            sleep=_sleep,
+            before_sleep=tried,
+            reraise=True,
+        )(once)
+
+    def _problem(self, part: str, info: FileInfo | None) -> str | None:
+        """What is wrong with a downloaded file; None if nothing is."""
+        data = Path(part).read_bytes()
+        if info is None:  # the index
+            try:
+                json.loads(data)
+            except ValueError as error:
+                return f'it is no JSON, {error}'
+            return None
+        if self._wanted_hash is False:
+            return None
+        if len(data) != info.bytes:
+            return f'it has {len(data):,} bytes, and the index says {info.bytes:,}'
+        offered = sorted(
+            filter(is_hash, info.hashes), key=lambda name: (HASHES.index(name) if name in HASHES else 99, name)
+        )
+        algorithm = self._wanted_hash or next(iter(offered), None)
+        if algorithm is None:
+            return None
+        found, right = get_hash(str(algorithm), data), info.hashes[str(algorithm)]
+        return None if found == right else f'its {algorithm} is {found}, and the index says {right}'
+
+    def _failure(self, basename: str, error: Exception) -> StreamError:
+        """The one line a user gets."""
+        if isinstance(error, StreamError):
+            return error
+        source = os.path.join(self.remote or '', self.split, basename)
+        if _is_full(error):
+            disk = shutil.disk_usage(self.folder)
+            limit = 'none' if self.cache_limit is None else f'{self.cache_limit:,} bytes'
+            return StreamError(
+                f'no space for {source} in the cache folder {self.folder}: its disk of {disk.total:,} bytes has '
+                f'{disk.free:,} left, and cache_limit is {limit}. Make room, lower cache_limit, or set local to a '
+                'folder on a larger disk'
+            )
+        if advice := _advice(error):
+            return StreamError(f'{source} cannot be downloaded: {advice} ({_one_line(error)})')
+        return StreamError(
+            f'{source} cannot be read, after {1 + self.download_retry} attempts: {_one_line(error)}. Is the server '
+            'there? Run again when it is: training goes on from the latest checkpoint. A higher download_retry waits '
+            'longer'
+        )
+
+
+streams_registry.register('resilient', func=ResilientStream)
