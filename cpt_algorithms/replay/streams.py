@@ -168,10 +168,8 @@ def _free_shared_memory(folder: str, deadline: float) -> None:
         if not pids:
             time.sleep(TRACKER_TIME)
             for number, files in number_to_files.items():
-                locks = [
-                    os.path.join(gettempdir(), _get_path(number, lock)) for lock in (BARRIER_FILELOCK, CACHE_FILELOCK)
-                ]
-                for file in (*files, *locks):
+                locks = (_get_path(number, lock) for lock in (BARRIER_FILELOCK, CACHE_FILELOCK))
+                for file in (*files, *(os.path.join(gettempdir(), lock) for lock in locks)):
                     Path(file).unlink(missing_ok=True)
             log.info('removed the shared memory of a killed run that used %s', folder)
             return
@@ -204,7 +202,7 @@ def _claim(folder: str) -> None:
 
 def _read_after_failure(shard: Reader, error: StreamError, sample: int) -> bytes:
     """Instead of a reader's ``get_sample_data`` after a failed download: once, then it is tried again."""
-    shard.__dict__.pop('get_sample_data', None)
+    vars(shard).pop('get_sample_data', None)
     try:
         return shard.get_sample_data(sample)  # another worker may have had more luck
     except FileNotFoundError:
@@ -307,7 +305,7 @@ class ResilientStream(Stream):
         needed = self.get_index_size() + 4 * max((shard.get_max_size() for shard in shards), default=0)
         if self.cache_limit and self.cache_limit < needed:
             raise ValueError(
-                f'cache_limit={self.cache_limit:,} bytes is too small for {self.folder}: set {needed:,} or more'
+                f'cache_limit={self.cache_limit:,} bytes is too small for {self.folder}: set {needed:,} at least'
             )
         return shards
 
@@ -322,7 +320,7 @@ class ResilientStream(Stream):
         except Exception as error:  # of any kind
             failure = error if isinstance(error, StreamError) else self._failure(shard.file_pairs[0][0].basename, error)
             log.debug('download failed', exc_info=error)
-            shard.__dict__['get_sample_data'] = partial(_read_after_failure, shard, failure)
+            vars(shard)['get_sample_data'] = partial(_read_after_failure, shard, failure)
             return 0
 
     def _prepare_shard_part(
@@ -409,9 +407,7 @@ class ResilientStream(Stream):
             return None
         if len(data) != info.bytes:
             return f'it has {len(data):,} bytes, and the index says {info.bytes:,}'
-        offered = sorted(
-            filter(is_hash, info.hashes), key=lambda name: (HASHES.index(name) if name in HASHES else 99, name)
-        )
+        offered = [*(name for name in HASHES if name in info.hashes), *filter(is_hash, info.hashes)]
         algorithm = self._wanted_hash or next(iter(offered), None)
         if algorithm is None:
             return None
