@@ -61,7 +61,14 @@ threading._register_atexit(lambda: _exiting.append(True))  # pyright: ignore[rep
 
 
 class StreamError(RuntimeError):
-    """Data that cannot be read: which file, what happened, what would be right. In one line."""
+    """Data that cannot be read: which file, what happened, what would be right.
+
+    Args:
+        message: In one line. PyTorch puts the traceback before it if it came from a DataLoader worker.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition('StreamError: ')[2].strip())
 
 
 @cache
