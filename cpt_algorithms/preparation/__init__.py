@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From text to datasets that stages can read."""

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Documents that occur more than once, exactly or nearly, across datasets, parts, validation sets and earlier runs.
+
+A *part* is a run of consecutive documents. Each has one ``.npy`` file per kind of key, with a row per document; the
+files in order give the documents in global order. Parts can be made anywhere, in any order and at the same time::
+
+    digests(texts) -> (n, 2) uint64                     exact identity; decides the split, see :func:`is_held_out`
+    signatures(texts, NearDuplicates()) -> (n, bands) uint64
+    first_occurrences(digest_files, out, earlier)       out: (n,) bool per part, True in the first row with its digest
+    near_duplicates(signature_files, held_out, out, earlier)    out: (n,) bool per part, True in rows to drop
+
+``earlier`` are the same files of data prepared before. Their documents count and are never dropped, so they have no
+``out``. Both functions are pure functions of files: run again, they write the same bytes, whole or not at all, whatever
+the number of parts and ``max_bytes``.
+
+Both group equal keys out of core: keys are spread over files by range of their value, and one file at a time is read
+and sorted. Memory is about ``max_bytes`` whatever the number of documents and however many of them are equal; on disk,
+beside ``out[0]`` and removed at the end, 24 bytes per document (exact) or 16 bytes per document and band (near).
+
+Near-duplicates: MinHash and the number of bands are `datasketch's <https://ekzhu.com/datasketch/>`_. Two documents of
+Jaccard similarity J (of their sets of word n-grams) share a band with probability :math:`1 - (1 - J^r)^b`, with b bands
+of r rows: with the defaults b = 9, r = 13, which is 0.08 at J = 0.7, 0.40 at 0.8, 0.93 at 0.9 and 0.999 at 0.95.
+Documents that share a band are taken for near-duplicates without comparing them again, and so are chains of them, as in
+FineWeb (`Penedo et al. 2024 <https://arxiv.org/abs/2406.17557>`_).
+"""
+
+import hashlib
+import io
+import math
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, groupby, islice, pairwise
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from xxhash import xxh32_intdigest, xxh64_intdigest
+
+from cpt_algorithms.files import hidden_sibling, write_whole
+
+__all__ = ['NearDuplicates', 'digests', 'first_occurrences', 'is_held_out', 'near_duplicates', 'signatures']
+
+Keys = NDArray[np.uint64]
+Rows = NDArray[np.int64]
+
+_WORD = re.compile(r'\w+')
+# Shingles hashed at once: datasketch holds 4 bytes for each of them and each permutation, twice.
+_SHINGLES = 1 << 14
+# Peak memory of one key and its row while they are sorted and joined, measured with every document a duplicate.
+_BYTES_PER_KEY = 256
+
+
+def digests(texts: Sequence[str]) -> Keys:
+    """The identity of each document: 16 bytes of BLAKE2b of its UTF-8 text.
+
+    Args:
+        texts: Documents.
+
+    Returns:
+        ``(n, 2)``; the first column as a fraction of :math:`2^{64}` is uniform in [0, 1) and decides the split.
+    """
+    joined = b''.join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
+    return np.frombuffer(joined, '>u8').reshape(-1, 2).astype(np.uint64)
+
+
+def is_held_out(identities: Keys, val_fraction: float) -> NDArray[np.bool_]:
+    """Which documents belong to validation: those whose digest, as a fraction of the largest, is below a fraction.
+
+    Args:
+        identities: Of :func:`digests`.
+        val_fraction: In (0, 1).
+    """
+    return identities[:, 0] < np.uint64(math.ceil(val_fraction * 2**64))
+
+
+@dataclass(frozen=True)
+class NearDuplicates:
+    r"""What makes two documents nearly the same.
+
+    A document is the set of its word n-grams: runs of ``ngram`` consecutive words (letters, digits and underscores, in
+    lower case; all else only separates). The similarity of two documents is the Jaccard similarity of their sets,
+    :math:`|A \cap B| / |A \cup B|`; one word changed in the middle of n words makes it :math:`(n - 9) / (n + 1)` with
+    5-grams. A document of fewer than ``ngram`` words has one n-gram, all its words, and one without words has its text:
+    they are near-duplicates only of documents with the same words, or text.
+
+    Args:
+        threshold: Similarity for which the number of bands is chosen. Default: ``0.8``.
+        num_perm: Permutations of MinHash. Default: ``128``.
+        ngram: Words of an n-gram. Default: ``5``.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    threshold: float = 0.8
+    num_perm: int = 128
+    ngram: int = 5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f'threshold={self.threshold} is out of range; a similarity between 0 and 1, such as 0.8')
+        if self.num_perm < 2:
+            raise ValueError(f'num_perm={self.num_perm} is out of range; at least 2, such as 128')
+        if self.ngram < 1:
+            raise ValueError(f'ngram={self.ngram} is out of range; at least 1, such as 5')
+
+    @cached_property
+    def bands(self) -> tuple[int, int]:
+        """Bands, and rows of each: datasketch's choice, which weighs pairs missed and pairs wrongly found alike."""
+        lsh = MinHashLSH(threshold=self.threshold, num_perm=self.num_perm)
+        return lsh.b, lsh.r
+
+
+def shingles(text: str, ngram: int) -> Iterator[str]:
+    """The word n-grams of a document; see :class:`NearDuplicates`."""
+    words = _WORD.findall(text.lower()) or [text]
+    return map(' '.join, zip(*(words[start:] for start in range(min(ngram, len(words)))), strict=False))
+
+
+def signatures(texts: Sequence[str], settings: NearDuplicates) -> Keys:
+    """A hash of each band of the MinHash of each document.
+
+    Args:
+        texts: Documents.
+        settings: What makes them nearly the same.
+
+    Returns:
+        ``(n, bands)``. Documents with an equal hash anywhere in their rows are taken for near-duplicates. Hashes of
+        different settings must not be compared.
+
+    Cost: 13 MB of text a second on one core. The same on every machine, being made of integers and named hashes.
+    """
+    bands, rows = settings.bands
+    size = 4 * rows
+    empty = MinHash(settings.num_perm, scheme='affine32', hashfunc=xxh32_intdigest)
+    result = np.empty((len(texts), bands), np.uint64)
+    for number, text in enumerate(texts):
+        minhash = empty.copy()
+        remaining = shingles(text, settings.ngram)
+        while batch := list(islice(remaining, _SHINGLES)):
+            minhash.update_batch(batch)
+        values = minhash.hashvalues.astype('<u4').tobytes()
+        result[number] = [xxh64_intdigest(values[band * size : (band + 1) * size], band) for band in range(bands)]
+    return result
+
+
+def first_occurrences(
+    files: Sequence[Path], out: Sequence[Path], earlier: Sequence[Path] = (), max_bytes: int = 1 << 30
+) -> None:
+    """Find which documents are the first with their text.
+
+    Args:
+        files: ``.npy`` files of :func:`digests`, in global order.
+        out: ``.npy`` files to write, ``(n,)`` bool for each of ``files``: True where the digest is in no earlier row.
+        earlier: ``.npy`` files of data prepared before; they come before all of ``files``.
+        max_bytes: Memory to use, about. Default: 1 GiB.
+
+    Raises:
+        ValueError: If a file does not hold digests.
+        RuntimeError: If another process is writing to ``out``.
+    """
+    if not files:
+        return
+    tables = _tables([*earlier, *files], 2)
+    at_once = max(1, max_bytes // _BYTES_PER_KEY)
+    offsets = np.cumsum([0, *map(len, tables)])
+    with _workspace(out[0]) as folder:
+        repeated = _zeros(folder / 'repeated', offsets[-1], np.bool_)
+        chunks = (chunk for table in tables for chunk in _chunks(table, at_once))
+        for _, later in _equal_pairs(_numbered(chunks), 2, int(offsets[-1]), at_once, folder):
+            repeated[later] = True
+        for path, (start, stop) in zip(out, pairwise(offsets[len(earlier) :]), strict=True):
+            _save(path, ~repeated[start:stop])
+
+
+def near_duplicates(
+    files: Sequence[Path],
+    held_out: Sequence[Path],
+    out: Sequence[Path],
+    earlier: Sequence[Path] = (),
+    max_bytes: int = 1 << 30,
+) -> None:
+    """Find which documents to drop so that no two near-duplicates are left.
+
+    Documents that share a band, and chains of them, are one group. One document of each group stays: the first of data
+    prepared before, else the first validation document, else the first training document. So no training document is
+    nearly a validation document, and no validation document is nearly something a model was trained on before. Of data
+    prepared before, everything stays.
+
+    Equal documents have equal signatures: where ``held_out`` follows from the digest, what :func:`first_occurrences`
+    finds repeated is dropped here too.
+
+    Args:
+        files: ``.npy`` files of :func:`signatures`, in global order.
+        held_out: ``.npy`` files, ``(n,)`` bool for each of ``files``: True for validation documents.
+        out: ``.npy`` files to write, ``(n,)`` bool for each of ``files``: True for documents to drop.
+        earlier: ``.npy`` files of :func:`signatures` of data prepared before.
+        max_bytes: Memory to use, about. Not in it: up to 8 bytes per document in pages of a file, which the system can
+            take back. Default: 1 GiB.
+
+    Raises:
+        ValueError: If a file does not hold signatures of one number of bands, or ``held_out`` does not fit.
+        RuntimeError: If another process is writing to ``out``.
+    """
+    if not files:
+        return
+    tables = _tables([*earlier, *files])
+    before, tables = tables[: len(earlier)], tables[len(earlier) :]
+    masks = [np.load(path, mmap_mode='r') for path in held_out]
+    for path, mask, table in zip(held_out, masks, tables, strict=True):
+        if mask.shape != (len(table),) or mask.dtype != np.bool_:
+            raise ValueError(f'{path} holds {mask.dtype} of shape {mask.shape}; expected bool of shape ({len(table)},)')
+    bands = tables[0].shape[1]
+    at_once = max(bands, max_bytes // _BYTES_PER_KEY)
+    num_before, num_documents = sum(map(len, before)), sum(map(len, tables))
+
+    def numbers() -> Iterator[tuple[int, Rows]]:
+        """Part and numbers of each chunk of documents, in the order in which they win: validation, then training."""
+        val, train = num_before, num_before + sum(int(np.count_nonzero(mask)) for mask in masks)
+        for part, mask in enumerate(masks):
+            for chunk in _chunks(mask, at_once // bands):
+                yield part, np.where(chunk, val + np.cumsum(chunk), train + np.cumsum(~chunk)) - 1
+                val, train = val + np.count_nonzero(chunk), train + np.count_nonzero(~chunk)
+
+    def keys() -> Iterator[tuple[Keys, Rows]]:
+        chunks = (chunk for table in tables for chunk in _chunks(table, at_once // bands))
+        numbered = ((chunk, number) for chunk, (_, number) in zip(chunks, numbers(), strict=True))
+        chunks_before = (chunk for table in before for chunk in _chunks(table, at_once // bands))
+        for chunk, number in chain(_numbered(chunks_before), numbered):
+            yield chunk.reshape(-1, 1), np.repeat(number, bands)
+
+    with _workspace(out[0]) as folder:
+        # how far below each document's number that of another one of its group is; 0 in the one that stays
+        above = _zeros(folder / 'above', num_before + num_documents, np.int64)
+        for one, other in _equal_pairs(keys(), 1, (num_before + num_documents) * bands, at_once, folder):
+            _join(above, one, other)
+        for (_, chunks), path in zip(groupby(numbers(), key=itemgetter(0)), out, strict=True):
+            _save(path, np.concatenate([above[number] != 0 for _, number in chunks]))
+
+
+def _tables(files: Sequence[Path], columns: int | None = None) -> list[Keys]:
+    """The files' arrays, not read yet, of the same number of columns."""
+    tables = [np.load(path, mmap_mode='r') for path in files]
+    for path, table in zip(files, tables, strict=True):
+        columns = columns or table.shape[-1]
+        if table.ndim != 2 or table.dtype != np.uint64 or table.shape[1] != columns:
+            raise ValueError(
+                f'{path} holds {table.dtype} of shape {table.shape}; expected uint64 of shape (documents, {columns}), '
+                'made with the same settings as the others'
+            )
+    return tables
+
+
+def _chunks(table: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
+    """At most ``size`` rows at a time; one chunk without rows if there are none."""
+    for start in range(0, max(1, len(table)), size):
+        yield np.asarray(table[start : start + size])
+
+
+def _numbered(chunks: Iterable[Keys]) -> Iterator[tuple[Keys, Rows]]:
+    """Each chunk with the numbers of its rows, counted over all."""
+    start = 0
+    for chunk in chunks:
+        yield chunk, np.arange(start, start + len(chunk))
+        start += len(chunk)
+
+
+@contextmanager
+def _workspace(out: Path) -> Iterator[Path]:
+    """An empty folder beside a file, for as long as it is needed."""
+    with hidden_sibling(out, RuntimeError(f'another process is writing {out}')) as folder:
+        yield folder
+        shutil.rmtree(folder)
+
+
+def _zeros(path: Path, size: int, dtype: type) -> Any:
+    """A file as an array: pages that are never written take no memory and no disk."""
+    return np.memmap(path, dtype, 'w+', shape=max(1, size))
+
+
+def _save(path: Path, values: NDArray[np.bool_]) -> None:
+    content = io.BytesIO()
+    np.save(content, values)
+    write_whole(path, content.getvalue())
+
+
+def _equal_pairs(
+    keys: Iterable[tuple[Keys, Rows]], columns: int, num_keys: int, at_once: int, folder: Path
+) -> Iterator[tuple[Rows, Rows]]:
+    """Pairs of rows with equal keys, which connect all rows of each key; the second comes later and is in one pair.
+
+    Args:
+        keys: Chunks of keys and their rows, in order.
+        columns: Numbers in a key; the first is uniform.
+        num_keys: Keys in all chunks.
+        at_once: Keys held in memory.
+        folder: Holds all keys.
+    """
+    files = [folder / str(bucket) for bucket in range(1 + 2 * num_keys // at_once)]
+    for key, row in keys:
+        bucket = ((key[:, 0] >> np.uint64(32)) * np.uint64(len(files))) >> np.uint64(32)
+        order = np.argsort(bucket, kind='stable')
+        records = np.column_stack([key, row.astype(np.uint64)])[order]
+        numbers, starts = np.unique(bucket[order], return_index=True)
+        for number, (start, stop) in zip(numbers, pairwise([*starts, len(records)]), strict=True):
+            with open(files[number], 'ab') as file:
+                records[start:stop].tofile(file)
+    for path in files:
+        if not path.exists():
+            continue
+        seen = np.empty((0, columns + 1), np.uint64)  # the first row of each key so far
+        with open(path, 'rb') as file:
+            while (chunk := np.fromfile(file, np.uint64, at_once * (columns + 1))).size:
+                records = np.concatenate([seen, chunk.reshape(-1, columns + 1)])
+                records = records[np.lexsort(records[:, columns - 1 :: -1].T)]  # stable: rows of one key stay in order
+                new = np.ones(len(records), np.bool_)
+                new[1:] = (records[1:, :columns] != records[:-1, :columns]).any(axis=1)
+                rows = records[:, columns].astype(np.int64)
+                seen = records[new]
+                if len(seen) < len(records):
+                    yield rows[:-1][~new[1:]], rows[1:][~new[1:]]
+        path.unlink()
+
+
+def _join(above: NDArray[np.int64], one: Rows, other: Rows) -> None:
+    """Make one group of the groups of each pair: its lowest number is the root."""
+    one, other = _roots(above, one), _roots(above, other)
+    nodes, compact = np.unique(np.concatenate([one, other]), return_inverse=True)
+    edges = np.split(compact, 2)
+    graph = coo_array((np.ones(len(one), np.bool_), tuple(edges)), shape=(len(nodes), len(nodes)))
+    _, group = connected_components(graph, directed=False)
+    _, lowest = np.unique(group, return_index=True)  # nodes are in order
+    above[nodes] = nodes - nodes[lowest[group]]
+
+
+def _roots(above: NDArray[np.int64], rows: Rows) -> Rows:
+    """The lowest number of each row's group, which the row points to from now on."""
+    roots = rows
+    while (step := above[roots]).any():
+        roots = roots - step
+    above[rows] = rows - roots
+    return roots
