@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import tempfile
 import zipfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import filesystem, metadata
 
+from cpt_algorithms.files import fetch, list_names, read_whole
 from cpt_algorithms.weight_averaging.functional import window_weights
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     'Piece',
     'Stored',
     'files_of',
+    'follow',
+    'newest_remote',
     'open_checkpoint',
     'read_metadata',
     'safe_globals',
@@ -487,3 +491,53 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
     if checkpoint.kind == 'sharded':
         return sorted(file for file in checkpoint.path.iterdir() if file.is_file())
     return sorted({piece.path for one in checkpoint.tensors.values() for piece in one.pieces})
+
+
+def newest_remote(folder: str) -> tuple[int, str | None]:
+    """The newest whole checkpoint that a run has in object storage.
+
+    An object is there whole or not at all. A sharded checkpoint is whole if every file is there that its ``.metadata``
+    names, which Composer uploads first.
+
+    Args:
+        folder: The run's ``save_folder``.
+
+    Returns:
+        Its batch and its URI; 0 and None if there is none. Cost: one listing, and ``.metadata`` of the newest.
+
+    Raises:
+        StorageError: If the bucket cannot be reached.
+        CheckpointError: If ``.metadata`` cannot be read.
+    """
+    names = set(list_names(folder))
+    found = [re.fullmatch(r'(ep\d+-ba(\d+))(-rank0\.pt|/\.metadata)', name) for name in names]
+    for match in sorted(filter(None, found), key=lambda match: int(match[2]), reverse=True):
+        uri = f'{folder.rstrip("/")}/{match[1]}'
+        if match[3] != '/.metadata':
+            return int(match[2]), uri + match[3]
+        with tempfile.TemporaryDirectory() as here:
+            fetch(f'{uri}/.metadata', Path(here) / '.metadata')
+            needed = {info.relative_path for info in read_metadata(here).storage_data.values()}
+        if all(f'{match[1]}/{name}' in names for name in needed):
+            return int(match[2]), uri
+    return 0, None
+
+
+def follow(uri: str) -> str:
+    """Where Composer's ``latest-rank0.pt`` or ``latest-sharded-rank0`` leads in object storage.
+
+    There are no links: ``latest-rank0.pt.symlink`` is an object that holds the name of another.
+
+    Args:
+        uri: A checkpoint, or one of these names, with or without ``.symlink``.
+
+    Returns:
+        The checkpoint's URI; the URI itself if there is no such object.
+
+    Raises:
+        StorageError: If the bucket cannot be reached.
+    """
+    from composer.utils import parse_uri  # takes seconds
+
+    target = read_whole(uri if uri.endswith('.symlink') else f'{uri}.symlink')
+    return uri if target is None else uri.removesuffix(parse_uri(uri)[2]) + target.decode()

@@ -1,26 +1,186 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results that appear whole or not at all."""
+"""Results that appear whole or not at all, in a local folder or in object storage."""
 
 import fcntl
 import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
-__all__ = ['hidden_sibling', 'write_json', 'write_whole']
+__all__ = [
+    'StorageError',
+    'exists',
+    'fetch',
+    'hidden_sibling',
+    'is_remote',
+    'list_names',
+    'read_json',
+    'read_whole',
+    'size_of',
+    'write_json',
+    'write_whole',
+]
 
 
-def write_whole(path: Path, content: bytes) -> None:
+class StorageError(ValueError):
+    """Object storage that cannot be reached or does not let us in; what is merely not there is no such error."""
+
+
+def is_remote(place: str | Path) -> bool:
+    """Whether a place lies in object storage: ``s3://bucket/run``, and whatever else Composer has a store for."""
+    return bool(urlparse(str(place)).scheme)
+
+
+@cache
+def _store(bucket: str, endpoint: str | None) -> Any:
+    """Composer's object store of a bucket at an endpoint; making one takes a tenth of a second."""
+    from composer.utils import maybe_create_object_store_from_uri
+
+    return maybe_create_object_store_from_uri(bucket)
+
+
+@contextmanager
+def _storage(uri: str | Path) -> Iterator[tuple[Any, str]]:
+    """The object store of a URI, and the name in it."""
+    from composer.utils import parse_uri  # Composer takes seconds to import
+
+    name = parse_uri(str(uri))[2]
+    try:
+        yield _store(str(uri).removesuffix(name), os.environ.get('S3_ENDPOINT_URL')), name
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each backend has its own
+        raise StorageError(f'{uri} cannot be reached: {" ".join(str(error).split())}') from error
+
+
+def list_names(folder: str | Path) -> list[str]:
+    """Names of all objects below a folder in object storage, relative to it; none if there is no such folder.
+
+    Args:
+        folder: Its URI.
+
+    Raises:
+        StorageError: If it cannot be listed, or there is no such bucket.
+    """
+    with _storage(str(folder).rstrip('/') + '/') as (store, prefix):
+        return sorted(name.removeprefix(prefix) for name in store.list_objects(prefix) if name != prefix)
+
+
+def exists(place: str | Path) -> bool:
+    """Whether there is such a file or object.
+
+    Args:
+        place: Path or URI.
+
+    Raises:
+        StorageError: If that cannot be found out.
+    """
+    if not is_remote(place):
+        return Path(place).exists()
+    with _storage(place) as (store, name):
+        return name in store.list_objects(name)
+
+
+def size_of(uri: str) -> int:
+    """Size of an object in bytes.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        StorageError: If it cannot be reached.
+    """
+    with _storage(uri) as (store, name):
+        try:
+            return store.get_object_size(name)
+        except FileNotFoundError:
+            _insist_on_absence(store, name)
+            raise
+
+
+def fetch(uri: str, path: str | Path) -> None:
+    """Download one object.
+
+    Args:
+        uri: The object.
+        path: Where it goes, whole or not at all; its folder is made if need be.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        StorageError: If it cannot be reached.
+    """
+    with _storage(uri) as (store, name):
+        try:
+            store.download_object(name, str(path), overwrite=True)
+        except FileNotFoundError:
+            _insist_on_absence(store, name)
+            raise
+
+
+def _insist_on_absence(store: Any, name: str) -> None:
+    """S3 answers the same to who may not read and to who asks for nothing, Composer takes both for nothing."""
+    if name in store.list_objects(name):
+        raise PermissionError('it is there, and may not be read')
+
+
+def read_whole(place: str | Path) -> bytes | None:
+    """What a file or object holds; None if there is none.
+
+    Args:
+        place: Path or URI.
+
+    Raises:
+        StorageError: If it cannot be reached.
+    """
+    try:
+        if not is_remote(place):
+            return Path(place).read_bytes()
+        with tempfile.TemporaryDirectory() as folder:
+            fetch(str(place), Path(folder) / 'object')
+            return (Path(folder) / 'object').read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def read_json(place: str | Path) -> Any:
+    """The value of a JSON file or object; None if there is none.
+
+    Args:
+        place: Path or URI.
+
+    Raises:
+        ValueError: If it is not JSON.
+        StorageError: If it cannot be reached.
+    """
+    content = read_whole(place)
+    try:
+        return None if content is None else json.loads(content)
+    except ValueError as error:
+        raise ValueError(f'{place} cannot be read: {error}') from None
+
+
+def write_whole(place: str | Path, content: bytes) -> None:
     """Write a file whole or not at all, even if the machine stops half-way or another process writes it too.
 
     Args:
-        path: The file; its folder is made if need be.
+        place: Path or URI; a local folder is made if need be.
         content: What it will hold.
+
+    Raises:
+        StorageError: If object storage cannot be reached.
     """
+    if is_remote(place):
+        with tempfile.NamedTemporaryFile() as file, _storage(place) as (store, name):
+            file.write(content)
+            file.flush()
+            store.upload_object(name, file.name)
+        return
+    path = Path(place)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
     with open(partial, 'wb') as file:
@@ -30,14 +190,17 @@ def write_whole(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all.
+def write_json(place: str | Path, value: Any) -> None:
+    """Write a JSON file or object whole or not at all.
 
     Args:
-        path: The file; its folder is made if need be.
+        place: Path or URI; a local folder is made if need be.
         value: Anything JSON can hold.
+
+    Raises:
+        StorageError: If object storage cannot be reached.
     """
-    write_whole(path, json.dumps(value, indent=1).encode())
+    write_whole(place, json.dumps(value, indent=1).encode())
 
 
 @contextmanager

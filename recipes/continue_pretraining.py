@@ -7,12 +7,12 @@
 The YAML is an ordinary llm-foundry train YAML. Everything that can be checked without training is checked first; then
 llm-foundry trains; at the end the model lies in ``save_folder/huggingface``. With ``variables.lm_eval: SUITE.yaml``, it
 and its averages are then evaluated on the suite. Run the same command again after a crash: it goes on from the latest
-checkpoint, and does nothing if the stage is done.
+checkpoint, and does nothing if the stage is done. ``save_folder`` may be a URI such as ``s3://bucket/run``: then what
+is needed to go on is there and not on this machine.
 """
 
 import argparse
 import ctypes
-import json
 import logging
 import os
 import platform
@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -37,8 +38,10 @@ def die_with_parent() -> None:
 if __name__ == '__main__' and 'LOCAL_RANK' in os.environ:
     die_with_parent()  # before the imports below, which take seconds
 
+from composer import Trainer
+from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State, Time, TimeUnit
-from composer.loggers import Logger
+from composer.loggers import Logger, RemoteUploaderDownloader
 from composer.utils import dist, get_device, parse_uri
 from filelock import FileLock, Timeout
 from llmfoundry import registry
@@ -48,9 +51,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from streaming.base.shared import prefix
 
+from cpt_algorithms.checkpoints import follow, newest_remote
 from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
 from cpt_algorithms.exports import models_of, parent_of
-from cpt_algorithms.files import write_json
+from cpt_algorithms.files import StorageError, exists, is_remote, read_json, write_json, write_whole
+from cpt_algorithms.replay import StreamError
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
 
@@ -84,6 +89,58 @@ class DatasetsBuilt(Callback):
         DATASETS_LOCK.release()
 
 
+class OneWriter(Callback):
+    """Saves into object storage only while no other process has started to, and keeps the local disk free.
+
+    There are no locks in object storage. Every start leaves its token in ``writer.json``: the process that started last
+    goes on, another stops with an error when it comes to its next checkpoint, before it writes it.
+
+    Args:
+        folder: The run's ``save_folder``.
+        token: What this start has left there.
+    """
+
+    def __init__(self, folder: str, token: str) -> None:
+        self.folder, self.token = folder, token
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Look before every checkpoint."""
+        for saver in state.callbacks:
+            if isinstance(saver, CheckpointSaver):
+                self._guard(saver)
+
+    def _guard(self, saver: CheckpointSaver) -> None:
+        save = saver._save_checkpoint
+
+        def save_if_it_is_ours(state: State, logger: Logger) -> None:
+            there = [read_json(f'{self.folder}/writer.json')] if dist.get_global_rank() == 0 else [None]
+            dist.broadcast_object_list(there)
+            writer = there[0] or {}
+            if writer.get('token') != self.token:
+                raise RuntimeError(
+                    f'save_folder={self.folder}: another process has started to train there '
+                    f'({writer.get("host")}, process {writer.get("pid")}), and goes on; this one stops'
+                )
+            save(state, logger)
+            # what is being uploaded is a copy; Composer deletes this one on rank 0 only, or never
+            shutil.rmtree(saver.folder, ignore_errors=True)
+
+        saver._save_checkpoint = save_if_it_is_ours
+
+
+def wait_for_uploads(trainer: Trainer) -> None:
+    """Return when the export is in the bucket; Composer itself waits only until the upload of its last file has begun.
+
+    Raises:
+        Exception: What went wrong with an upload.
+    """
+    for callback in trainer.state.callbacks:
+        if isinstance(callback, RemoteUploaderDownloader):
+            while callback._logged_objects or callback._enqueued_objects:
+                callback._check_workers()
+                time.sleep(0.1)
+
+
 def load(yaml: str, overrides: list[str]) -> dict[str, Any]:
     """The YAML with ``key=value`` overrides, resolved."""
     try:
@@ -104,14 +161,14 @@ def print_phases(cfg: dict[str, Any]) -> None:
         print(format_phases(schedule, unit, duration.value), flush=True)
 
 
-def note_lineage(cfg: dict[str, Any], folder: Path) -> None:
+def note_lineage(cfg: dict[str, Any], folder: str, resumes: bool) -> None:
     """``stage.json``: whose checkpoints these are, from which parent, on what data, made with what.
 
-    Written when the stage starts, and when a restart extends it. The parent's losses of a start that was stopped before
-    its first checkpoint are kept if nothing has changed since, and otherwise removed.
+    Written when the stage starts, and when a restart extends it. In a local folder, the parent's losses of a start that
+    was stopped before its first checkpoint are kept if nothing has changed since, and otherwise removed.
     """
-    known, losses, parent = folder / 'stage.json', folder / 'forgetting.json', Path(cfg.get('load_path') or '')
-    before = json.loads(known.read_text(encoding='utf-8')) if known.exists() else {}
+    known, losses, parent = f'{folder}/stage.json', Path(folder) / 'forgetting.json', Path(cfg.get('load_path') or '')
+    before = read_json(known) or {}
     wandb_id = before.pop('wandb_id', secrets.token_hex(4))
     lineage = {
         'run_name': cfg['run_name'],
@@ -121,21 +178,20 @@ def note_lineage(cfg: dict[str, Any], folder: Path) -> None:
         'config': cfg,
         'versions': {name: version(name) for name in STACK},
     }
-    resumes = latest_batch(folder) > 0
     if resumes and before.get('max_duration') == cfg['max_duration']:
         return
-    if losses.exists() and not resumes:
+    if not is_remote(folder) and losses.exists() and not resumes:
         unchanged = before == lineage and parent.exists()
         if not unchanged or parent.stat().st_mtime >= losses.stat().st_mtime:
             losses.unlink()
     write_json(known, {**lineage, 'wandb_id': wandb_id})
 
 
-def track(cfg: dict[str, Any], folder: Path) -> None:
+def track(cfg: dict[str, Any], folder: str) -> None:
     """Let a restarted run go on as the same W&B run."""
     loggers = cfg.get('loggers') or {}
     given = loggers.get('wandb') or {}
-    wandb_id = json.loads((folder / 'stage.json').read_text(encoding='utf-8')).get('wandb_id')
+    wandb_id = read_json(f'{folder}/stage.json').get('wandb_id')
     if 'wandb' in loggers and wandb_id and given.get('rank_zero_only', True):
         init = {'id': wandb_id, 'resume': 'allow', **(given.get('init_kwargs') or {})}
         loggers['wandb'] = {**given, 'init_kwargs': init}
@@ -195,6 +251,34 @@ def mend(folder: Path) -> None:
             new_link.replace(link)
 
 
+def take_local(folder: Path, lock: FileLock) -> None:
+    """Lock a local folder, mend it, and forget that a shorter run, which is now extended, was done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=30)
+    except Timeout:
+        sys.exit(f'save_folder={folder}: another process is training there; wait for it or stop it')
+    mend(folder)
+    (folder / 'done.json').unlink(missing_ok=True)
+
+
+def take_remote(folder: str) -> tuple[str, str | None]:
+    """The same in object storage, where nothing is locked and Composer deletes nothing.
+
+    Returns:
+        The token of this start, and the newest whole checkpoint, to which ``latest`` leads now.
+    """
+    token = secrets.token_hex(8)
+    write_json(f'{folder}/writer.json', {'token': token, 'host': platform.node(), 'pid': os.getpid()})
+    if exists(f'{folder}/done.json'):
+        write_json(f'{folder}/done.json', {'batch': 0})
+    checkpoint = newest_remote(folder)[1]
+    if checkpoint is not None:
+        link = 'latest-rank0.pt' if checkpoint.endswith('.pt') else 'latest-sharded-rank0'
+        write_whole(f'{folder}/{link}.symlink', parse_uri(checkpoint)[2].encode())
+    return token, checkpoint
+
+
 def main() -> None:
     """Check, train, export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -215,61 +299,78 @@ def main() -> None:
         print_phases(cfg)
     if arguments.dry_run:
         return
+    try:
+        run(cfg, world_size, rank_zero)
+    except (StorageError, StreamError) as error:
+        sys.exit(f'{cfg["run_name"]}: {error}')
 
+
+def run(cfg: dict[str, Any], world_size: int, rank_zero: bool) -> None:
+    """Train and export what passed preflight, unless that is done already."""
     suite = (cfg.get('variables') or {}).get('lm_eval')
-    folder = Path(cfg['save_folder'])
-    local = not parse_uri(cfg['save_folder'])[0]
-    if local:
-        cfg['save_folder'] = cfg['save_folder'].format(run_name=cfg['run_name'])
-        folder = Path(cfg['save_folder'])
-        total = total_batches(cfg)
-        done = json.loads((folder / 'done.json').read_text()) if (folder / 'done.json').exists() else {'batch': 0}
-        if done['batch'] and (total is None or done['batch'] >= total):
-            if rank_zero:
-                print(f'{cfg["run_name"]}: finished already, at batch {done["batch"]}')
-                if suite and done.get('lm_eval') != suite and evaluate(folder, suite)[1]:
-                    write_json(folder / 'done.json', {**done, 'lm_eval': suite})
-            return
+    cfg['save_folder'] = folder = cfg['save_folder'].format(run_name=cfg['run_name'])
+    total = total_batches(cfg)
+    done = read_json(f'{folder}/done.json') or {'batch': 0}
+    if done['batch'] and (total is None or done['batch'] >= total):
         if rank_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / '.lock')
-            try:
-                lock.acquire(timeout=30)
-            except Timeout:
-                sys.exit(f'save_folder={folder}: another process is training there; wait for it or stop it')
-            mend(folder)
-            (folder / 'done.json').unlink(missing_ok=True)  # of a shorter run, which is now extended
-            note_lineage(cfg, folder)
-            track(cfg, folder)
-        there = [latest_batch(folder), (folder / 'forgetting.json').exists()]
-        if world_size > 1:
-            dist.broadcast_object_list(there)  # also waits for what rank 0 does above
-        latest, parent_is_evaluated = there
-        if parent_is_evaluated:
-            cfg['eval_first'] = False
-        if not latest:
-            # there is nothing to resume; Composer would ask W&B for it, which fails if W&B is offline
-            cfg['autoresume'] = False
-        # killed between the last checkpoint and the end of the export
-        cfg['only_hf_checkpoint'] = total is not None and latest >= total
+            print(f'{cfg["run_name"]}: finished already, at batch {done["batch"]}')
+            if suite and done.get('lm_eval') != suite and evaluate(Path(folder), suite)[1]:
+                write_json(f'{folder}/done.json', {**done, 'lm_eval': suite})
+        return
+    remote = is_remote(folder)
+    lock = FileLock(Path(folder) / '.lock')  # a local folder is ours until we return
+    there: list[Any] = [None] * 5
+    if rank_zero:
+        token = checkpoint = None
+        if remote:
+            token, checkpoint = take_remote(folder)
+        else:
+            take_local(Path(folder), lock)
+        latest = latest_batch(folder)
+        note_lineage(cfg, folder, latest > 0)
+        track(cfg, folder)
+        parent_is_evaluated = exists(f'{folder}/forgetting.json') and (latest > 0 or not remote)
+        # Composer finds latest-rank0.pt in object storage, but no latest-sharded-rank0
+        parent = follow(cfg['load_path']) if is_remote(cfg.get('load_path') or '') else cfg.get('load_path')
+        there = [latest, parent_is_evaluated, checkpoint, token, parent]
+    if world_size > 1:
+        dist.broadcast_object_list(there)  # also waits for what rank 0 does above
+    latest, parent_is_evaluated, checkpoint, token, cfg['load_path'] = there
+    if parent_is_evaluated:
+        cfg['eval_first'] = False
+    if not latest:
+        # there is nothing to resume; Composer would ask W&B for it, which fails if W&B is offline
+        cfg['autoresume'] = False
+    if remote:
+        # Composer's own way takes the copy that an earlier resume has left in the working folder, however old
+        cfg['autoresume'] = False
+        if checkpoint:
+            cfg |= {'load_path': checkpoint, 'load_weights_only': False, 'load_ignore_keys': None}
+        # half of a checkpoint may be there, or come yet from a killed process; OneWriter keeps others away
+        cfg |= {'save_overwrite': True, 'save_num_checkpoints_to_keep': -1}
+        registry.callbacks.register('one_writer', func=OneWriter)
+        cfg['callbacks']['one_writer'] = {'folder': folder, 'token': token}
+    # killed between the last checkpoint and the end of the export
+    cfg['only_hf_checkpoint'] = total is not None and latest >= total
     registry.callbacks.register('datasets_built', func=DatasetsBuilt)
     cfg['callbacks']['datasets_built'] = {}
     if os.environ.get('LOCAL_RANK', '0') == '0':
         DATASETS_LOCK.acquire()
     logging.getLogger('cpt_algorithms').setLevel(logging.INFO)  # what the first step used, whatever python_log_level
     trainer = train(OmegaConf.create(cfg))
-    if local and rank_zero:
+    wait_for_uploads(trainer)
+    if rank_zero:
         done = {'batch': int(trainer.state.timestamp.batch.value), 'lm_eval': None}
-        write_json(folder / 'done.json', done)
+        write_json(f'{folder}/done.json', done)
         if suite:
             # their memory is wanted for the exported models
             for optimizer in trainer.state.optimizers:
                 optimizer.state.clear()
             trainer.state.model.to_empty(device='meta')
-            metrics, complete = evaluate(folder, suite)
+            metrics, complete = evaluate(Path(folder), suite)
             trainer.logger.log_metrics(metrics)
             if complete:
-                write_json(folder / 'done.json', {**done, 'lm_eval': suite})
+                write_json(f'{folder}/done.json', {**done, 'lm_eval': suite})
 
 
 if __name__ == '__main__':

@@ -4,7 +4,6 @@
 import json
 from collections.abc import Callable
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from composer.core import Callback, Event, State, Time, TimeUnit
@@ -68,7 +67,7 @@ class FinalLoss(Callback):
     ``final_loss/average``, ``cost/tokens``, ``cost/flops`` and ``cost/device_hours`` are logged.
 
     Args:
-        save_folder: Where ``losses.json`` goes; ``{run_name}`` is filled in. ``None`` writes no file.
+        save_folder: Where ``losses.json`` goes, a path or URI; ``{run_name}`` is filled in. ``None`` writes no file.
             Default: ``None``.
         window: The window, in batches. Default: ``100ba``.
         interval: Batches between its evaluations. Default: ``10ba``.
@@ -199,11 +198,11 @@ class FinalLoss(Callback):
 
     def _write(self, state: State) -> None:
         if self.save_folder is not None and dist.get_global_rank() == 0:
-            folder = Path(format_name_with_dist(self.save_folder, state.run_name))
+            folder = format_name_with_dist(self.save_folder, state.run_name)
             written = {
                 'losses': {label: [row[:3] for row in rows] for label, rows in self.losses.items()},
                 'final': self.final(),
                 'learning_rate': self.learning_rate,
                 'cost': self._cost(state),
             }
-            write_json(folder / 'losses.json', written)
+            write_json(f'{folder}/losses.json', written)

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Sequence
 from math import exp
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 from cpt_algorithms.evaluation.final_loss import FinalLoss, batches_left, dataset_of, loss_of
 from cpt_algorithms.evaluation.functional import bits_per_byte, by_average, changes
-from cpt_algorithms.files import write_json
+from cpt_algorithms.files import read_json, write_json
 
 __all__ = ['Forgetting', 'token_bytes']
 
@@ -74,7 +73,8 @@ class Forgetting(Callback):
     Args:
         new: Labels of the evaluation datasets of what is learned in this stage.
         old: Labels of those of what was learned before.
-        save_folder: Where ``forgetting.json`` goes; ``{run_name}`` is filled in. ``None`` writes no file.
+        save_folder: Where ``forgetting.json`` goes, a path or URI; ``{run_name}`` is filled in. ``None`` writes no
+            file.
             Default: ``None``.
         metric: Name of the loss among the evaluation metrics. Default: ``LanguageCrossEntropy``.
 
@@ -115,10 +115,10 @@ class Forgetting(Callback):
         """Take them back."""
         vars(self).update(json.loads(state['parent']))
 
-    def _path(self, state: State) -> Path | None:
+    def _path(self, state: State) -> str | None:
         if self.save_folder is None:
             return None
-        return Path(format_name_with_dist(self.save_folder, state.run_name)) / 'forgetting.json'
+        return f'{format_name_with_dist(self.save_folder, state.run_name)}/forgetting.json'
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Take the parent's losses from the file if the run was stopped before its first checkpoint."""
@@ -129,8 +129,8 @@ class Forgetting(Callback):
             )
         path = self._path(state)
         found: list[Any] = [None]
-        if not self.parent and path is not None and dist.get_global_rank() == 0 and path.exists():
-            found = [json.loads(path.read_text(encoding='utf-8'))]
+        if not self.parent and path is not None and dist.get_global_rank() == 0:
+            found = [read_json(path)]
         dist.broadcast_object_list(found)
         if found[0] and {*self.old, *self.new} <= set(found[0]['parent']):
             self.parent, self.bytes_per_token = found[0]['parent'], found[0]['bytes_per_token']

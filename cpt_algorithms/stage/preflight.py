@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from composer.core import Time, TimeUnit
-from composer.utils import parse_uri
 from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
 from llmfoundry.utils.builders import build_callback, build_composer_model, build_scheduler, build_tokenizer
@@ -23,11 +23,13 @@ from llmfoundry.utils.registry_utils import import_file
 from streaming import StreamingDataset
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from cpt_algorithms.checkpoints import read_metadata, safe_globals
+from cpt_algorithms.checkpoints import follow, newest_remote, read_metadata, safe_globals
 from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
+from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names, read_json, size_of
 from cpt_algorithms.keys import check_keys
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, read_mix, row_length
+from cpt_algorithms.replay.streams import DOWNLOAD_RETRY
 from cpt_algorithms.schedulers import PhaseScheduler
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS, budget_in_samples
 
@@ -43,6 +45,8 @@ _REQUIRED_KEYS = ('model', 'tokenizer', 'optimizer', 'scheduler', 'train_loader'
 _REQUIRED_HERE = ('run_name', 'save_folder', 'global_train_batch_size')
 # Given by llm-foundry or Composer and not by the YAML.
 _IMPLICIT_ARGUMENTS = {'self', 'tokenizer', 'device_batch_size', 'params', 'train_config', 'model'}
+# A larger index of a dataset in object storage, of some 200,000 shards, is not downloaded to be looked at.
+_LARGEST_INDEX = 2**26
 
 
 class PreflightError(ValueError):
@@ -64,6 +68,7 @@ def resolve(cfg: Config) -> Config:
     * ``load_weights_only`` and ``load_ignore_keys`` as ``callbacks.stage_start.optimizer`` needs them.
     * ``save_folder`` of ``callbacks.final_loss``, ``forgetting`` and ``hf_checkpointer`` (export at the end).
     * ``eval_first: true`` for ``callbacks.forgetting``, which wants the parent's losses.
+    * ``stream_name: resilient`` for evaluators that read one remote stream.
 
     Args:
         cfg: A resolved llm-foundry train YAML.
@@ -72,6 +77,9 @@ def resolve(cfg: Config) -> Config:
         A new mapping, which ``llmfoundry train`` takes as it is.
     """
     cfg = {'autoresume': True, **cfg, 'callbacks': {**(cfg.get('callbacks') or {})}}
+    if cfg.get('eval_loader'):
+        evals = cfg['eval_loader']
+        cfg['eval_loader'] = [_resilient(each) for each in (evals if isinstance(evals, list) else [evals])]
     callbacks = cfg['callbacks']
     folder = cfg.get('save_folder')
     stage_start = callbacks.get('stage_start')
@@ -80,14 +88,23 @@ def resolve(cfg: Config) -> Config:
         cfg.setdefault('load_weights_only', not keep)
         if keep:
             cfg.setdefault('load_ignore_keys', list(KEEP_OPTIMIZER_IGNORE_KEYS))
-    local_folder = None if parse_uri(str(folder))[0] else folder  # their files are written to local folders only
     for name in ('final_loss', 'forgetting'):
         if name in callbacks:
-            callbacks[name] = {'save_folder': local_folder, **(callbacks[name] or {})}
+            callbacks[name] = {'save_folder': folder, **(callbacks[name] or {})}
     if 'forgetting' in callbacks:
         cfg.setdefault('eval_first', True)
     callbacks.setdefault('hf_checkpointer', {'save_folder': folder, 'save_interval': '1dur', 'precision': 'float32'})
     return cfg
+
+
+def _resilient(loader: Config) -> Config:
+    dataset = loader.get('dataset') or {}
+    if loader.get('name') != 'text' or not dataset.get('remote'):
+        return loader
+    defaults = {'stream_name': 'resilient', 'download_retry': DOWNLOAD_RETRY}
+    if 'cache_limit' in dataset and dataset.get('stream_name', 'resilient') == 'resilient':
+        defaults['stream_config'] = {'cache_limit': dataset['cache_limit']}
+    return {**loader, 'dataset': {**defaults, **dataset}}
 
 
 def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) -> None:
@@ -101,7 +118,8 @@ def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) ->
     Raises:
         PreflightError: With all problems found.
 
-    Cost: reads shard indices and the parent's metadata; builds the model without memory if there is a parent.
+    Cost: reads shard indices and the parent's metadata, also from object storage; builds the model without memory if
+    there is a parent.
     """
     for path in cfg.get('code_paths') or []:
         if not Path(path).exists():
@@ -283,7 +301,7 @@ def _check_forgetting(cfg: Config) -> None:
 
 def _check_lm_eval(cfg: Config) -> None:
     given = (cfg.get('variables') or {}).get('lm_eval')
-    if given and parse_uri(str(cfg.get('save_folder')))[0]:
+    if given and is_remote(str(cfg.get('save_folder'))):
         raise ValueError(
             f'variables.lm_eval={given} wants the export in a local save_folder, which is {cfg["save_folder"]}; '
             'copy the export and use scripts/evaluate.py'
@@ -326,14 +344,23 @@ def _check_saving(cfg: Config) -> None:
         )
     if cfg.get('save_weights_only'):
         raise ValueError('save_weights_only=true cannot be resumed from; leave it out')
-    folder = cfg.get('save_folder')
-    if not folder or parse_uri(folder)[0]:
+    if not cfg.get('save_folder'):
         return
-    folder = Path(folder.format(run_name=cfg.get('run_name')))
-    if folder.exists() and any(folder.glob('ep*-ba*')):
+    folder = _folder_of(cfg)
+    try:
+        names = list_names(folder) if is_remote(folder) else [path.name for path in Path(folder).glob('ep*-ba*')]
+    except StorageError as error:
+        raise ValueError(f'save_folder: {error}') from None
+    if is_remote(folder) and cfg.get('save_num_checkpoints_to_keep', -1) != -1:
+        log.warning(
+            'save_num_checkpoints_to_keep=%s: Composer deletes nothing from object storage; let a lifecycle rule of '
+            'the bucket do it',
+            cfg['save_num_checkpoints_to_keep'],
+        )
+    if any(re.match(r'ep.*-ba', name) for name in names):
         try:
-            owner = json.loads((folder / 'stage.json').read_text())['run_name']
-        except (OSError, ValueError, KeyError):
+            owner = read_json(f'{folder}/stage.json')['run_name']
+        except (TypeError, ValueError, KeyError):
             owner = None
         if owner != cfg.get('run_name'):
             held_by = f'run {owner!r}' if owner else 'a run that this recipe did not start'
@@ -343,17 +370,28 @@ def _check_saving(cfg: Config) -> None:
             )
 
 
+def _folder_of(cfg: Config) -> str:
+    return str(cfg.get('save_folder') or '').format(run_name=cfg.get('run_name'))
+
+
 def _index_of(stream: Config) -> list[Config] | None:
-    """A stream's shards; None if it lies in object storage and is not cached here."""
+    """A stream's shards; None if only training can tell: a store that is not Composer's, or a very large index."""
     split = stream.get('split') or ''
-    places = [place for place in (stream.get('local'), stream.get('remote')) if place and not parse_uri(place)[0]]
+    places = [place for place in (stream.get('local'), stream.get('remote')) if place and not is_remote(place)]
     for place in places:
         index = Path(place) / split / 'index.json'
         if index.exists():
             return json.loads(index.read_text())['shards']
-    if stream.get('remote') and parse_uri(stream['remote'])[0]:
-        return None
-    raise FileNotFoundError(' or '.join(str(Path(place) / split / 'index.json') for place in places))
+    looked_for = [str(Path(place) / split / 'index.json') for place in places]
+    if stream.get('remote') and is_remote(stream['remote']):
+        if not stream['remote'].startswith(('s3://', 'gs://', 'oci://', 'azure://')):
+            return None
+        index = '/'.join(part for part in (stream['remote'].rstrip('/'), split, 'index.json') if part)
+        try:
+            return None if size_of(index) > _LARGEST_INDEX else read_json(index)['shards']
+        except FileNotFoundError:
+            looked_for.append(index)
+    raise FileNotFoundError(' or '.join(looked_for))
 
 
 def _sizes_of(where: str, streams: Mapping[str, Config], max_seq_len: int | None = None) -> dict[str, int | None]:
@@ -365,6 +403,8 @@ def _sizes_of(where: str, streams: Mapping[str, Config], max_seq_len: int | None
             sizes[name] = None if shards is None else sum(shard['samples'] for shard in shards)
         except FileNotFoundError as error:
             raise ValueError(f'{where}.{name}: there is no dataset; looked for {error}') from None
+        except StorageError as error:
+            raise ValueError(f'{where}.{name}: {error}') from None
         if sizes[name] == 0:
             raise ValueError(f'{where}.{name}: the dataset is empty')
         encodings = {code for shard in shards or [] for code in shard.get('column_encodings', [])}
@@ -391,7 +431,7 @@ def _check_data(cfg: Config) -> None:
     new_sizes = _sizes_of('train_loader.dataset.new', mix.new, length)
     old_sizes = _sizes_of('train_loader.dataset.replay.streams', mix.old, length)
     if None in [*new_sizes.values(), *old_sizes.values()]:
-        log.warning('the data lies in object storage: whether there is enough is checked when training starts')
+        log.warning('not all data can be looked at from here: whether there is enough is checked when training starts')
         return
     sizes = {'new': sum(size or 0 for size in new_sizes.values()), **{k: v or 0 for k, v in old_sizes.items()}}
     duration = Time.from_timestring(cfg['max_duration'])
@@ -402,7 +442,10 @@ def _check_data(cfg: Config) -> None:
     check_budget(samples, mix.interleaving, sizes, max_passes, cfg['max_seq_len'])
 
 
-def _parent_shapes(path: str) -> dict[str, tuple[int, ...]]:
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _parent_shapes(path: str) -> Shapes:
     """Shape of every model tensor in a Composer checkpoint, monolithic or sharded, without reading the tensors."""
     if Path(path).is_dir():
         metadata = read_metadata(path).state_dict_metadata
@@ -417,18 +460,30 @@ def _parent_shapes(path: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in checkpoint['state']['model'].items()}
 
 
-def _check_parent(cfg: Config) -> None:
-    path = cfg.get('load_path')
-    folder = str(cfg.get('save_folder') or '')
-    resumes = not parse_uri(folder)[0] and latest_batch(folder.format(run_name=cfg.get('run_name')))
-    if not path or parse_uri(path)[0] or resumes:  # a restart does not read its parent
-        return
-    if not Path(path).exists():
-        raise ValueError(f'load_path={path} does not exist')
+def _remote_parent_shapes(path: str) -> Shapes | None:
+    """The same in object storage, where one file is not downloaded for it: its run's YAML tells; None without that."""
+    real = follow(path)
+    folder, _, name = real.rstrip('/').rpartition('/')
+    if exists(f'{real}/.metadata'):
+        with tempfile.TemporaryDirectory() as here:
+            fetch(f'{real}/.metadata', Path(here) / '.metadata')
+            return _parent_shapes(here)
+    if not exists(real):
+        there = sorted({found.split('/')[0] for found in list_names(folder) if re.match(r'(ep\d+-ba|latest)', found)})
+        near = get_close_matches(name, there, n=1) or there[-1:]
+        hint = f'; did you mean {folder}/{near[0].removesuffix(".symlink")}?' if near else ''
+        raise FileNotFoundError(hint)
+    stage = read_json(f'{folder}/stage.json')
     try:
-        parent = _parent_shapes(path)
-    except Exception as error:
-        raise ValueError(f'load_path={path} cannot be read as a Composer checkpoint: {error}') from None
+        return _model_shapes(stage['config'])
+    except (TypeError, KeyError, ValueError) as error:
+        reason = f'{folder}/stage.json is missing' if stage is None else f'{folder}/stage.json: {error}'
+        log.warning('load_path=%s: whether it fits the model is seen when it is loaded (%s)', path, reason)
+        return None
+
+
+def _model_shapes(cfg: Config) -> Shapes:
+    """Shape of every tensor of the model that a YAML describes."""
     section = {**cfg['model'], 'init_device': 'meta'}
     name = section.pop('name')
     section.pop('master_weights_dtype', None)
@@ -437,7 +492,32 @@ def _check_parent(cfg: Config) -> None:
         model = build_composer_model(name, section, tokenizer, init_context=init_empty_weights(include_buffers=False))
     except Exception as error:
         raise ValueError(f'model cannot be built: {error}') from None
-    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _check_parent(cfg: Config) -> None:
+    path = cfg.get('load_path')
+    try:
+        if not path or latest_batch(_folder_of(cfg)):  # a restart does not read its parent
+            return
+    except StorageError:  # which is said of save_folder
+        return
+    try:
+        if is_remote(path):
+            parent = _remote_parent_shapes(path)
+        elif Path(path).exists():
+            parent = _parent_shapes(path)
+        else:
+            raise FileNotFoundError
+    except FileNotFoundError as hint:
+        raise ValueError(f'load_path={path} does not exist{hint}') from None
+    except StorageError as error:
+        raise ValueError(f'load_path: {error}') from None
+    except Exception as error:
+        raise ValueError(f'load_path={path} cannot be read as a Composer checkpoint: {error}') from None
+    if parent is None:
+        return
+    ours = _model_shapes(cfg)
     problems = [f'{k} is {parent[k]} there and {ours[k]} here' for k in ours if k in parent and parent[k] != ours[k]]
     problems += [f'{k} is missing there' for k in ours if k not in parent]
     problems += [f'{k} is not in this model' for k in parent if k not in ours]
@@ -455,7 +535,13 @@ def total_batches(cfg: Config) -> int | None:
 
 
 def latest_batch(save_folder: str | Path) -> int:
-    """Batch of the newest complete checkpoint of a local folder; 0 if there is none."""
+    """Batch of the newest complete checkpoint of a run's folder, local or in object storage; 0 if there is none.
+
+    Raises:
+        StorageError: If object storage cannot be reached.
+    """
+    if is_remote(save_folder):
+        return newest_remote(str(save_folder))[0]
     for link in Path(save_folder).glob('latest*'):
         if link.is_symlink() and link.exists() and (found := re.search(r'ba(\d+)', link.resolve().name)):
             return int(found.group(1))
