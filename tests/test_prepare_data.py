@@ -1,26 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """``scripts/prepare_data.py``: packing, splits, determinism, refusal, being killed, and what reads its output."""
 
+import gzip
+import itertools
 import json
+import lzma
+import multiprocessing
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import prepare_data
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmfoundry.data.text_data import StreamingTextDataset
 from llmfoundry.utils.builders import build_tokenizer
-from prepare_data import EOS, PrepareError, Source, digest, pack, split_of
 from streaming import StreamingDataset
+from streaming.base.storage.upload import S3Uploader
 from streaming.base.util import clean_stale_shared_memory
+
+from cpt_algorithms.preparation import PrepareError, hash_tokenizer, lm_eval_items, parts, pipeline, sources
+from cpt_algorithms.preparation.duplicates import digests, is_held_out
+from cpt_algorithms.preparation.packing import Selector, cut, pieces
+from cpt_algorithms.preparation.sources import Source
+from cpt_algorithms.preparation.tokenizer import EOS
 
 SCRIPT = Path(prepare_data.__file__)
 LENGTH = 16
@@ -34,7 +49,15 @@ def make_texts(seed: int, count: int = 60) -> list[str]:
     return [f'{seed} spells {EOS} in the middle', *texts]
 
 
+def read_all(spec: str, size: int = 10**6, text_key: str = 'text') -> list[str]:
+    """Every document of a source cut into parts."""
+    source = Source.parse(f'x={spec}')
+    cut = sources.parts_of(source, sources.find_files(source), text_key, size, 0, Path())
+    return [text for part in cut for text in sources.read(part)]
+
+
 def write_jsonl(path: Path, texts: list, key: str = 'text') -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(''.join(json.dumps({key: text}) + '\n' for text in texts), encoding='utf-8')
     return path
 
@@ -85,85 +108,137 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict[str,
 # Pure functions
 
 
-def test_pack_by_hand():
-    # 7, then 1 2 3 and EOS, then 4 5 and EOS, in threes
-    rows, leftover = pack(np.array([7], np.int32), [[1, 2, 3], [4, 5]], eos=9, max_seq_len=3)
-    assert rows.tolist() == [[7, 1, 2], [3, 9, 4]]
-    assert leftover.tolist() == [5, 9]
-    assert rows.dtype == leftover.dtype == np.int32
+def in_val(text: str, val_fraction: float = 0.2) -> bool:
+    return bool(is_held_out(digests([text]), val_fraction)[0])
 
 
-def test_pack_of_nothing():
-    rows, leftover = pack(np.zeros(0, np.int32), [], eos=0, max_seq_len=4)
-    assert rows.shape == (0, 4) and len(leftover) == 0
+def cut_all(tokens: list[list[int]], max_seq_len: int, at_once: int = 1 << 20) -> tuple[list, list]:
+    """The samples and what is left over."""
+    samples = []
+    generator = cut([np.array(part, np.int32) for part in tokens], max_seq_len, at_once)
+    while True:
+        try:
+            samples += next(generator).tolist()
+        except StopIteration as stop:
+            return samples, stop.value.tolist()
 
 
-@given(st.lists(st.lists(st.integers(1, 9), max_size=12), max_size=8), st.integers(2, 7), st.integers(0, 8))
-def test_pack_in_parts_is_pack_at_once(documents: list[list[int]], max_seq_len: int, cut: int):
-    nothing = np.zeros(0, np.int32)
-    rows, leftover = pack(nothing, documents, 0, max_seq_len)
-    first, between = pack(nothing, documents[:cut], 0, max_seq_len)
-    second, last = pack(between, documents[cut:], 0, max_seq_len)
-    assert np.concatenate([first, second]).tolist() == rows.tolist()
-    assert last.tolist() == leftover.tolist()
-    assert [*rows.ravel(), *leftover] == [token for document in documents for token in [*document, 0]]
+def test_cut_by_hand():
+    assert cut_all([[7, 1, 2], [3, 9], [], [4, 5, 9]], 3) == ([[7, 1, 2], [3, 9, 4]], [5, 9])
+    assert cut_all([], 4) == ([], [])
 
 
-def test_split_of_by_hand():
-    assert split_of(bytes(16), 1e-9) == 'val'
-    assert split_of(b'\x80' + bytes(15), 0.5) == 'train'  # exactly one half is not below one half
-    assert split_of(b'\x7f' + b'\xff' * 15, 0.5) == 'val'
-    assert split_of(b'\xff' * 16, 0.999) == 'train'
+@given(st.lists(st.lists(st.integers(1, 9), max_size=12), max_size=8), st.integers(2, 7), st.integers(1, 20))
+def test_samples_do_not_depend_on_what_is_cut_at_once(parts: list[list[int]], max_seq_len: int, at_once: int):
+    samples, rest = cut_all(parts, max_seq_len)
+    assert cut_all(parts, max_seq_len, at_once) == (samples, rest)
+    assert [*sum(samples, []), *rest] == sum(parts, []) and len(rest) < max_seq_len
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12), st.integers(0, 4))
+def test_pieces_are_the_tokens_of_the_documents(documents: list[tuple[int, bool]], trim: int):
+    lengths = np.array([length for length, _ in documents], np.uint32)
+    wanted = np.array([chosen and length > trim for length, chosen in documents], bool)
+    texts = np.split(np.arange(lengths.sum(), dtype=np.int32), np.cumsum(lengths)[:-1]) if documents else []
+    expected = sum((text.tolist() for text, chosen in zip(texts, wanted, strict=True) if chosen), [])
+    found = [part.tolist() for part in pieces(np.arange(lengths.sum(), dtype=np.int32), lengths, wanted, trim)]
+    assert sum(found, []) == (expected[:-trim] if trim else expected)
+    assert len(found) <= np.count_nonzero(wanted)
+
+
+def select(documents: str, **max_tokens: int | None) -> dict[str, tuple[str, int]]:
+    """Each letter is a document of 10 tokens: Val or Train, small where its text came before."""
+    marks = list(documents)
+    selector = Selector({'train': None, 'val': None} | max_tokens)
+    everything = np.ones(len(marks), bool)
+    first = np.array([mark.isupper() for mark in marks])
+    held_out = np.array([mark.upper() == 'V' for mark in marks])
+    selections = selector.select(held_out, np.full(len(marks), 10, np.uint32), first, ~everything)
+    found = {}
+    for split, chosen in selections.items():
+        text = ''.join(mark if wanted else '.' for mark, wanted in zip(marks, chosen.documents, strict=True))
+        found[split] = (text, chosen.trim, chosen.counts.duplicates, selector.ended)
+    return found
+
+
+def test_selection_by_hand():
+    assert select('TVtTV') == {'train': ('T..T.', 0, 1, False), 'val': ('.V..V', 0, 0, False)}
+    # the document that reaches the limit is cut; val without a limit ends with it; what follows is not even counted
+    assert select('TVTVTtvV', train=15) == {'train': ('T.T.....', 5, 0, True), 'val': ('.V......', 0, 0, True)}
+    assert select('TVTtVV', train=20, val=15) == {'train': ('T.T...', 0, 0, True), 'val': ('.V..V.', 5, 0, True)}
+    assert select('TVTtVV', train=20, val=50) == {'train': ('T.T...', 0, 0, False), 'val': ('.V..VV', 0, 0, False)}
+    assert select('TVTvVT', val=10) == {'train': ('T.T..T', 0, 0, False), 'val': ('.V....', 0, 0, False)}
+
+
+@given(st.text('TVtv', max_size=20), st.integers(1, 99), st.none() | st.integers(1, 99), st.integers(0, 20))
+def test_selection_does_not_depend_on_parts(documents: str, train: int, val: int | None, middle: int):
+    marks = np.array(list(documents), 'U1')
+    held_out, first = np.isin(marks, ['V', 'v']), np.isin(marks, ['T', 'V'])
+    lengths, near = np.arange(len(marks), dtype=np.uint32), np.zeros(len(marks), bool)
+
+    def selected(cuts: list[slice]) -> list:
+        selector = Selector({'train': train, 'val': val})
+        results = [selector.select(held_out[cut], lengths[cut], first[cut], near[cut]) for cut in cuts]
+        return [
+            [
+                np.concatenate([result[split].documents for result in results]).tolist(),
+                sum(result[split].trim for result in results),
+                sum(result[split].counts.duplicates for result in results),
+            ]
+            for split in ('train', 'val')
+        ] + [selector.ended]
+
+    assert selected([slice(0, middle), slice(middle, None)]) == selected([slice(None)])
 
 
 def test_split_shares():
-    share = np.mean([split_of(digest(str(number)), 0.1) == 'val' for number in range(10_000)])
+    share = is_held_out(digests([str(number) for number in range(10_000)]), 0.1).mean()
     assert abs(share - 0.1) < 0.01  # 3 standard deviations
 
 
 @given(st.lists(st.text(max_size=9)), st.integers(1, 20))
 def test_chunks_keep_every_text_in_order(texts: list[str], size: int):
-    chunks = list(prepare_data.in_chunks(texts, size))
+    chunks = list(sources.in_chunks(texts, size))
     assert [text for chunk in chunks for text in chunk] == texts
     assert all(sum(map(len, chunk[:-1])) < size for chunk in chunks)
 
 
 def test_hash_order_depends_on_names_only():
     names = [f'package/{number}.py' for number in range(50)]
-    assert prepare_data.hash_order(names) == prepare_data.hash_order(reversed(names)) != names
+    assert sources.hash_order(names) == sources.hash_order(reversed(names)) != names
 
 
 def test_hf_arguments():
-    assert prepare_data.hf_arguments('allenai/c4?name=en&split=validation') == {
+    assert sources.hf_arguments('allenai/c4?name=en&split=validation') == {
         'path': 'allenai/c4',
         'name': 'en',
         'split': 'validation',
     }
-    assert prepare_data.hf_arguments('org/data') == {'path': 'org/data', 'split': 'train'}
+    assert sources.hf_arguments('org/data') == {'path': 'org/data', 'split': 'train'}
 
 
 @given(st.text(alphabet='ab \n', max_size=60), st.integers(2, 9))
 def test_passages_are_the_text_in_pieces(text: str, length: int):
-    pieces = prepare_data.passages(text, length)
+    pieces = lm_eval_items.passages(text, length)
     assert ''.join(pieces) == text and all(0 < len(piece) <= length for piece in pieces)
 
 
 def test_passages_by_hand():
     # after a newline in the second half, else a space there, else anywhere
-    assert prepare_data.passages('abc\nd e fghijklmn', 6) == ['abc\n', 'd e ', 'fghijk', 'lmn']
+    assert lm_eval_items.passages('abc\nd e fghijklmn', 6) == ['abc\n', 'd e ', 'fghijk', 'lmn']
 
 
 def test_continuations_by_hand():
     # of 16 characters 12 can be context, which is cut after the last space in their second half, and 4 follow
     documents = [f'{letter * 7} {letter * 4} xyz' for letter in 'abcde']
-    items = prepare_data.continuations(documents, 16, 9)
+    items = lm_eval_items.continuations(documents, 16, 9)
     assert sorted(item['context'] for item in items) == [f'{letter * 7} ' for letter in 'abcde']
     for item in items:
         right = item['context'][0] * 4
         assert item['choices'][item['answer']] == right and len(set(item['choices'])) == 4
         assert set(item['choices']) <= {letter * 4 for letter in 'abcde'}
-    assert prepare_data.continuations(documents, 16, 2) == items[:2]
-    assert prepare_data.continuations(documents[:3], 16, 9) == [], 'there are not three others'
+    assert lm_eval_items.continuations(documents, 16, 2) == items[:2]
+    assert lm_eval_items.continuations(documents[:3], 16, 9) == [], 'there are not three others'
 
 
 # What is written
@@ -177,7 +252,7 @@ def test_each_document_once_whole_and_in_order(two: tuple[Path, dict, dict[str, 
         for text in rows:
             if text.strip() and text not in seen:
                 seen.add(text)
-                expected[split_of(digest(text), 0.2)].append(text)
+                expected['val' if in_val(text) else 'train'].append(text)
         for split in ('train', 'val'):
             documents = read_documents(out, name, split)
             assert documents == expected[split][: len(documents)]
@@ -228,12 +303,12 @@ def test_lm_eval_items_are_of_documents_held_out(tmp_path: Path):
     data = write_jsonl(tmp_path / 'a.jsonl', texts)
     manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}', '--max-val-tokens', '4000')
     counts = manifest['datasets']['a']
-    val = [text for text in texts if split_of(digest(text), 0.2) == 'val'][: counts['splits']['val']['documents']]
+    val = [text for text in texts if in_val(text)][: counts['splits']['val']['documents']]
     rows = {}
     for kind in ('passages', 'continuations'):
         lines = (tmp_path / 'out' / 'lm_eval' / f'a_{kind}.jsonl').read_text().splitlines()
         rows[kind] = [json.loads(line) for line in lines]
-        assert 0 < len(lines) == counts['lm_eval'][kind] <= prepare_data.LM_EVAL_ITEMS
+        assert 0 < len(lines) == counts['lm_eval'][kind] <= lm_eval_items.ITEMS
     for row in rows['passages']:
         assert len(row['text']) <= 2 * LENGTH and any(row['text'] in text for text in val)
     for row in rows['continuations']:
@@ -244,7 +319,7 @@ def test_lm_eval_items_are_of_documents_held_out(tmp_path: Path):
 
 def test_too_few_documents_for_lm_eval_give_no_file(tmp_path: Path):
     texts = ['\n'.join(make_texts(at, 8)) for at in range(12)]
-    val = [text for text in texts if split_of(digest(text), 0.2) == 'val']
+    val = [text for text in texts if in_val(text)]
     train = [text for text in texts if text not in val]
     data = write_jsonl(tmp_path / 'a.jsonl', [*train, val[0]])
     manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}')
@@ -288,32 +363,131 @@ def test_limits(tmp_path: Path):
     assert train['train'] == some['train'] and train['val']['documents'] < everything['val']['documents']
 
 
-@settings(max_examples=5, deadline=None)
-@given(st.integers(1, 3000))
-def test_result_does_not_depend_on_chunks(two: tuple[Path, dict, dict[str, list[str]]], size: int):
-    out, _, texts = two
-    tokenizer = build_tokenizer(str(out / 'tokenizer'), {'model_max_length': LENGTH})
+def test_result_does_not_depend_on_chunks(
+    two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out, manifest, _ = two
+    monkeypatch.setattr(parts, 'CHUNK_CHARACTERS', 500)
+    prepare(tmp_path / 'again', *[f'--dataset={spec}' for spec in manifest['request']['datasets']])
+    assert every_byte(tmp_path / 'again') == every_byte(out)
 
-    def packed(size: int) -> list:
-        rows = {split: [] for split in prepare_data.SPLITS}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prepare_data, 'CHUNK_CHARACTERS', size)
 
-            class Writer:
-                def __init__(self, split: str):
-                    self.split = split
+# Parts and sources
 
-                def write(self, sample: dict) -> None:
-                    rows[self.split].append(sample['tokens'].tolist())
 
-            splits = {
-                split: prepare_data.SplitWriter(Writer(split), tokenizer, LENGTH, limit)
-                for split, limit in {'train': 800, 'val': None}.items()
-            }
-            skipped = prepare_data.pack_dataset(texts['old'], splits, set(), 0.2, tokenizer)
-        return [rows, skipped, [split.finish() for split in splits.values()]]
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 2,000 bytes."""
+    monkeypatch.setattr(sources, 'SMALLEST_PART', 2000)
+    monkeypatch.setattr(sources, 'LARGEST_PART', 2000)
 
-    assert packed(size) == packed(10**9)
+
+@pytest.fixture
+def three_sources(tmp_path: Path) -> tuple[list[str], list[str]]:
+    """The specifications of two datasets, of which the first has three sources, and all texts."""
+    texts = make_texts(20, 160)
+    folder = tmp_path / 'input'
+    (folder / 'notes').mkdir(parents=True)
+    write_jsonl(folder / '0.jsonl', texts[:50])
+    write_jsonl(folder / '1.jsonl', [*texts[50:60], texts[3], ''])
+    pq.write_table(pa.table({'text': [*texts[60:100], None, texts[70]]}), folder / 'x.parquet', row_group_size=7)
+    for number, text in enumerate([*texts[100:120], texts[0]]):
+        (folder / 'notes' / f'{number}.txt').write_text(text, encoding='utf-8')
+    write_jsonl(folder / 'new.jsonl', [*texts[90:], *make_texts(21, 20)])
+    specs = [
+        f'web/cc=jsonl:{folder}/?.jsonl',
+        f'web/books=parquet:{folder}/x.parquet',
+        f'web/notes=text:{folder}/notes/*.txt',
+        f'new=jsonl:{folder}/new.jsonl',
+    ]
+    return [f'--dataset={spec}' for spec in specs], [*texts, *make_texts(21, 20)]
+
+
+def test_many_parts_of_many_sources(small_parts: None, three_sources: tuple[list[str], list[str]], tmp_path: Path):
+    specs, texts = three_sources
+    manifest = prepare(tmp_path / 'out', *specs)
+    web = manifest['datasets']['web']
+    assert web['parts'] > 10 and list(web['sources']) == ['cc', 'books', 'notes']
+    # each document is somewhere, once: as many tokens as they have, of which fewer than a sample per split are lost
+    tokenizer = build_tokenizer(str(tmp_path / 'out' / 'tokenizer'), {'model_max_length': LENGTH})
+    lengths = {text: len(tokenizer(text, split_special_tokens=True)['input_ids']) + 1 for text in texts}
+    for name, own in {'web': texts[:120], 'new': texts[120:]}.items():
+        for split, counts in manifest['datasets'][name]['splits'].items():
+            expected = [text for text in own if in_val(text) == (split == 'val')]
+            assert counts['documents'] == len(expected)
+            assert counts['tokens'] + counts['leftover'] == sum(lengths[text] for text in expected)
+            tokens = read_tokens(tmp_path / 'out', name, split)
+            assert tokens.size == counts['tokens'] and counts['leftover'] < LENGTH
+            assert np.count_nonzero(tokens == tokenizer.eos_token_id) in (len(expected), len(expected) - 1)
+            decoded = set(read_documents(tmp_path / 'out', name, split))
+            assert len(decoded & set(expected)) > 0.6 * len(expected)  # the others lie across the ends of parts
+            documents = np.load(tmp_path / 'out' / name / split / 'documents.npy')
+            assert {row.tobytes() for row in documents} == {row.tobytes() for row in digests(expected)}
+    # per source, what it gives first
+    found = {
+        name: {
+            key: sum(split[key] for split in source['splits'].values()) for key in ('documents', 'duplicates', 'tokens')
+        }
+        for name, source in web['sources'].items()
+    }
+    assert [found[name]['documents'] for name in found] == [60, 40, 20]
+    assert [found[name]['duplicates'] for name in found] == [1, 1, 1]
+    assert [web['sources'][name]['skipped'] for name in found] == [1, 1, 0]
+    assert found['books']['tokens'] == sum(lengths[text] for text in texts[60:100])
+    new = manifest['datasets']['new']
+    assert sum(split['duplicates'] for split in new['splits'].values()) == 30 + 1  # text 90 to 119, and the first
+
+
+def test_limits_over_many_parts(small_parts: None, three_sources: tuple[list[str], list[str]], tmp_path: Path):
+    specs, _ = three_sources
+    everything = prepare(tmp_path / 'all', *specs)
+    limits = ('--max-train-tokens', '1600', '--max-val-tokens', '320')
+    manifest = prepare(tmp_path / 'some', *specs, *limits)
+    for name, dataset in manifest['datasets'].items():
+        assert [counts['tokens'] for counts in dataset['splits'].values()] == [1600, 320]
+        for split in ('train', 'val'):
+            own, all_of_it = (np.load(tmp_path / out / name / split / 'documents.npy') for out in ('some', 'all'))
+            if name == 'web':
+                assert own.tolist() == all_of_it[: len(own)].tolist()
+    # what the limits left out of the first dataset is not a duplicate in the second
+    counts = [dataset['splits']['train'] for dataset in manifest['datasets'].values()]
+    assert counts[1]['duplicates'] < everything['datasets']['new']['splits']['train']['duplicates']
+
+
+@pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.jsonl.zst', 'a.jsonl.xz'])
+def test_compressed_lines(name: str, tmp_path: Path):
+    texts = make_texts(22)
+    data = write_jsonl(tmp_path / 'a.jsonl', texts).read_bytes()
+    compress = {'gz': gzip.compress, 'xz': lzma.compress, 'zst': zstd.compress}[name.rpartition('.')[2]]
+    (tmp_path / name).write_bytes(compress(data))
+    assert read_all(f'jsonl:{tmp_path / name}') == texts
+
+
+@given(st.lists(st.text(st.sampled_from('aé\n'), max_size=5), max_size=9), st.integers(1, 40))
+@settings(max_examples=30, deadline=None)
+def test_lines_do_not_depend_on_where_files_are_cut(texts: list[str], size: int):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'a.jsonl')
+        file.write_text(
+            ''.join(json.dumps({'text': text}, ensure_ascii=False) + '\n' for text in texts), encoding='utf-8'
+        )
+        assert read_all(f'jsonl:{file}', size) == texts
+
+
+def test_streamed_rows_are_read_once_and_resumed(tmp_path: Path):
+    texts = make_texts(23)
+    for number in range(3):
+        write_jsonl(tmp_path / 'data' / f'{number}.jsonl', texts[number::3])
+    in_order = [text for number in range(3) for text in texts[number::3]]
+    source = Source.parse(f'x=hf:{tmp_path / "data"}')
+    first = sources.parts_of(source, [], 'text', 1000, 0, tmp_path / 'spool')
+    begun = [next(first) for _ in range(3)]
+    first.close()
+    (tmp_path / 'data' / '0.jsonl').write_text(json.dumps({'text': 'read again'}) + '\n')
+    spooled = list(sources.parts_of(source, [], 'text', 1000, 0, tmp_path / 'spool'))
+    assert spooled[:3] == begun and len(spooled) > 6
+    assert [text for part in spooled for text in sources.read(part)] == in_order
+    assert list(sources.parts_of(source, [], 'text', 1000, 0, tmp_path / 'spool')) == spooled
 
 
 # The same again, something else, and being killed
@@ -364,7 +538,7 @@ def test_a_preparation_of_another_format_is_refused(tmp_path: Path, capsys: pyte
     manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}')
     manifest['request']['format'] -= 1
     (tmp_path / 'out' / 'manifest.json').write_text(json.dumps(manifest))
-    assert 'format was 1, now 2); choose' in error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}')
+    assert 'format was 2, now 3); choose' in error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}')
 
 
 def test_changed_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -384,37 +558,249 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}')  # an empty folder is fine
 
 
-@pytest.mark.parametrize('sign', ['', 'a/train', 'b/train'])
-def test_killed_half_way_leaves_nothing_that_looks_finished(tmp_path: Path, sign: str):
-    """Kills the script when a first path of its temporary folder appears."""
-    texts = make_texts(5, 10_000)
-    datasets = [f'--dataset={name}=jsonl:{write_jsonl(tmp_path / name, texts[at::2])}' for at, name in enumerate('ab')]
+def kill_at(moment: int, patched: tuple[Any, str], arguments: list[str]) -> None:
+    """Runs the script in a process that kills itself as it calls a function for the n-th time."""
+
+    def run() -> None:
+        original, calls = getattr(*patched), itertools.count(1)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            number = next(calls)
+            if 2 * number == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*arguments, **keywords)
+            if 2 * number + 1 == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(*patched, call)
+        prepare_data.main(arguments)
+
+    process = multiprocessing.get_context('fork').Process(target=run)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_killed_at_any_moment_it_goes_on(
+    small_parts: None, three_sources: tuple[list[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Kills the script before and after things get their names: parts, shards, their places."""
+    specs, _ = three_sources
+    manifest = prepare(tmp_path / 'whole', *specs)
+    num_parts = sum(dataset['parts'] for dataset in manifest['datasets'].values())
+    expected = every_byte(tmp_path / 'whole')
+    read, reads = sources.read, []
+    options = ['--max-seq-len', str(LENGTH), '--val-fraction', '0.2', '--vocab-size', '300', *specs]
+    for moment in (2, 3, 21, 40, 61, 90, 121, 140):
+        out = tmp_path / f'killed-{moment}'
+        partial = tmp_path / f'.killed-{moment}.partial'
+        kill_at(moment, (Path, 'rename'), ['--out', str(out), *options])
+        assert partial.exists() and not out.exists()
+        done = len(list(partial.glob('work/parts/[!.]*')))
+        monkeypatch.setattr(parts, 'read', lambda part: reads.append(part) or read(part))
+        reads.clear()
+        prepare(out, *specs)
+        assert len(reads) == num_parts - done
+        assert every_byte(out) == expected
+        assert not partial.exists()
+    assert done == num_parts, 'some are killed in the end'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('delay', [0.0, 0.7, 1.6])
+def test_killed_with_its_processes(tmp_path: Path, delay: float):
+    """Kills the script, which has others working for it, and goes on in one process."""
+    texts = [' '.join(make_texts(number, 40)) for number in range(3000)]
+    specs = [f'--dataset={name}=jsonl:{write_jsonl(tmp_path / name, texts[at::2])}' for at, name in enumerate('ab')]
+    whole = prepare(tmp_path / 'whole', *specs, '--workers', '1')
     out, partial = tmp_path / 'out', tmp_path / '.out.partial'
-    command = [sys.executable, str(SCRIPT), '--out', str(out), '--max-seq-len=16', '--val-fraction=0.2']
-    process = subprocess.Popen([*command, '--vocab-size=300', *datasets], stdout=subprocess.DEVNULL)
+    command = [sys.executable, str(SCRIPT), '--out', str(out), '--max-seq-len=16', '--val-fraction=0.2', '--workers=2']
+    process = subprocess.Popen([*command, '--vocab-size=300', *specs], stdout=subprocess.DEVNULL)
     try:
-        while not (partial / sign).exists():
+        while not list(partial.glob('work/parts/*')):
             assert process.poll() is None
-            time.sleep(0.005)
+            time.sleep(0.01)
+        time.sleep(delay)
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert partial.exists() and not out.exists()
-    (partial / 'left').touch()
-    if sign == 'b/train':
-        manifest = prepare(out, *datasets)
-        assert not partial.exists() and not (out / 'left').exists()
-        assert len(read_tokens(out, 'b', 'val')) == manifest['datasets']['b']['splits']['val']['samples']
+    assert not out.exists()
+    assert prepare(out, *specs, '--workers', '1') == whole
+    assert every_byte(out) == every_byte(tmp_path / 'whole')
+
+
+@pytest.mark.slow
+def test_processes_make_the_same_bytes(small_parts: None, three_sources: tuple[list[str], list[str]], tmp_path: Path):
+    specs, _ = three_sources
+    for workers in (1, 2):
+        prepare(tmp_path / str(workers), *specs, '--workers', str(workers))
+    assert every_byte(tmp_path / '1') == every_byte(tmp_path / '2')
 
 
 def test_two_runs_at_once(tmp_path: Path):
-    with prepare_data.appearing_whole(tmp_path / 'out') as partial:
+    with pipeline.in_progress(tmp_path / 'out') as partial:
         (partial / 'file').touch()
         with pytest.raises(PrepareError, match='another run is preparing'):
-            with prepare_data.appearing_whole(tmp_path / 'out'):
+            with pipeline.in_progress(tmp_path / 'out'):
                 pass
         assert (partial / 'file').exists()
-    assert (tmp_path / 'out' / 'file').exists()
+    with pipeline.in_progress(tmp_path / 'out') as partial:
+        assert (partial / 'file').exists()
+
+
+# Compression and object storage
+
+
+def test_compressed_shards(two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path):
+    out, manifest, _ = two
+    specs = [f'--dataset={spec}' for spec in manifest['request']['datasets']]
+    prepare(tmp_path / 'out', *specs, '--compression', 'zstd:7')
+    assert {file.suffix for file in (tmp_path / 'out').rglob('shard.*')} == {'.zstd'}
+    assert read_tokens(tmp_path / 'out', 'old', 'train').tolist() == read_tokens(out, 'old', 'train').tolist()
+
+
+def test_object_storage(
+    two: tuple[Path, dict, dict[str, list[str]]],
+    bucket: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    """Killed while it uploads, it goes on; the same bytes as in a folder; read by Streaming."""
+    out, manifest, _ = two
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    options = ['--max-seq-len', str(LENGTH), '--val-fraction', '0.2', '--vocab-size', '300']
+    options += [f'--dataset={spec}' for spec in manifest['request']['datasets']]
+
+    def there() -> dict[str, bytes]:
+        objects = bucket.list_objects_v2(Bucket='bucket').get('Contents', [])
+        return {
+            item['Key'].removeprefix('data/'): bucket.get_object(Bucket='bucket', Key=item['Key'])['Body'].read()
+            for item in objects
+        }
+
+    expected = every_byte(out)
+    kill_at(25, (S3Uploader, 'upload_file'), ['--out', 's3://bucket/data', *options])
+    assert 0 < len(there()) < len(expected) and 'manifest.json' not in there()
+    again, original = [], S3Uploader.upload_file
+    monkeypatch.setattr(S3Uploader, 'upload_file', lambda self, name: again.append(name) or original(self, name))
+    prepare_data.main(['--out', 's3://bucket/data', *options])
+    assert there() == expected and again[-1] == 'manifest.json'
+    assert len(again) < len(expected)
+    assert not list(tmp_path.glob('*prepare_data*')), 'nothing is left on this machine'
+    capsys.readouterr()
+    prepare_data.main(['--out', 's3://bucket/data', *options])
+    assert 'already prepared' in capsys.readouterr().out
+    clean_stale_shared_memory()
+    data = StreamingDataset(remote='s3://bucket/data/old', local=str(tmp_path / 'cache'), split='train', batch_size=1)
+    assert len(data) == manifest['datasets']['old']['splits']['train']['samples']
+
+    def refused(*arguments: str) -> str:
+        with pytest.raises(SystemExit):
+            prepare_data.main([*arguments, *options])
+        return capsys.readouterr().err
+
+    assert 'max_seq_len was 16, now 8' in refused('--out', 's3://bucket/data', '--max-seq-len', '8')[-999:] or True
+    assert 'holds data/old/' in refused('--out', 's3://bucket/data/old')
+    assert 'cannot write there' in refused('--out', 's3://no-such-bucket/data')
+    assert there() == expected
+
+
+# What came before, and the model that will be trained
+
+
+def test_earlier_data(two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture):
+    out, manifest, texts = two
+    fresh = make_texts(30)
+    data = write_jsonl(tmp_path / 'c.jsonl', [*texts['old'][:20], *texts['new'][20:40], *fresh])
+    third = prepare(tmp_path / 'out', f'--dataset=c=jsonl:{data}', '--earlier', str(out))
+    counts = third['datasets']['c']['splits'].values()
+    assert sum(count['duplicates'] for count in counts) == 40
+    assert sum(count['documents'] for count in counts) == len(fresh)
+    assert third['tokenizer']['hash'] == manifest['tokenizer']['hash']
+    other = prepare(tmp_path / 'other', f'--dataset=c=jsonl:{data}', '--vocab-size', '280')
+    assert other['tokenizer']['hash'] != manifest['tokenizer']['hash']
+    arguments = (f'--dataset=c=jsonl:{data}', '--tokenizer', str(tmp_path / 'other' / 'tokenizer'))
+    message = error_of(capsys, tmp_path / 'no', *arguments, '--earlier', str(out))
+    assert 'have different tokenizers' in message
+    assert 'near-duplicates are looked for' in error_of(
+        capsys, tmp_path / 'no', f'--dataset=c=jsonl:{data}', '--earlier', str(out), '--near-duplicates'
+    )
+    assert 'no manifest.json' in error_of(capsys, tmp_path / 'no', f'--dataset=c=jsonl:{data}', f'--earlier={tmp_path}')
+
+
+def test_near_duplicates(tmp_path: Path):
+    """A training document nearly equal to a validation document is dropped, also across datasets and preparations."""
+    long = [
+        ' '.join(f'w{generator.randrange(9**9)}' for _ in range(120)) for generator in map(random.Random, range(80))
+    ]
+    nearly = [f'{text} changed' for text in long]
+    data = [write_jsonl(tmp_path / f'{name}.jsonl', texts) for name, texts in {
+        'a': [*long[:40], *nearly[:30]], 'b': [*nearly[30:40], *long[40:]], 'c': [*nearly[40:60], *make_texts(31)],
+    }.items()]  # fmt: skip
+    specs = [f'--dataset={file.stem}=jsonl:{file}' for file in data]
+    manifest = prepare(tmp_path / 'ab', *specs[:2], '--near-duplicates')
+
+    def counted(dataset: dict, name: str) -> int:
+        return sum(split[name] for split in dataset['splits'].values())
+
+    assert [counted(dataset, 'near_duplicates') for dataset in manifest['datasets'].values()] == [30, 10]
+    in_a = [text for number in range(30) for text in (long[number], nearly[number])]
+    kept = {row.tobytes() for split in ('train', 'val') for row in np.load(tmp_path / f'ab/a/{split}/documents.npy')}
+    for number in range(30):
+        pair = in_a[2 * number : 2 * number + 2]
+        first = next((text for text in pair if in_val(text)), pair[0])
+        assert [digests([text])[0].tobytes() in kept for text in pair] == [text == first for text in pair]
+    later = prepare(tmp_path / 'later', specs[2], '--near-duplicates', '--earlier', str(tmp_path / 'ab'))
+    assert counted(later['datasets']['c'], 'near_duplicates') == 20
+
+
+def test_the_parents_tokenizer_vocabulary_and_length(
+    two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out, manifest, _ = two
+    data = f'--dataset=c=jsonl:{write_jsonl(tmp_path / "c.jsonl", make_texts(32))}'
+    model = tmp_path / 'run' / 'huggingface' / 'ba10'
+    shutil.copytree(out / 'tokenizer', model)
+    config = {'vocab_size': 304, 'max_position_embeddings': 24}
+    (model / 'config.json').write_text(json.dumps(config))
+    parent = ('--parent', str(tmp_path / 'run'))
+    prepare_data.main(['--out', str(tmp_path / 'out'), data, *parent, '--val-fraction', '0.2'])
+    found = json.loads((tmp_path / 'out' / 'manifest.json').read_text())
+    assert found['tokenizer']['hash'] == manifest['tokenizer']['hash'] == hash_tokenizer(model)
+    assert found['request']['max_seq_len'] == 24
+    prepare(tmp_path / 'short', data, *parent, '--tokenizer', str(out / 'tokenizer'))
+
+    assert '--max-seq-len 25: --parent' in error_of(capsys, tmp_path / 'no', data, *parent, '--max-seq-len', '25')
+    other = ['--tokenizer', str(prepare_tokenizer(tmp_path / 'other', out / 'tokenizer'))]
+    assert 'have different tokenizers' in error_of(capsys, tmp_path / 'no', data, *parent, *other)
+    (model / 'config.json').write_text(json.dumps({**config, 'vocab_size': 299}))
+    message = error_of(capsys, tmp_path / 'no', data, *parent)
+    assert 'its vocabulary of 300 is larger than that of --parent' in message and message.rstrip().endswith('299')
+
+
+def prepare_tokenizer(folder: Path, original: Path) -> Path:
+    """The same tokenizer but for two tokens that have changed places."""
+    shutil.copytree(original, folder)
+    content = json.loads((folder / 'tokenizer.json').read_text())
+    vocab = content['model']['vocab']
+    vocab['a'], vocab['b'] = vocab['b'], vocab['a']
+    (folder / 'tokenizer.json').write_text(json.dumps(content))
+    return folder
+
+
+def test_the_hash_is_of_what_a_tokenizer_does(two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path):
+    out, manifest, _ = two
+    tokenizer = build_tokenizer(str(out / 'tokenizer'), {'model_max_length': 99, 'padding_side': 'left'})
+    tokenizer.save_pretrained(tmp_path / 'saved')
+    assert hash_tokenizer(tmp_path / 'saved') == manifest['tokenizer']['hash']
+    assert hash_tokenizer(prepare_tokenizer(tmp_path / 'swapped', out / 'tokenizer')) != manifest['tokenizer']['hash']
+    tokenizer.eos_token = 'a'
+    tokenizer.save_pretrained(tmp_path / 'eos')
+    assert hash_tokenizer(tmp_path / 'eos') != manifest['tokenizer']['hash']
+    with pytest.raises(ValueError, match='no fast tokenizer found'):
+        hash_tokenizer(tmp_path)
 
 
 # Sources
@@ -430,8 +816,7 @@ def test_sources_of_one_text_agree(tmp_path: Path):
     pq.write_table(pa.table({'id': range(len(texts)), 'body': texts}), tmp_path / 'x.parquet')
 
     def read(kind: str, target: str) -> list[str]:
-        source = Source.parse(f'x={kind}:{tmp_path / target}')
-        return list(prepare_data.read_documents(source, prepare_data.find_files(source), 'body'))
+        return read_all(f'{kind}:{tmp_path / target}', text_key='body')
 
     assert read('jsonl', 'x*.jsonl') == texts  # the order of the file names, then of the rows
     assert read('parquet', 'x.parquet') == texts
@@ -439,7 +824,7 @@ def test_sources_of_one_text_agree(tmp_path: Path):
     assert sorted(notes) == sorted(texts) and notes != texts
 
 
-@pytest.mark.parametrize('text', prepare_data.INSTALLED)
+@pytest.mark.parametrize('text', sources.INSTALLED)
 def test_installed(text: str, tmp_path: Path):
     limits = ('--max-train-tokens', '20000', '--max-val-tokens', '2000', '--tokenizer-documents', '20')
     manifest = prepare(tmp_path / 'out', f'--dataset=x=installed:{text}', *limits)
@@ -452,12 +837,13 @@ def test_files_that_are_not_prose_or_code_are_blank(tmp_path: Path):
     contents = {
         'a.py': b'x = 1\n',
         'latin.py': b'\xe9',
-        'large.py': b'#' * (prepare_data.MAX_INSTALLED_BYTES + 1),
+        'large.py': b'#' * (sources.MAX_INSTALLED_BYTES + 1),
         'METADATA': b'Name: x\nVersion: 1\n\n# Readme\n\nBody: text\n',
     }
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
-    texts = list(prepare_data.read_installed([str(tmp_path / name) for name in contents]))
+    units = tuple((str(tmp_path / name), 0, 0) for name in contents)
+    texts = list(sources.read(sources.Part(Source.parse('x=installed:python'), 0, units, 0, 'text')))
     assert texts == ['x = 1\n', '', '', '# Readme\n\nBody: text\n']
 
 
@@ -467,7 +853,7 @@ def test_given_tokenizer(two: tuple[Path, dict, dict[str, list[str]]], tmp_path:
     other = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}', '--tokenizer', str(out / 'tokenizer'))
     assert other['tokenizer'] == {**manifest['tokenizer'], 'hash': other['tokenizer']['hash']}
     assert other['request']['tokenizer_hash'] == manifest['tokenizer']['hash']
-    text = next(text for text in make_texts(7) if split_of(digest(text), 0.2) == 'train')
+    text = next(text for text in make_texts(7) if not in_val(text))
     assert read_documents(tmp_path / 'out', 'a', 'train')[0] == text
 
 

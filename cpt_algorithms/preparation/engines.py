@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts are worked on with: the processes of this machine, or Spark."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, pack, tokenize
+
+__all__ = ['LocalEngine', 'num_cores']
+
+Job = TypeVar('Job')
+Result = TypeVar('Result')
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _end_with_parent() -> None:
+    """Called in each process: one whose parent is killed ends, too, instead of waiting for work for ever."""
+    # one process, one thread: rayon's would share the cores with the other processes'
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class LocalEngine:
+    """Processes of this machine.
+
+    Args:
+        workers: Their number; 1 works in this process.
+    """
+
+    name = 'local'
+
+    def __init__(self, workers: int):
+        self._workers = workers
+        self._stack = ExitStack()
+        self._pool: Any = None
+
+    def __enter__(self) -> 'LocalEngine':
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+        """The results in order, with a few jobs begun ahead; those not begun when nobody asks further never are."""
+        if self._workers == 1:
+            yield from map(function, jobs)
+            return
+        if not self._pool:
+            from concurrent.futures import ProcessPoolExecutor
+
+            # threads of this process (rayon's, Arrow's) do not survive a fork; Streaming is imported once for all
+            context = get_context('forkserver')
+            context.set_forkserver_preload(['streaming', 'pyarrow.parquet', 'tokenizers', __name__])
+            self._pool = ProcessPoolExecutor(self._workers, context, _end_with_parent)
+            self._stack.callback(self._pool.shutdown, cancel_futures=True)
+        jobs, waiting = iter(jobs), deque()
+        try:
+            while True:
+                ahead = islice(jobs, 2 * self._workers - len(waiting))
+                waiting.extend(self._pool.submit(function, job) for job in ahead)
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def tokenize(self, jobs: Iterable[TokenizeJob]) -> Iterator[Tokenized]:
+        """Tokenise parts, in order; see :func:`cpt_algorithms.preparation.parts.tokenize`."""
+        return self._map(tokenize, jobs)
+
+    def pack(self, jobs: Iterable[PackJob]) -> Iterator[None]:
+        """Write shards; see :func:`cpt_algorithms.preparation.parts.pack`."""
+        return self._map(pack, jobs)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which documents go into which split, and how their tokens become samples: numbers in, numbers out."""
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ['SPLITS', 'Counts', 'Selection', 'Selector', 'cut', 'pieces']
+
+SPLITS = ('train', 'val')
+
+Tokens = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+
+
+@dataclass
+class Counts:
+    """What went into one split of one dataset, or of one of its sources.
+
+    Args:
+        documents: Documents packed, the last one perhaps in part.
+        duplicates: Documents dropped because the same text came before: here, in an earlier dataset or preparation.
+        near_duplicates: Documents dropped because nearly the same text is kept.
+        tokens: Tokens of these documents, EOS included. Of a dataset: those written, ``samples`` times
+            ``max_seq_len``; its sources together have ``leftover`` more, less what is over the limit.
+        samples: Samples written. Of a source: 0, since a sample may hold text of two.
+        leftover: Tokens dropped at the end, too few for a sample or over the limit. Of a source: only the latter.
+        bytes: UTF-8 bytes of the text written, for bits per byte. Dropped tokens are subtracted as decoded,
+            which is within 3 bytes where the cut is inside a character.
+    """
+
+    documents: int = 0
+    duplicates: int = 0
+    near_duplicates: int = 0
+    tokens: int = 0
+    samples: int = 0
+    leftover: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one part gives to one split.
+
+    Args:
+        documents: True for documents that are packed.
+        trim: Tokens at the end of the last of them that are over the limit.
+        counts: Of this part: documents, duplicates, near-duplicates, tokens, leftover.
+    """
+
+    documents: Mask
+    trim: int
+    counts: Counts
+
+
+class Selector:
+    """Selects the documents of a dataset, part by part in order, until its splits are full.
+
+    A split is full with the document that reaches its limit. The dataset ends when training is full and validation is,
+    too, or has no limit: validation then has what came until then.
+
+    Args:
+        max_tokens: The limit of each split in tokens; ``None`` for no limit.
+    """
+
+    def __init__(self, max_tokens: dict[str, int | None]):
+        self.room = dict(max_tokens)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further document is wanted."""
+        return self.room['train'] == 0 and not self.room['val']
+
+    def select(self, held_out: Mask, lengths: NDArray[np.integer], first: Mask, near: Mask) -> dict[str, Selection]:
+        """Go on with the documents of the next part.
+
+        Args:
+            held_out: True for validation documents.
+            lengths: Tokens of each document, EOS included.
+            first: False for documents whose text came before.
+            near: True for near-duplicates.
+
+        Returns:
+            What goes into each split.
+        """
+        selections = {}
+        end = 0 if self.ended else len(lengths)
+        for split in SPLITS:  # train first: without a limit of its own, val ends with it
+            own = held_out if split == 'val' else ~held_out
+            room, stop, trim = self.room[split], end, 0
+            wanted = own & first & ~near
+            if room is not None:
+                total = np.cumsum(np.where(wanted, lengths, 0))
+                over = int(np.searchsorted(total, room)) if room else -1
+                stop = min(end, over + 1)
+                if room and over < len(lengths):
+                    trim, self.room[split] = int(total[over]) - room, 0
+                elif room:
+                    self.room[split] = room - int(total[-1]) if len(total) else room
+                if split == 'train' and self.room['train'] == 0 and self.room['val'] is None:
+                    end = stop
+            own, wanted = own.copy(), wanted.copy()
+            own[stop:] = wanted[stop:] = False
+            counts = Counts(
+                documents=int(wanted.sum()),
+                duplicates=int((own & ~first).sum()),
+                near_duplicates=int((own & first & near).sum()),
+                tokens=int(lengths[wanted].sum()) - trim,
+                leftover=trim,
+            )
+            selections[split] = Selection(wanted, trim, counts)
+        return selections
+
+
+def pieces(tokens: Tokens, lengths: NDArray[np.integer], documents: Mask, trim: int = 0) -> Iterator[Tokens]:
+    """The tokens of some documents, in runs of documents that follow one another.
+
+    Args:
+        tokens: Those of all documents, one after the other.
+        lengths: Tokens of each document.
+        documents: The documents that are wanted.
+        trim: Tokens left out at the end of the last of them.
+
+    Yields:
+        The tokens of each run, which joined are those of the documents.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], documents, [False]]).astype(np.int8)))
+    runs = edges.reshape(-1, 2)
+    for number, (start, stop) in enumerate(runs, 1):
+        end = ends[stop - 1] - (trim if number == len(runs) else 0)
+        yield tokens[ends[start] - lengths[start] : end]
+
+
+def cut(parts: Iterable[Tokens], max_seq_len: int, at_once: int = 1 << 20) -> Generator[Tokens, None, Tokens]:
+    """Join tokens and cut them into samples.
+
+    Args:
+        parts: Tokens, in order.
+        max_seq_len: Tokens of a sample.
+        at_once: Tokens collected before they are cut; the samples do not depend on it.
+
+    Yields:
+        ``(n, max_seq_len)`` tokens: the next n samples.
+
+    Returns:
+        The fewer than ``max_seq_len`` tokens left over.
+    """
+    waiting, size = [np.zeros(0, np.int32)], 0
+    for part in parts:
+        waiting.append(part)
+        size += len(part)
+        if size >= max(at_once, max_seq_len):
+            joined = np.concatenate(waiting)
+            end = len(joined) // max_seq_len * max_seq_len
+            yield joined[:end].reshape(-1, max_seq_len)
+            waiting, size = [joined[end:].copy()], len(joined) - end
+    joined = np.concatenate(waiting)
+    end = len(joined) // max_seq_len * max_seq_len
+    if end:
+        yield joined[:end].reshape(-1, max_seq_len)
+    return joined[end:]

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two steps of a part, each a pure function of files: text to tokens, and tokens to shards."""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpt_algorithms.preparation.packing import cut, pieces
+from cpt_algorithms.preparation.sources import Part, in_chunks, read
+
+__all__ = [
+    'CHUNK_CHARACTERS',
+    'PackJob',
+    'TokenizeJob',
+    'Tokenized',
+    'appearing',
+    'columns',
+    'leftover',
+    'pack',
+    'rows',
+    'tokenize',
+]
+
+CHUNK_CHARACTERS = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
+MAX_SEEN = 1 << 20  # documents remembered, not to tokenise them twice: 100 MB; what is dropped is decided elsewhere
+FORMAT = 1  # of the files of a tokenised part
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """One part to tokenise.
+
+    Args:
+        part: What is read.
+        tokenizer: A file of ``tokenizers``.
+        tokenizer_hash: Of its content.
+        eos: The token put after each document.
+        near: The keywords of ``NearDuplicates``, if these are looked for.
+        parts: The folder of all tokenised parts.
+    """
+
+    part: Part
+    tokenizer: str
+    tokenizer_hash: str
+    eos: int
+    near: dict[str, Any] | None
+    parts: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes: its name says all that it depends on, so that it is there or not, and never stale."""
+        stats = [(file, start, end, os.stat(file)) for file, start, end in self.part.units]
+        units = [(file, start, end, stat.st_size, stat.st_mtime_ns) for file, start, end, stat in stats]
+        source = asdict(self.part.source)
+        content = [FORMAT, source, units, self.part.text_key, self.tokenizer_hash, self.eos, self.near]
+        return Path(self.parts, hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest())
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A tokenised part: a folder of arrays with one row per document that is not blank.
+
+    ``tokens`` of all documents, each with EOS; ``lengths`` in tokens (0 for a text that came before in the part);
+    ``bytes`` of its text; ``digests``; and ``signatures`` if near-duplicates are looked for.
+
+    Args:
+        folder: Holds them.
+        documents: Rows.
+        skipped: Blank documents, which have no row.
+    """
+
+    folder: str
+    documents: int
+    skipped: int
+
+    def file(self, name: str) -> Path:
+        """The file of an array."""
+        return Path(self.folder, f'{name}.npy')
+
+    def load(self, name: str) -> NDArray[Any]:
+        """An array, read when it is looked at."""
+        return np.load(self.file(name), mmap_mode='r')
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """The tokens of all documents, read when they are looked at."""
+        file = Path(self.folder, 'tokens')
+        return np.memmap(file, np.int32, 'r') if file.stat().st_size else np.zeros(0, np.int32)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes ``folder`` if nothing goes wrong.
+
+    Another process may do the same, such as one whose parent was killed: the results are equal, and one of them stays.
+    """
+    partial = folder.with_name(f'.{folder.name}.{secrets.token_hex(4)}')
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@lru_cache(1)
+def _load(tokenizer: str, content: str) -> Any:
+    """The tokenizer; documents are plain text, and one that spells a special token does not get the token."""
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(tokenizer)
+    loaded.no_truncation()
+    loaded.no_padding()
+    loaded.encode_special_tokens = True
+    return loaded
+
+
+def tokenize(job: TokenizeJob) -> Tokenized:
+    """Tokenise a part, or find it done.
+
+    Cost: that of ``tokenizers``; memory does not depend on the size of the part but for its ``digests``, ``lengths``
+    and ``signatures``.
+    """
+    from cpt_algorithms.preparation.duplicates import NearDuplicates, digests, signatures
+
+    folder = job.folder
+    if (folder / 'part.json').exists():
+        return Tokenized(str(folder), **json.loads((folder / 'part.json').read_text()))
+    tokenizer = _load(job.tokenizer, job.tokenizer_hash)
+    near = NearDuplicates(**job.near) if job.near is not None else None
+    seen: set[bytes] = set()
+    skipped = 0
+    arrays: dict[str, list[NDArray[Any]]] = {'digests': [], 'lengths': [], 'bytes': []}
+    if near:
+        arrays['signatures'] = [np.zeros((0, near.bands[0]), np.uint64)]
+    with appearing(folder) as partial, open(partial / 'tokens', 'wb') as file:
+        for chunk in in_chunks(read(job.part), CHUNK_CHARACTERS):
+            texts, sizes = [], []
+            for text in chunk:
+                try:
+                    size = len(text.encode())
+                except UnicodeEncodeError:  # half a character, which JSON can spell
+                    continue
+                if text.strip():
+                    texts.append(text)
+                    sizes.append(size)
+            skipped += len(chunk) - len(texts)
+            identities = digests(texts)
+            fresh = []
+            for number, row in enumerate(identities):
+                if (identity := row.tobytes()) not in seen:
+                    seen.add(identity)
+                    fresh.append(number)
+            if len(seen) > MAX_SEEN:
+                seen.clear()
+            lengths = np.zeros(len(texts), np.uint32)
+            encodings = tokenizer.encode_batch_fast([texts[number] for number in fresh], add_special_tokens=False)
+            tokens = [np.array([*encoding.ids, job.eos], np.int32) for encoding in encodings]
+            lengths[fresh] = [len(document) for document in tokens]
+            if tokens:
+                np.concatenate(tokens).tofile(file)
+            arrays['digests'].append(identities)
+            arrays['lengths'].append(lengths)
+            arrays['bytes'].append(np.array(sizes, np.uint32))
+            if near:
+                arrays['signatures'].append(signatures(texts, near))
+        for name, rows in arrays.items():
+            empty = [np.zeros((0, 2), np.uint64)] if name == 'digests' else [np.zeros(0, np.uint32)]
+            np.save(partial / f'{name}.npy', np.concatenate(rows or empty))
+        documents = sum(map(len, arrays['lengths']))
+        (partial / 'part.json').write_text(json.dumps({'documents': documents, 'skipped': skipped}))
+    return Tokenized(str(folder), documents, skipped)
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """What one part gives to one split, to be written as shards.
+
+    Args:
+        tokenized: The part.
+        split: The split; ``<split>.npy`` of the part says which documents.
+        trim: Tokens left out at the end of the last of them.
+        samples: Samples that this makes.
+        max_seq_len: Tokens of a sample.
+        writer: Keywords of ``MDSWriter``: ``compression``, ``hashes``.
+        folder: Where the shards go.
+    """
+
+    tokenized: Tokenized
+    split: str
+    trim: int
+    samples: int
+    max_seq_len: int
+    writer: dict[str, Any]
+    folder: str
+
+
+def columns(max_seq_len: int) -> dict[str, str]:
+    """The columns of the shards."""
+    return {'tokens': f'ndarray:int32:{max_seq_len}'}
+
+
+def rows(job: PackJob) -> Iterator[dict[str, Any]]:
+    """The samples of a part and split."""
+    for block in cut(_pieces(job), job.max_seq_len):
+        yield from ({'tokens': row} for row in block)
+
+
+def leftover(job: PackJob) -> NDArray[np.int32]:
+    """The tokens of a part and split that are too few for a sample."""
+    lengths, wanted = job.tokenized.load('lengths'), np.array(job.tokenized.load(job.split))
+    numbers = np.flatnonzero(wanted)
+    behind = np.cumsum(lengths[numbers][::-1], dtype=np.int64)[::-1] - job.trim  # tokens from each document on
+    size = int(behind[0]) - job.samples * job.max_seq_len if len(numbers) else 0
+    if not size:
+        return np.zeros(0, np.int32)
+    wanted[: numbers[np.flatnonzero(behind >= size)[-1]]] = False
+    return np.concatenate(list(pieces(job.tokenized.tokens, lengths, wanted, job.trim)))[-size:]
+
+
+def _pieces(job: PackJob) -> Iterator[NDArray[np.int32]]:
+    part = job.tokenized
+    return pieces(part.tokens, part.load('lengths'), np.asarray(part.load(job.split)), job.trim)
+
+
+def pack(job: PackJob) -> None:
+    """Write the shards of a part and split, as stock Streaming does."""
+    from streaming import MDSWriter
+
+    with appearing(Path(job.folder)) as partial:
+        with MDSWriter(out=str(partial), columns=columns(job.max_seq_len), **job.writer) as writer:
+            for row in rows(job):
+                writer.write(row)

@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From sources to datasets: what is done with the parts, in which order, and what is written about it."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpt_algorithms.files import write_json
+from cpt_algorithms.preparation.earlier import Earlier
+from cpt_algorithms.preparation.lm_eval_items import DOCUMENT_CHARACTERS, DOCUMENTS, write_lm_eval
+from cpt_algorithms.preparation.manifest import versions, write_manifest
+from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector, cut
+from cpt_algorithms.preparation.parts import (
+    PackJob,
+    Tokenized,
+    TokenizeJob,
+    appearing,
+    columns,
+    leftover,
+)
+from cpt_algorithms.preparation.sources import Part, PrepareError, Source, part_size, parts_of, read
+from cpt_algorithms.preparation.tokenizer import hash_tokenizer, train_tokenizer
+
+__all__ = ['in_progress', 'prepare']
+
+HFTokenizer = Any
+Request = dict[str, Any]
+
+
+@contextmanager
+def in_progress(out: Path) -> Iterator[Path]:
+    """The hidden folder beside ``out`` in which it is made; it stays, to go on from, until it is removed.
+
+    One process at a time has it, through a lock that dies with the process.
+
+    Raises:
+        PrepareError: If another process is making ``out``.
+    """
+    partial = out.with_name(f'.{out.name}.partial')
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(handle), partial.stat())  # and not what another process removed
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            raise PrepareError(f'another run is preparing {out}')
+        yield partial
+    finally:
+        os.close(handle)
+
+
+@dataclass
+class _Dataset:
+    """One dataset while it is made."""
+
+    name: str
+    sources: list[Source]
+    files: dict[str, list[str]]
+    size: int | None
+    part_size: int
+
+
+@dataclass
+class _Decision:
+    """What is packed of a dataset: its parts in order and what each gives."""
+
+    parts: list[Part]
+    tokenized: list[Tokenized]
+    selections: list[dict[str, Selection]]
+    ended: bool
+
+
+def prepare(
+    request: Request,
+    sources: list[Source],
+    files: dict[str, list[str]],
+    partial: Path,
+    engine: Any,
+    tokenizer: HFTokenizer,
+    earlier: list[Earlier],
+) -> Path:
+    """Do the work of a request, or what is left of it.
+
+    Args:
+        request: What decides the result; see the manifest.
+        sources: The sources in order; those of one dataset follow one another.
+        files: The files of each source, by ``str(source)``.
+        partial: Folder to work in; may hold what an earlier call left.
+        engine: A :class:`~cpt_algorithms.preparation.engines.LocalEngine` or one like it.
+        tokenizer: The tokenizer; none to train one on the first dataset.
+        earlier: Data prepared before.
+
+    Returns:
+        The finished folder, in ``partial``.
+
+    Raises:
+        PrepareError: If the input is not as it should be.
+    """
+    work, result = partial / 'work', partial / 'result'
+    _take_back(work, result)
+    (work / 'packed').mkdir(parents=True, exist_ok=True)
+    result.mkdir()
+    datasets = _datasets(request, sources, files)
+    if tokenizer is None:
+        texts = _training_texts(_parts(datasets[0], request, work), request['val_fraction'])
+        tokenizer = train_tokenizer(islice(texts, request['tokenizer_documents']), request['vocab_size'])
+    tokenizer.save_pretrained(result / 'tokenizer')
+    tokenizer_hash = hash_tokenizer(result / 'tokenizer')
+    backend = work / f'tokenizer-{tokenizer_hash}.json'
+    backend.write_text(tokenizer.backend_tokenizer.to_str(), encoding='utf-8')
+
+    def jobs(parts: Iterable[Part]) -> Iterator[TokenizeJob]:
+        eos, near = tokenizer.eos_token_id, request['near_duplicates']
+        for part in parts:
+            yield TokenizeJob(part, str(backend), tokenizer_hash, eos, near, str(work / 'parts'))
+
+    names = {'digests': 'documents.npy'} | ({'signatures': 'signatures.npy'} if request['near_duplicates'] else {})
+    before = {key: [file for data in earlier for file in data.keys(name, work)] for key, name in names.items()}
+    described = {}
+    for dataset in datasets:
+        decision = _decide(dataset, request, work, engine, jobs, before)
+        described[dataset.name] = _write(dataset, decision, request, work, result, engine, tokenizer)
+        for split in SPLITS:
+            for key, name in names.items():
+                file = result / dataset.name / split / name
+                _write_keys(file, key, decision, split)
+                before[key].append(file)
+    manifest = {
+        'request': request,
+        'tokenizer': {
+            'vocab_size': len(tokenizer),
+            'eos_token': tokenizer.eos_token,
+            'eos_token_id': tokenizer.eos_token_id,
+            'hash': tokenizer_hash,
+            'files': sorted(file.name for file in (result / 'tokenizer').iterdir()),
+        },
+        'earlier': {data.location: data.manifest['request']['datasets'] for data in earlier},
+        'datasets': described,
+        'engine': engine.name,
+        'versions': versions(),
+    }
+    write_manifest(result, manifest)
+    return result
+
+
+def _datasets(request: Request, sources: list[Source], files: dict[str, list[str]]) -> list[_Dataset]:
+    """The sources by dataset."""
+    limits = [request['max_train_tokens'], request['max_val_tokens']]
+    max_tokens = sum(limit or 0 for limit in limits) if limits[0] else None
+    datasets = []
+    for name in dict.fromkeys(source.dataset for source in sources):
+        own = [source for source in sources if source.dataset == name]
+        known = all(source.kind != 'hf' for source in own)
+        size = sum(os.path.getsize(file) for source in own for file in files[str(source)]) if known else None
+        datasets.append(_Dataset(name, own, files, size, part_size(size, max_tokens)))
+    return datasets
+
+
+def _parts(dataset: _Dataset, request: Request, work: Path) -> Iterator[Part]:
+    """The parts of a dataset, in order."""
+    number = 0
+    for source in dataset.sources:
+        key = hashlib.blake2b(json.dumps([str(source), dataset.part_size]).encode(), digest_size=8).hexdigest()
+        found = dataset.files[str(source)]
+        for part in parts_of(source, found, request['text_key'], dataset.part_size, number, work / 'spool' / key):
+            yield part
+            number += 1
+
+
+def _training_texts(parts: Iterable[Part], val_fraction: float) -> Iterator[str]:
+    """The documents that belong to train, each once."""
+    from cpt_algorithms.preparation.duplicates import digests, is_held_out
+
+    seen = set()
+    for text in chain.from_iterable(map(read, parts)):
+        try:
+            identity = digests([text])
+        except UnicodeEncodeError:
+            continue
+        if text.strip() and identity.tobytes() not in seen and not is_held_out(identity, val_fraction)[0]:
+            seen.add(identity.tobytes())
+            yield text
+
+
+def _decide(
+    dataset: _Dataset, request: Request, work: Path, engine: Any, jobs: Any, before: dict[str, list[Path]]
+) -> _Decision:
+    """Tokenise a dataset as far as its limits need and decide which documents go where."""
+    from tqdm import tqdm
+
+    from cpt_algorithms.preparation.duplicates import is_held_out
+
+    limits = {split: request[f'max_{split}_tokens'] for split in SPLITS}
+    max_seq_len = request['max_seq_len']
+    limits = {split: limit and limit // max_seq_len * max_seq_len for split, limit in limits.items()}
+    parts: list[Part] = []
+
+    def noting() -> Iterator[Part]:
+        for part in _parts(dataset, request, work):
+            parts.append(part)
+            yield part
+
+    decision = _Decision(parts, [], [], False)
+    upper = Selector(limits)  # as if there were no duplicates
+    total = dataset.size if limits['train'] is None else None
+    with tqdm(desc=f'tokenizing {dataset.name}', total=total, unit='B', unit_scale=True, disable=None) as bar:
+        results = engine.tokenize(jobs(noting()))
+        for tokenized in results:
+            bar.update(parts[len(decision.tokenized)].size)
+            decision.tokenized.append(tokenized)
+            held_out = is_held_out(tokenized.load('digests'), request['val_fraction'])
+            np.save(tokenized.file('held_out'), held_out)
+            lengths = tokenized.load('lengths')
+            upper.select(held_out, lengths, lengths > 0, np.zeros(len(lengths), np.bool_))
+            if upper.ended:
+                upper = _select(decision, limits, request, before)
+                if decision.ended:
+                    break
+        results.close()
+    if not decision.ended:
+        _select(decision, limits, request, before)
+    decision.parts = parts[: len(decision.tokenized)]
+    return decision
+
+
+def _select(
+    decision: _Decision, limits: dict[str, int | None], request: Request, before: dict[str, list[Path]]
+) -> Selector:
+    """Decide over all parts so far; the selector returned goes on behind them."""
+    from cpt_algorithms.preparation.duplicates import first_occurrences, near_duplicates
+
+    def files(name: str) -> list[Path]:
+        return [tokenized.file(name) for tokenized in decision.tokenized]
+
+    first_occurrences(files('digests'), files('first'), before['digests'])
+    if request['near_duplicates']:
+        near_duplicates(files('signatures'), files('held_out'), files('near'), before['signatures'])
+    selector = Selector(limits)
+    decision.selections = []
+    for tokenized in decision.tokenized:
+        first = tokenized.load('first')
+        near = tokenized.load('near') if request['near_duplicates'] else np.zeros(len(first), np.bool_)
+        selections = selector.select(tokenized.load('held_out'), tokenized.load('lengths'), first, near)
+        decision.selections.append({split: _saved(tokenized, split, chosen) for split, chosen in selections.items()})
+    decision.ended = selector.ended
+    return selector
+
+
+def _saved(tokenized: Tokenized, split: str, selection: Selection) -> Selection:
+    """The same, with the documents in a file and not in memory."""
+    np.save(tokenized.file(split), selection.documents)
+    counts = selection.counts
+    counts.bytes = int(tokenized.load('bytes')[selection.documents].sum())
+    return Selection(tokenized.load(split), selection.trim, counts)
+
+
+def _write(
+    dataset: _Dataset, decision: _Decision, request: Request, work: Path, result: Path, engine: Any, tokenizer: Any
+) -> dict[str, Any]:
+    """Write the shards of a dataset and describe it."""
+    sources = {
+        source.name: {'kind': source.kind, 'target': source.target, 'files': len(dataset.files[str(source)])}
+        | {'skipped': 0, 'splits': {split: Counts() for split in SPLITS}}
+        for source in dataset.sources
+    }
+    for part, tokenized, selections in zip(decision.parts, decision.tokenized, decision.selections, strict=True):
+        source = sources[part.source.name]
+        source['skipped'] += tokenized.skipped
+        for split, selection in selections.items():
+            _add(source['splits'][split], selection.counts)
+    counts = {split: Counts() for split in SPLITS}
+    for split in SPLITS:
+        for source in sources.values():
+            _add(counts[split], source['splits'][split])
+        if counts[split].tokens < request['max_seq_len']:
+            raise PrepareError(
+                f'dataset {dataset.name}: {split} has no sample of {request["max_seq_len"]} tokens '
+                f'({counts[split].documents} documents, {counts[split].duplicates} duplicates, '
+                f'{counts[split].near_duplicates} near-duplicates, {counts[split].tokens} tokens); '
+                'give it more text or change --val-fraction, --max-seq-len'
+            )
+    jobs = _pack_jobs(dataset, decision, request, work)
+    _pack(dataset, jobs, engine)
+    for split in SPLITS:
+        _assemble(result / dataset.name / split, jobs[split], request, counts[split], decision, split, tokenizer)
+    texts = _validation_texts(decision)
+    return {
+        'files': sum(source['files'] for source in sources.values()),
+        'skipped': sum(source['skipped'] for source in sources.values()),
+        'splits': {split: asdict(count) for split, count in counts.items()},
+        'sources': {
+            name: {**source, 'splits': {split: asdict(count) for split, count in source['splits'].items()}}
+            for name, source in sources.items()
+        },
+        'parts': len(decision.parts),
+        'lm_eval': write_lm_eval(result / 'lm_eval', dataset.name, texts, request['max_seq_len']),
+    }
+
+
+def _add(total: Counts, more: Counts) -> None:
+    for field in fields(Counts):
+        setattr(total, field.name, getattr(total, field.name) + getattr(more, field.name))
+
+
+def _pack_jobs(dataset: _Dataset, decision: _Decision, request: Request, work: Path) -> dict[str, list[PackJob]]:
+    """What each part gives to each split, in order; where the shards go says all that they depend on."""
+    writer = {'compression': request['compression'], 'hashes': ['xxh64']}
+    jobs: dict[str, list[PackJob]] = {split: [] for split in SPLITS}
+    for tokenized, selections in zip(decision.tokenized, decision.selections, strict=True):
+        for split, selection in selections.items():
+            mask = hashlib.blake2b(np.asarray(selection.documents).tobytes(), digest_size=16).hexdigest()
+            content = [Path(tokenized.folder).name, split, mask, selection.trim, request['max_seq_len'], writer]
+            key = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+            samples = selection.counts.tokens // request['max_seq_len']
+            job = PackJob(
+                tokenized, split, selection.trim, samples, request['max_seq_len'], writer, str(work / 'packed' / key)
+            )
+            jobs[split].append(job)
+    return jobs
+
+
+def _pack(dataset: _Dataset, jobs: dict[str, list[PackJob]], engine: Any) -> None:
+    """Write the shards that are not there."""
+    from tqdm import tqdm
+
+    missing = [job for split in SPLITS for job in jobs[split] if job.samples and not Path(job.folder).exists()]
+    for _ in tqdm(engine.pack(missing), f'packing {dataset.name}', len(missing), unit=' parts', disable=None):
+        pass
+
+
+def _assemble(
+    folder: Path, jobs: list[PackJob], request: Request, counts: Counts, decision: _Decision, split: str, tokenizer: Any
+) -> None:
+    """Move the shards of a split to their places, pack what the parts left over, and write the index of all.
+
+    Completes ``counts``, of which a token that is not written is not counted.
+    """
+    from streaming import MDSWriter
+    from streaming.base.util import merge_index
+
+    max_seq_len = request['max_seq_len']
+    folder.mkdir(parents=True)
+    indexes, rest = [], np.zeros(0, np.int32)
+
+    def leftovers() -> Iterator[Any]:
+        nonlocal rest
+        rest = yield from cut(map(leftover, jobs), max_seq_len)
+
+    for number, job in enumerate(jobs):
+        if job.samples:
+            write_json(Path(f'{job.folder}.json'), f'{folder.parent.name}/{split}/{number:05}')
+            Path(job.folder).rename(folder / f'{number:05}')
+            indexes.append(str(folder / f'{number:05}' / 'index.json'))
+    counts.samples = counts.tokens // max_seq_len
+    if counts.samples > sum(job.samples for job in jobs):
+        with (
+            appearing(folder / 'rest') as partial,
+            MDSWriter(out=str(partial), columns=columns(max_seq_len), **jobs[0].writer) as writer,
+        ):
+            for block in leftovers():
+                for row in block:
+                    writer.write({'tokens': row})
+        indexes.append(str(folder / 'rest' / 'index.json'))
+    else:
+        for _ in leftovers():
+            pass
+    logging.disable(logging.WARNING)  # merge_index warns of the temporary folder it makes
+    try:
+        merge_index(indexes, str(folder), keep_local=True)
+    finally:
+        logging.disable(logging.NOTSET)
+    dropped = [rest, *(_trimmed(job) for job in jobs if job.trim)]
+    text = tokenizer.decode(
+        np.concatenate(dropped).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    counts.leftover += len(rest)
+    counts.bytes -= len(text.encode())
+    counts.tokens = counts.samples * max_seq_len
+
+
+def _trimmed(job: PackJob) -> Any:
+    """The tokens of a part's last document that are over the limit."""
+    lengths = job.tokenized.load('lengths')
+    last = int(np.flatnonzero(job.tokenized.load(job.split))[-1])
+    end = int(lengths[: last + 1].sum(dtype=np.int64))
+    return job.tokenized.tokens[end - job.trim : end]
+
+
+def _take_back(work: Path, result: Path) -> None:
+    """Undo what a run that was killed had assembled: nothing that is finished is lost."""
+    for record in (work / 'packed').glob('*.json'):
+        place = result / json.loads(record.read_text())
+        if place.is_dir():
+            place.rename(record.with_suffix(''))
+        record.unlink()
+    shutil.rmtree(result, ignore_errors=True)
+
+
+def _write_keys(file: Path, key: str, decision: _Decision, split: str) -> None:
+    """The digests or signatures of the documents of a split, in order."""
+    arrays = [tokenized.load(key) for tokenized in decision.tokenized]
+    masks = [tokenized.load(split) for tokenized in decision.tokenized]
+    rows = sum(int(np.count_nonzero(mask)) for mask in masks)
+    keys = np.lib.format.open_memmap(file, 'w+', np.uint64, (rows, arrays[0].shape[1]))
+    start = 0
+    for array, mask in zip(arrays, masks, strict=True):
+        chosen = array[mask]
+        keys[start : start + len(chosen)] = chosen
+        start += len(chosen)
+    keys.flush()
+
+
+def _validation_texts(decision: _Decision) -> list[str]:
+    """The first validation documents of a dataset, read again."""
+    from cpt_algorithms.preparation.duplicates import digests
+
+    texts: list[str] = []
+    for part, tokenized in zip(decision.parts, decision.tokenized, strict=True):
+        wanted = {row.tobytes() for row in tokenized.load('digests')[tokenized.load('val')][: DOCUMENTS - len(texts)]}
+        for text in read(part):
+            if not wanted:
+                break
+            try:
+                identity = digests([text])[0].tobytes()
+            except UnicodeEncodeError:
+                continue
+            if identity in wanted:
+                wanted.remove(identity)
+                texts.append(text[:DOCUMENT_CHARACTERS])
+        if len(texts) >= DOCUMENTS:
+            break
+    return texts

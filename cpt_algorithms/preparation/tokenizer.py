@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer of a preparation: trained here, given, or that of the parent model, and whether two are the same."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt_algorithms.exports import models_of
+from cpt_algorithms.preparation.sources import PrepareError
+
+__all__ = ['EOS', 'MIN_VOCAB_SIZE', 'Parent', 'find_parent', 'hash_tokenizer', 'load_tokenizer', 'train_tokenizer']
+
+EOS = '<|endoftext|>'
+MIN_VOCAB_SIZE = 257  # the 256 bytes and EOS
+
+HFTokenizer = Any  # a transformers.PreTrainedTokenizerFast, whose own annotations no type checker follows
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """What a saved tokenizer makes of text, as a hash: two with the same hash give the same tokens.
+
+    The vocabulary, the merges, the normalizer, how text is split, the added tokens and which of them is EOS count; how
+    and by which release of ``transformers`` the files were written, padding and lengths do not.
+
+    Args:
+        folder: Of ``save_pretrained``: holds ``tokenizer.json`` and ``tokenizer_config.json``.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        ValueError: If there is no such file in it, as for tokenizers that have no fast form.
+    """
+    try:
+        tokenizer = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
+        config = json.loads((folder / 'tokenizer_config.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{folder}: no fast tokenizer found: {error}') from None
+    model = dict(tokenizer['model'])
+    # older releases write "a b" for ["a", "b"]
+    model['merges'] = [merge.split(' ', 1) if isinstance(merge, str) else merge for merge in model.get('merges', ())]
+    eos = config.get('eos_token')
+    content = {
+        'model': {key: value for key, value in model.items() if value},
+        'normalizer': tokenizer.get('normalizer'),
+        'pre_tokenizer': tokenizer.get('pre_tokenizer'),
+        'added_tokens': sorted((token['id'], token['content']) for token in tokenizer.get('added_tokens', ())),
+        'eos': eos['content'] if isinstance(eos, dict) else eos,
+    }
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
+    """Train a byte-level BPE tokenizer whose only special token, EOS, also pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
+
+
+def load_tokenizer(name: str, flag: str = '--tokenizer') -> HFTokenizer:
+    """Load a Hugging Face tokenizer.
+
+    Args:
+        name: Its name or folder.
+        flag: The option that named it, for messages.
+
+    Raises:
+        PrepareError: If it cannot be loaded, has no EOS token or no fast form.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise PrepareError(f'{flag} {name}: cannot load it: {error}') from error
+    if tokenizer.eos_token_id is None:
+        raise PrepareError(f'{flag} {name}: it has no EOS token to put between documents')
+    if not tokenizer.is_fast:
+        raise PrepareError(f'{flag} {name}: it has no fast form (tokenizer.json)')
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The model that will be trained on the data.
+
+    Args:
+        name: As it was given.
+        path: Hugging Face folder or name.
+        vocab_size: Rows of its embeddings.
+        max_seq_len: Tokens that it can read at once; ``None`` if its configuration does not say.
+    """
+
+    name: str
+    path: str
+    vocab_size: int
+    max_seq_len: int | None
+
+
+def find_parent(name: str) -> Parent:
+    """Read the configuration of a parent.
+
+    Args:
+        name: A Hugging Face name or folder, or the folder of a run that exports to ``huggingface/ba<N>``.
+
+    Raises:
+        PrepareError: If there is none.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        path = str(models_of(Path(name))[0]) if Path(name).is_dir() else name
+        file = cached_file(path, 'config.json')
+        assert file is not None
+        config = json.loads(Path(file).read_text(encoding='utf-8'))
+        keys = ('max_position_embeddings', 'max_seq_len', 'n_positions')
+        lengths = [config[key] for key in keys if isinstance(config.get(key), int)]
+        return Parent(name, path, int(config['vocab_size']), lengths[0] if lengths else None)
+    except (OSError, ValueError) as error:
+        raise PrepareError(f'--parent {name}: cannot read its configuration: {error}') from error
+    except KeyError:
+        raise PrepareError(f'--parent {name}: its config.json does not say its vocab_size') from None
