@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -37,7 +38,7 @@ from rich.table import Table
 
 from cpt_algorithms.evaluation.report import Report, print_report, write_report
 from cpt_algorithms.evaluation.wandb_runs import environment_of_children, trial_run
-from cpt_algorithms.files import write_json
+from cpt_algorithms.files import is_remote, write_json
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, preflight, resolve, total_batches
 from cpt_algorithms.stage.plan import Run, plan, stage_tokens, tokens_per_stream
@@ -105,12 +106,32 @@ def check(spec: dict[str, Any], runs: list[Run]) -> None:
 
 
 def of_training(config: Any) -> dict[str, Any]:
-    """What of a run's YAML says how it is trained, and not where that is logged or what is evaluated afterwards."""
+    """What of a run's YAML says how it is trained, and not where that is logged and cached or evaluated afterwards."""
     return {
-        key: value
+        key: with_caches(value, lambda stream: '')
         for key, value in OmegaConf.to_container(OmegaConf.create(config)).items()
         if key not in ('loggers', 'variables')
     }
+
+
+def with_caches(section: Any, place: Callable[[dict[str, Any]], str]) -> Any:
+    """A part of a YAML whose streams from elsewhere are all cached where ``place`` says."""
+    if isinstance(section, list):
+        return [with_caches(value, place) for value in section]
+    if not isinstance(section, dict):
+        return section
+    section = {key: with_caches(value, place) for key, value in section.items()}
+    return {**section, 'local': place(section)} if section.get('remote') else section
+
+
+def cached_apart(run: Run) -> Run:
+    """A run with cache folders of its own: no two processes may use one at the same time."""
+
+    def place(stream: dict[str, Any]) -> str:
+        cache = stream.get('local') or 'cache/' + re.sub(r'\W+', '-', stream['remote'])
+        return f'{cache}/{run.name}'
+
+    return replace(run, config=with_caches(run.config, place))
 
 
 def differences(old: Any, new: Any, path: str = '') -> list[str]:
@@ -330,8 +351,14 @@ def read(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Run]]:
         spec: Any = OmegaConf.to_container(merged, resolve=True)
     except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f'{arguments.sweep or words[0]} cannot be read: {error}') from error
+    if is_remote(spec.get('folder') or ''):
+        raise ValueError(
+            f'folder={spec["folder"]}: a sequence keeps its plan, logs and runs in a local folder; only its data may '
+            'lie in object storage'
+        )
     runs = plan_trials(spec, trials) if trials else plan(spec)
-    return spec, [replace(run, config=resolve(run.config)) for run in runs]
+    runs = [replace(run, config=resolve(run.config)) for run in runs]
+    return spec, [cached_apart(run) for run in runs] if int(spec.get('jobs') or 1) > 1 else runs
 
 
 def main() -> None:

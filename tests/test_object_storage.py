@@ -3,10 +3,12 @@
 
 import json
 import multiprocessing
+import re
 import shutil
 import tempfile
 import time
 from functools import cache
+from pathlib import Path
 
 import average_checkpoints
 import boto3
@@ -14,11 +16,13 @@ import composer.callbacks.checkpoint_saver as checkpoint_saver
 import continue_pretraining
 import pytest
 import recorder
+import sequence
 import tiny
 import torch
 from composer.core import Callback
 from composer.utils import S3ObjectStore
 from llmfoundry import registry
+from omegaconf import OmegaConf
 from torch.distributed import checkpoint as dcp
 
 from cpt_algorithms import files
@@ -165,7 +169,7 @@ def test_a_finished_run_is_left_alone(finished, original, data, tmp_path, capsys
         pytest.param('during the export', marks=pytest.mark.slow),
     ],
 )
-def test_killed(case, finished, original, data, tmp_path):
+def test_killed(case, finished, original, data, tmp_path, monkeypatch):
     everything = original[1]
     gone = ['done.json', 'huggingface/']
     if case == 'during the export':
@@ -178,6 +182,14 @@ def test_killed(case, finished, original, data, tmp_path):
         stale = tmp_path / 's3:' / 'bucket' / 'runs' / 'run' / 'latest-rank0.pt'
         stale.parent.mkdir(parents=True)
         stale.write_bytes(b'not to be read')
+        # an upload that outlives its process for a while
+        track = continue_pretraining.track
+
+        def late(*args):
+            track(*args)
+            finished.put_object(Bucket='bucket', Key='runs/run/ep0-ba8-rank0.pt', Body=b'to be written over')
+
+        monkeypatch.setattr(continue_pretraining, 'track', late)
     else:
         gone += ['ep0', 'latest', 'losses.json']
     for name in everything:
@@ -329,3 +341,51 @@ def test_storage_that_does_not_answer_is_one_clear_error(bucket, data, tmp_path,
     assert files.read_json('s3://bucket/nothing.json') is None
     with pytest.raises(files.StorageError, match='it is there, and may not be read'):
         files.read_json('s3://bucket/secret.json')
+
+
+# Sequences
+
+
+def sequence_on(data, tmp_path, **over):
+    common = tiny.config(tmp_path, data, 'unused')
+    for key in ('run_name', 'save_folder', 'seed', 'autoresume', 'code_paths', 'max_duration', 'callbacks'):
+        del common[key]
+    loader = {**tiny.eval_loader('', data['new']), 'dataset': {'max_seq_len': tiny.SEQ_LEN}}
+    del loader['label']
+    common |= {'eval_loader': loader, 'train_loader': {'num_workers': 0, 'dataset': {'max_seq_len': tiny.SEQ_LEN}}}
+    caches = {
+        name: {'remote': f's3://bucket/{name}', 'local': str(tmp_path / 'cache' / name)} for name in ('old', 'new')
+    }
+    spec = {
+        'name': 'test', 'folder': str(tmp_path / 'runs'), 'data': caches, 'jobs': 2,
+        'stages': {'old': {'max_duration': '8ba'}, 'new': {'max_duration': '8ba'}},
+        'arms': {'none': {}, 'some': {'new': {'replay': {'fraction': 0.25}}}}, 'common': common,
+    }  # fmt: skip
+    OmegaConf.save(OmegaConf.create({**spec, **over}), tmp_path / 'sequence.yaml')
+    return str(tmp_path / 'sequence.yaml')
+
+
+def test_runs_at_the_same_time_have_caches_of_their_own(bucket, data, tmp_path):
+    for name in ('old', 'new'):
+        for path in data[name].rglob('index.json'):
+            put(bucket, {f'{name}/{path.relative_to(data[name])}': path.read_bytes()})
+    spec, together = sequence.read(sequence.parse([sequence_on(data, tmp_path)]))
+    sequence.check(spec, together)
+    _, one_by_one = sequence.read(sequence.parse([sequence_on(data, tmp_path, jobs=1)]))
+
+    def caches(run):
+        loaders = [run.config['train_loader'], *run.config['eval_loader']]
+        found = re.findall(r"'local': '([^']+)'", str(loaders))
+        return {str(Path(place).relative_to(tmp_path / 'cache')) for place in found}
+
+    assert [caches(run) for run in one_by_one] == [{'old', 'new'}] * 3
+    assert [caches(run) for run in together] == [{f'old/{run.name}', f'new/{run.name}'} for run in together]
+    # how many run at a time changes nothing of a run
+    assert [sequence.of_training(run.config) for run in together] == [
+        sequence.of_training(run.config) for run in one_by_one
+    ]
+
+
+def test_a_sequence_keeps_its_runs_in_a_local_folder(data, tmp_path):
+    with pytest.raises(ValueError, match='folder=s3://bucket/runs: a sequence keeps its plan'):
+        sequence.read(sequence.parse([sequence_on(data, tmp_path, folder='s3://bucket/runs')]))
