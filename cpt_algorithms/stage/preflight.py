@@ -31,6 +31,7 @@ from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, read_mix, row_length
 from cpt_algorithms.replay.streams import DOWNLOAD_RETRY
 from cpt_algorithms.schedulers import PhaseScheduler
+from cpt_algorithms.stage.data_checks import data_mistakes
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS, budget_in_samples
 
 __all__ = ['PreflightError', 'latest_batch', 'preflight', 'resolve', 'total_batches']
@@ -125,6 +126,7 @@ def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) ->
         if not Path(path).exists():
             raise PreflightError([f'code_paths: {path} does not exist'])
         import_file(path)  # as llm-foundry will: it may register names
+    problems: list[str] = []
     checks: list[Callable[[], None]] = [
         lambda: _check_top_level(cfg),
         *(lambda section=section: _check_named(section, cfg) for section in ('scheduler', 'optimizer', 'model')),
@@ -140,9 +142,9 @@ def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) ->
         lambda: _check_loading(cfg),
         lambda: _check_saving(cfg),
         lambda: _check_data(cfg),
+        lambda: problems.extend(data_mistakes(cfg, _loaders(cfg), parent_is_there)),
         *([lambda: _check_parent(cfg)] if parent_is_there else []),
     ]
-    problems: list[str] = []
     unreadable: list[str] = []  # what a check stumbled over is mostly what another has named
     for check in checks:
         try:

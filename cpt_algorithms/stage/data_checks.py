@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in tokenizer, vocabulary, row length and held-out data that train without an error and spoil the result.
+
+What data was made of is read from the ``manifest.json`` of ``scripts/prepare_data.py``, beside the dataset's folder.
+Data without one is not looked at any further.
+"""
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmfoundry.models.mpt import MPTConfig
+from llmfoundry.utils.builders import build_tokenizer
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from cpt_algorithms.exports import exports
+from cpt_algorithms.files import StorageError, fetch, is_remote, list_names, read_json
+from cpt_algorithms.preparation.tokenizer import hash_tokenizer
+from cpt_algorithms.replay.replay_text import read_mix
+
+__all__ = ['data_mistakes']
+
+log = logging.getLogger(__name__)
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a manifest says.
+
+    Args:
+        root: Folder or URI that holds it.
+        tokenizer: Hash of the tokenizer; none if it was hashed otherwise, by an earlier version.
+        max_seq_len: Tokens per row.
+        val_fraction: Share of the documents that is held out.
+        sources: What it was made of.
+        earlier: The same of data whose documents were left out.
+    """
+
+    root: str
+    tokenizer: str | None
+    max_seq_len: int
+    val_fraction: float
+    sources: list[str]
+    earlier: list[list[str]]
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A stream of a YAML.
+
+    Args:
+        where: Its key.
+        loader: Key of its loader.
+        folders: Where its shards lie.
+        split: Name of these folders.
+        prepared: What is known of it.
+    """
+
+    where: str
+    loader: str
+    folders: frozenset[str]
+    split: str
+    prepared: _Prepared | None
+
+    @property
+    def trains(self) -> bool:
+        return self.loader == 'train_loader'
+
+
+def data_mistakes(cfg: Config, loaders: Iterable[tuple[str, Config]], parent_is_there: bool) -> Iterator[str]:
+    """Find what is wrong with a stage's tokenizer, vocabulary, row length and held-out data.
+
+    Args:
+        cfg: The resolved YAML.
+        loaders: ``train_loader`` and each evaluator, by key.
+        parent_is_there: Whether to look at the parent's tokenizer.
+
+    Yields:
+        Problems, each with its key, its value and what would be right.
+
+    Cost: reads the manifests, and the parent's tokenizer, also from object storage; half a second of CPU for a
+    vocabulary of 50,000.
+    """
+    loaders = list(loaders)
+    tokenizer = _tokenizer_of(cfg)
+    yield from _model_mistakes(cfg, loaders, tokenizer)
+    if tokenizer is not None and parent_is_there and cfg.get('load_path'):
+        yield from _parent_mistakes(cfg, tokenizer)
+    streams = _read_streams(loaders)
+    if tokenizer is not None:
+        yield from _tokenizer_mistakes(cfg, tokenizer, streams)
+    yield from _length_mistakes(dict(loaders), streams)
+    yield from _held_out_mistakes(streams)
+
+
+def _tokenizer_of(cfg: Config) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a YAML; none if it cannot be loaded, which is said elsewhere."""
+    try:
+        return build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer'].get('kwargs') or {}))
+    except Exception:
+        return None
+
+
+def _hash_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What :func:`hash_tokenizer` says of a tokenizer; none if it has no fast form."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        try:
+            return hash_tokenizer(Path(folder))
+        except ValueError as error:
+            log.warning('whether it is the tokenizer of the data and of the parent is not known: %s', error)
+            return None
+
+
+def _model_sizes(model: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Vocabulary and longest row of a model; none where they are not known."""
+    if model.get('name') == 'mpt_causal_lm':
+        default = MPTConfig()
+        return model.get('vocab_size', default.vocab_size), model.get('max_seq_len', default.max_seq_len)
+    if model.get('name') != 'hf_causal_lm':
+        return None, None
+    name = model['pretrained_model_name_or_path']
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=model.get('trust_remote_code', True))
+    except Exception as error:  # a hub has errors of its own
+        first_line = str(error).strip().splitlines()[:1]
+        raise ValueError(
+            f'model.pretrained_model_name_or_path={name}: its configuration cannot be read: {" ".join(first_line)}'
+        ) from None
+    for key, value in (model.get('config_overrides') or {}).items():
+        if not isinstance(value, Mapping):
+            setattr(config, key, value)  # which knows the names that each architecture has for these two
+    text = config.get_text_config()
+    return getattr(text, 'vocab_size', None), getattr(text, 'max_position_embeddings', None)
+
+
+def _model_mistakes(
+    cfg: Config, loaders: list[tuple[str, Config]], tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[str]:
+    try:
+        vocab_size, longest = _model_sizes(cfg['model'])
+    except ValueError as error:
+        yield str(error)
+        return
+    section = 'model' if cfg['model']['name'] == 'mpt_causal_lm' else 'model.config_overrides'
+    if tokenizer is not None and vocab_size is not None and len(tokenizer) > vocab_size:
+        yield (
+            f'tokenizer={cfg["tokenizer"]["name"]} has {len(tokenizer):,} tokens, more than the {vocab_size:,} of the '
+            f'model: set {section}.vocab_size to at least {len(tokenizer)}, or name the tokenizer of the model'
+        )
+    lengths = {'max_seq_len': cfg['max_seq_len']}
+    lengths |= {
+        f'{where}.dataset.max_seq_len': (each.get('dataset') or {}).get('max_seq_len') for where, each in loaders
+    }
+    too_long = {key: value for key, value in lengths.items() if value and longest is not None and value > longest}
+    if too_long:
+        key = section + ('.max_seq_len' if section == 'model' else '.max_position_embeddings')
+        yield (
+            f'{next(iter(too_long))}={next(iter(too_long.values()))} is longer than the model can read: {key} is '
+            f'{longest}; set it to {max(too_long.values())}, or prepare data with rows of at most {longest} tokens'
+        )
+
+
+def _parent_mistakes(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    try:
+        found = _tokenizer_of_run(os.path.dirname(str(cfg['load_path']).rstrip('/')))
+    except (OSError, StorageError):  # which is said of load_path
+        return
+    if found is None:
+        log.info('load_path=%s: its tokenizer is not known; there is no export and no stage.json', cfg['load_path'])
+        return
+    theirs, where = found
+    ours = _hash_of(tokenizer)
+    if ours and theirs and ours != theirs:
+        yield (
+            f'tokenizer={cfg["tokenizer"]["name"]} is not the tokenizer of the parent, load_path={cfg["load_path"]}: '
+            f'the same numbers would stand for other text; use {where}, and data prepared with it'
+        )
+
+
+def _tokenizer_of_run(folder: str) -> tuple[str | None, str] | None:
+    """Hash of the tokenizer that a run was trained with, and where that lies; none if nothing is known of it."""
+    if is_remote(folder):
+        names = (re.fullmatch(r'huggingface/ba(\d+)/tokenizer\.json', name) for name in list_names(folder))
+        batches = [int(name[1]) for name in names if name]
+    else:
+        batches = [batch for batch, path in exports(Path(folder)).items() if (path / 'tokenizer.json').exists()]
+    if batches:
+        export = f'{folder}/huggingface/ba{max(batches)}'
+        if not is_remote(folder):
+            return hash_tokenizer(Path(export)), export
+        with tempfile.TemporaryDirectory() as here:
+            for name in ('tokenizer.json', 'tokenizer_config.json'):
+                fetch(f'{export}/{name}', Path(here) / name)
+            return hash_tokenizer(Path(here)), export
+    stage = read_json(f'{folder}/stage.json')
+    tokenizer = _tokenizer_of(stage['config']) if stage and 'config' in stage else None
+    return None if tokenizer is None else (_hash_of(tokenizer), str(stage['config']['tokenizer']['name']))
+
+
+def _read_streams(loaders: list[tuple[str, Config]]) -> list[_Stream]:
+    known: dict[str, Any] = {}
+    streams = []
+    for loader, section in loaders:
+        dataset = section.get('dataset') or {}
+        if section.get('name') == 'replay_text':
+            mix = read_mix(dataset.get('new'), dataset.get('replay'))
+            named = {f'{loader}.dataset.new.{name}': stream for name, stream in mix.new.items()}
+            named |= {f'{loader}.dataset.replay.streams.{name}': stream for name, stream in mix.old.items()}
+        elif dataset.get('streams'):
+            named = {f'{loader}.dataset.streams.{name}': stream for name, stream in dataset['streams'].items()}
+        else:
+            named = {f'{loader}.dataset': dataset} if dataset.get('remote') or dataset.get('local') else {}
+        for where, stream in named.items():
+            places = [str(stream[key]).rstrip('/') for key in ('remote', 'local') if stream.get(key)]
+            folders = [os.path.join(place, stream.get('split') or '').rstrip('/') for place in places]
+            folders = [folder if is_remote(folder) else os.path.realpath(folder) for folder in folders]
+            streams.append(
+                _Stream(
+                    where, loader, frozenset(folders), os.path.basename(folders[0]), _read(where, folders[0], known)
+                )
+            )
+    return streams
+
+
+def _read(where: str, folder: str, known: dict[str, Any]) -> _Prepared | None:
+    """What is known of ``ROOT/<dataset>/<split>``."""
+    root, name = os.path.split(os.path.dirname(folder))
+    try:
+        if root not in known:
+            known[root] = read_json(f'{root}/manifest.json')
+        manifest = known[root]
+        if name not in manifest['datasets']:
+            raise KeyError(name)
+        request = manifest['request']
+        return _Prepared(
+            root,
+            manifest['tokenizer']['hash'] if request['format'] >= 3 else None,
+            request['max_seq_len'],
+            request['val_fraction'],
+            request['datasets'],
+            list(manifest.get('earlier', {}).values()),
+        )
+    except (StorageError, KeyError, TypeError) as error:
+        log.info('%s: how it was prepared is not known, %s/manifest.json does not say it (%r)', where, root, error)
+        return None
+
+
+def _tokenizer_mistakes(cfg: Config, tokenizer: PreTrainedTokenizerBase, streams: list[_Stream]) -> Iterator[str]:
+    hashes = {stream.prepared.root: stream.prepared.tokenizer for stream in streams if stream.prepared}
+    ours = _hash_of(tokenizer) if any(hashes.values()) else None
+    for root, theirs in hashes.items():
+        if ours and theirs and ours != theirs:
+            readers = [stream.where for stream in streams if stream.prepared and stream.prepared.root == root]
+            yield (
+                f'tokenizer={cfg["tokenizer"]["name"]} is not the one that the data of {", ".join(readers)} was made '
+                f'with: use {root}/tokenizer, or prepare the data again with --tokenizer {cfg["tokenizer"]["name"]}'
+            )
+
+
+def _length_mistakes(loaders: dict[str, Config], streams: list[_Stream]) -> Iterator[str]:
+    for stream in streams:
+        dataset = loaders[stream.loader]['dataset']
+        length, rows = dataset.get('max_seq_len'), stream.prepared.max_seq_len if stream.prepared else None
+        if loaders[stream.loader]['name'] == 'replay_text' or not length or not rows:
+            continue  # replay_text looks at the shards
+        if rows > length or (stream.trains and rows != length):
+            yield (
+                f'{stream.loader}.dataset.max_seq_len={length}, but the data of {stream.where} was packed to rows of '
+                f'{rows} tokens, which would be {"cut" if rows > length else "counted for more than they have"}; set '
+                'it to that, or prepare the data again'
+            )
+
+
+def _held_out_mistakes(streams: list[_Stream]) -> Iterator[str]:
+    training = [stream for stream in streams if stream.trains]
+    for stream in training:
+        if stream.split == 'val':
+            yield f'{stream.where}: split=val is held out to judge the model by and must not train it; use split: train'
+    for evaluated in streams:
+        for trained in training:
+            if evaluated.trains:
+                continue
+            if same := evaluated.folders & trained.folders:
+                yield (
+                    f'{evaluated.where} and {trained.where} both read {min(same)}: a model must not be judged by what '
+                    'it is trained on; evaluate on split: val'
+                )
+            elif evaluated.split == 'val' and evaluated.prepared and trained.prepared:
+                yield from _fraction_mistakes(evaluated, evaluated.prepared, trained, trained.prepared)
+
+
+def _fraction_mistakes(evaluated: _Stream, val: _Prepared, trained: _Stream, train: _Prepared) -> Iterator[str]:
+    """A document is held out if its digest, as a fraction, is below the data's ``val_fraction``."""
+    apart = val.sources in train.earlier or train.sources in val.earlier
+    if val.val_fraction > train.val_fraction and not apart:
+        yield (
+            f'{evaluated.where} holds out {val.val_fraction:g} of all documents and {trained.where} only '
+            f'{train.val_fraction:g}; which ones follows from their text, so some of the former may be trained on in '
+            f'the latter: prepare both with one --val-fraction, or {val.root} with --earlier {train.root}'
+        )
