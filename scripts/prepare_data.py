@@ -23,7 +23,8 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -202,20 +203,23 @@ def make_request(
     }
 
 
-def find_tokenizer(options: argparse.Namespace, parent: Parent | None, earlier: list[Earlier], cache: Path) -> Any:
+def find_tokenizer(options: argparse.Namespace, parent: Parent | None, earlier: list[Earlier]) -> Any:
     """The tokenizer of the parent, of earlier data and of ``--tokenizer``, which must be one; none if none is given."""
-    given = {}
-    if options.tokenizer:
-        given[f'--tokenizer {options.tokenizer}'] = load_tokenizer(options.tokenizer)
-    if parent:
-        given[f'--parent {parent.name}'] = load_tokenizer(parent.path, '--parent')
-    for data in earlier:
-        given[f'--earlier {data.location}'] = load_tokenizer(str(data.tokenizer(cache)), '--earlier')
-    hashes = {}
-    for name, tokenizer in given.items():
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            hashes[name] = hash_tokenizer(Path(folder))
+    given, hashes = {}, {}
+    with ExitStack() as stack:
+
+        def folder() -> Path:
+            return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+        if options.tokenizer:
+            given[f'--tokenizer {options.tokenizer}'] = load_tokenizer(options.tokenizer)
+        if parent:
+            given[f'--parent {parent.name}'] = load_tokenizer(parent.path, '--parent')
+        for data in earlier:
+            given[f'--earlier {data.location}'] = load_tokenizer(str(data.tokenizer(folder())), '--earlier')
+        for name, tokenizer in given.items():
+            tokenizer.save_pretrained(saved := folder())
+            hashes[name] = hash_tokenizer(saved)
     first = next(iter(given), None)
     for name, found in hashes.items():
         if found != hashes[first]:
@@ -282,6 +286,18 @@ def near_settings(options: argparse.Namespace) -> dict[str, Any] | None:
     return asdict(NearDuplicates(options.near_threshold) if options.near_threshold else NearDuplicates())
 
 
+@contextmanager
+def going_on_later(partial: Path) -> Iterator[None]:
+    """An error says that what is finished is kept, if anything is."""
+    try:
+        yield
+    except PrepareError as error:
+        if not any((partial / 'work' / 'parts').glob('[!.]*')):
+            shutil.rmtree(partial)
+            raise
+        raise PrepareError(f'{error} (the same command goes on from {partial}, which can be deleted)') from error
+
+
 def run(options: argparse.Namespace) -> None:
     """Prepares what the options ask for, or shows what is already there."""
     check_options(options)
@@ -302,14 +318,14 @@ def run(options: argparse.Namespace) -> None:
             if found := files[str(source)]:
                 print(f'{source.label.removeprefix("dataset ")}: {len(found):,} files found')
             check_documents(source, found, options.text_key)
+        tokenizer = find_tokenizer(options, parent, earlier)
         remote = is_remote(options.out)
         out = (Path(options.work) if options.work else work_folder(options.out)) if remote else Path(options.out)
         with in_progress(out) as partial:
             if remote:
                 check_destination(options.out, partial)
             if not find_prepared(str(out), request):
-                tokenizer = find_tokenizer(options, parent, earlier, partial / 'work')
-                with make_engine(options, files, sources) as engine:
+                with going_on_later(partial), make_engine(options, files, sources) as engine:
                     prepare(request, sources, files, partial, engine, tokenizer, earlier).rename(out)
             if remote:
                 upload(out, options.out, partial)

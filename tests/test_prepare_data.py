@@ -69,7 +69,7 @@ def prepare(out: Path, *arguments: str) -> dict:
     defaults = [
         word for flag, value in zip(small[::2], small[1::2], strict=True) if flag not in own for word in (flag, value)
     ]
-    if '--tokenizer' in own:
+    if own & {'--tokenizer', '--parent', '--earlier'}:
         defaults = defaults[:-2]
     prepare_data.main(['--out', str(out), *defaults, *arguments])
     return json.loads((out / 'manifest.json').read_text())
@@ -418,9 +418,10 @@ def test_many_parts_of_many_sources(small_parts: None, three_sources: tuple[list
             assert counts['tokens'] + counts['leftover'] == sum(lengths[text] for text in expected)
             tokens = read_tokens(tmp_path / 'out', name, split)
             assert tokens.size == counts['tokens'] and counts['leftover'] < LENGTH
-            assert np.count_nonzero(tokens == tokenizer.eos_token_id) in (len(expected), len(expected) - 1)
-            decoded = set(read_documents(tmp_path / 'out', name, split))
-            assert len(decoded & set(expected)) > 0.6 * len(expected)  # the others lie across the ends of parts
+            ends = np.count_nonzero(tokens == tokenizer.eos_token_id)
+            assert len(expected) - counts['leftover'] <= ends <= len(expected)
+            # whole ones, but for those across the end of a part
+            assert set(read_documents(tmp_path / 'out', name, split)) & set(expected)
             documents = np.load(tmp_path / 'out' / name / split / 'documents.npy')
             assert {row.tobytes() for row in documents} == {row.tobytes() for row in digests(expected)}
     # per source, what it gives first
@@ -435,7 +436,7 @@ def test_many_parts_of_many_sources(small_parts: None, three_sources: tuple[list
     assert [web['sources'][name]['skipped'] for name in found] == [1, 1, 0]
     assert found['books']['tokens'] == sum(lengths[text] for text in texts[60:100])
     new = manifest['datasets']['new']
-    assert sum(split['duplicates'] for split in new['splits'].values()) == 30 + 1  # text 90 to 119, and the first
+    assert sum(split['duplicates'] for split in new['splits'].values()) == 30  # text 90 to 119
 
 
 def test_limits_over_many_parts(small_parts: None, three_sources: tuple[list[str], list[str]], tmp_path: Path):
@@ -481,11 +482,11 @@ def test_streamed_rows_are_read_once_and_resumed(tmp_path: Path):
     in_order = [text for number in range(3) for text in texts[number::3]]
     source = Source.parse(f'x=hf:{tmp_path / "data"}')
     first = sources.parts_of(source, [], 'text', 1000, 0, tmp_path / 'spool')
-    begun = [next(first) for _ in range(3)]
+    begun = [next(first) for _ in range(5)]
     first.close()
     (tmp_path / 'data' / '0.jsonl').write_text(json.dumps({'text': 'read again'}) + '\n')
     spooled = list(sources.parts_of(source, [], 'text', 1000, 0, tmp_path / 'spool'))
-    assert spooled[:3] == begun and len(spooled) > 6
+    assert spooled[:5] == begun and len(spooled) > 8
     assert [text for part in spooled for text in sources.read(part)] == in_order
     assert list(sources.parts_of(source, [], 'text', 1000, 0, tmp_path / 'spool')) == spooled
 
@@ -519,7 +520,8 @@ def error_of(capsys: pytest.CaptureFixture, out: Path, *arguments: str) -> str:
     printed = capsys.readouterr().err
     assert exit_info.value.code == 2
     assert printed.startswith('prepare_data: error: ') and printed.count('\n') == 1
-    assert sorted(out.parent.iterdir()) == before
+    kept = [out.parent / f'.{out.name}.partial'] if 'goes on from' in printed else []
+    assert sorted(out.parent.iterdir()) == sorted({*before, *kept})
     return printed
 
 
@@ -592,7 +594,7 @@ def test_killed_at_any_moment_it_goes_on(
     expected = every_byte(tmp_path / 'whole')
     read, reads = sources.read, []
     options = ['--max-seq-len', str(LENGTH), '--val-fraction', '0.2', '--vocab-size', '300', *specs]
-    for moment in (2, 3, 21, 40, 61, 90, 121, 140):
+    for moment in (3, 40, 75, 201, 230):
         out = tmp_path / f'killed-{moment}'
         partial = tmp_path / f'.killed-{moment}.partial'
         kill_at(moment, (Path, 'rename'), ['--out', str(out), *options])
@@ -608,26 +610,26 @@ def test_killed_at_any_moment_it_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('delay', [0.0, 0.7, 1.6])
-def test_killed_with_its_processes(tmp_path: Path, delay: float):
+def test_killed_with_its_processes(tmp_path: Path):
     """Kills the script, which has others working for it, and goes on in one process."""
-    texts = [' '.join(make_texts(number, 40)) for number in range(3000)]
+    texts = [' '.join(make_texts(number, 40)) for number in range(1500)]
     specs = [f'--dataset={name}=jsonl:{write_jsonl(tmp_path / name, texts[at::2])}' for at, name in enumerate('ab')]
     whole = prepare(tmp_path / 'whole', *specs, '--workers', '1')
-    out, partial = tmp_path / 'out', tmp_path / '.out.partial'
-    command = [sys.executable, str(SCRIPT), '--out', str(out), '--max-seq-len=16', '--val-fraction=0.2', '--workers=2']
-    process = subprocess.Popen([*command, '--vocab-size=300', *specs], stdout=subprocess.DEVNULL)
-    try:
-        while not list(partial.glob('work/parts/*')):
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(delay)
-    finally:
-        process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not out.exists()
-    assert prepare(out, *specs, '--workers', '1') == whole
-    assert every_byte(out) == every_byte(tmp_path / 'whole')
+    for delay in (0, 0.5, 1.5):
+        out, partial = tmp_path / f'out-{delay}', tmp_path / f'.out-{delay}.partial'
+        command = [sys.executable, str(SCRIPT), '--out', str(out), '--max-seq-len=16', '--val-fraction=0.2']
+        process = subprocess.Popen([*command, '--workers=2', '--vocab-size=300', *specs], stdout=subprocess.DEVNULL)
+        try:
+            while not list(partial.glob('work/parts/*')):
+                assert process.poll() is None
+                time.sleep(0.01)
+            time.sleep(delay)
+        finally:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not out.exists()
+        assert prepare(out, *specs, '--workers', '1') == whole
+        assert every_byte(out) == every_byte(tmp_path / 'whole')
 
 
 @pytest.mark.slow
@@ -701,7 +703,7 @@ def test_object_storage(
             prepare_data.main([*arguments, *options])
         return capsys.readouterr().err
 
-    assert 'max_seq_len was 16, now 8' in refused('--out', 's3://bucket/data', '--max-seq-len', '8')[-999:] or True
+    assert 'compression was null, now "zstd"' in refused('--out', 's3://bucket/data', '--compression', 'zstd')
     assert 'holds data/old/' in refused('--out', 's3://bucket/data/old')
     assert 'cannot write there' in refused('--out', 's3://no-such-bucket/data')
     assert there() == expected
@@ -727,7 +729,8 @@ def test_earlier_data(two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Pa
     assert 'near-duplicates are looked for' in error_of(
         capsys, tmp_path / 'no', f'--dataset=c=jsonl:{data}', '--earlier', str(out), '--near-duplicates'
     )
-    assert 'no manifest.json' in error_of(capsys, tmp_path / 'no', f'--dataset=c=jsonl:{data}', f'--earlier={tmp_path}')
+    message = error_of(capsys, tmp_path / 'no', f'--dataset=c=jsonl:{data}', '--earlier', str(tmp_path))
+    assert 'no manifest.json' in message
 
 
 def test_near_duplicates(tmp_path: Path):

@@ -51,7 +51,8 @@ def download(remote: str, local: Path) -> bool:
     except FileNotFoundError:
         return False
     except Exception as error:  # each storage has its own
-        if '404' in str(error) or 'NoSuchKey' in str(error):
+        response = getattr(error, 'response', None)
+        if isinstance(response, dict) and response.get('Error', {}).get('Code') in ('404', 'NoSuchKey'):
             return False
         raise PrepareError(f'{remote}: cannot read it: {error}') from error
     return True

@@ -56,15 +56,14 @@ def hash_tokenizer(folder: Path) -> str:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
     """Train a byte-level BPE tokenizer whose only special token, EOS, also pads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
+    bpe: Any = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-    )
+    options: dict[str, Any] = {'vocab_size': vocab_size, 'special_tokens': [EOS], 'initial_alphabet': alphabet}
+    trainer = trainers.BpeTrainer(**options, show_progress=False)  # pyright: ignore[reportCallIssue]
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
 
@@ -79,7 +78,7 @@ def load_tokenizer(name: str, flag: str = '--tokenizer') -> HFTokenizer:
     Raises:
         PrepareError: If it cannot be loaded, has no EOS token or no fast form.
     """
-    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -118,7 +117,7 @@ def find_parent(name: str) -> Parent:
     Raises:
         PrepareError: If there is none.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         path = str(models_of(Path(name))[0]) if Path(name).is_dir() else name
