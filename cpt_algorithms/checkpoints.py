@@ -32,6 +32,7 @@ __all__ = [
     'CheckpointError',
     'Piece',
     'Stored',
+    'dataset_state_of',
     'files_of',
     'follow',
     'newest_remote',
@@ -541,3 +542,31 @@ def follow(uri: str) -> str:
 
     target = read_whole(uri if uri.endswith('.symlink') else f'{uri}.symlink')
     return uri if target is None else uri.removesuffix(parse_uri(uri)[2]) + target.decode()
+
+
+def dataset_state_of(path: str | Path) -> dict[str, Any]:
+    """The state of the train loader's dataset in a Composer checkpoint.
+
+    Args:
+        path: A ``.pt`` file, or a sharded folder.
+
+    Raises:
+        CheckpointError: If it cannot be read, or has none (weights only, or another kind of dataset).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f'{path} does not exist')
+    state: Any = {}
+    if path.is_dir():
+        found = read_metadata(path)
+        for key, where in (found.planner_data or {}).items():
+            if tuple(where)[:3] == ('state', 'dataset_state', 'train'):
+                info = found.storage_data[metadata.MetadataIndex(key)]
+                _put(state, tuple(where)[3:], _read_slice(path, info, key)[1])
+    else:
+        loaded = _load_without_data(path, str(path))
+        with_state = loaded.get('state') if isinstance(loaded, dict) else None
+        state = ((with_state or {}).get('dataset_state') or {}).get('train')
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f'{path} holds no dataset state: it was saved with weights only, or from another loader')
+    return state

@@ -12,7 +12,8 @@ Both are random access: no epoch is ever laid out, so starting and resuming cost
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import lcm
@@ -25,6 +26,7 @@ __all__ = [
     'Interleaving',
     'MixedSequence',
     'ShuffledOrder',
+    'StreamOrder',
     'check_budget',
     'differences',
     'exact_fraction',
@@ -215,9 +217,12 @@ class ShuffledOrder:
         seed: Seed of the shuffle.
         pass_index: How many times the data was read before; every pass is another order.
         block_size: b, in samples. Default: ``1 << 18``.
+        remember: Blocks kept in memory, 16 bytes per sample; reading onward needs two. Default: ``2``.
     """
 
-    def __init__(self, shard_sizes: Ints, seed: int, pass_index: int, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
+    def __init__(
+        self, shard_sizes: Ints, seed: int, pass_index: int, block_size: int = DEFAULT_BLOCK_SIZE, remember: int = 2
+    ) -> None:
         self._key = (seed, pass_index)
         self._sizes = sizes = np.asarray(shard_sizes, np.int64)
         # in place: with a million shards every temporary array is 10 MB
@@ -229,8 +234,8 @@ class ShuffledOrder:
         self.num_samples = int(sizes.sum())
         self.block_size = block_size
         self._num_blocks = -(-self.num_samples // block_size)
-        self._keys = lru_cache(maxsize=3)(self._draw_keys)
-        self._block = lru_cache(maxsize=2)(self._sort_block)
+        self._keys = lru_cache(maxsize=remember + 1)(self._draw_keys)
+        self._block = lru_cache(maxsize=remember)(self._sort_block)
 
     def _draw_keys(self, block: int) -> NDArray[np.float64]:
         x = np.arange(block * self.block_size, min((block + 1) * self.block_size, self.num_samples))
@@ -268,37 +273,78 @@ class ShuffledOrder:
         return self._starts[shard] + x - (self._ends[place] - self._sizes[shard])
 
 
+@dataclass(frozen=True)
+class StreamOrder:
+    """In which order a stream is read, pass after pass.
+
+    * ``limit=None``: every pass over the whole stream is a :class:`ShuffledOrder` of its own.
+    * Otherwise only the first ``limit`` samples of pass 0 exist: what an earlier run that stopped there has read.
+      Pass 0 gives them in that order (or, with ``fresh_seed``, in another one); later passes shuffle blocks of it.
+
+    Args:
+        shard_sizes: Samples in each shard.
+        seed: Shuffle seed; None reads in dataset order.
+        block_size: Samples in a shuffle block.
+        limit: Samples that exist. Default: ``None``, all.
+        fresh_seed: With a limit, the seed of an order of its own for pass 0 too. Default: ``None``.
+    """
+
+    shard_sizes: Ints
+    seed: int | None
+    block_size: int = DEFAULT_BLOCK_SIZE
+    limit: int | None = None
+    fresh_seed: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Samples in the stream."""
+        return int(np.sum(self.shard_sizes))
+
+    @property
+    def size(self) -> int:
+        """Samples in one pass."""
+        return self.total if self.limit is None else min(self.limit, self.total)
+
+    def one_pass(self, number: int) -> Callable[[Ints], Ints]:
+        """From places in a pass to sample ids."""
+        sizes, seed = self.shard_sizes, self.seed
+        if self.size == self.total and self.fresh_seed is None:
+            return _in_order if seed is None else ShuffledOrder(sizes, seed, number, self.block_size)
+        read = _in_order if seed is None else ShuffledOrder(sizes, seed, 0, self.block_size, remember=8)
+        if number == 0 and self.fresh_seed is None:
+            return read
+        # whole blocks of what was read take the part of shards: their rows lie in the same few shards
+        blocks = np.diff(np.r_[np.arange(0, self.size, self.block_size), self.size])
+        again = ShuffledOrder(blocks, self.fresh_seed or seed or 0, number, self.block_size)
+        return lambda places: read(again(places))
+
+
+def _in_order(places: Ints) -> Ints:
+    return places
+
+
 class MixedSequence:
     """Sample ids of the slots of a mixed, endless sequence.
 
-    Streams are consecutive ranges of shards. A stream that is read past its end starts over; with ``shuffle`` each
-    pass has an order of its own.
+    Streams are consecutive ranges of shards. A stream that is read past its end starts over.
 
     Args:
         interleaving: Which stream each slot belongs to.
-        shard_sizes: Samples per shard of each stream, stream by stream.
-        seeds: Shuffle seed of each stream, or None to read it in dataset order.
-        block_size: Samples in a shuffle block.
+        orders: Of each stream.
     """
 
-    def __init__(
-        self,
-        interleaving: Interleaving,
-        shard_sizes: Sequence[Ints],
-        seeds: Sequence[int | None],
-        block_size: int = DEFAULT_BLOCK_SIZE,
-    ) -> None:
+    def __init__(self, interleaving: Interleaving, orders: Sequence[StreamOrder]) -> None:
         self.interleaving = interleaving
-        self._shard_sizes = [np.asarray(sizes, np.int64) for sizes in shard_sizes]
-        self.sizes = [int(sizes.sum()) for sizes in self._shard_sizes]
-        self._offsets = np.cumsum([0, *self.sizes])[:-1]
-        self._seeds = seeds
-        self._block_size = block_size
+        self.orders = tuple(orders)
+        self.sizes = [order.size for order in orders]
+        self._offsets = np.cumsum([0, *(order.total for order in orders)])[:-1]
         self._remember_orders()
 
     def _remember_orders(self) -> None:
         # two passes of each stream: a batch can straddle the end of one
-        self._order = lru_cache(maxsize=2 * len(self.sizes))(self._make_order)
+        self._order = lru_cache(maxsize=2 * len(self.sizes))(
+            lambda stream, number: self.orders[stream].one_pass(number)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cache, which cannot be pickled: DataLoader workers may be spawned."""
@@ -308,23 +354,17 @@ class MixedSequence:
         self.__dict__ |= state
         self._remember_orders()
 
-    def _make_order(self, stream: int, pass_index: int) -> ShuffledOrder:
-        seed = self._seeds[stream]
-        assert seed is not None
-        return ShuffledOrder(self._shard_sizes[stream], seed, pass_index, self._block_size)
-
     def __call__(self, slots: Ints) -> Ints:
         """Global sample id of each slot."""
         streams, ordinals = self.interleaving.locate(slots)
         ids = np.empty(len(slots), np.int64)
         for stream in np.unique(streams):
-            here = np.flatnonzero(streams == stream)
-            passes, positions = np.divmod(ordinals[here], self.sizes[stream])
-            if self._seeds[stream] is not None:
-                for pass_index in np.unique(passes):
-                    now = passes == pass_index
-                    positions[now] = self._order(int(stream), int(pass_index))(positions[now])
-            ids[here] = self._offsets[stream] + positions
+            here = streams == stream
+            passes, places = np.divmod(ordinals[here], self.sizes[stream])
+            for number in np.unique(passes):
+                now = passes == number
+                places[now] = self._order(int(stream), int(number))(places[now])
+            ids[here] = self._offsets[stream] + places
         return ids
 
 

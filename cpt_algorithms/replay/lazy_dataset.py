@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming import Stream, StreamingDataset
+from streaming import StreamingDataset
 from streaming.base.constant import (
     BARRIER,
     BARRIER_FILELOCK,
@@ -26,16 +26,14 @@ from streaming.base.distributed import maybe_init_dist
 from streaming.base.format import get_index_basename
 from streaming.base.format.mds.encodings import is_mds_encoding_safe
 from streaming.base.shared import SharedArray, SharedBarrier, SharedScalar, _get_path, get_shm_prefix
-from streaming.base.util import bytes_to_int, wait_for_file_to_exist
+from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 from torch import distributed as dist
 
 from cpt_algorithms.replay.shard_index import ShardIndex, ShardOfSample, Shards
+from cpt_algorithms.replay.streams import DOWNLOAD_RETRY, ResilientStream
 
 __all__ = ['LazyStreamingDataset']
-
-# How often, in seconds, a rank looks whether its node's first one has downloaded an index.
-TICK = 0.05
 
 
 class LazyStreamingDataset(StreamingDataset):
@@ -66,7 +64,7 @@ class LazyStreamingDataset(StreamingDataset):
 
     def __init__(
         self,
-        streams: Sequence[Stream],
+        streams: Sequence[ResilientStream],
         batch_size: int,
         shuffle: bool = False,
         shuffle_seed: int = 9176,
@@ -91,9 +89,9 @@ class LazyStreamingDataset(StreamingDataset):
         self._parallel_rank_world = world.copy() if replication is None else world.replicate(replication)
 
         destroy_dist = maybe_init_dist()
-        defaults = {'split': None, 'download_retry': 2, 'download_timeout': DEFAULT_TIMEOUT, 'validate_hash': None}
+        defaults = {'split': None, 'validate_hash': None, 'keep_zip': False, 'download_timeout': DEFAULT_TIMEOUT}
         for stream in streams:
-            stream.apply_default({**defaults, 'keep_zip': False, **stream_defaults})
+            stream.apply_default({**defaults, 'download_retry': DOWNLOAD_RETRY, **stream_defaults})
         self.streams = list(streams)
         self.num_streams = len(streams)
         self.indexes = [self._read_index(stream) for stream in streams]
@@ -105,20 +103,13 @@ class LazyStreamingDataset(StreamingDataset):
         if destroy_dist:
             dist.destroy_process_group()
 
-    def _read_index(self, stream: Stream) -> ShardIndex:
-        """Download the index if need be, on one rank of each node."""
-        name = get_index_basename()
-        path = os.path.join(stream.local, stream.split, name)
-        if not os.path.exists(path):
-            source = os.path.join(stream.remote or '', stream.split, name)
-            if not stream.remote:
-                raise ValueError(f'there is no dataset in {stream.local}: {path} does not exist, and no remote is given')
-            if self._unique_rank_world.is_local_leader:
-                os.rename(stream._download_file(name, f'{name}.tmp'), path)
-            else:
-                late = f'{source} was not downloaded to {path} within download_timeout={stream.download_timeout} s'
-                wait_for_file_to_exist(path, TICK, stream.download_timeout, late)
-        index = ShardIndex.read(Path(path))
+    def _read_index(self, stream: ResilientStream) -> ShardIndex:
+        stream.claim(self._unique_rank_world)  # downloads the index
+        path = Path(stream.folder) / get_index_basename()
+        if not path.exists():
+            raise ValueError(f'there is no dataset in {stream.local}: {path} does not exist, and no remote is given')
+        index = ShardIndex.read(path)
+        stream.check_hashes(kind['hashes'] or () for kind in index.kinds)
         if not index.samples.sum():
             raise ValueError(f'{path}: the dataset is empty')
         for kind in () if self.allow_unsafe_types else index.kinds:
@@ -184,32 +175,41 @@ class LazyStreamingDataset(StreamingDataset):
         states[:] = _ShardState.REMOTE
         usage = 0
         for index, stream, first in zip(self.indexes, self.streams, self.shard_offset_per_stream, strict=True):
-            if not _is_cache(stream):
+            if not stream.is_cache:
                 states[first : first + len(index)] = _ShardState.LOCAL
                 continue
             usage += stream.get_index_size()
             folder = os.path.join(stream.local, stream.split)
             listing = {os.path.join(root, leaf) for root, _, leaves in os.walk(folder) for leaf in leaves}
-            for number in index.present(folder):
+            for number in index.present(Path(folder)):
                 size = self.shards[int(first) + number].set_up_local(listing, stream.safe_keep_zip)
                 if size:
                     states[first + number] = _ShardState.LOCAL
                     usage += size
         self.cache_usage = usage
 
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download a shard that is not here.
+
+        Streaming takes a file lock for every row that it reads ahead, here or not. At some 10,000 rows per second it
+        falls behind the rows that are used, and with a cache limit downloads again what nobody needs any more.
+        """
+        if not blocking and self._shard_states[shard_id] == _ShardState.LOCAL:
+            stream = self.streams[self.stream_per_shard[shard_id]]
+            raw, _ = self.shards[shard_id].file_pairs[0]
+            if os.path.isfile(os.path.join(stream.local, stream.split, raw.basename)):  # and not only compressed
+                self._shard_access_times[shard_id] = time.time_ns()
+                return
+        super().prepare_shard(shard_id, blocking)
+
     def _evict_coldest_shard(self) -> None:
         """Remove from the cache what was used longest ago, and never what is only here: Streaming would."""
-        cached = [_is_cache(stream) for stream in self.streams]
+        cached = [stream.is_cache for stream in self.streams]
         candidates = np.flatnonzero(
             (self._shard_states.numpy() == _ShardState.LOCAL) & np.array(cached)[self.stream_per_shard]
         )
         if not len(candidates):
             raise ValueError(
-                f'cache_limit={self.cache_limit} bytes is used up by shards that are being downloaded: raise cache_limit'
+                f'cache_limit={self.cache_limit} bytes is taken by shards that are being downloaded: raise cache_limit'
             )
         self._evict_shard(int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])]))
-
-
-def _is_cache(stream: Stream) -> bool:
-    """Whether what lies in ``local`` is a copy."""
-    return bool(stream.remote) and stream.remote != stream.local

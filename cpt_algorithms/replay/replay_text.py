@@ -23,10 +23,12 @@ from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cpt_algorithms.keys import check_keys
+from cpt_algorithms.replay.consumed import read_consumed
 from cpt_algorithms.replay.functional import (
     DEFAULT_BLOCK_SIZE,
     Interleaving,
     MixedSequence,
+    StreamOrder,
     check_budget,
     differences,
     exact_fraction,
@@ -34,12 +36,13 @@ from cpt_algorithms.replay.functional import (
     worker_slots,
 )
 from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
-from cpt_algorithms.replay.shard_index import ShardIndex
-from cpt_algorithms.replay.streams import DOWNLOAD_RETRY, ResilientStream, StreamError
+from cpt_algorithms.replay.streams import ResilientStream, StreamError
 
 __all__ = ['ReplayTextDataset', 'build_replay_text_dataloader']
 
 STREAM_KEYS = ('remote', 'local', 'split', 'download_retry', 'download_timeout', 'validate_hash', 'keep_zip')
+# Of old streams.
+OLD_STREAM_KEYS = (*STREAM_KEYS, 'weight', 'consumed_by', 'stand_in_for')
 # Added to the seed of old streams read in an order of their own: any constant that is not 0 will do.
 FRESH_SHUFFLE = 1_000_003
 # Slots a worker turns into sample ids at once.
@@ -67,6 +70,8 @@ class Mix:
         new: Stream keywords of the new data, by name.
         old: Stream keywords of the old data, by name.
         weights: Weight of each old stream.
+        consumed_by: The checkpoint whose run has read what there is to replay, of the old streams that name one.
+        stand_ins: What is not known, of the old streams that stand in for it.
         fraction: Replay fraction.
         order: Order of the old data, ``pretraining`` or ``shuffled``.
         interleaving: Which stream each slot belongs to: the new data, then each old stream.
@@ -75,6 +80,8 @@ class Mix:
     new: dict[str, dict[str, Any]]
     old: dict[str, dict[str, Any]]
     weights: dict[str, Any]
+    consumed_by: dict[str, str]
+    stand_ins: dict[str, str]
     fraction: Fraction
     order: str
     interleaving: Interleaving
@@ -99,13 +106,26 @@ def read_mix(new: Mapping[str, Any] | None, replay: Mapping[str, Any] | None) ->
         raise ValueError(f'{where}.new is empty: name the data to learn')
     if shared := sorted(new_streams.keys() & old_streams.keys() | {'new'} & old_streams.keys()):
         raise ValueError(f'stream name {shared[0]!r} is used in both new and replay.streams; names must differ')
-    weights = {name: stream.pop('weight', 1) for name, stream in old_streams.items()}
-    for section, named in (('new', new_streams), ('replay.streams', old_streams)):
+    for section, named, keys in (('new', new_streams, STREAM_KEYS), ('replay.streams', old_streams, OLD_STREAM_KEYS)):
         for name, stream in named.items():
-            check_keys(f'{where}.{section}.{name}', stream, STREAM_KEYS)
+            check_keys(f'{where}.{section}.{name}', stream, keys)
+    weights = {name: stream.pop('weight', 1) for name, stream in old_streams.items()}
+    consumed, stand_ins = (
+        {name: str(stream.pop(key)) for name, stream in old_streams.items() if stream.get(key)}
+        for key in ('consumed_by', 'stand_in_for')
+    )
+    for name, stream in old_streams.items():
+        for key in ('consumed_by', 'stand_in_for'):
+            stream.pop(key, None)
+        if name in consumed and name in stand_ins:
+            raise ValueError(
+                f'{where}.replay.streams.{name} has consumed_by and stand_in_for: it is what that run read, or stands '
+                'in for data that is not known, not both'
+            )
     fraction = replay.get('fraction', 0)
     interleaving = Interleaving(shares_of(fraction, weights))
-    return Mix(new_streams, old_streams, weights, exact_fraction('replay.fraction', fraction), order, interleaving)
+    exact = exact_fraction('replay.fraction', fraction)
+    return Mix(new_streams, old_streams, weights, consumed, stand_ins, exact, order, interleaving)
 
 
 def row_length(encoding: str) -> int | None:
@@ -158,7 +178,9 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         max_seq_len: Tokens per sample.
         new: One stream (``remote``, ``local``, ``split`` and Streaming's download options), or several named ones.
         replay: ``{fraction, streams, order}``. ``fraction``: share of every batch from earlier datasets, in [0, 1).
-            ``streams``: ``{name: stream}``, each with an optional ``weight`` (Default: ``1``). ``order``:
+            ``streams``: ``{name: stream}``, each with an optional ``weight`` (Default: ``1``); ``consumed_by``, a
+            checkpoint: only what its run had read by then is replayed, in its order (``pretraining``, with that run's
+            shuffle) or in another; or ``stand_in_for``, a text that says for which unknown data this stands. ``order``:
             ``pretraining`` (the order in which this loader read that dataset when it was ``new`` on its own, under
             the same ``shuffle``, ``shuffle_seed`` and ``shuffle_block_size``; the paper's setting) or ``shuffled``
             (a fresh one). Default: ``pretraining``. ``None``: no replay. Default: ``None``.
@@ -174,7 +196,8 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
 
     Raises:
         ValueError: If a key is unknown, the fraction or a weight is out of range, two streams share a name, or the
-            new data does not fill one global batch, or rows were packed to another length.
+            new data does not fill one global batch, rows were packed to another length, or ``consumed_by`` is no
+            checkpoint of a run that learned that dataset.
 
     Source: Ibrahim et al. 2024, section 4.2 (compute-equivalent replay).
     """
@@ -195,7 +218,6 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         **kwargs: Any,
     ) -> None:
         mix = read_mix(new, replay)
-        kwargs.setdefault('download_retry', DOWNLOAD_RETRY)
         streams = [
             ResilientStream(cache_limit=kwargs.get('cache_limit'), **stream)
             for stream in (*mix.new.values(), *mix.old.values())
@@ -218,11 +240,10 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         self.names = ['new', *mix.old]
         samples = [index.samples for index in self.indexes]
         new_sizes = samples[0] if len(mix.new) == 1 else np.concatenate(samples[: len(mix.new)])
-        sizes = [new_sizes, *samples[len(mix.new) :]]
-        old_seed = shuffle_seed + (FRESH_SHUFFLE if mix.order == 'shuffled' else 0)
-        seeds = [shuffle_seed if shuffle else None]
-        seeds += [old_seed if shuffle or mix.order == 'shuffled' else None] * len(mix.old)
-        self.sequence = MixedSequence(mix.interleaving, sizes, seeds, int(self.shuffle_block_size or 0))
+        seed = shuffle_seed if shuffle else None
+        orders = [StreamOrder(new_sizes, seed, int(self.shuffle_block_size or 0))]
+        orders += [self._old_order(mix, name, stream) for stream, name in enumerate(mix.old, start=len(mix.new))]
+        self.sequence = MixedSequence(mix.interleaving, orders)
 
         self.global_batch_size = batch_size * self._parallel_rank_world.num_ranks
         self.slots_per_pass = mix.interleaving.slots_in_one_pass(self.sequence.sizes[0])
@@ -248,6 +269,18 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
             }
         )
 
+    def _old_order(self, mix: Mix, name: str, stream: int) -> StreamOrder:
+        index, block_size = self.indexes[stream], int(self.shuffle_block_size or 0)
+        seed = self.shuffle_seed if self.shuffle else None
+        fresh = self.shuffle_seed + FRESH_SHUFFLE if mix.order == 'shuffled' else None
+        if name not in mix.consumed_by:
+            return StreamOrder(index.samples, seed if fresh is None else fresh, block_size)
+        where = f'train_loader.dataset.replay.streams.{name}.consumed_by'
+        consumed = read_consumed(where, mix.consumed_by[name], index.digest)
+        if not consumed.samples:
+            raise ValueError(f'{where}={mix.consumed_by[name]}: that run had read nothing yet')
+        return StreamOrder(index.samples, consumed.seed, consumed.block_size, consumed.samples, fresh)
+
     def _describe_streams(
         self, role: str, named: Mapping[str, Any], first: int, weights: Mapping[str, Any]
     ) -> dict[str, str]:
@@ -257,6 +290,10 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
             weight = f', weight {weights[name]}' if name in weights else ''
             digest = self.indexes[stream].digest
             described[f'{role}.{name}'] = f'{self.samples_per_stream[stream]:,} samples ({digest}){weight}'
+            order = self.sequence.orders[stream - first + 1] if role == 'replay' else None
+            if order is not None and order.limit is not None:
+                read = f'the first {order.limit:,} of seed {order.seed}, block {order.block_size}'
+                described[f'{role}.{name}'] += f', only {read}, which an earlier run has read'
         return described
 
     def _check_row_length(self) -> None:
@@ -306,11 +343,13 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
             num_workers=world.workers_per_rank,
         )
 
-    def _read_index(self, stream: ResilientStream) -> ShardIndex:  # pyright: ignore[reportIncompatibleMethodOverride]
-        stream.claim(self._unique_rank_world)
-        index = super()._read_index(stream)
-        stream.check_hashes(kind['hashes'] or () for kind in index.kinds)
-        return index
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """As Streaming, which after an error lets everybody wait for the lock of the cache for ever."""
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except BaseException:
+            self._cache_filelock.release(force=True)
+            raise
 
     def on_exception(self, future: Future) -> None:
         """Keep what a background thread died of; Streaming only logs it."""
@@ -324,8 +363,13 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
             raise StreamError(f'reading ahead failed: {type(error).__name__}: {error}') from error
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Streaming's state and the mix it belongs to, as one JSON string (a single leaf in sharded checkpoints)."""
-        return {**super().state_dict(num_samples, from_beginning), 'mix': self.mix}
+        """Streaming's state, the mix it belongs to, and the samples read of each dataset.
+
+        The last two are JSON strings: a single leaf each in sharded checkpoints.
+        """
+        state = super().state_dict(num_samples, from_beginning)
+        slots = state['epoch'] * self.num_batches * self.global_batch_size + state['sample_in_epoch']
+        return {**state, 'mix': self.mix, 'consumed': json.dumps(self.counts(slots))}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Go on where the state was saved.
@@ -345,7 +389,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
                 'the data mix is not the one this run was saved with (' + '; '.join(changed) + '). '
                 'Restore it to resume, or start a new stage from the checkpoint under another run_name and save_folder'
             )
-        super().load_state_dict({key: value for key, value in obj.items() if key != 'mix'})
+        super().load_state_dict({key: value for key, value in obj.items() if key not in ('mix', 'consumed')})
 
 
 DATASET_KEYS = (

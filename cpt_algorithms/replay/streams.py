@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, NoReturn
 
-from botocore.exceptions import ClientError, NoCredentialsError
+from botocore.exceptions import ClientError, FlexibleChecksumError, NoCredentialsError
 from streaming import Stream
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
 from streaming.base.distributed import barrier
@@ -107,6 +107,11 @@ def _advice(error: BaseException) -> str | None:
     if isinstance(error, PermissionError):
         return f'access to {error.filename} is denied'
     return None
+
+
+def _may_pass(error: BaseException) -> bool:
+    is_final = _is_full(error) or isinstance(error, FlexibleChecksumError) or _advice(error) is not None
+    return isinstance(error, Exception) and not is_final
 
 
 def _one_line(error: BaseException) -> str:
@@ -322,6 +327,8 @@ class ResilientStream(Stream):
         Does not raise: Streaming takes an error in its background threads for the end of the data, and lets other
         workers wait for the shard for ever. The error is raised where a row of the shard is read.
         """
+        if 'get_sample_data' in vars(shard):  # it failed; Streaming asks again for each row that it reads ahead
+            return 0
         try:
             return super().prepare_shard(shard)
         except Exception as error:  # of any kind
@@ -363,6 +370,8 @@ class ResilientStream(Stream):
                         os.fsync(file.fileno())
                     os.replace(part, path)
                     return path
+            except FlexibleChecksumError as error:  # S3's own
+                problem = str(error)
             except Exception as error:
                 raise self._failure(basename, error) from error
             finally:
@@ -393,7 +402,7 @@ class ResilientStream(Stream):
                 raise
 
         Retrying(
-            retry=retry_if_exception(lambda e: isinstance(e, Exception) and not _is_full(e) and _advice(e) is None),
+            retry=retry_if_exception(_may_pass),
             stop=lambda state: stop_after_attempt(1 + self.download_retry)(state) or _is_ending(),
             wait=wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT),
             sleep=_sleep,

@@ -13,6 +13,7 @@ from cpt_algorithms.replay.functional import (
     Interleaving,
     MixedSequence,
     ShuffledOrder,
+    StreamOrder,
     check_budget,
     differences,
     shares_of,
@@ -147,15 +148,16 @@ def test_start_does_not_depend_on_the_dataset_size():
 
 
 def test_mixed_sequence_reads_new_once_and_old_in_its_own_order():
-    old_alone = MixedSequence(Interleaving(shares_of(0, {})), [np.full(5, 20)], [9], 50)
-    mixed = MixedSequence(Interleaving(shares_of(0.25, {'old': 1})), [np.full(15, 20), np.full(5, 20)], [9, 9], 50)
+    old_alone = MixedSequence(Interleaving(shares_of(0, {})), [StreamOrder(np.full(5, 20), 9, 50)])
+    orders = [StreamOrder(np.full(15, 20), 9, 50), StreamOrder(np.full(5, 20), 9, 50)]
+    mixed = MixedSequence(Interleaving(shares_of(0.25, {'old': 1})), orders)
     ids = mixed(np.arange(400))
     assert sorted(ids[ids < 300].tolist()) == list(range(300))
     assert (ids[ids >= 300] - 300).tolist() == old_alone(np.arange(100)).tolist()
 
 
 def test_second_pass_is_another_order_of_the_same_samples():
-    sequence = MixedSequence(Interleaving(shares_of(0, {})), [np.full(5, 20)], [9], 50)
+    sequence = MixedSequence(Interleaving(shares_of(0, {})), [StreamOrder(np.full(5, 20), 9, 50)])
     first, second = sequence(np.arange(100)), sequence(np.arange(100, 200))
     assert sorted(first) == sorted(second)
     assert first.tolist() != second.tolist()

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an earlier run really read of its data, from the dataset state in its checkpoint."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.utils import dist
+
+from cpt_algorithms.checkpoints import CheckpointError, dataset_state_of, follow
+from cpt_algorithms.files import StorageError, fetch, is_remote, list_names
+
+__all__ = ['Consumed', 'consumed_by', 'read_consumed']
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """The part of a dataset that a run has read, and the order it read it in.
+
+    Args:
+        samples: The first so many samples of that order.
+        seed: Seed of the shuffle; None if it was read in dataset order.
+        block_size: Samples of a shuffle block.
+    """
+
+    samples: int
+    seed: int | None
+    block_size: int
+
+
+def consumed_by(state: Mapping[str, Any], digest: str) -> Consumed:
+    """What the run that saved a dataset state has read of the dataset with this digest.
+
+    Args:
+        state: Dataset state of a :class:`~cpt_algorithms.replay.ReplayTextDataset`.
+        digest: :attr:`ShardIndex.digest <cpt_algorithms.replay.shard_index.ShardIndex.digest>`.
+
+    Raises:
+        ValueError: If it is the state of another loader, or the run did not read this dataset as its only new data.
+    """
+    if 'consumed' not in state:
+        raise ValueError('it was saved by another train loader than replay_text, so what it read is not known')
+    mix, counts = json.loads(state['mix']), json.loads(state['consumed'])
+    new = {key.removeprefix('new.'): value for key, value in mix.items() if key.startswith('new.')}
+    described = ', '.join(f'{name}: {value}' for name, value in new.items())
+    if len(new) > 1:
+        raise ValueError(f'it read several new datasets shuffled together ({described}); one by itself has no order')
+    if f'({digest})' not in next(iter(new.values())):
+        raise ValueError(f'it learned another dataset ({described}; this one is {digest}): name the run that read it')
+    seed = mix['shuffle_seed'] if mix['shuffle'] else None
+    return Consumed(counts['new'], seed, mix['shuffle_block_size'])
+
+
+def _state_of(checkpoint: str) -> dict[str, Any]:
+    if not is_remote(checkpoint):
+        return dataset_state_of(checkpoint)
+    uri = follow(checkpoint)
+    with tempfile.TemporaryDirectory() as here:
+        names = list_names(uri)  # of a sharded one
+        for name in names or ['']:
+            fetch(f'{uri}/{name}' if name else uri, Path(here) / Path(uri).name / name)
+        return dataset_state_of(Path(here) / Path(uri).name)
+
+
+def read_consumed(where: str, checkpoint: str, digest: str) -> Consumed:
+    """The same from a checkpoint. In a run of several ranks, all must call it; one reads.
+
+    Args:
+        where: The key that named it, for the error message.
+        checkpoint: A Composer checkpoint, monolithic or sharded, local or in object storage (which is downloaded).
+        digest: Of the dataset.
+
+    Raises:
+        ValueError: If it cannot be read, or says nothing of this dataset.
+    """
+    found: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            found = [consumed_by(_state_of(checkpoint), digest)]
+        except (CheckpointError, StorageError, ValueError, OSError) as error:
+            found = [str(error) or 'it does not exist']
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise ValueError(f'{where}={checkpoint}: {found[0]}')
+    return found[0]

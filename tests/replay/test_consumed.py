@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replay limited to what an earlier run has really read, in its order."""
+
+import json
+
+import numpy as np
+import pytest
+import recorder
+import tiny
+import torch.distributed.checkpoint as dcp
+
+from cpt_algorithms.checkpoints import dataset_state_of
+from cpt_algorithms.replay import ReplayTextDataset
+from cpt_algorithms.replay.functional import ShuffledOrder, StreamOrder
+
+NEW, OLD = 0, 1
+
+
+def test_passes_over_a_part_stay_in_it():
+    sizes = np.array([20, 13, 20, 7, 20])
+    order = StreamOrder(sizes, seed=3, block_size=16, limit=50)
+    everything = ShuffledOrder(sizes, 3, 0, 16)(np.arange(80))
+    places = np.arange(50)
+    assert (order.size, order.total) == (50, 80)
+    assert order.one_pass(0)(places).tolist() == everything[:50].tolist()
+    passes = [order.one_pass(number)(places).tolist() for number in (1, 2)]
+    passes.append(StreamOrder(sizes, 3, 16, 50, fresh_seed=8).one_pass(0)(places).tolist())
+    for ids in passes:
+        assert sorted(ids) == sorted(everything[:50].tolist())
+        assert ids != everything[:50].tolist()
+    assert len({tuple(ids) for ids in passes}) == 3
+    # an unshuffled run has read the first rows; more than a pass is all of it
+    assert StreamOrder(sizes, None, 16, 50).one_pass(0)(places).tolist() == list(range(50))
+    assert StreamOrder(sizes, 3, 16, 500).size == 80
+    assert StreamOrder(sizes, 3, 16, 500).one_pass(1)(np.arange(80)).tolist() == (
+        ShuffledOrder(sizes, 3, 1, 16)(np.arange(80)).tolist()
+    )
+
+
+def ids_of(rows):
+    """Of the old data's."""
+    return [int(row[1]) * 100 + int(row[2]) for row in rows if int(row[0]) == OLD]
+
+
+@pytest.fixture(scope='module')
+def parent(data, tmp_path_factory):
+    """A run that read 64 of the 300 samples of ``old``, with a shuffle of its own; and what it read, in order."""
+    folder = tmp_path_factory.mktemp('parent')
+    dataset = {'new': {'local': str(data['old']), 'split': 'train'}, 'shuffle_seed': 5, 'shuffle_block_size': 40}
+    lines = tiny.run(tiny.config(folder, data, 'parent', train_loader={'dataset': dataset}))
+    read = [row for batch in range(8) for row in lines[batch]['rows']]
+    assert {row[0] for row in read} == {OLD}
+    return folder / 'parent' / 'latest-rank0.pt', ids_of(read)
+
+
+def dataset(data, stream=None, fraction=0.5, max_passes=1, name='old', **over):
+    streams = {name: {'local': str(data[name]), 'split': 'train', **(stream or {})}}
+    return ReplayTextDataset(
+        tokenizer=None, max_seq_len=tiny.SEQ_LEN, new={'local': str(data['new']), 'split': 'train'}, batch_size=8,
+        replay={'fraction': fraction, 'streams': streams, **over}, shuffle=True, max_passes=max_passes,
+    )  # fmt: skip
+
+
+def in_slot_order(found):
+    """Rows of a batch are turned; the dataset's own sequence is not."""
+    offset = int(found.sample_offset_per_stream[1])
+    ids = found.sequence(np.arange(2 * found.sequence.sizes[0]))
+    return [int(i) - offset for i in ids if i >= offset]
+
+
+def test_only_what_was_read_comes_back_in_that_order(parent, data):
+    checkpoint, read = parent
+    limited = dataset(data, {'consumed_by': str(checkpoint)})
+    assert limited.sequence.sizes == [400, 64]
+    found = in_slot_order(limited)
+    # the parent's batches are turned too
+    assert [sorted(found[k : k + 8]) for k in range(0, 64, 8)] == [sorted(read[k : k + 8]) for k in range(0, 64, 8)]
+    assert all(sorted(found[k : k + 64]) == sorted(read) for k in range(0, 320, 64))
+    assert found[64:128] != found[:64]
+    assert set(ids_of(limited)) == set(read), 'as the loader reads it'
+    shuffled = in_slot_order(dataset(data, {'consumed_by': str(checkpoint)}, order='shuffled'))
+    assert sorted(shuffled[:64]) == sorted(read)
+    assert shuffled[:64] != found[:64]
+    assert len(set(in_slot_order(dataset(data))[:200])) == 200, 'without the key there is no limit'
+
+
+def test_the_budget_counts_passes_over_the_part(parent, data):
+    limited = dataset(data, {'consumed_by': str(parent[0])})
+    limited.check_budget(128)
+    with pytest.raises(ValueError, match=r"replay stream 'old', which has 1,024 \(1\.\d+ passes"):
+        limited.check_budget(160)
+
+
+def test_the_mix_says_so(parent, data):
+    mixes = [json.loads(dataset(data, {'consumed_by': str(parent[0])} if key else {}).mix) for key in (True, False)]
+    limited, free = (mix['replay.old'] for mix in mixes)
+    assert limited.startswith(free)
+    assert 'the first 64 of seed 5, block 40' in limited
+
+
+def test_a_sharded_checkpoint_says_the_same(parent, data, tmp_path):
+    state = dataset_state_of(parent[0])
+    dcp.save({'state': {'dataset_state': {'train': state}}}, checkpoint_id=tmp_path / 'ep0-ba8', no_dist=True)
+    assert dataset_state_of(tmp_path / 'ep0-ba8') == state
+    assert dataset(data, {'consumed_by': str(tmp_path / 'ep0-ba8')}).sequence.sizes == [400, 64]
+
+
+def test_a_stage_replays_it_and_resumes(parent, data, tmp_path):
+    checkpoint, read = parent
+    streams = {'old': {'local': str(data['old']), 'split': 'train', 'consumed_by': str(checkpoint)}}
+    over = {
+        'train_loader': {'dataset': {'replay': {'fraction': 0.25, 'streams': streams}}},
+        'load_path': str(checkpoint),
+    }
+    tiny.recipe_here(tiny.config(tmp_path, data, 'stage', **over), tmp_path)
+    lines = recorder.read(tmp_path / 'stage.jsonl')
+    rows = [row for batch in range(8) for row in lines[batch]['rows']]
+    assert set(ids_of(rows)) == set(read[:16])
+    lineage = json.loads((tmp_path / 'stage' / 'stage.json').read_text())
+    assert lineage['data']['replay']['streams']['old']['consumed_by'] == str(checkpoint)
+
+
+def test_what_cannot_be_is_named(parent, data, tmp_path):
+    key = 'train_loader.dataset.replay.streams.old.consumed_by'
+    for stream, name, message in [
+        ({'consumed_by': str(tmp_path / 'nothing.pt')}, 'old', f'{key}={tmp_path}/nothing.pt: .*does not exist'),
+        ({'consumed_by': str(parent[0])}, 'older', r'it learned another dataset \(.*: 300 samples .*this one is'),
+        ({'consumed_by': str(parent[0]), 'stand_in_for': 'the web'}, 'old', 'not both'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dataset(data, stream, name=name)
+    (tmp_path / 'text.pt').write_text('no zip')
+    with pytest.raises(ValueError, match='text.pt is'):
+        dataset(data, {'consumed_by': str(tmp_path / 'text.pt')})
