@@ -12,37 +12,33 @@ is needed to go on is there and not on this machine.
 """
 
 import argparse
-import ctypes
 import logging
+import multiprocessing
 import os
 import platform
 import re
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 import time
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-
-def die_with_parent() -> None:
-    """If the launcher is killed, do not train on as an orphan beside the restarted run (Linux only)."""
-    if platform.system() == 'Linux':
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-
+from cpt_algorithms.processes import die_with_parent
 
 if __name__ == '__main__' and 'LOCAL_RANK' in os.environ:
-    die_with_parent()  # before the imports below, which take seconds
+    # if the launcher is killed, do not train on beside the restarted run; the imports below take seconds
+    die_with_parent()
 
 from composer import Trainer
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State, Time, TimeUnit
-from composer.loggers import Logger, RemoteUploaderDownloader
-from composer.utils import dist, get_device, parse_uri
+from composer.loggers import Logger, RemoteUploaderDownloader, remote_uploader_downloader
+from composer.utils import dist, get_device, parse_uri, remote_uploader
 from filelock import FileLock, Timeout
 from llmfoundry import registry
 from llmfoundry.command_utils import train
@@ -126,6 +122,18 @@ class OneWriter(Callback):
             shutil.rmtree(saver.folder, ignore_errors=True)
 
         saver._save_checkpoint = save_if_it_is_ours
+
+
+def fork_upload_workers() -> None:
+    """Let Composer fork its upload workers from one process that has imported what they need, and that dies with us.
+
+    It spawns them, eight for each rank: every one imports everything again, for ten seconds and almost a gigabyte, and
+    lives on if the run is killed.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['cpt_algorithms.upload_workers'])
+    for module in (remote_uploader, remote_uploader_downloader):
+        module.multiprocessing = SimpleNamespace(get_context=lambda method: context)
 
 
 def wait_for_uploads(trainer: Trainer) -> None:
@@ -348,6 +356,7 @@ def run(cfg: dict[str, Any], world_size: int, rank_zero: bool) -> None:
             cfg |= {'load_path': checkpoint, 'load_weights_only': False, 'load_ignore_keys': None}
         # half of a checkpoint may be there, or come yet from a killed process; OneWriter keeps others away
         cfg |= {'save_overwrite': True, 'save_num_checkpoints_to_keep': -1}
+        fork_upload_workers()
         registry.callbacks.register('one_writer', func=OneWriter)
         cfg['callbacks']['one_writer'] = {'folder': folder, 'token': token}
     # killed between the last checkpoint and the end of the export

@@ -26,7 +26,6 @@ from typing import IO, Any
 
 import yaml
 from composer.core import Time
-from continue_pretraining import die_with_parent
 from filelock import FileLock, Timeout
 from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
@@ -39,6 +38,7 @@ from rich.table import Table
 from cpt_algorithms.evaluation.report import Report, print_report, write_report
 from cpt_algorithms.evaluation.wandb_runs import environment_of_children, trial_run
 from cpt_algorithms.files import is_remote, write_json
+from cpt_algorithms.processes import die_with_parent
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, preflight, resolve, total_batches
 from cpt_algorithms.stage.plan import Run, plan, stage_tokens, tokens_per_stream

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import re
 import shutil
+import signal
 import tempfile
 import time
 from functools import cache
@@ -389,3 +390,85 @@ def test_runs_at_the_same_time_have_caches_of_their_own(bucket, data, tmp_path):
 def test_a_sequence_keeps_its_runs_in_a_local_folder(data, tmp_path):
     with pytest.raises(ValueError, match='folder=s3://bucket/runs: a sequence keeps its plan'):
         sequence.read(sequence.parse([sequence_on(data, tmp_path, folder='s3://bucket/runs')]))
+
+
+# Killed for real, with Composer's upload workers in processes of their own
+
+
+@pytest.fixture
+def scratch(bucket, tmp_path, monkeypatch):
+    """The working folder and the folder for temporary files, which a machine that is lost takes with it."""
+    for name in ('working', 'temporary'):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / 'working')
+    monkeypatch.setenv('TMPDIR', str(tmp_path / 'temporary'))
+    return bucket
+
+
+def lose(folder):
+    for name in ('working', 'temporary'):
+        for path in (folder / name).iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.slow
+def test_sigkill(scratch, data, tmp_path):
+    straight = tiny.config(tmp_path, data, 'straight', save_interval='2ba')
+    tiny.recipe(straight, tmp_path)
+    cfg = tiny.config(
+        tmp_path, data, 'run', save_interval='2ba', callbacks={'recorder': {'kill_at': 5}}, save_folder=RUN
+    )
+    # returns when its upload workers are gone too
+    tiny.recipe(cfg, tmp_path, expect=-signal.SIGKILL)
+    there = latest_batch(RUN)
+    assert there < 6
+    lose(tmp_path)
+    cfg['callbacks']['recorder']['kill_at'] = None
+    tiny.recipe(cfg, tmp_path)
+    lines = recorder.read(tmp_path / 'run.jsonl')
+    assert lines == recorder.read(tmp_path / 'straight.jsonl')
+    assert len((tmp_path / 'run.jsonl.rank0').read_text().splitlines()) == 5 + 8 - there
+    assert latest_batch(RUN) == 8
+    assert files.exists(f'{RUN}/huggingface/ba8/model.safetensors')
+    assert files.read_json(f'{RUN}/done.json')['batch'] == 8
+    assert follow(f'{RUN}/latest-rank0.pt') == f'{RUN}/ep0-ba8-rank0.pt'
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_killed_in_the_middle_of_an_upload(scratch, data, tmp_path):
+    recipe = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
+
+    def launch(cfg, expect=0):
+        path = tmp_path / f'{cfg["run_name"]}.yaml'
+        OmegaConf.save(OmegaConf.create(cfg), path)
+        tiny.launch(recipe, path, expect=expect)
+
+    cfg = tiny.config(
+        tmp_path, data, 'run', save_interval='2ba', save_folder=RUN, fsdp_config={'state_dict_type': 'sharded'}
+    )
+    launch(cfg)
+    lines = [recorder.read(tmp_path / 'run.jsonl', rank) for rank in (0, 1)]
+    assert latest_batch(RUN) == 8
+    # as if killed while uploading the last: .metadata comes first
+    for name in ('ep0-ba8/__1_0.distcp', 'ep0-ba6/__0_0.distcp', 'latest-sharded-rank0.symlink', 'done.json'):
+        scratch.delete_object(Bucket='bucket', Key=f'runs/run/{name}')
+    assert latest_batch(RUN) == 4
+    lose(tmp_path)
+    launch(cfg)
+    assert [recorder.read(tmp_path / 'run.jsonl', rank) for rank in (0, 1)] == lines
+    assert len((tmp_path / 'run.jsonl.rank0').read_text().splitlines()) == 8 + 4
+    assert newest_remote(RUN) == (8, f'{RUN}/ep0-ba8')
+    assert follow(f'{RUN}/latest-sharded-rank0') == f'{RUN}/ep0-ba8'
+    assert not list((tmp_path / 'temporary').rglob('*.distcp')), 'nothing is left on the disk of any rank'
+    average_checkpoints.main([RUN, '--last', '2', '--out', str(tmp_path / 'average')])
+    assert (tmp_path / 'average' / 'model.safetensors').exists()
+    child = {**cfg, 'run_name': 'child', 'save_folder': 's3://bucket/runs/child', 'max_duration': '4ba'}
+    child = tiny.merge(
+        child,
+        {
+            'load_path': f'{RUN}/latest-sharded-rank0',
+            'callbacks': {'recorder': {'path': str(tmp_path / 'child.jsonl')}},
+        },
+    )
+    launch(child)
+    assert latest_batch('s3://bucket/runs/child') == 4
