@@ -92,6 +92,17 @@ class _Table:
     is_text: bool = False
 
 
+def stand_ins(study: Study) -> list[tuple[str, str]]:
+    """Old datasets that stand in for data that is not known, and for which, as the runs' YAMLs say."""
+    found = {}
+    for run in study.runs.values():
+        dataset = (run.config.get('train_loader') or {}).get('dataset') or {}
+        for name, stream in ((dataset.get('replay') or {}).get('streams') or {}).items():
+            if stream.get('stand_in_for'):
+                found[name] = stream['stand_in_for']
+    return sorted(found.items())
+
+
 def write_report(folders: Sequence[Path], out: Path) -> Report:
     """Write ``report.html`` (one file that needs no other), ``*.png``, ``table.csv`` and ``report.json``.
 
@@ -114,6 +125,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
             f'At {size_name(size)}, {text.replace("Nothing", "nothing", 1)}'
             for size, text in zip(study.sizes, findings, strict=True)
         ]
+    findings += [f'{name} stands in for {what}: forgetting is measured on it.' for name, what in stand_ins(study)]
     report = Report(study.name, findings, rows, scores, missing(study, rows), out / 'report.html', study)
     out.mkdir(parents=True, exist_ok=True)
     plots = list(plots_of(study, rows))

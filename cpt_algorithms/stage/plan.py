@@ -60,8 +60,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
     return merged
 
 
-def _train_config(spec: Config, stage: Config, earlier: list[str]) -> Config:
-    """A stage's llm-foundry YAML, but for names and places."""
+def _train_config(spec: Config, stage: Config, earlier: list[str], read_by: Mapping[str, str]) -> Config:
+    """A stage's llm-foundry YAML, but for names and places; ``read_by``: the checkpoint of who learned each dataset."""
     config = {key: value for key, value in stage.items() if key not in STAGE_KEYS}
     new = stage['new'] if isinstance(stage['new'], list) else [stage['new']]
     for name in [*new, *earlier]:
@@ -70,25 +70,36 @@ def _train_config(spec: Config, stage: Config, earlier: list[str]) -> Config:
     loader = copy.deepcopy(config.get('train_loader') or {})
     dataset = loader.setdefault('dataset', {})
     loader['name'] = 'replay_text'
-    dataset['new'] = {name: {**spec['data'][name], 'split': 'train'} for name in new}
+    stand_ins = {name: stream['stand_in_for'] for name, stream in spec['data'].items() if stream.get('stand_in_for')}
+    data = {name: {k: v for k, v in stream.items() if k != 'stand_in_for'} for name, stream in spec['data'].items()}
+    dataset['new'] = {name: {**data[name], 'split': 'train'} for name in new}
     replay = dict(stage.get('replay') or {})
-    check_keys('replay', replay, ('fraction', 'order', 'weights'))
+    check_keys('replay', replay, ('fraction', 'order', 'weights', 'consumed_only'))
+    consumed_only = replay.pop('consumed_only', False)
     if replay.get('fraction'):
         weights = replay.pop('weights', {})
         check_keys('replay.weights', weights, earlier)
         replay['streams'] = {
-            name: {**spec['data'][name], 'split': 'train', 'weight': weights.get(name, 1)}
+            name: {**data[name], 'split': 'train', 'weight': weights.get(name, 1)}
             for name in earlier
             if name not in new and (not weights or name in weights)
         }
+        for name, stream in replay['streams'].items():
+            if name in stand_ins:
+                stream['stand_in_for'] = stand_ins[name]
+            elif consumed_only and name in read_by:
+                stream['consumed_by'] = read_by[name]
+            elif consumed_only:
+                raise ValueError(
+                    f'replay.consumed_only=true, and no stage of this sequence learned {name!r} by itself; leave it out'
+                )
         if not replay['streams']:
             raise ValueError(f'replay.fraction={replay["fraction"]} in the first stage: there is nothing to replay yet')
         dataset['replay'] = replay
     config['train_loader'] = loader
     template = config.get('eval_loader') or {}
     config['eval_loader'] = [
-        _merge({**template, 'label': name}, {'dataset': {**stream, 'split': 'val'}})
-        for name, stream in spec['data'].items()
+        _merge({**template, 'label': name}, {'dataset': {**stream, 'split': 'val'}}) for name, stream in data.items()
     ]
     config.setdefault('callbacks', {})
     config['callbacks'] = {
@@ -166,10 +177,11 @@ def plan(spec: Config) -> list[Run]:
     Arms share a run as long as their settings are the same: a first stage that no arm changes is trained once per seed.
 
     Args:
-        spec: The sequence YAML: ``name``, ``folder``, ``data`` (``{name: stream}``), ``common`` (llm-foundry keys of
-            all stages), ``stages`` (``{name: llm-foundry keys + new, replay, optimizer_state}``, in order), ``arms``
-            (``{arm: {stage: overrides}}``, or ``{baseline: union}``), ``seeds``, ``jobs``, ``nproc``, ``lm_eval`` (the
-            suite that every run ends with).
+        spec: The sequence YAML: ``name``, ``folder``, ``data`` (``{name: stream}``; ``stand_in_for`` says that it
+            stands in for data that is not known), ``common`` (llm-foundry keys of all stages), ``stages``
+            (``{name: llm-foundry keys + new, replay, optimizer_state}``, in order; ``replay.consumed_only``: only what
+            earlier stages have read comes back), ``arms`` (``{arm: {stage: overrides}}``, or ``{baseline: union}``),
+            ``seeds``, ``jobs``, ``nproc``, ``lm_eval`` (the suite that every run ends with).
 
     Raises:
         ValueError: On an unknown key or name, with the nearest right one.
@@ -198,10 +210,11 @@ def plan(spec: Config) -> list[Run]:
     for seed in spec.get('seeds') or [17]:
         for arm, overrides in (spec.get('arms') or {'default': {}}).items():
             parent: str | None = None
+            read_by: dict[str, str] = {}
             stages = _stages_of(spec, arm, overrides)
             earlier = list(stages['union']['replay']['weights']) if (overrides or {}).get('baseline') else []
             for index, (stage, settings) in enumerate(stages.items()):
-                config = _train_config(spec, settings, earlier)
+                config = _train_config(spec, settings, earlier, read_by)
                 identity = json.dumps([config, parent, seed], sort_keys=True)
                 key = hashlib.sha256(identity.encode()).hexdigest()
                 last = index == len(stages) - 1
@@ -225,8 +238,10 @@ def plan(spec: Config) -> list[Run]:
                     _track(config, spec['name'], stage, 'shared' if plain else arm, seed)
                     runs[key] = Run(name, arm, stage, seed, parent, config)
                 parent = runs[key].name
-                new = settings['new']
-                earlier += new if isinstance(new, list) else [new]
+                new = settings['new'] if isinstance(settings['new'], list) else [settings['new']]
+                earlier += new
+                if len(new) == 1:
+                    read_by[new[0]] = f'{spec["folder"]}/{parent}/{_latest(config)}'
     names = [run.name for run in runs.values()]
     if clash := [name for name in names if names.count(name) > 1]:
         raise ValueError(f'two arms or stages would both be kept in the folder {clash[0]}; name them differently')

@@ -27,8 +27,10 @@ from cpt_algorithms.checkpoints import follow, newest_remote, read_metadata, saf
 from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
 from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names, read_json, size_of
 from cpt_algorithms.keys import check_keys
+from cpt_algorithms.replay.consumed import read_consumed
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, read_mix, row_length
+from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.replay.streams import DOWNLOAD_RETRY
 from cpt_algorithms.schedulers import PhaseScheduler
 from cpt_algorithms.stage.data_checks import data_mistakes
@@ -141,7 +143,7 @@ def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) ->
         lambda: _check_lm_eval(cfg),
         lambda: _check_loading(cfg),
         lambda: _check_saving(cfg),
-        lambda: _check_data(cfg),
+        lambda: _check_data(cfg, parent_is_there),
         lambda: problems.extend(data_mistakes(cfg, _loaders(cfg), parent_is_there)),
         *([lambda: _check_parent(cfg)] if parent_is_there else []),
     ]
@@ -419,7 +421,7 @@ def _sizes_of(where: str, streams: Mapping[str, Config], max_seq_len: int | None
     return sizes
 
 
-def _check_data(cfg: Config) -> None:
+def _check_data(cfg: Config, parent_is_there: bool) -> None:
     loader = cfg['train_loader']
     if loader.get('name') != 'replay_text':
         return
@@ -436,6 +438,14 @@ def _check_data(cfg: Config) -> None:
         log.warning('not all data can be looked at from here: whether there is enough is checked when training starts')
         return
     sizes = {'new': sum(size or 0 for size in new_sizes.values()), **{k: v or 0 for k, v in old_sizes.items()}}
+    for name, checkpoint in mix.consumed_by.items():
+        index = Path(mix.old[name].get('local') or '', mix.old[name].get('split') or '', 'index.json')
+        # of what is still to be trained, or elsewhere, the loader itself finds out
+        if index.exists() and Path(checkpoint).exists():
+            where = f'train_loader.dataset.replay.streams.{name}.consumed_by'
+            sizes[name] = min(sizes[name], read_consumed(where, checkpoint, ShardIndex.read(index).digest).samples)
+        elif not is_remote(checkpoint) and parent_is_there and not Path(checkpoint).exists():
+            raise ValueError(f'train_loader.dataset.replay.streams.{name}.consumed_by={checkpoint} does not exist')
     duration = Time.from_timestring(cfg['max_duration'])
     samples = budget_in_samples(duration, cfg['global_train_batch_size'], cfg['max_seq_len'])
     if samples is None:

@@ -349,6 +349,18 @@ def test_a_parent_that_is_not_there_is_said(tmp_path, no_plots):
     assert any('parent (s3://bucket/base) is not there' in line for line in report.missing)
 
 
+def test_a_stand_in_for_unknown_data_is_named(tmp_path, no_plots):
+    write_run(tmp_path / 'new-s1', {'old': 3.5, 'new': 1.0}, 's3://bucket/base/latest-rank0.pt')
+    assert not any('stands in' in line for line in write_report([tmp_path / 'new-s1'], tmp_path / 'out').findings)
+    stage = json.loads((tmp_path / 'new-s1' / 'stage.json').read_text())
+    streams = {'web': {'local': 'data/web', 'split': 'train', 'stand_in_for': 'the data of Pythia'}}
+    stage['config']['train_loader']['dataset']['replay'] = {'fraction': 0.05, 'streams': streams}
+    write(tmp_path / 'new-s1' / 'stage.json', stage)
+    report = write_report([tmp_path / 'new-s1'], tmp_path / 'out')
+    assert report.findings[-1] == 'web stands in for the data of Pythia: forgetting is measured on it.'
+    assert 'stands in for the data of Pythia' in report.path.read_text()
+
+
 def test_one_stream_without_a_name_and_epochs(tmp_path):
     write_run(tmp_path / 'new-s1', {'old': 3.5, 'new': 1.0}, 's3://bucket/base/latest-rank0.pt')
     stage = json.loads((tmp_path / 'new-s1' / 'stage.json').read_text())

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from cpt_algorithms.checkpoints import dataset_state_of
 from cpt_algorithms.replay import ReplayTextDataset
 from cpt_algorithms.replay.functional import ShuffledOrder, StreamOrder
+from cpt_algorithms.stage import PreflightError, preflight, resolve
 
 NEW, OLD = 0, 1
 
@@ -132,3 +133,16 @@ def test_what_cannot_be_is_named(parent, data, tmp_path):
     (tmp_path / 'text.pt').write_text('no zip')
     with pytest.raises(ValueError, match='text.pt is'):
         dataset(data, {'consumed_by': str(tmp_path / 'text.pt')})
+
+
+def test_preflight_knows_how_much_that_is(parent, data, tmp_path):
+    streams = {'old': {'local': str(data['old']), 'split': 'train', 'consumed_by': str(parent[0])}}
+    replay = {'fraction': 0.5, 'streams': streams}
+    cfg = tiny.config(tmp_path, data, 'stage', max_duration='16ba', train_loader={'dataset': {'replay': replay}})
+    preflight(resolve(cfg))
+    with pytest.raises(PreflightError, match=r"replay stream 'old', which has 1,024 \(1.25 passes"):
+        preflight(resolve({**cfg, 'max_duration': '20ba'}))
+    streams['old']['consumed_by'] = str(tmp_path / 'later.pt')
+    with pytest.raises(PreflightError, match='later.pt does not exist'):
+        preflight(resolve(cfg))
+    preflight(resolve(cfg), parent_is_there=False)

@@ -149,3 +149,29 @@ def test_wandb_runs_can_be_grouped(spec):
 def test_every_run_ends_with_the_suite(spec):
     assert {run.config['variables']['lm_eval'][0] for run in plan(spec)} == {'yamls/eval/offline.yaml'}
     assert not any('variables' in run.config for run in plan({**spec, 'lm_eval': None}))
+
+
+def test_only_what_the_earlier_stage_read_comes_back(spec):
+    spec['stages']['cpp']['replay'] = {'fraction': 0.05, 'consumed_only': True}
+    runs = {run.name: run for run in plan({**spec, 'arms': {'default': {}}})}
+    old = runs['cpp-default-s17'].config['train_loader']['dataset']['replay']
+    assert old['streams']['python']['consumed_by'] == 'runs/quickstart/python-s17/latest-rank0.pt'
+    assert 'consumed_only' not in old
+    spec['stages']['python']['new'] = ['python', 'cpp']
+    spec['data']['more'] = spec['data']['cpp']
+    spec['stages']['cpp']['new'] = 'more'
+    with pytest.raises(
+        ValueError, match="consumed_only=true, and no stage of this sequence learned 'python' by itself"
+    ):
+        plan({**spec, 'arms': {'default': {}}})
+
+
+def test_a_stand_in_is_named_where_it_is_replayed_and_nowhere_else(spec):
+    spec['data']['python']['stand_in_for'] = 'the data of the base model'
+    spec['stages']['cpp']['replay'] = {'fraction': 0.05, 'consumed_only': True}
+    configs = {run.name: run.config for run in plan({**spec, 'arms': {'default': {}}})}
+    dataset = configs['cpp-default-s17']['train_loader']['dataset']
+    assert dataset['replay']['streams']['python']['stand_in_for'] == 'the data of the base model'
+    assert 'consumed_by' not in dataset['replay']['streams']['python']
+    assert 'stand_in_for' not in str(configs['python-s17']['train_loader'])
+    assert all('stand_in_for' not in str(config['eval_loader']) for config in configs.values())
