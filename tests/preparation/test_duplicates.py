@@ -86,6 +86,7 @@ def test_a_digest_is_blake2b_of_the_text_and_decides_the_split():
     assert 0.08 < held_out.mean() < 0.12
     edge = np.array([[2**63 - 1, 0], [2**63, 0]], np.uint64)
     assert is_held_out(edge, 0.5).tolist() == [True, False]
+    assert is_held_out(edge - 2**63 + 2, 1e-19).tolist() == [True, False]  # 1 and 2 of 1.8 in 2**64
     assert digests([]).shape == (0, 2)
 
 

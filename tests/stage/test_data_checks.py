@@ -111,7 +111,9 @@ def test_data_of_another_tokenizer(roots, tmp_path):
         wrong, {'train_loader': {'dataset': {'new': {'local': str(tmp_path / 'new')}}}, 'eval_loader': []}
     )
     fine(wrong)
-    write_json(tmp_path / 'manifest.json', {'datasets': {'another': {}}, 'tokenizer': {'hash': '0'}})
+    shutil.copy(roots['new'] / 'manifest.json', tmp_path)
+    only_problem(wrong, 'is not the one that')
+    shutil.copy(roots['half'] / 'manifest.json', tmp_path)  # of other datasets
     fine(wrong)
 
 
@@ -229,6 +231,7 @@ def test_rows_that_an_evaluator_would_cut(roots, tmp_path):
     only_problem(cfg, 'eval_loader[0].dataset.max_seq_len=16, but the data of eval_loader[0].dataset was packed', '32')
     longer = tiny.merge(cfg, {'model': {'max_seq_len': 32}, 'eval_loader': [evaluator(roots['long'], length=32)]})
     fine(longer)
+    fine(tiny.merge(longer, {'eval_loader': [evaluator(roots['new'], length=32)]}))  # shorter rows are only shorter
 
 
 def stock(root, length):
