@@ -4,11 +4,13 @@
 Responses are forwarded byte for byte; what a fault does, it does to the bytes on the wire.
 """
 
+import os
 import re
 import socket
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 
@@ -162,3 +164,12 @@ def _reset(connection: socket.socket) -> None:
     """Close with RST instead of FIN."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\x01\x00\x00\x00\x00\x00\x00\x00')
     connection.close()
+
+
+def read_a_row(begun: Any, environment: dict[str, str], dataset_class: type, arguments: dict[str, Any]) -> None:
+    """A run, in a process of its own, until it is killed."""
+    os.environ.update(environment)
+    rows = iter(dataset_class(**arguments))
+    next(rows)
+    begun.set()
+    time.sleep(600)
