@@ -164,6 +164,10 @@ def _lock(path: Path, folder: str, deadline: float) -> Any:
                 file.seek(0)
                 _refuse(folder, file.read() or 'another run')
             time.sleep(0.1)
+        except OSError as error:
+            raise StreamError(
+                f'{path} cannot be locked ({error}): set local to a folder on a disk of this machine'
+            ) from error
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}')
     file.flush()
@@ -349,7 +353,9 @@ class ResilientStream(Stream):
             return delta + super()._prepare_shard_part(raw_info, zip_info, compression)  # finds it there
         except Exception as error:
             Path(self.folder, f'{raw_info.basename}.tmp').unlink(missing_ok=True)
-            raise self._failure(raw_info.basename, error) from error
+            if zip_info and self.is_cache and not _is_full(error):  # or it would be found again
+                Path(self.folder, zip_info.basename).unlink(missing_ok=True)
+            raise self._failure((zip_info or raw_info).basename, error) from error
 
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
         """Streaming's name for it; the index comes this way."""
@@ -357,7 +363,7 @@ class ResilientStream(Stream):
 
     def _fetch(self, basename: str, info: FileInfo | None, to_basename: str | None = None) -> str:
         """Download a file and validate it; only a whole one gets its name."""
-        source = os.path.join(self.remote or '', self.split, basename)
+        source = os.path.join(self.remote or self.local, self.split, basename)
         path = os.path.join(self.folder, to_basename or basename)
         part = f'{path}.part'
         problem = None
@@ -373,7 +379,7 @@ class ResilientStream(Stream):
             except FlexibleChecksumError as error:  # S3's own
                 problem = str(error)
             except Exception as error:
-                raise self._failure(basename, error) from error
+                raise self._failure(basename, error, 1 + self.download_retry) from error
             finally:
                 Path(part).unlink(missing_ok=True)
             log.warning('%s arrived corrupt (%s); downloading it again', source, problem)
@@ -430,11 +436,11 @@ class ResilientStream(Stream):
         found, right = get_hash(str(algorithm), data), info.hashes[str(algorithm)]
         return None if found == right else f'its {algorithm} is {found}, and the index says {right}'
 
-    def _failure(self, basename: str, error: Exception) -> StreamError:
+    def _failure(self, basename: str, error: Exception, attempts: int = 1) -> StreamError:
         """The one line a user gets."""
         if isinstance(error, StreamError):
             return error
-        source = os.path.join(self.remote or '', self.split, basename)
+        source = os.path.join(self.remote or self.local, self.split, basename)
         if _is_full(error):
             disk = shutil.disk_usage(self.folder)
             limit = 'none' if self.cache_limit is None else f'{self.cache_limit:,} bytes'
@@ -446,9 +452,8 @@ class ResilientStream(Stream):
         if advice := _advice(error):
             return StreamError(f'{source} cannot be downloaded: {advice} ({_one_line(error)})')
         return StreamError(
-            f'{source} cannot be read, after {1 + self.download_retry} attempts: {_one_line(error)}. Is the server '
-            'there? Run again when it is: training goes on from the latest checkpoint. A higher download_retry waits '
-            'longer'
+            f'{source} cannot be read, after {attempts} attempts: {_one_line(error)}. When the server is there, run '
+            'again: training goes on from the latest checkpoint. A higher download_retry waits longer'
         )
 
 

@@ -10,10 +10,11 @@ import threading
 import time
 
 import boto3
+import numpy as np
 import pytest
 from faults import Faults, Proxy, read_a_row
 from llmfoundry.data.text_data import StreamingTextDataset
-from streaming import StreamingDataset
+from streaming import MDSWriter, StreamingDataset
 from torch.utils.data import DataLoader
 
 from cpt_algorithms.replay import ReplayTextDataset, StreamError, streams
@@ -286,6 +287,25 @@ def test_validation_must_be_possible_as_asked(proxy, tmp_path, write_mds, caplog
     remote = {'remote': str(tmp_path / 'plain'), 'local': str(tmp_path / 'copy')}  # a folder is a remote, too
     assert len(list(evaluation(tmp_path, **remote))) == 100
     assert caplog.text.count('has no hashes') == 1
+
+
+def test_compressed_shards_too(proxy, tmp_path):
+    with MDSWriter(
+        out=str(tmp_path / 'zip/train'), columns={'tokens': 'ndarray:int32:16'}, size_limit=2000, hashes=['sha1'],
+        compression='zstd',
+    ) as writer:  # fmt: skip
+        for number in range(200):
+            writer.write({'tokens': np.full(16, number, np.int32)})
+    bad = tmp_path / 'zip/train/shard.00003.mds.zstd'
+    good = bad.read_bytes()
+    bad.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    place = {'remote': str(tmp_path / 'zip'), 'local': str(tmp_path / 'copy'), 'split': 'train', 'batch_size': 8}
+    with pytest.raises(StreamError, match=r'zip/train/shard\.00003\.mds\.zstd is corrupt: its sha1 is \w{40}, and'):
+        list(StreamingDataset(**place, stream_name='resilient'))
+    bad.write_bytes(good)
+    dataset = StreamingDataset(**place, stream_name='resilient')
+    assert [int(row['tokens'][0]) for row in dataset] == list(range(200))
+    assert dataset.cache_usage == sum(path.stat().st_size for path in (tmp_path / 'copy').rglob('*.*s*'))
 
 
 def test_leftovers_of_a_killed_download_are_not_taken_for_whole(proxy, tmp_path):
