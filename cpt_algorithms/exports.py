@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from cpt_algorithms.files import is_remote
+
 __all__ = ['exports', 'models_of', 'parent_of']
 
 
@@ -42,6 +44,11 @@ def parent_of(given: Path) -> Path | None:
         return None
     if not load_path:
         return None
+    if is_remote(load_path):
+        raise ValueError(
+            f'{given}: its parent {load_path} lies in object storage, so no differences are shown; --parent names a '
+            'copy of its export'
+        )
     # latest-rank0.pt is a link to ep0-ba100-rank0.pt
     checkpoint = Path(os.path.realpath(load_path))
     found = exports(Path(load_path).parent)

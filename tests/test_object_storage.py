@@ -28,6 +28,8 @@ from torch.distributed import checkpoint as dcp
 
 from cpt_algorithms import files
 from cpt_algorithms.checkpoints import follow, newest_remote
+from cpt_algorithms.evaluation.results import read_study
+from cpt_algorithms.exports import parent_of
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve
 
 RUN = 's3://bucket/runs/run'
@@ -342,6 +344,14 @@ def test_storage_that_does_not_answer_is_one_clear_error(bucket, data, tmp_path,
     assert files.read_json('s3://bucket/nothing.json') is None
     with pytest.raises(files.StorageError, match='it is there, and may not be read'):
         files.read_json('s3://bucket/secret.json')
+
+
+def test_what_needs_a_local_copy_says_so(data, tmp_path):
+    files.write_json(tmp_path / 'stage.json', {'parent': f'{RUN}/latest-rank0.pt'})
+    with pytest.raises(ValueError, match='--parent names a copy of its export'):
+        parent_of(tmp_path)
+    with pytest.raises(ValueError, match='copy its JSON files into a local folder'):
+        read_study([Path(RUN)])
 
 
 # Sequences

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cpt_algorithms.files import is_remote
 from cpt_algorithms.stage import total_batches
 from cpt_algorithms.stage.plan import tokens_per_stream
 
@@ -311,6 +312,11 @@ def read_study(folders: Sequence[Path]) -> Study:
     lost: dict[str, str] = {}
     singles: list[RunRecord] = []
     for folder in folders:
+        if is_remote(folder):
+            raise ValueError(
+                f'{folder} lies in object storage; copy its JSON files into a local folder, and name that (aws s3 sync '
+                "URI FOLDER --exclude '*' --include '*.json')"
+            )
         folder = folder.resolve()
         if (folder / 'sequence.json').exists():
             sequence, records = _read_sequence(folder)
