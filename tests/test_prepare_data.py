@@ -640,6 +640,23 @@ def test_processes_make_the_same_bytes(small_parts: None, three_sources: tuple[l
     assert every_byte(tmp_path / '1') == every_byte(tmp_path / '2')
 
 
+@pytest.mark.slow
+def test_spark_makes_the_same_bytes(
+    small_parts: None, three_sources: tuple[list[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Streaming's own converter on two processes of Spark; all but the name of the engine is the same."""
+    specs, _ = three_sources
+    session = pytest.importorskip('pyspark.sql').SparkSession
+    local = prepare(tmp_path / 'local', *specs, '--compression', 'zstd')
+    session.builder.master('local[2]').config('spark.ui.enabled', 'false').getOrCreate()
+    spark = prepare(tmp_path / 'spark', *specs, '--compression', 'zstd', '--engine', 'spark')
+    assert [local.pop('engine'), spark.pop('engine')] == ['local', 'spark']
+    assert spark == local
+    expected, found = (every_byte(tmp_path / name) for name in ('local', 'spark'))
+    del expected['manifest.json'], found['manifest.json']
+    assert found == expected
+
+
 def test_two_runs_at_once(tmp_path: Path):
     with pipeline.in_progress(tmp_path / 'out') as partial:
         (partial / 'file').touch()
