@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from continue_pretraining import DATASETS_LOCK
 from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
 from streaming import StreamingDataset
+
+from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
 
 SEQ_LEN = 16
 VOCAB = 256
@@ -29,14 +32,14 @@ def one_dataset_at_a_time() -> None:
 
     Two that start at the same moment can pick the same shared memory.
     """
-    build = StreamingDataset.__init__
+    for kind in (StreamingDataset, LazyStreamingDataset):
 
-    def init(self: StreamingDataset, *args: Any, **kwargs: Any) -> None:
-        # the other ranks wait for this one anyway
-        with DATASETS_LOCK if os.environ.get('LOCAL_RANK', '0') == '0' else nullcontext():
-            build(self, *args, **kwargs)
+        def init(self: StreamingDataset, *args: Any, build: Callable[..., None] = kind.__init__, **kwargs: Any) -> None:
+            # the other ranks wait for this one anyway
+            with DATASETS_LOCK if os.environ.get('LOCAL_RANK', '0') == '0' else nullcontext():
+                build(self, *args, **kwargs)
 
-    StreamingDataset.__init__ = init
+        kind.__init__ = init
 
 
 one_dataset_at_a_time()

@@ -9,6 +9,7 @@ from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.constant import (
@@ -20,6 +21,7 @@ from streaming.base.constant import (
     NEXT_EPOCH,
     SHARD_ACCESS_TIMES,
     SHARD_STATES,
+    TICK,
 )
 from streaming.base.dataset import _ShardState
 from streaming.base.distributed import maybe_init_dist
@@ -151,7 +153,7 @@ class LazyStreamingDataset(StreamingDataset):
 
     def _share(self) -> None:
         """What the ranks and workers of a node know together; names are Streaming's."""
-        local = [os.path.abspath(os.path.join(stream.local, stream.split)) for stream in self.streams]
+        local = [stream.folder for stream in self.streams]
         remote = [os.path.join(stream.remote, stream.split) if stream.remote else None for stream in self.streams]
         self._shm_prefix_int, self._locals_shm = get_shm_prefix(local, remote, self._unique_rank_world)  # pyright: ignore
 
@@ -179,7 +181,7 @@ class LazyStreamingDataset(StreamingDataset):
                 states[first : first + len(index)] = _ShardState.LOCAL
                 continue
             usage += stream.get_index_size()
-            folder = os.path.join(stream.local, stream.split)
+            folder = stream.folder
             listing = {os.path.join(root, leaf) for root, _, leaves in os.walk(folder) for leaf in leaves}
             for number in index.present(Path(folder)):
                 size = self.shards[int(first) + number].set_up_local(listing, stream.safe_keep_zip)
@@ -191,25 +193,53 @@ class LazyStreamingDataset(StreamingDataset):
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard that is not here.
 
-        Streaming takes a file lock for every row that it reads ahead, here or not. At some 10,000 rows per second it
-        falls behind the rows that are used, and with a cache limit downloads again what nobody needs any more.
+        Two things are not as in Streaming. It takes a file lock for every row that it reads ahead, here or not: at some
+        10,000 rows per second it falls behind the rows that are used, and with a cache limit downloads again what
+        nobody needs any more. And it counts a shard when it has come: each of many workers may exceed the limit by one.
         """
-        if not blocking and self._shard_states[shard_id] == _ShardState.LOCAL:
-            stream = self.streams[self.stream_per_shard[shard_id]]
-            raw, _ = self.shards[shard_id].file_pairs[0]
-            if os.path.isfile(os.path.join(stream.local, stream.split, raw.basename)):  # and not only compressed
+        stream, shard = self.streams[self.stream_per_shard[shard_id]], self.shards[shard_id]
+        state = self._shard_states[shard_id]
+        if state == _ShardState.LOCAL and not blocking:
+            raw, _ = shard.file_pairs[0]
+            if os.path.isfile(os.path.join(stream.folder, raw.basename)):  # and not only compressed
                 self._shard_access_times[shard_id] = time.time_ns()
                 return
-        super().prepare_shard(shard_id, blocking)
+        if state != _ShardState.REMOTE or not self._reserve(shard_id, shard.get_max_size()):
+            super().prepare_shard(shard_id, blocking)
+            return
+        delta = stream.prepare_shard(shard)
+        with self._cache_lock():
+            self.cache_usage += delta - shard.get_max_size()
+            self._shard_access_times[shard_id] = time.time_ns()
+            self._shard_states[shard_id] = _ShardState.LOCAL
+
+    def _cache_lock(self) -> FileLock:
+        if not hasattr(self, CACHE_FILELOCK):  # made late: it cannot be pickled
+            self._cache_filelock = FileLock(self._cache_filelock_path)
+        return self._cache_filelock
+
+    def _reserve(self, shard_id: int, size: int) -> bool:
+        """Make room for a shard and take it, unless somebody else prepares it already."""
+        while True:
+            with self._cache_lock():
+                if self._shard_states[shard_id] != _ShardState.REMOTE:
+                    return False
+                while (full := self.cache_limit and self.cache_usage + size > self.cache_limit) and len(
+                    self._evictable()
+                ):
+                    self._evict_coldest_shard()
+                if not full:
+                    self.cache_usage += size
+                    self._shard_states[shard_id] = _ShardState.PREPARING
+                    return True
+            time.sleep(TICK)  # all that is here is being downloaded
+
+    def _evictable(self) -> NDArray[np.int64]:
+        """Shards in the cache; not what is only here, which Streaming would delete as well."""
+        is_cached = np.array([stream.is_cache for stream in self.streams])[self.stream_per_shard]
+        return np.flatnonzero(is_cached & (self._shard_states.numpy() == _ShardState.LOCAL))
 
     def _evict_coldest_shard(self) -> None:
-        """Remove from the cache what was used longest ago, and never what is only here: Streaming would."""
-        cached = [stream.is_cache for stream in self.streams]
-        candidates = np.flatnonzero(
-            (self._shard_states.numpy() == _ShardState.LOCAL) & np.array(cached)[self.stream_per_shard]
-        )
-        if not len(candidates):
-            raise ValueError(
-                f'cache_limit={self.cache_limit} bytes is taken by shards that are being downloaded: raise cache_limit'
-            )
+        """Remove from the cache what was used longest ago."""
+        candidates = self._evictable()
         self._evict_shard(int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])]))

@@ -39,10 +39,12 @@ KIND = ('format', 'version', 'column_names', 'column_encodings', 'column_sizes',
 def _scan(file: BinaryIO) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(start, length, content) of each shard's JSON object in an index.json, a window at a time."""
     # structure is ASCII, and one character per byte keeps offsets right in any UTF-8 text
-    text, base = file.read(WINDOW).decode('latin-1'), 0
-    begin = re.search(r'"shards"\s*:\s*\[', text)
-    if not begin:
-        raise ValueError('it has no list of shards')
+    text, base = '', 0
+    while not (begin := re.search(r'"shards"\s*:\s*\[', text)):
+        more = file.read(WINDOW).decode('latin-1')
+        if not more:
+            raise ValueError('it has no list of shards')
+        text += more
     head, position = text[: begin.start()], begin.end()
     decode = json.JSONDecoder().raw_decode
     skip = re.compile(r'[\s,]*')

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shards of a dataset, known without an object for each: the same as Streaming's own, and constant to start."""
+
+import json
+import os
+import pickle
+import shutil
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from streaming import StreamingDataset
+from streaming.base.format import reader_from_json
+from streaming.base.spanner import Spanner
+
+from cpt_algorithms.replay import ReplayTextDataset, shard_index
+from cpt_algorithms.replay.shard_index import ShardIndex, ShardOfSample, Shards
+
+
+@pytest.fixture
+def index(data):
+    return ShardIndex.read(data['new'] / 'train' / 'index.json')
+
+
+def test_it_says_what_streaming_says(data, index):
+    content = json.loads(index.path.read_text())['shards']
+    assert index.samples.tolist() == [shard['samples'] for shard in content] == [20] * 20
+    readers = Shards([index], [(str(data['new']), 'train')])
+    assert len(readers) == 20
+    for number, info in enumerate(content):
+        theirs = reader_from_json(str(data['new']), 'train', info)
+        ours = readers[number]
+        assert ours.samples == theirs.samples and ours.raw_data.basename == theirs.raw_data.basename
+        assert ours.raw_data.hashes == theirs.raw_data.hashes
+        assert index.bytes[number] == theirs.get_max_size()
+        assert (ours[3]['tokens'] == theirs[3]['tokens']).all()
+    assert len(pickle.loads(pickle.dumps(readers))[19]) == 20
+    with pytest.raises(IndexError):
+        readers[20]
+
+
+def test_windows_do_not_matter(index, monkeypatch):
+    for window in (1, 7, 100, 1000):
+        monkeypatch.setattr(shard_index, 'WINDOW', window)
+        again = ShardIndex.read(index.path)
+        assert (again.table == index.table).all()
+        assert again.digest == index.digest
+
+
+def test_order_of_keys_spaces_and_other_alphabets(index, tmp_path):
+    content = json.loads(index.path.read_text())
+    content = {'version': 2, 'größe': '∞ "shards": [', 'shards': content['shards']}
+    content['shards'][1]['raw_data']['basename'] = 'scherbe–zwei.mds'
+    path = tmp_path / 'index.json'
+    path.write_text(json.dumps(content, indent=3, ensure_ascii=False), encoding='utf-8')
+    again = ShardIndex.read(path)
+    assert again.samples.tolist() == index.samples.tolist()
+    assert again.digest == index.digest, 'the same data, whatever its files are called'
+    assert again.reader(1, 'here', 'x').raw_data.basename == 'scherbe–zwei.mds'
+    assert again.reader(19, 'here', 'x').samples == 20
+
+
+@pytest.mark.parametrize(
+    ('text', 'what'),
+    [
+        ('', 'no list of shards'),
+        ('{}', 'no list of shards'),
+        ('{"shards": [{"samples": 1', 'cut off'),
+        ('{"shards": [{"samples": 1}], "version": 2}', 'raw|out of range'),
+        ('{"shards": [], "version": 3}', 'version is 3'),
+    ],
+)
+def test_what_is_no_index_is_named(text, what, tmp_path):
+    (tmp_path / 'index.json').write_text(text)
+    with pytest.raises(ValueError, match=f'index.json is not the index of a Streaming dataset: .*({what})'):
+        ShardIndex.read(tmp_path / 'index.json')
+
+
+def test_other_data_has_another_digest(data, index, tmp_path):
+    assert ShardIndex.read(data['old'] / 'train' / 'index.json').digest != index.digest
+    content = json.loads(index.path.read_text())
+    content['shards'][7]['raw_data']['hashes']['xxh64'] = '0' * 16
+    (tmp_path / 'index.json').write_text(json.dumps(content))
+    assert ShardIndex.read(tmp_path / 'index.json').digest != index.digest
+
+
+def test_the_table_of_a_large_index_is_kept_beside_it(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_index, 'LARGE', 10)
+    shutil.copy(index.path, tmp_path / 'index.json')
+    first = ShardIndex.read(tmp_path / 'index.json')
+    assert (tmp_path / '.index.npy').exists()
+    monkeypatch.setattr(shard_index, '_scan', None)  # cannot be read again
+    again = ShardIndex.read(tmp_path / 'index.json')
+    assert isinstance(again.table, np.memmap)
+    assert (again.table == first.table).all()
+    assert (again.kinds, again.digest) == (first.kinds, first.digest)
+    os.utime(tmp_path / 'index.json', (1, 1))  # replaced by another
+    with pytest.raises(ValueError, match='not the index'):
+        ShardIndex.read(tmp_path / 'index.json')
+
+
+def test_shard_of_a_sample_is_streamings(index):
+    sizes = np.array([3, 0, 5, 1, 1020, 7])
+    ours, theirs = ShardOfSample(np.cumsum(sizes)), Spanner(sizes.copy())
+    assert [ours[i] for i in range(1036)] == [tuple(map(int, theirs[i])) for i in range(1036)]
+    for outside in (-1, 1036):
+        with pytest.raises(IndexError):
+            ours[outside]
+
+
+def test_what_is_in_the_cache_is_found(data, index, tmp_path):
+    folder = tmp_path / 'train'
+    folder.mkdir()
+    for name in ('shard.00003.mds', 'shard.00011.mds', 'shard.00012.mds.zstd', 'index.json', 'shard.00099.mds'):
+        (folder / name).touch()
+    assert index.present(folder) == [3, 11, 12]
+    assert index.present(tmp_path / 'nowhere') == []
+
+
+def cached(data, tmp_path, **over):
+    """Read through a cache, as from object storage."""
+    new = {'remote': str(data['new']), 'local': str(tmp_path / 'cache'), 'split': 'train'}
+    options = {'shuffle': True, 'shuffle_block_size': 40, 'batch_size': 8, 'predownload': 8, **over}
+    return ReplayTextDataset(tokenizer=None, max_seq_len=tiny.SEQ_LEN, new=new, **options)
+
+
+def test_each_shard_is_downloaded_once_with_a_cache_of_ten(data, tmp_path):
+    shard = int(ShardIndex.read(data['new'] / 'train' / 'index.json').bytes.max())
+    limit = (data['new'] / 'train' / 'index.json').stat().st_size + 10 * shard
+    dataset = cached(data, tmp_path, cache_limit=limit)
+    downloads = []
+    download = dataset.streams[0]._downloader.download
+    dataset.streams[0]._downloader.download = lambda *given: (downloads.append(given[0]), download(*given))
+    rows = [int(row[1]) * 100 + int(row[2]) for row in dataset]
+    assert sorted(rows) == list(range(400))
+    assert len(downloads) == len(set(downloads)) == 20
+    assert 1 <= len(list((tmp_path / 'cache' / 'train').glob('*.mds'))) <= 10
+
+
+def test_the_cache_of_an_earlier_run_is_used(data, tmp_path):
+    full = cached(data, tmp_path)
+    assert sorted(int(row[1]) * 100 + int(row[2]) for row in full) == list(range(400))
+    usage = full.cache_usage
+    (tmp_path / 'cache' / 'train' / 'shard.00004.mds').unlink()
+    del full
+    again = cached(data, tmp_path)
+    downloads = []
+    download = again.streams[0]._downloader.download
+    again.streams[0]._downloader.download = lambda *given: (downloads.append(given[0]), download(*given))
+    assert again.cache_usage < usage
+    assert len([*again]) == 400
+    assert [Path(name).name for name in downloads] == ['shard.00004.mds']
+    assert again.cache_usage == usage
+
+
+def test_data_that_is_only_here_is_never_evicted(data, tmp_path):
+    """Streaming deletes it: with a cache limit, it makes room among all shards that are on disk."""
+    only = tmp_path / 'only'
+    shutil.copytree(data['old'], only)
+    before = sorted(path.name for path in (only / 'train').iterdir())
+    shard = int(ShardIndex.read(only / 'train' / 'index.json').bytes.max())
+    new = {'remote': str(data['new']), 'local': str(tmp_path / 'cache'), 'split': 'train'}
+    replay = {'fraction': 0.25, 'streams': {'old': {'local': str(only), 'split': 'train'}}}
+    dataset = ReplayTextDataset(
+        tokenizer=None, max_seq_len=tiny.SEQ_LEN, new=new, replay=replay, batch_size=8, shuffle=True,
+        shuffle_block_size=40, predownload=8,
+        cache_limit=(data['new'] / 'train' / 'index.json').stat().st_size + 5 * shard,
+    )  # fmt: skip
+    assert len([*dataset]) == len(dataset)
+    assert sorted(path.name for path in (only / 'train').iterdir()) == before
+    assert 1 <= len(list((tmp_path / 'cache' / 'train').glob('*.mds'))) <= 5
+
+
+def test_stock_streaming_deletes_the_only_copy(data, tmp_path):
+    """Why the guard above is there."""
+    only = tmp_path / 'only'
+    shutil.copytree(data['old'], only)
+    shard = int(ShardIndex.read(only / 'train' / 'index.json').bytes.max())
+    stock = StreamingDataset(local=str(only), split='train', batch_size=8, cache_limit=10_000 + 5 * shard)
+    stock.evict_coldest_shard()
+    assert len(list((only / 'train').glob('*.mds'))) == 14
+
+
+def test_a_cache_too_small_is_refused(data, tmp_path):
+    with pytest.raises(ValueError, match=r'cache_limit=.*set'):
+        cached(data, tmp_path, cache_limit='5kb')
+
+
+def start(folder):
+    """As runs that resume at the beginning, in the middle, at the end."""
+    dataset = ReplayTextDataset(
+        tokenizer=None, max_seq_len=2048, new={'local': str(folder)}, batch_size=1104, shuffle=True
+    )
+    dataset._parallel_worker_world = dataset._parallel_rank_world.detect_workers()
+    for batch in (0, 66_000, 132_244):
+        dataset.spanner[int(dataset._get_work(0, 1104 * batch)[0])]
+    return len(dataset)
+
+
+def test_starting_at_146_million_samples_takes_a_second_and_100_mb(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tiny.ROOT / 'scripts' / 'benchmarks'))
+    import replay_loader
+
+    replay_loader.write_index(tmp_path / 'data', 146_000_000)
+    before = time.process_time()
+    assert start(tmp_path / 'data') == 146_000_000 // 1104 * 1104
+    assert time.process_time() - before < 1.5, 'all three'
+    tracemalloc.start()
+    start(tmp_path / 'data')
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
