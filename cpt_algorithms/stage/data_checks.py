@@ -9,8 +9,9 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,12 @@ def data_mistakes(cfg: Config, loaders: Iterable[tuple[str, Config]], parent_is_
     """
     loaders = list(loaders)
     tokenizer = _tokenizer_of(cfg)
+    ours = cache(lambda: None if tokenizer is None else _hash_of(tokenizer))
     yield from _model_mistakes(cfg, loaders, tokenizer)
-    if tokenizer is not None and parent_is_there and cfg.get('load_path'):
-        yield from _parent_mistakes(cfg, tokenizer)
+    if parent_is_there or not cfg.get('load_path'):
+        yield from _parent_mistakes(cfg, ours)
     streams = _read_streams(loaders)
-    if tokenizer is not None:
-        yield from _tokenizer_mistakes(cfg, tokenizer, streams)
+    yield from _tokenizer_mistakes(cfg, ours, streams)
     yield from _length_mistakes(dict(loaders), streams)
     yield from _held_out_mistakes(streams)
 
@@ -139,7 +140,8 @@ def _model_sizes(model: Mapping[str, Any]) -> tuple[int | None, int | None]:
         if not isinstance(value, Mapping):
             setattr(config, key, value)  # which knows the names that each architecture has for these two
     text = config.get_text_config()
-    return getattr(text, 'vocab_size', None), getattr(text, 'max_position_embeddings', None)
+    vocab_size = None if model.get('allow_embedding_resizing') else getattr(text, 'vocab_size', None)
+    return vocab_size, getattr(text, 'max_position_embeddings', None)
 
 
 def _model_mistakes(
@@ -169,20 +171,24 @@ def _model_mistakes(
         )
 
 
-def _parent_mistakes(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _parent_mistakes(cfg: Config, ours: Callable[[], str | None]) -> Iterator[str]:
+    model, path = cfg['model'], cfg.get('load_path')
     try:
-        found = _tokenizer_of_run(os.path.dirname(str(cfg['load_path']).rstrip('/')))
-    except (OSError, StorageError):  # which is said of load_path
+        if path:
+            parent, found = f'load_path={path}', _tokenizer_of_run(os.path.dirname(str(path).rstrip('/')))
+        elif model.get('name') == 'hf_causal_lm' and model.get('pretrained', True):
+            name = model['pretrained_model_name_or_path']
+            parent, theirs = f'model.pretrained_model_name_or_path={name}', _tokenizer_of({'tokenizer': {'name': name}})
+            found = None if theirs is None or model.get('allow_embedding_resizing') else (_hash_of(theirs), name)
+        else:
+            return
+    except (OSError, ValueError) as error:
+        log.info('whether tokenizer is that of the parent is not known: %s', error)
         return
-    if found is None:
-        log.info('load_path=%s: its tokenizer is not known; there is no export and no stage.json', cfg['load_path'])
-        return
-    theirs, where = found
-    ours = _hash_of(tokenizer)
-    if ours and theirs and ours != theirs:
+    if found and found[0] and ours() and found[0] != ours():
         yield (
-            f'tokenizer={cfg["tokenizer"]["name"]} is not the tokenizer of the parent, load_path={cfg["load_path"]}: '
-            f'the same numbers would stand for other text; use {where}, and data prepared with it'
+            f'tokenizer={cfg["tokenizer"]["name"]} is not the tokenizer of the parent, {parent}: the same numbers '
+            f'would stand for other text; use {found[1]}, and data prepared with it'
         )
 
 
@@ -254,11 +260,10 @@ def _read(where: str, folder: str, known: dict[str, Any]) -> _Prepared | None:
         return None
 
 
-def _tokenizer_mistakes(cfg: Config, tokenizer: PreTrainedTokenizerBase, streams: list[_Stream]) -> Iterator[str]:
+def _tokenizer_mistakes(cfg: Config, ours: Callable[[], str | None], streams: list[_Stream]) -> Iterator[str]:
     hashes = {stream.prepared.root: stream.prepared.tokenizer for stream in streams if stream.prepared}
-    ours = _hash_of(tokenizer) if any(hashes.values()) else None
     for root, theirs in hashes.items():
-        if ours and theirs and ours != theirs:
+        if theirs and ours() and theirs != ours():
             readers = [stream.where for stream in streams if stream.prepared and stream.prepared.root == root]
             yield (
                 f'tokenizer={cfg["tokenizer"]["name"]} is not the one that the data of {", ".join(readers)} was made '
@@ -304,6 +309,6 @@ def _fraction_mistakes(evaluated: _Stream, val: _Prepared, trained: _Stream, tra
     if val.val_fraction > train.val_fraction and not apart:
         yield (
             f'{evaluated.where} holds out {val.val_fraction:g} of all documents and {trained.where} only '
-            f'{train.val_fraction:g}; which ones follows from their text, so some of the former may be trained on in '
-            f'the latter: prepare both with one --val-fraction, or {val.root} with --earlier {train.root}'
+            f'{train.val_fraction:g}: a document is held out for its text, so some of the former may be trained on in '
+            f'the latter; prepare both with one --val-fraction, or {val.root} with --earlier {train.root}'
         )

@@ -226,6 +226,25 @@ def test_hugging_face_models_too(roots, tmp_path):
     only_problem(cfg, f'model.pretrained_model_name_or_path={tmp_path}/nowhere: its configuration cannot be read')
 
 
+def test_a_tokenizer_that_is_not_the_pretrained_models(roots, tmp_path):
+    sizes = {'vocab_size': VOCAB, 'max_position_embeddings': 16, 'hidden_size': 16, 'num_attention_heads': 2}
+    for name in ('new', 'other'):
+        shutil.copytree(roots[name] / 'tokenizer', tmp_path / name)
+        write_json(tmp_path / name / 'config.json', {'model_type': 'gpt_neox', **sizes})
+
+    def stage(name, **model):
+        model = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(tmp_path / name), **model}
+        return {**config(tmp_path, roots), 'model': model}
+
+    said = f'is not the tokenizer of the parent, model.pretrained_model_name_or_path={tmp_path}/other: the same numbers'
+    only_problem(stage('other'), said, f'use {tmp_path}/other, and data prepared with it')
+    only_problem(stage('other'), said, parent_is_there=False)  # it is there anyway
+    fine(stage('new'))
+    fine(stage('other', pretrained=False))
+    # said to be larger, so that tokens may be added
+    fine(stage('other', allow_embedding_resizing=True, config_overrides={'vocab_size': 9}))
+
+
 def test_rows_that_an_evaluator_would_cut(roots, tmp_path):
     cfg = config(tmp_path, roots, evaluator(roots['long'], length=16))
     only_problem(cfg, 'eval_loader[0].dataset.max_seq_len=16, but the data of eval_loader[0].dataset was packed', '32')
@@ -273,7 +292,7 @@ def test_held_out_by_another_fraction(roots, tmp_path):
     only_problem(
         config(tmp_path, roots, evaluator(roots['new']), evaluator(roots['half'])),
         'eval_loader[1].dataset holds out 0.5 of all documents and train_loader.dataset.new.new only 0.2',
-        f'prepare both with one --val-fraction, or {roots["half"]} with --earlier {roots["new"]}',
+        f'; prepare both with one --val-fraction, or {roots["half"]} with --earlier {roots["new"]}',
     )
     fine(config(tmp_path, roots, evaluator(roots['new']), new='half'))  # what is held out there is held out here, too
     fine(config(tmp_path, roots, evaluator(roots['after'])))  # it was prepared with what is trained on in view
