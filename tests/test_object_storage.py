@@ -229,6 +229,25 @@ def test_of_two_processes_the_first_stops_before_its_next_checkpoint(bucket, dat
     assert names == {'.credentials_validated_successfully', 'stage.json', 'writer.json'}
 
 
+@pytest.mark.slow
+def test_an_export_that_cannot_be_uploaded_is_not_called_done(bucket, data, tmp_path, monkeypatch):
+    quick_uploads(monkeypatch)
+    upload = S3ObjectStore.upload_object
+
+    def fail(self, object_name, filename, *args, **kwargs):
+        if object_name.endswith('model.safetensors'):
+            time.sleep(1)
+            raise PermissionError('no more space')
+        upload(self, object_name, filename, *args, **kwargs)
+
+    monkeypatch.setattr(S3ObjectStore, 'upload_object', fail)
+    cfg = tiny.config(tmp_path, data, 'run', max_duration='4ba', save_folder=RUN)
+    with pytest.raises(PermissionError, match='no more space'):
+        tiny.recipe_here(cfg, tmp_path)
+    assert latest_batch(RUN) == 4
+    assert not files.exists(f'{RUN}/done.json')
+
+
 def test_a_parent_in_a_bucket(finished, original, data, tmp_path):
     cfg = settings(
         tmp_path, data, 'child', load_path=f'{RUN}/latest-rank0.pt', max_duration='4ba',
