@@ -20,7 +20,7 @@ and band and 8 per document (near); the last are a file mapped to memory, whose 
 
 Near-duplicates: MinHash and the number of bands are `datasketch's <https://ekzhu.com/datasketch/>`_. Two documents of
 Jaccard similarity J (of their sets of word n-grams) share a band with probability :math:`1 - (1 - J^r)^b`, with b bands
-of r rows: with the defaults b = 9, r = 13, which is 0.08 at J = 0.7, 0.40 at 0.8, 0.93 at 0.9 and 0.999 at 0.95.
+of r rows: with the defaults b = 9, r = 13, which is 0.08 at J = 0.7, 0.40 at 0.8, 0.93 at 0.9 and 0.998 at 0.95.
 Documents that share a band are taken for near-duplicates without comparing them again, and so are chains of them, as in
 FineWeb (`Penedo et al. 2024 <https://arxiv.org/abs/2406.17557>`_).
 """
