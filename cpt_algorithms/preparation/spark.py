@@ -11,10 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from pyspark import TaskContext
-from pyspark.sql import SparkSession
+from pyspark import TaskContext  # pyright: ignore[reportMissingImports]
+from pyspark.sql import SparkSession  # pyright: ignore[reportMissingImports]
 
-from cpt_algorithms.preparation.parts import PackJob, TokenizeJob, Tokenized, columns, rows, tokenize
+from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, columns, rows, tokenize
 
 __all__ = ['SparkEngine']
 
@@ -37,7 +37,8 @@ class SparkEngine:
     name = 'spark'
 
     def __init__(self) -> None:
-        self._spark = SparkSession.builder.appName('prepare_data').getOrCreate()
+        builder: Any = SparkSession.builder
+        self._spark = builder.appName('prepare_data').getOrCreate()
 
     def __enter__(self) -> 'SparkEngine':
         return self
