@@ -24,6 +24,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -291,6 +292,11 @@ def going_on_later(partial: Path) -> Iterator[None]:
     """An error says that what is finished is kept, if anything is."""
     try:
         yield
+    except BrokenProcessPool as error:
+        raise PrepareError(
+            'a process was killed, perhaps for lack of memory: try fewer --workers '
+            f'(the same command goes on from {partial})'
+        ) from error
     except PrepareError as error:
         if not any((partial / 'work' / 'parts').glob('[!.]*')):
             shutil.rmtree(partial)
