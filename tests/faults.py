@@ -55,6 +55,8 @@ class Proxy:
         self._open: set[socket.socket] = set()
         self._listener: socket.socket | None = None
         self.port = 0
+        # a DataLoader worker that is forked from here would hold connections open that we close
+        os.register_at_fork(after_in_child=self._forget)
         self.come_back()
 
     @property
@@ -79,17 +81,21 @@ class Proxy:
                 connection.close() if connection.fileno() < 0 else _reset(connection)
             self._open.clear()
 
+    def _forget(self) -> None:
+        for connection in [*self._open, *filter(None, [self._listener])]:
+            connection.close()
+
     def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
                 client, _ = listener.accept()
             except OSError:
                 return
+            with self._lock:
+                self._open.add(client)
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        with self._lock:
-            self._open.add(client)
         try:
             while (request := _read_message(client)) is not None:
                 if not self._answer(client, *request):
