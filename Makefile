@@ -6,7 +6,7 @@ DATA ?= data/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart data test lint bench style clean
+.PHONY: quickstart data test slow faults spark lint bench style clean
 
 # Pre-train a small model, continue it in several ways, print and draw what was forgotten, learned and spent.
 quickstart: data
@@ -19,6 +19,19 @@ data: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
+# What takes minutes: many ranks, kills, the offline tool's whole table.
+slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
+
+# Training through a network that fails, against a real S3 server; prints what happened under each fault.
+faults: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow tests/replay/test_faults.py -s
+
+# The same preparation on Spark (needs Java 8 to 17).
+spark: $(VENV)/installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[spark]'
+	$(BIN)/python -m pytest -m slow tests/test_prepare_data.py -k spark
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,6 +43,7 @@ style: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python scripts/benchmarks/replay_loader.py
+	$(BIN)/python scripts/benchmarks/preparation.py
 	$(BIN)/python scripts/benchmarks/weight_averages.py
 	$(BIN)/python scripts/benchmarks/average_checkpoints.py --gigabytes 0.5
 

@@ -55,16 +55,22 @@ setup(
         'mosaicml-streaming>=0.12,<0.13',
         'lm-eval>=0.4.13,<0.5',
         'wandb>=0.18,<0.19',  # as Composer pins it
+        'botocore',
+        'datasketch>=2,<3',
         'filelock',
         'jinja2>=3',
         'matplotlib>=3.8',
         'numpy',
         'omegaconf>=2.3,<3',
+        'pyarrow',
         'rich>=13',
         'scipy',
         'setuptools<82',  # llm-foundry 0.22 imports pkg_resources, which later releases no longer have
+        'tenacity>=8',
+        'tokenizers',
         'tqdm',
+        'xxhash>=3',
     ],
-    extras_require={'test': TEST},
+    extras_require={'test': TEST, 'spark': ['pyspark>=3.5,<4']},  # what Streaming's converter works with
     entry_points=ENTRY_POINTS,
 )
