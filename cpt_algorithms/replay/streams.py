@@ -263,6 +263,7 @@ class ResilientStream(Stream):
         self.cache_limit = bytes_to_int(cache_limit) if cache_limit else None
         # Streaming's validate_hash stays unset: it would validate files again under their final names
         self._wanted_hash = validate_hash
+        self._process = os.getpid()
 
     def apply_default(self, default: dict) -> None:
         """As Streaming, but ``validate_hash`` of the dataset."""
@@ -401,6 +402,9 @@ class ResilientStream(Stream):
 
         def once() -> None:
             Path(part).unlink(missing_ok=True)  # or it would be taken for downloaded
+            if self._process != os.getpid():  # forked workers would all talk through one inherited connection
+                self._downloader.clean_up()
+                self._process = os.getpid()
             try:
                 self._downloader.download(source, part, self.download_timeout)
             except Exception:

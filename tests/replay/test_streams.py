@@ -8,6 +8,8 @@ import re
 import subprocess
 import threading
 import time
+from collections import Counter
+from functools import partial
 
 import boto3
 import numpy as np
@@ -21,6 +23,7 @@ from cpt_algorithms.replay import ReplayTextDataset, StreamError, streams
 from cpt_algorithms.stage import resolve
 
 SEQ_LEN = 16
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 LIMIT = 24_000  # bytes: both indexes and 6 of the 35 shards
 
 
@@ -123,14 +126,11 @@ def undisturbed(data):
     'faults',
     [
         Faults('GET .*mds', 4, status=503),
-        Faults('HEAD .*mds', 4, status=500),
-        Faults('GET .*mds', 4, reset_after=100),
-        Faults('GET .*mds', 4, cut_after=100),
         Faults('GET .*mds', 2, flip=True),
-        Faults('GET .*index', 2, cut_after=50),
-        Faults('GET .*mds', 4, latency=0.1),
+        SLOW(Faults('GET .*mds', 8, cut_after=100)),
+        SLOW(Faults('GET .*index', 2, cut_after=50)),
     ],
-    ids=['503', '500', 'reset', 'cut', 'flipped', 'index', 'slow'],
+    ids=['503', 'flipped', 'cut', 'index'],
 )
 def test_what_passes_changes_nothing(proxy, tmp_path, undisturbed, faults):
     proxy.faults = faults
@@ -173,8 +173,7 @@ def test_a_server_that_stays_away_is_one_clear_error(proxy, tmp_path, undisturbe
     )
 
 
-@pytest.mark.parametrize('num_workers', [0, 2])
-@pytest.mark.parametrize('kind', ['train', 'eval'])
+@pytest.mark.parametrize(('kind', 'num_workers'), [('train', 0), ('eval', 2), SLOW('train', 2), SLOW('eval', 0)])
 def test_a_missing_shard_is_an_error_where_its_first_row_is_read(proxy, tmp_path, undisturbed, kind, num_workers):
     proxy.faults = Faults('/shards/new/train/shard.00007.mds', status=404)
     dataset = training(tmp_path) if kind == 'train' else evaluation(tmp_path)
@@ -190,10 +189,12 @@ def test_a_missing_shard_is_an_error_where_its_first_row_is_read(proxy, tmp_path
     if num_workers == 0:
         assert len(read) == first // 8 * 8
         assert sum('new/train/shard.00007' in request for request in proxy.requests) == 1, 'it was tried again'
-        time.sleep(0.3)  # for what is read ahead
-        assert 2 not in dataset._shard_states.numpy(), 'others would wait for a shard that nobody prepares'
+        dataset._iterator.non_blocking_exit()  # what is read ahead
+        time.sleep(0.5)
+        assert dataset._shard_states[7] != 2, 'others would wait for a shard that nobody prepares'
 
 
+@pytest.mark.slow
 def test_stock_streaming_ends_early_without_an_error(proxy, tmp_path):
     """Why all this: the same fault, and an evaluation over some of the rows."""
     proxy.faults = Faults('/shards/new/train/shard.00007.mds', status=404)
@@ -226,6 +227,7 @@ def test_a_corrupt_shard_is_never_read_and_never_kept(proxy, tmp_path, corrupt):
     assert sum('GET /shards/new/train/shard.00007' in request for request in proxy.requests) == 6
 
 
+@pytest.mark.slow
 def test_stock_streaming_serves_a_corrupt_shard(proxy, tmp_path, corrupt, data):
     """Why all this: at once, as it validates nothing by default; and after a restart where it found it corrupt."""
     good = [row['tokens'].tolist() for row in StreamingDataset(local=str(data['new']), split='train', batch_size=8)]
@@ -349,6 +351,7 @@ def test_a_killed_run_can_be_started_again_and_a_live_one_is_left_alone(proxy, t
     assert list(shared_memory_of(tmp_path)) == [dataset._shm_prefix_int]
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_live_stock_run_is_not_removed(proxy, tmp_path):
     live = in_another_process(StreamingDataset, **stream(tmp_path, 'new'), batch_size=8)
     there = shared_memory_of(tmp_path)
@@ -402,8 +405,8 @@ def test_a_full_disk_is_named_and_leaves_nothing_half(proxy, tmp_path):
             str(error.value),
         )
         assert {path.suffix for path in disk.rglob('*.*')} <= {'.mds', '.json', ''}
-        failed = sum('GET' in request for request in proxy.requests)
-        assert failed == len(list(disk.rglob('*.mds'))) + 2, 'the index, each shard, and the one that failed, once'
+        tried = Counter(re.findall(r'GET \S+mds', '\n'.join(proxy.requests)))
+        assert max(tried.values()) <= 2, 'it was tried again'
         subprocess.run(['mount', '-o', 'remount,size=1m', str(disk)], check=True)
         del dataset
         assert len(list(evaluation(tmp_path))) == 400
