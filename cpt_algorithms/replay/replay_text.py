@@ -368,6 +368,9 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         The last two are JSON strings: a single leaf each in sharded checkpoints.
         """
         state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and not num_samples:
+            # between two epochs Composer counts from the beginning of the next, and Streaming is still in the last
+            state |= {'epoch': self.next_epoch, 'sample_in_epoch': 0}
         slots = state['epoch'] * self.num_batches * self.global_batch_size + state['sample_in_epoch']
         return {**state, 'mix': self.mix, 'consumed': json.dumps(self.counts(slots))}
 

@@ -217,12 +217,20 @@ def _claim(folder: str) -> None:
 
 
 def _read_after_failure(shard: Reader, error: StreamError, sample: int) -> bytes:
-    """Instead of a reader's ``get_sample_data`` after a failed download: once, then it is tried again."""
-    vars(shard).pop('get_sample_data', None)
+    """Instead of a reader's ``get_sample_data`` after a failed download."""
     try:
-        return shard.get_sample_data(sample)  # another worker may have had more luck
+        data = type(shard).get_sample_data(shard, sample)  # another worker may have had more luck
     except FileNotFoundError:
+        vars(shard)['get_sample_data'] = partial(_ask_again, shard)
         raise error from None
+    vars(shard).pop('get_sample_data', None)
+    return data
+
+
+def _ask_again(shard: Reader, sample: int) -> bytes:
+    """Who reads again after the error wants another attempt; threads that read ahead do not get here."""
+    vars(shard).pop('get_sample_data', None)
+    return shard.get_sample_data(sample)
 
 
 class ResilientStream(Stream):

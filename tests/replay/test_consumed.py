@@ -146,3 +146,17 @@ def test_preflight_knows_how_much_that_is(parent, data, tmp_path):
     with pytest.raises(PreflightError, match='later.pt does not exist'):
         preflight(resolve(cfg))
     preflight(resolve(cfg), parent_is_there=False)
+
+
+def test_epochs_go_on_after_a_restart_at_their_end(data, tmp_path):
+    """A pass has 25 batches. Stock: a checkpoint at the end of an epoch is one at its beginning, and it is read again."""
+    loader = {'dataset': {'new': {'local': str(data['older']), 'split': 'train'}, 'max_passes': 2}}
+    over = {'max_duration': '29ba', 'train_loader': loader, 'save_interval': '1ep'}
+    straight = tiny.run(tiny.config(tmp_path, data, 'straight', **over))
+    stopped = tiny.config(tmp_path, data, 'stopped', **tiny.merge(over, {'callbacks': {'stop': {'at': 27}}}))
+    with pytest.raises(RuntimeError, match='stopped'):
+        tiny.run(stopped)
+    resumed = tiny.run(tiny.merge(stopped, {'callbacks': {'stop': None}}))
+    assert [resumed[batch]['rows'] for batch in range(29)] == [straight[batch]['rows'] for batch in range(29)]
+    state = dataset_state_of(tmp_path / 'stopped' / 'latest-rank0.pt')
+    assert json.loads(state['consumed']) == {'new': 8 * 29}
