@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from filelock import FileLock
+
 
 @dataclass
 class Faults:
@@ -172,10 +174,14 @@ def _reset(connection: socket.socket) -> None:
     connection.close()
 
 
-def read_a_row(begun: Any, environment: dict[str, str], dataset_class: type, arguments: dict[str, Any]) -> None:
+def read_a_row(
+    begun: Any, environment: dict[str, str], lock: str, dataset_class: type, arguments: dict[str, Any]
+) -> None:
     """A run, in a process of its own, until it is killed."""
     os.environ.update(environment)
-    rows = iter(dataset_class(**arguments))
+    with FileLock(lock):  # one dataset at a time on this machine
+        dataset = dataset_class(**arguments)
+    rows = iter(dataset)
     next(rows)
     begun.set()
     time.sleep(600)

@@ -17,6 +17,7 @@ import pytest
 from faults import Faults, Proxy, read_a_row
 from llmfoundry.data.text_data import StreamingTextDataset
 from streaming import MDSWriter, StreamingDataset
+from tiny import DATASETS_LOCK
 from torch.utils.data import DataLoader
 
 from cpt_algorithms.replay import ReplayTextDataset, StreamError, streams
@@ -327,7 +328,11 @@ def in_another_process(dataset_class, **arguments):
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['cpt_algorithms.replay'])
     begun = context.Event()
-    process = context.Process(target=read_a_row, args=(begun, dict(os.environ), dataset_class, arguments), daemon=True)
+    process = context.Process(
+        target=read_a_row,
+        args=(begun, dict(os.environ), DATASETS_LOCK.lock_file, dataset_class, arguments),
+        daemon=True,
+    )
     process.start()
     assert begun.wait(60)
     return process
