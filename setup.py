@@ -24,6 +24,10 @@ ENTRY_POINTS = {
         'ema = cpt_algorithms.weight_averaging:EMA',
         'lawa = cpt_algorithms.weight_averaging:LAWA',
     ],
+    # what `stream_name` of a `text` dataset may say
+    'streaming_streams_registry': [
+        'resilient = cpt_algorithms.replay:ResilientStream',
+    ],
 }
 
 TEST = [

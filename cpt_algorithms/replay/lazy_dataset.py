@@ -144,11 +144,15 @@ class LazyStreamingDataset(StreamingDataset):
         self.spanner = ShardOfSample(ends)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _check_cache_limit(self) -> None:
-        largest = max(int(index.bytes.max()) for index in self.indexes)
-        if self.cache_limit and self.cache_limit < 4 * largest:
+        cached = [(index, stream) for index, stream in zip(self.indexes, self.streams, strict=True) if stream.is_cache]
+        if not self.cache_limit or not cached:
+            return
+        largest = max(int(index.bytes.max()) for index, _ in cached)
+        indexes = sum(stream.get_index_size() for _, stream in cached)
+        if self.cache_limit < indexes + 4 * largest:
             raise ValueError(
-                f'cache_limit={self.cache_limit} bytes is too small: the largest shard takes {largest:,} bytes, and '
-                f'four must fit; set it to at least {4 * largest:,}, better to much more'
+                f'cache_limit={self.cache_limit:,} bytes is too small: the index takes {indexes:,}, the largest shard '
+                f'{largest:,}, and four must fit; set it to at least {indexes + 4 * largest:,}, better to much more'
             )
 
     def _share(self) -> None:

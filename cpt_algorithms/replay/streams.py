@@ -29,7 +29,6 @@ from streaming.base.distributed import barrier
 from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.hashing import get_hash, is_hash
 from streaming.base.shared.prefix import _get_path, _unpack_locals
-from streaming.base.stream import streams_registry
 from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
@@ -467,6 +466,3 @@ class ResilientStream(Stream):
             f'{source} cannot be read, after {attempts} attempts: {_one_line(error)}. When the server is there, run '
             'again: training goes on from the latest checkpoint. A higher download_retry waits longer'
         )
-
-
-streams_registry.register('resilient', func=ResilientStream)
