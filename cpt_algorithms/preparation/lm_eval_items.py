@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ['DOCUMENTS', 'DOCUMENT_CHARACTERS', 'ITEMS', 'continuations', 'passages', 'write_lm_eval']
 
 ITEMS = 200  # of each kind and dataset
-DOCUMENTS = 200  # they are taken from
+DOCUMENTS = 200  # they are taken from: the first of a dataset, and of each of its parts
 DOCUMENT_CHARACTERS = 1 << 16  # of each of these
 
 

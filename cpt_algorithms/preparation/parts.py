@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpt_algorithms.preparation.lm_eval_items import DOCUMENT_CHARACTERS, DOCUMENTS
 from cpt_algorithms.preparation.packing import cut, pieces
 from cpt_algorithms.preparation.sources import Part, in_chunks, read
 
@@ -34,7 +35,7 @@ __all__ = [
 
 CHUNK_CHARACTERS = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
 MAX_SEEN = 1 << 20  # documents remembered, not to tokenise them twice: 100 MB; what is dropped is decided elsewhere
-FORMAT = 1  # of the files of a tokenised part
+FORMAT = 2  # of the files of a tokenised part
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class TokenizeJob:
         tokenizer: A file of ``tokenizers``.
         tokenizer_hash: Of its content.
         eos: The token put after each document.
+        val_fraction: Share of the documents held out.
         near: The keywords of ``NearDuplicates``, if these are looked for.
         parts: The folder of all tokenised parts.
     """
@@ -54,6 +56,7 @@ class TokenizeJob:
     tokenizer: str
     tokenizer_hash: str
     eos: int
+    val_fraction: float
     near: dict[str, Any] | None
     parts: str
 
@@ -63,7 +66,8 @@ class TokenizeJob:
         stats = [(file, start, end, os.stat(file)) for file, start, end in self.part.units]
         units = [(file, start, end, stat.st_size, stat.st_mtime_ns) for file, start, end, stat in stats]
         source = asdict(self.part.source)
-        content = [FORMAT, source, units, self.part.text_key, self.tokenizer_hash, self.eos, self.near]
+        settings = [self.tokenizer_hash, self.eos, self.val_fraction, self.near]
+        content = [FORMAT, source, units, self.part.text_key, *settings]
         return Path(self.parts, hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest())
 
 
@@ -72,7 +76,8 @@ class Tokenized:
     """A tokenised part: a folder of arrays with one row per document that is not blank.
 
     ``tokens`` of all documents, each with EOS; ``lengths`` in tokens (0 for a text that came before in the part);
-    ``bytes`` of its text; ``digests``; and ``signatures`` if near-duplicates are looked for.
+    ``bytes`` of its text; ``digests``; ``held_out``, true for validation; and ``signatures`` if near-duplicates are
+    looked for. Beside them the first texts held out, for ``lm_eval/``.
 
     Args:
         folder: Holds them.
@@ -91,6 +96,10 @@ class Tokenized:
     def load(self, name: str) -> NDArray[Any]:
         """An array, read when it is looked at."""
         return np.load(self.file(name), mmap_mode='r')
+
+    def held_out_texts(self) -> list[tuple[int, str]]:
+        """The first documents held out, cut to what ``lm_eval/`` takes of each, with their rows."""
+        return json.loads(Path(self.folder, 'held_out.json').read_text())
 
     @property
     def tokens(self) -> NDArray[np.int32]:
@@ -136,7 +145,7 @@ def tokenize(job: TokenizeJob) -> Tokenized:
     Cost: that of ``tokenizers``; memory does not depend on the size of the part but for its ``digests``, ``lengths``
     and ``signatures``.
     """
-    from cpt_algorithms.preparation.duplicates import NearDuplicates, digests, signatures
+    from cpt_algorithms.preparation.duplicates import NearDuplicates, digests, is_held_out, signatures
 
     folder = job.folder
     if (folder / 'part.json').exists():
@@ -144,8 +153,14 @@ def tokenize(job: TokenizeJob) -> Tokenized:
     tokenizer = _load(job.tokenizer, job.tokenizer_hash)
     near = NearDuplicates(**job.near) if job.near is not None else None
     seen: set[bytes] = set()
-    skipped = 0
-    arrays: dict[str, list[NDArray[Any]]] = {'digests': [], 'lengths': [], 'bytes': []}
+    documents, skipped = 0, 0
+    held_out_texts: list[tuple[int, str]] = []
+    arrays: dict[str, list[NDArray[Any]]] = {
+        'digests': [np.zeros((0, 2), np.uint64)],
+        'lengths': [np.zeros(0, np.uint32)],
+        'bytes': [np.zeros(0, np.uint32)],
+        'held_out': [np.zeros(0, np.bool_)],
+    }
     if near:
         arrays['signatures'] = [np.zeros((0, near.bands[0]), np.uint64)]
     with appearing(folder) as partial, open(partial / 'tokens', 'wb') as file:
@@ -168,6 +183,10 @@ def tokenize(job: TokenizeJob) -> Tokenized:
                     fresh.append(number)
             if len(seen) > MAX_SEEN:
                 seen.clear()
+            held_out = is_held_out(identities, job.val_fraction)
+            kept = [number for number in fresh if held_out[number]][: DOCUMENTS - len(held_out_texts)]
+            held_out_texts += [(documents + number, texts[number][:DOCUMENT_CHARACTERS]) for number in kept]
+            documents += len(texts)
             lengths = np.zeros(len(texts), np.uint32)
             encodings = tokenizer.encode_batch_fast([texts[number] for number in fresh], add_special_tokens=False)
             tokens = [np.array([*encoding.ids, job.eos], np.int32) for encoding in encodings]
@@ -177,12 +196,12 @@ def tokenize(job: TokenizeJob) -> Tokenized:
             arrays['digests'].append(identities)
             arrays['lengths'].append(lengths)
             arrays['bytes'].append(np.array(sizes, np.uint32))
+            arrays['held_out'].append(held_out)
             if near:
                 arrays['signatures'].append(signatures(texts, near))
         for name, rows in arrays.items():
-            empty = [np.zeros((0, 2), np.uint64)] if name == 'digests' else [np.zeros(0, np.uint32)]
-            np.save(partial / f'{name}.npy', np.concatenate(rows or empty))
-        documents = sum(map(len, arrays['lengths']))
+            np.save(partial / f'{name}.npy', np.concatenate(rows))
+        (partial / 'held_out.json').write_text(json.dumps(held_out_texts))
         (partial / 'part.json').write_text(json.dumps({'documents': documents, 'skipped': skipped}))
     return Tokenized(str(folder), documents, skipped)
 

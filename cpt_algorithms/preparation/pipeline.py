@@ -18,7 +18,7 @@ import numpy as np
 
 from cpt_algorithms.files import write_json
 from cpt_algorithms.preparation.earlier import Earlier
-from cpt_algorithms.preparation.lm_eval_items import DOCUMENT_CHARACTERS, DOCUMENTS, write_lm_eval
+from cpt_algorithms.preparation.lm_eval_items import DOCUMENTS, write_lm_eval
 from cpt_algorithms.preparation.manifest import versions, write_manifest
 from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector, cut
 from cpt_algorithms.preparation.parts import (
@@ -124,9 +124,9 @@ def prepare(
     backend.write_text(tokenizer.backend_tokenizer.to_str(), encoding='utf-8')
 
     def jobs(parts: Iterable[Part]) -> Iterator[TokenizeJob]:
-        eos, near = tokenizer.eos_token_id, request['near_duplicates']
+        eos, val_fraction, near = tokenizer.eos_token_id, request['val_fraction'], request['near_duplicates']
         for part in parts:
-            yield TokenizeJob(part, str(backend), tokenizer_hash, eos, near, str(work / 'parts'))
+            yield TokenizeJob(part, str(backend), tokenizer_hash, eos, val_fraction, near, str(work / 'parts'))
 
     names = {'digests': 'documents.npy'} | ({'signatures': 'signatures.npy'} if request['near_duplicates'] else {})
     before = {key: [file for data in earlier for file in data.keys(name, work)] for key, name in names.items()}
@@ -202,8 +202,6 @@ def _decide(
     """Tokenise a dataset as far as its limits need and decide which documents go where."""
     from tqdm import tqdm
 
-    from cpt_algorithms.preparation.duplicates import is_held_out
-
     limits = {split: request[f'max_{split}_tokens'] for split in SPLITS}
     max_seq_len = request['max_seq_len']
     limits = {split: limit and limit // max_seq_len * max_seq_len for split, limit in limits.items()}
@@ -222,9 +220,7 @@ def _decide(
         for tokenized in results:
             bar.update(parts[len(decision.tokenized)].size)
             decision.tokenized.append(tokenized)
-            held_out = is_held_out(tokenized.load('digests'), request['val_fraction'])
-            np.save(tokenized.file('held_out'), held_out)
-            lengths = tokenized.load('lengths')
+            held_out, lengths = tokenized.load('held_out'), tokenized.load('lengths')
             upper.select(held_out, lengths, lengths > 0, np.zeros(len(lengths), np.bool_))
             if upper.ended:
                 upper = _select(decision, limits, request, before)
@@ -425,22 +421,11 @@ def _write_keys(file: Path, key: str, decision: _Decision, split: str) -> None:
 
 
 def _validation_texts(decision: _Decision) -> list[str]:
-    """The first validation documents of a dataset, read again."""
-    from cpt_algorithms.preparation.duplicates import digests
-
+    """The first validation documents of a dataset, of those that were kept when they were read."""
     texts: list[str] = []
-    for part, tokenized in zip(decision.parts, decision.tokenized, strict=True):
-        wanted = {row.tobytes() for row in tokenized.load('digests')[tokenized.load('val')][: DOCUMENTS - len(texts)]}
-        for text in read(part):
-            if not wanted:
-                break
-            try:
-                identity = digests([text])[0].tobytes()
-            except UnicodeEncodeError:
-                continue
-            if identity in wanted:
-                wanted.remove(identity)
-                texts.append(text[:DOCUMENT_CHARACTERS])
+    for tokenized in decision.tokenized:
+        chosen = tokenized.load('val')
+        texts += [text for row, text in tokenized.held_out_texts() if chosen[row]]
         if len(texts) >= DOCUMENTS:
             break
-    return texts
+    return texts[:DOCUMENTS]

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+import orjson
+
 __all__ = [
     'INSTALLED',
     'KINDS',
@@ -400,7 +402,11 @@ def _read_jsonl(part: Part, unit: Unit) -> Iterator[str]:
         while (at < end or not end) and (line := handle.readline()):
             at += len(line)
             if line.strip():
-                yield _text_of(part.source, part.text_key, json.loads(line))
+                try:
+                    row = orjson.loads(line)
+                except orjson.JSONDecodeError:
+                    row = json.loads(line)  # reads NaN and half a character, which others write and orjson refuses
+                yield _text_of(part.source, part.text_key, row)
 
 
 def _read_parquet(part: Part, unit: Unit) -> Iterator[str]:

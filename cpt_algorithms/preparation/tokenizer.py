@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from cpt_algorithms.exports import models_of
 from cpt_algorithms.preparation.sources import PrepareError
 
@@ -35,8 +37,8 @@ def hash_tokenizer(folder: Path) -> str:
         ValueError: If there is no such file in it, as for tokenizers that have no fast form.
     """
     try:
-        tokenizer = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
-        config = json.loads((folder / 'tokenizer_config.json').read_text(encoding='utf-8'))
+        tokenizer = orjson.loads((folder / 'tokenizer.json').read_bytes())
+        config = orjson.loads((folder / 'tokenizer_config.json').read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f'{folder}: no fast tokenizer found: {error}') from None
     model = dict(tokenizer['model'])
