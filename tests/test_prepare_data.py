@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``scripts/prepare_data.py``: packing, splits, determinism, refusal, being killed, and what reads its output."""
 
+import functools
 import gzip
 import itertools
 import json
@@ -75,12 +76,14 @@ def prepare(out: Path, *arguments: str) -> dict:
     return json.loads((out / 'manifest.json').read_text())
 
 
+@functools.cache
 def read_tokens(out: Path, dataset: str, split: str) -> np.ndarray:
     clean_stale_shared_memory()
     data = StreamingDataset(local=str(out / dataset), split=split, shuffle=False, batch_size=1)
     return np.stack([data[position]['tokens'] for position in range(len(data))])
 
 
+@functools.cache
 def read_documents(out: Path, dataset: str, split: str) -> list[str]:
     """The whole documents of a split, decoded; what follows the last EOS is not one."""
     tokenizer = build_tokenizer(str(out / 'tokenizer'), {'model_max_length': LENGTH})
@@ -298,9 +301,12 @@ def test_text_that_spells_eos_is_text(two: tuple[Path, dict, dict[str, list[str]
     assert any(EOS in document for part in parts for document in part)
 
 
-def test_lm_eval_items_are_of_documents_held_out(tmp_path: Path):
+def test_lm_eval_items_are_of_documents_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     texts = ['\n'.join(make_texts(at, 8)) for at in range(60)]
-    data = write_jsonl(tmp_path / 'a.jsonl', texts)
+    for name in ('SMALLEST_PART', 'LARGEST_PART'):
+        monkeypatch.setattr(sources, name, 20_000)
+    # documents that came before, in the same part and in another, and one that is blank
+    data = write_jsonl(tmp_path / 'a.jsonl', [*texts[:2], '', *texts[:30], *texts])
     manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}', '--max-val-tokens', '4000')
     counts = manifest['datasets']['a']
     val = [text for text in texts if in_val(text)][: counts['splits']['val']['documents']]
@@ -309,6 +315,9 @@ def test_lm_eval_items_are_of_documents_held_out(tmp_path: Path):
         lines = (tmp_path / 'out' / 'lm_eval' / f'a_{kind}.jsonl').read_text().splitlines()
         rows[kind] = [json.loads(line) for line in lines]
         assert 0 < len(lines) == counts['lm_eval'][kind] <= lm_eval_items.ITEMS
+    assert counts['parts'] > 3
+    lm_eval_items.write_lm_eval(tmp_path / 'expected', 'a', val, LENGTH)
+    assert every_byte(tmp_path / 'out' / 'lm_eval') == every_byte(tmp_path / 'expected'), 'of these, in their order'
     for row in rows['passages']:
         assert len(row['text']) <= 2 * LENGTH and any(row['text'] in text for text in val)
     for row in rows['continuations']:
@@ -363,7 +372,7 @@ def test_limits(tmp_path: Path):
     assert train['train'] == some['train'] and train['val']['documents'] < everything['val']['documents']
 
 
-def test_result_does_not_depend_on_chunks(
+def test_the_same_bytes_again_whatever_the_chunks(
     two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out, manifest, _ = two
@@ -464,6 +473,12 @@ def test_compressed_lines(name: str, tmp_path: Path):
     assert read_all(f'jsonl:{tmp_path / name}') == texts
 
 
+def test_lines_that_not_every_parser_reads(tmp_path: Path):
+    data = tmp_path / 'a.jsonl'
+    data.write_text('{"text": "a", "score": NaN}\n{"text": "half \\ud83d"}\n{"text": "b"}\n')
+    assert read_all(f'jsonl:{data}') == ['a', 'half \ud83d', 'b']
+
+
 @given(st.lists(st.text(st.sampled_from('aé\n'), max_size=5), max_size=9), st.integers(1, 40))
 @settings(max_examples=30, deadline=None)
 def test_lines_do_not_depend_on_where_files_are_cut(texts: list[str], size: int):
@@ -492,12 +507,6 @@ def test_streamed_rows_are_read_once_and_resumed(tmp_path: Path):
 
 
 # The same again, something else, and being killed
-
-
-def test_the_same_bytes_again(two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path):
-    out, manifest, _ = two
-    prepare(tmp_path / 'again', *[f'--dataset={spec}' for spec in manifest['request']['datasets']])
-    assert every_byte(tmp_path / 'again') == every_byte(out)
 
 
 def test_same_request_is_not_done_twice(
@@ -844,7 +853,9 @@ def test_sources_of_one_text_agree(tmp_path: Path):
     assert sorted(notes) == sorted(texts) and notes != texts
 
 
-@pytest.mark.parametrize('text', sources.INSTALLED)
+@pytest.mark.parametrize(
+    'text', ['cpp', *(pytest.param(text, marks=pytest.mark.slow) for text in sources.INSTALLED if text != 'cpp')]
+)
 def test_installed(text: str, tmp_path: Path):
     limits = ('--max-train-tokens', '20000', '--max-val-tokens', '2000', '--tokenizer-documents', '20')
     manifest = prepare(tmp_path / 'out', f'--dataset=x=installed:{text}', *limits)
