@@ -66,6 +66,7 @@ setup(
         'matplotlib>=3.8',
         'numpy',
         'omegaconf>=2.3,<3',
+        'orjson>=3',
         'pyarrow',
         'rich>=13',
         'scipy',

@@ -10,8 +10,8 @@ from typing import Any
 
 from composer.utils import dist
 
-from cpt_algorithms.checkpoints import CheckpointError, dataset_state_of, follow
-from cpt_algorithms.files import StorageError, fetch, is_remote, list_names
+from cpt_algorithms.checkpoints import dataset_state_of, follow
+from cpt_algorithms.files import fetch, is_remote, list_names
 
 __all__ = ['Consumed', 'consumed_by', 'read_consumed']
 
@@ -42,7 +42,7 @@ def consumed_by(state: Mapping[str, Any], digest: str) -> Consumed:
         ValueError: If it is the state of another loader, or the run did not read this dataset as its only new data.
     """
     if 'consumed' not in state:
-        raise ValueError('it was saved by another train loader than replay_text, so what it read is not known')
+        raise ValueError('its train loader was not replay_text, or an older one, so what it read is not known')
     mix, counts = json.loads(state['mix']), json.loads(state['consumed'])
     new = {key.removeprefix('new.'): value for key, value in mix.items() if key.startswith('new.')}
     described = ', '.join(f'{name}: {value}' for name, value in new.items())
@@ -65,24 +65,25 @@ def _state_of(checkpoint: str) -> dict[str, Any]:
         return dataset_state_of(Path(here) / Path(uri).name)
 
 
-def read_consumed(where: str, checkpoint: str, digest: str) -> Consumed:
-    """The same from a checkpoint. In a run of several ranks, all must call it; one reads.
+def read_consumed(where: str, checkpoint: str, digest: str, together: bool = True) -> Consumed:
+    """The same from a checkpoint.
 
     Args:
         where: The key that named it, for the error message.
         checkpoint: A Composer checkpoint, monolithic or sharded, local or in object storage (which is downloaded).
         digest: Of the dataset.
+        together: Whether all ranks call it, and one reads. Default: ``True``.
 
     Raises:
         ValueError: If it cannot be read, or says nothing of this dataset.
     """
     found: list[Any] = [None]
-    if dist.get_global_rank() == 0:
+    if not together or dist.get_global_rank() == 0:
         try:
             found = [consumed_by(_state_of(checkpoint), digest)]
-        except (CheckpointError, StorageError, ValueError, OSError) as error:
-            found = [str(error) or 'it does not exist']
-    if dist.is_initialized():
+        except Exception as error:  # of any kind: the other ranks are waiting
+            found = [str(error) if isinstance(error, ValueError | OSError) else f'{type(error).__name__}: {error}']
+    if together and dist.is_initialized():
         dist.broadcast_object_list(found)
     if isinstance(found[0], str):
         raise ValueError(f'{where}={checkpoint}: {found[0]}')

@@ -33,7 +33,7 @@ from streaming.base.world import World
 from torch import distributed as dist
 
 from cpt_algorithms.replay.shard_index import ShardIndex, ShardOfSample, Shards
-from cpt_algorithms.replay.streams import DOWNLOAD_RETRY, ResilientStream
+from cpt_algorithms.replay.streams import DOWNLOAD_RETRY, ResilientStream, StreamError, is_ending
 
 __all__ = ['LazyStreamingDataset']
 
@@ -98,7 +98,7 @@ class LazyStreamingDataset(StreamingDataset):
         self.num_streams = len(streams)
         self.indexes = [self._read_index(stream) for stream in streams]
         self._lay_out()
-        self._check_cache_limit()
+        self.check_cache_limit_for(0)
         self._share()
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
@@ -143,18 +143,6 @@ class LazyStreamingDataset(StreamingDataset):
             here += before
         self.spanner = ShardOfSample(ends)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _check_cache_limit(self) -> None:
-        cached = [(index, stream) for index, stream in zip(self.indexes, self.streams, strict=True) if stream.is_cache]
-        if not self.cache_limit or not cached:
-            return
-        largest = max(int(index.bytes.max()) for index, _ in cached)
-        indexes = sum(stream.get_index_size() for _, stream in cached)
-        if self.cache_limit < indexes + 4 * largest:
-            raise ValueError(
-                f'cache_limit={self.cache_limit:,} bytes is too small: the index takes {indexes:,}, the largest shard '
-                f'{largest:,}, and four must fit; set it to at least {indexes + 4 * largest:,}, better to much more'
-            )
-
     def _share(self) -> None:
         """What the ranks and workers of a node know together; names are Streaming's."""
         local = [stream.folder for stream in self.streams]
@@ -195,48 +183,92 @@ class LazyStreamingDataset(StreamingDataset):
         self.cache_usage = usage
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download a shard that is not here.
+        """Download or decompress a shard, unless it is here or somebody else prepares it.
 
-        Two things are not as in Streaming. It takes a file lock for every row that it reads ahead, here or not: at some
-        10,000 rows per second it falls behind the rows that are used, and with a cache limit downloads again what
-        nobody needs any more. And it counts a shard when it has come: each of many workers may exceed the limit by one.
+        Streaming takes a file lock for every row that it reads ahead, here or not: at some 10,000 rows per second it
+        falls behind the rows that are used, and with a cache limit downloads again what nobody needs any more. And it
+        counts a shard when it has come: each of many workers may exceed the limit by one.
+
+        Args:
+            shard_id: The shard.
+            blocking: Whether to wait for who prepares it. Default: ``True``.
+
+        Raises:
+            StreamError: If the run ends meanwhile.
         """
-        stream, shard = self.streams[self.stream_per_shard[shard_id]], self.shards[shard_id]
-        state = self._shard_states[shard_id]
-        if state == _ShardState.LOCAL and not blocking:
-            raw, _ = shard.file_pairs[0]
-            if os.path.isfile(os.path.join(stream.folder, raw.basename)):  # and not only compressed
+        while (reserved := self._reserve(shard_id)) is None:
+            if self._is_here(shard_id):
                 self._shard_access_times[shard_id] = time.time_ns()
                 return
-        if state != _ShardState.REMOTE or not self._reserve(shard_id, shard.get_max_size()):
-            super().prepare_shard(shard_id, blocking)
-            return
-        delta = stream.prepare_shard(shard)
-        with self._cache_lock():
-            self.cache_usage += delta - shard.get_max_size()
-            self._shard_access_times[shard_id] = time.time_ns()
-            self._shard_states[shard_id] = _ShardState.LOCAL
-
-    def _cache_lock(self) -> FileLock:
-        if not hasattr(self, CACHE_FILELOCK):  # made late: it cannot be pickled
-            self._cache_filelock = FileLock(self._cache_filelock_path)
-        return self._cache_filelock
-
-    def _reserve(self, shard_id: int, size: int) -> bool:
-        """Make room for a shard and take it, unless somebody else prepares it already."""
-        while True:
+            if not blocking:
+                return
+            self._wait()
+        delta = 0
+        try:
+            delta = self.streams[self.stream_per_shard[shard_id]].prepare_shard(self.shards[shard_id])
+        finally:
             with self._cache_lock():
-                if self._shard_states[shard_id] != _ShardState.REMOTE:
-                    return False
-                while (full := self.cache_limit and self.cache_usage + size > self.cache_limit) and len(
-                    self._evictable()
-                ):
+                self.cache_usage += (delta - reserved) if reserved else 0
+                self._shard_access_times[shard_id] = time.time_ns()
+                self._shard_states[shard_id] = _ShardState.LOCAL
+
+    def _reserve(self, shard_id: int) -> int | None:
+        """Take a shard to prepare, and make room for it; None if it is here or taken. What it may need, in bytes."""
+        stream = self.streams[self.stream_per_shard[shard_id]]
+        size = self.shards[shard_id].get_max_size() if stream.is_cache else 0
+        while True:
+            if self._shard_states[shard_id] == _ShardState.PREPARING or self._is_here(shard_id):
+                return None
+            with self._cache_lock():
+                if self._shard_states[shard_id] == _ShardState.PREPARING or self._is_here(shard_id):
+                    return None
+                limit = self.cache_limit if size else None
+                while limit and self.cache_usage + size > limit and len(self._evictable()):
                     self._evict_coldest_shard()
-                if not full:
+                if not limit or self.cache_usage + size <= limit:
                     self.cache_usage += size
                     self._shard_states[shard_id] = _ShardState.PREPARING
-                    return True
-            time.sleep(TICK)  # all that is here is being downloaded
+                    return size
+            self._wait()  # all that could make room is being downloaded
+
+    def _is_here(self, shard_id: int) -> bool:
+        """Whether rows can be read: not only compressed, not deleted by somebody."""
+        if self._shard_states[shard_id] != _ShardState.LOCAL:
+            return False
+        stream = self.streams[self.stream_per_shard[shard_id]]
+        raw, _ = self.shards[shard_id].file_pairs[0]
+        return os.path.isfile(os.path.join(stream.folder, raw.basename))
+
+    def _wait(self) -> None:
+        if is_ending() or (hasattr(self, '_event') and self._event.is_set()):
+            raise StreamError('the run is ending')
+        time.sleep(TICK)
+
+    def _cache_lock(self) -> FileLock:
+        # made late: it can neither be pickled nor go through a fork
+        if getattr(self, '_cache_lock_owner', None) != os.getpid():
+            self._cache_filelock = FileLock(self._cache_filelock_path)
+            self._cache_lock_owner = os.getpid()
+        return self._cache_filelock
+
+    def _ready_thread(self, it: Any) -> None:
+        """Say which rows may be read.
+
+        As in Streaming, but a shard that was evicted before its first row was read is prepared again; Streaming waits
+        for it for ever, and so does the process when it should end.
+        """
+        while not it.should_exit() and it.ready_index < it.total and not self._event.is_set():
+            if self.predownload is not None and self.predownload < it.ready_index - it.yield_index:
+                self._wait()
+                continue
+            shard_id, _ = self.spanner[it.sample_ids[it.ready_index]]
+            while self._shard_states[shard_id] != _ShardState.LOCAL and not it.should_exit():
+                if self._shard_states[shard_id] == _ShardState.REMOTE:
+                    self.prepare_shard(shard_id, False)
+                else:
+                    self._wait()
+            it.ready_index += 1
+        it.on_exit()
 
     def _evictable(self) -> NDArray[np.int64]:
         """Shards in the cache; not what is only here, which Streaming would delete as well."""
@@ -246,4 +278,29 @@ class LazyStreamingDataset(StreamingDataset):
     def _evict_coldest_shard(self) -> None:
         """Remove from the cache what was used longest ago."""
         candidates = self._evictable()
-        self._evict_shard(int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])]))
+        shard_id = int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])])
+        self._shard_states[shard_id] = _ShardState.REMOTE
+        # of a failed download there may be more on disk than was counted
+        self.cache_usage = max(self.cache_usage - self.shards[shard_id].evict(), 0)
+
+    def check_cache_limit_for(self, num_workers: int) -> None:
+        """Refuse a cache in which that many workers would take each other's shards away.
+
+        Args:
+            num_workers: DataLoader workers of all ranks of this node.
+
+        Raises:
+            ValueError: If it cannot hold the index, a shard of each worker, and four more.
+        """
+        cached = [(index, stream) for index, stream in zip(self.indexes, self.streams, strict=True) if stream.is_cache]
+        if not self.cache_limit or not cached:
+            return
+        largest = max(int(index.bytes.max()) for index, _ in cached)
+        indexes = sum(stream.get_index_size() for _, stream in cached)
+        needed = indexes + (4 + num_workers) * largest
+        if self.cache_limit < needed:
+            raise ValueError(
+                f'cache_limit={self.cache_limit:,} bytes is too small: the index takes {indexes:,}, the largest shard '
+                f'{largest:,}, and {4 + num_workers} must fit for {num_workers} workers on this node; set it to at '
+                f'least {needed:,}, better to much more'
+            )

@@ -329,6 +329,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> _Work:  # pyright: ignore
         world = self._parallel_worker_world
+        self.check_cache_limit_for(self._unique_worker_world.workers_per_node)
         samples = self.num_batches * self.global_batch_size
         batches = (samples - sample_in_epoch) // self.global_batch_size
         mine = len(range(world.worker_of_rank, batches, world.workers_per_rank))
@@ -342,14 +343,6 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
             worker=world.worker_of_rank,
             num_workers=world.workers_per_rank,
         )
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """As Streaming, which after an error lets everybody wait for the lock of the cache for ever."""
-        try:
-            super().prepare_shard(shard_id, blocking)
-        except BaseException:
-            self._cache_filelock.release(force=True)
-            raise
 
     def on_exception(self, future: Future) -> None:
         """Keep what a background thread died of; Streaming only logs it."""
@@ -371,7 +364,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         if from_beginning and not num_samples:
             # between two epochs Composer counts from the beginning of the next, and Streaming is still in the last
             state |= {'epoch': self.next_epoch, 'sample_in_epoch': 0}
-        slots = state['epoch'] * self.num_batches * self.global_batch_size + state['sample_in_epoch']
+        slots = max(state['epoch'], 0) * self.num_batches * self.global_batch_size + state['sample_in_epoch']
         return {**state, 'mix': self.mix, 'consumed': json.dumps(self.counts(slots))}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ def _first_parent(pid: int) -> int:
     return os.getppid()
 
 
-def _is_ending() -> bool:
+def is_ending() -> bool:
     """Whether nobody waits for this process's downloads any more."""
     is_worker = multiprocessing.parent_process() is not None
     return bool(_exiting) or (is_worker and os.getppid() != _first_parent(os.getpid()))
@@ -83,7 +83,7 @@ def _is_ending() -> bool:
 
 def _sleep(seconds: float) -> None:
     end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0 and not _is_ending():
+    while (left := end - time.monotonic()) > 0 and not is_ending():
         time.sleep(min(left, 0.1))
 
 
@@ -267,6 +267,7 @@ class ResilientStream(Stream):
         **stream: Any,
     ) -> None:
         super().__init__(**stream)
+        self.local = os.path.abspath(self.local)  # as files in it are listed
         self.cache_limit = bytes_to_int(cache_limit) if cache_limit else None
         # Streaming's validate_hash stays unset: it would validate files again under their final names
         self._wanted_hash = validate_hash
@@ -420,7 +421,7 @@ class ResilientStream(Stream):
 
         Retrying(
             retry=retry_if_exception(_may_pass),
-            stop=lambda state: stop_after_attempt(1 + self.download_retry)(state) or _is_ending(),
+            stop=lambda state: stop_after_attempt(1 + self.download_retry)(state) or is_ending(),
             wait=wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT),
             sleep=_sleep,
             before_sleep=tried,

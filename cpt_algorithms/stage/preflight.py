@@ -421,6 +421,11 @@ def _sizes_of(where: str, streams: Mapping[str, Config], max_seq_len: int | None
     return sizes
 
 
+def _consumed_of(where: str, checkpoint: str, index: Path) -> int:
+    # not together: another node may have no index yet
+    return read_consumed(where, checkpoint, ShardIndex.read(index).digest, together=False).samples
+
+
 def _check_data(cfg: Config, parent_is_there: bool) -> None:
     loader = cfg['train_loader']
     if loader.get('name') != 'replay_text':
@@ -443,7 +448,7 @@ def _check_data(cfg: Config, parent_is_there: bool) -> None:
         # of what is still to be trained, or elsewhere, the loader itself finds out
         if index.exists() and Path(checkpoint).exists():
             where = f'train_loader.dataset.replay.streams.{name}.consumed_by'
-            sizes[name] = min(sizes[name], read_consumed(where, checkpoint, ShardIndex.read(index).digest).samples)
+            sizes[name] = min(sizes[name], _consumed_of(where, checkpoint, index))
         elif not is_remote(checkpoint) and parent_is_there and not Path(checkpoint).exists():
             raise ValueError(f'train_loader.dataset.replay.streams.{name}.consumed_by={checkpoint} does not exist')
     duration = Time.from_timestring(cfg['max_duration'])

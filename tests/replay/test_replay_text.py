@@ -45,7 +45,12 @@ def loader_of(data, num_workers=0, device_batch_size=BATCH, drop_last=True, **ov
     dataset = ReplayTextDataset(
         tokenizer=None, batch_size=device_batch_size, drop_last=drop_last, **section(data, **over)
     )
-    return torch.utils.data.DataLoader(dataset, batch_size=device_batch_size, num_workers=num_workers)
+    fork = (
+        'fork' if num_workers else None
+    )  # as from a run; a rank made by a forkserver would start its workers like that
+    return torch.utils.data.DataLoader(
+        dataset, batch_size=device_batch_size, num_workers=num_workers, multiprocessing_context=fork
+    )
 
 
 def rows(loader, limit=None):

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from streaming import StreamingDataset
+from streaming import MDSWriter, StreamingDataset
 from streaming.base.format import reader_from_json
 from streaming.base.spanner import Spanner
+from torch.utils.data import DataLoader
 
 from cpt_algorithms.replay import ReplayTextDataset, shard_index
 from cpt_algorithms.replay.shard_index import ShardIndex, ShardOfSample, Shards
@@ -194,6 +195,7 @@ def start(folder):
     dataset = ReplayTextDataset(
         tokenizer=None, max_seq_len=2048, new={'local': str(folder)}, batch_size=1104, shuffle=True
     )
+    dataset._unique_worker_world = dataset._unique_rank_world.detect_workers()
     dataset._parallel_worker_world = dataset._parallel_rank_world.detect_workers()
     for batch in (0, 66_000, 132_244):
         dataset.spanner[int(dataset._get_work(0, 1104 * batch)[0])]
@@ -213,3 +215,47 @@ def test_starting_at_146_million_samples_takes_a_second_and_100_mb(tmp_path, mon
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6
+
+
+def test_many_workers_share_the_smallest_cache_that_is_accepted(data, tmp_path):
+    """They evict each other's shards before a row is read; Streaming then waits for ever."""
+    source = data['new'] / 'train'
+    shard = int(ShardIndex.read(source / 'index.json').bytes.max())
+    limit = (source / 'index.json').stat().st_size + 10 * shard
+    dataset = cached(data, tmp_path, cache_limit=limit, shuffle_block_size=400, batch_size=4)
+    with pytest.raises(ValueError, match=r'11 must fit for 7 workers on this node; set it to at least'):
+        dataset.check_cache_limit_for(7)
+    loader = DataLoader(dataset, batch_size=4, num_workers=6)
+    assert sorted(int(row[1]) * 100 + int(row[2]) for batch in loader for row in batch) == list(range(400))
+    assert 0 < dataset.cache_usage <= limit
+    files = [path for path in (tmp_path / 'cache' / 'train').iterdir() if not path.name.startswith('.')]
+    assert sum(path.stat().st_size for path in files) == dataset.cache_usage
+
+
+def test_compressed_data_that_is_only_here_does_not_fill_the_account(data, tmp_path):
+    with MDSWriter(
+        out=str(tmp_path / 'zip' / 'train'), columns={'tokens': 'ndarray:int32:16'}, compression='zstd', hashes=['xxh64'],
+        size_limit=1600,
+    ) as writer:  # fmt: skip
+        for number in range(200):
+            writer.write({'tokens': np.full(16, number, np.int32)})
+    source = data['new'] / 'train'
+    limit = (source / 'index.json').stat().st_size + 5 * int(ShardIndex.read(source / 'index.json').bytes.max())
+    dataset = ReplayTextDataset(
+        tokenizer=None, max_seq_len=16, new={'remote': str(data['new']), 'local': str(tmp_path / 'c'), 'split': 'train'},
+        replay={'fraction': 0.5, 'streams': {'old': {'local': str(tmp_path / 'zip'), 'split': 'train'}}},
+        batch_size=8, shuffle=True, shuffle_block_size=40, predownload=8, cache_limit=limit, max_passes=3,
+    )  # fmt: skip
+    assert len([*dataset]) == len(dataset)
+    assert dataset.cache_usage <= limit
+
+
+def test_a_relative_cache_folder_is_the_same_folder(data, tmp_path, monkeypatch):
+    full = cached(data, tmp_path)
+    assert len([*full]) == 400
+    usage = full.cache_usage
+    del full
+    monkeypatch.chdir(tmp_path)
+    new = {'remote': str(data['new']), 'local': './cache', 'split': 'train'}
+    again = ReplayTextDataset(tokenizer=None, max_seq_len=tiny.SEQ_LEN, new=new, batch_size=8)
+    assert again.cache_usage == usage
