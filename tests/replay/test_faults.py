@@ -342,7 +342,7 @@ def test_cache_folder_of_a_live_run_and_a_restart_after_a_kill(proxy, tmp_path, 
     assert re.search(rf'^other: the cache folder {tmp_path}/cache/new/train is in use by process {run.pid} on', error)
     print(f'\nshared cache folder: {error}')
     assert run.poll() is None, 'it must be alive for this to mean anything'
-    TABLE.append(('cache folder of a live run', 'may share it', 'refused: one line', f'{seconds:.0f}', '-'))
+    TABLE.append(('cache folder of a live run', 'not run', 'refused: one line', f'{seconds:.0f}', '-'))
     os.killpg(run.pid, signal.SIGKILL)  # with its resource tracker: shared memory stays
     run.communicate()
     left = len(_left_behind(f'{tmp_path}/cache/new/train'))
@@ -353,7 +353,7 @@ def test_cache_folder_of_a_live_run_and_a_restart_after_a_kill(proxy, tmp_path, 
     TABLE.append(
         (
             'killed, stale shared memory',
-            'refused, or works by luck',
+            'not run',
             'goes on',
             f'{time.monotonic() - begin:.0f}',
             'equal',
