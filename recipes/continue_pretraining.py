@@ -299,10 +299,15 @@ def main() -> None:
     rank_zero = os.environ.get('RANK', '0') == '0'
     if world_size > 1:  # llm-foundry's tokenizer builder wants it; train() finds it done
         dist.initialize_dist(get_device(None), timeout=cfg.get('dist_timeout', 600.0))
+    problems = []
     try:
-        preflight(cfg, world_size)  # on every rank, so that all stop at once
+        preflight(cfg, world_size)
     except PreflightError as error:
-        sys.exit(f'{arguments.yaml} was refused before training:\n{error}' if rank_zero else 1)
+        problems = error.problems
+    if world_size > 1:  # a cache or a network may be another on each node, and all must stop at once
+        problems = list(dict.fromkeys(problem for each in dist.all_gather_object(problems) for problem in each))
+    if problems:
+        sys.exit(f'{arguments.yaml} was refused before training:\n{PreflightError(problems)}' if rank_zero else 1)
     if rank_zero:
         print_phases(cfg)
     if arguments.dry_run:

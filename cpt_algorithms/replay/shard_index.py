@@ -7,6 +7,7 @@ bytes, and a sample nothing.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -71,6 +72,14 @@ def _scan(file: BinaryIO) -> Iterator[tuple[int, int, dict[str, Any]]]:
         raise ValueError(f'its version is {version}, and Streaming reads 2')
 
 
+def _unspoilt(text: str) -> str:
+    """What was read with one character per byte."""
+    try:
+        return text.encode('latin-1').decode()
+    except UnicodeError:  # it was written with escapes
+        return text
+
+
 def _key(basename: str) -> int:
     """64 bits of a file name."""
     return int.from_bytes(hashlib.blake2b(basename.encode(), digest_size=8).digest(), 'little', signed=True)
@@ -106,9 +115,9 @@ class ShardIndex:
         stat = path.stat()
         note, table = path.with_name('.index.note.json'), path.with_name('.index.npy')
         made_from = [stat.st_size, stat.st_mtime_ns]
-        if stat.st_size > LARGE and note.exists():
+        if stat.st_size > LARGE and note.exists() and table.exists():
             known = json.loads(note.read_text(encoding='utf-8'))
-            if known.pop('made_from') == made_from:
+            if [known.pop('made_from'), known.pop('table_bytes')] == [made_from, table.stat().st_size]:
                 return cls(path, np.load(table, mmap_mode='r'), **known)
         columns = {name: array('q') for name in COLUMNS}
         kinds: dict[str, dict[str, Any]] = {}
@@ -118,7 +127,13 @@ class ShardIndex:
                 for start, length, info in _scan(file):
                     files = [value for value in info.values() if isinstance(value, dict) and 'bytes' in value]
                     raw = [info[key] for key in ('raw_data', 'raw_meta') if info.get(key)]
-                    row = (info['samples'], sum(f['bytes'] for f in files), start, length, _key(raw[0]['basename']))
+                    row = (
+                        info['samples'],
+                        sum(f['bytes'] for f in files),
+                        start,
+                        length,
+                        _key(_unspoilt(raw[0]['basename'])),
+                    )
                     for column, value in zip(columns.values(), row, strict=True):
                         column.append(value)
                     content = [(each['bytes'], sorted(each['hashes'].items())) for each in raw]
@@ -130,10 +145,11 @@ class ShardIndex:
         values = np.array([np.frombuffer(column, np.int64) for column in columns.values()]).reshape(len(COLUMNS), -1)
         index = cls(path, values, list(kinds.values()), hasher.hexdigest())
         if stat.st_size > LARGE and os.access(path.parent, os.W_OK):
-            partial = table.with_name(f'{table.name}.{os.getpid()}.npy')
-            np.save(partial, values)
-            partial.replace(table)
-            known = {'made_from': made_from, 'kinds': index.kinds, 'digest': index.digest}
+            buffer = io.BytesIO()
+            np.save(buffer, values)
+            write_whole(table, buffer.getvalue())
+            known = {'made_from': made_from, 'table_bytes': table.stat().st_size}
+            known |= {'kinds': index.kinds, 'digest': index.digest}
             write_whole(note, json.dumps(known).encode())
         return index
 

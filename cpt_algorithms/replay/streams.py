@@ -50,7 +50,7 @@ TRACKER_TIME = 1.0
 HASHES = ('xxh3_64', 'xxh3_128', 'xxh64', 'xxh128', 'xxh32', 'blake2b', 'sha1', 'md5')
 SHARED_MEMORY = Path('/dev/shm')
 # What a killed run leaves: our partial files, boto's beside them, Streaming's own.
-PARTIAL = re.compile(r'\.(part(\.\w{8})?|tmp)$')
+PARTIAL = re.compile(r'^(shard\..*|index\.json)\.(part(\.\w{8})?|tmp)$')
 
 # Open files that lock the cache folders of this process, until it ends.
 _claimed: dict[str, list[Any]] = {}

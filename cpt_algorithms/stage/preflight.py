@@ -2,7 +2,6 @@
 """Every check of a stage's YAML that needs no training: all problems at once, before anything expensive starts."""
 
 import inspect
-import json
 import logging
 import os
 import re
@@ -378,24 +377,32 @@ def _folder_of(cfg: Config) -> str:
     return str(cfg.get('save_folder') or '').format(run_name=cfg.get('run_name'))
 
 
-def _index_of(stream: Config) -> list[Config] | None:
-    """A stream's shards; None if only training can tell: a store that is not Composer's, or a very large index."""
+def _index_of(stream: Config) -> tuple[int, set[str]] | None:
+    """Samples and encodings; None if only training can tell: a store that is not Composer's, or a very large index."""
     split = stream.get('split') or ''
     places = [place for place in (stream.get('local'), stream.get('remote')) if place and not is_remote(place)]
     for place in places:
         index = Path(place) / split / 'index.json'
         if index.exists():
-            return json.loads(index.read_text())['shards']
+            return _summary(ShardIndex.read(index))
     looked_for = [str(Path(place) / split / 'index.json') for place in places]
     if stream.get('remote') and is_remote(stream['remote']):
         if not stream['remote'].startswith(('s3://', 'gs://', 'oci://', 'azure://')):
             return None
         index = '/'.join(part for part in (stream['remote'].rstrip('/'), split, 'index.json') if part)
         try:
-            return None if size_of(index) > _LARGEST_INDEX else read_json(index)['shards']
+            if size_of(index) > _LARGEST_INDEX:
+                return None
+            with tempfile.TemporaryDirectory() as here:
+                fetch(index, Path(here) / 'index.json')
+                return _summary(ShardIndex.read(Path(here) / 'index.json'))
         except FileNotFoundError:
             looked_for.append(index)
     raise FileNotFoundError(' or '.join(looked_for))
+
+
+def _summary(index: ShardIndex) -> tuple[int, set[str]]:
+    return int(index.samples.sum()), {code for kind in index.kinds for code in kind['column_encodings'] or ()}
 
 
 def _sizes_of(where: str, streams: Mapping[str, Config], max_seq_len: int | None = None) -> dict[str, int | None]:
@@ -403,15 +410,13 @@ def _sizes_of(where: str, streams: Mapping[str, Config], max_seq_len: int | None
     sizes: dict[str, int | None] = {}
     for name, stream in streams.items():
         try:
-            shards = _index_of(stream)
-            sizes[name] = None if shards is None else sum(shard['samples'] for shard in shards)
+            sizes[name], encodings = _index_of(stream) or (None, set())
         except FileNotFoundError as error:
             raise ValueError(f'{where}.{name}: there is no dataset; looked for {error}') from None
         except StorageError as error:
             raise ValueError(f'{where}.{name}: {error}') from None
         if sizes[name] == 0:
             raise ValueError(f'{where}.{name}: the dataset is empty')
-        encodings = {code for shard in shards or [] for code in shard.get('column_encodings', [])}
         lengths = {row_length(code) for code in encodings} - {None, max_seq_len}
         if max_seq_len is not None and lengths:
             raise ValueError(
