@@ -371,7 +371,10 @@ def run(cfg: dict[str, Any], world_size: int, rank_zero: bool) -> None:
     if os.environ.get('LOCAL_RANK', '0') == '0':
         DATASETS_LOCK.acquire()
     logging.getLogger('cpt_algorithms').setLevel(logging.INFO)  # what the first step used, whatever python_log_level
-    trainer = train(OmegaConf.create(cfg))
+    try:
+        trainer = train(OmegaConf.create(cfg))
+    finally:
+        DATASETS_LOCK.release(force=True)  # which it had kept if it failed before the datasets were built
     wait_for_uploads(trainer)
     if rank_zero:
         done = {'batch': int(trainer.state.timestamp.batch.value), 'lm_eval': None}
