@@ -236,9 +236,9 @@ def test_a_restart_goes_on_as_the_same_wandb_run(child, tmp_path):
     cfg = tiny.merge(child, {'loggers': {'wandb': {}}})
     ids = []
     for given in (cfg, cfg, tiny.merge(cfg, {'loggers': {'wandb': {'init_kwargs': {'id': 'mine'}}}})):
-        continue_pretraining.note_lineage(given, tmp_path)
+        continue_pretraining.note_lineage(given, str(tmp_path), resumes=False)
         tracked = copy.deepcopy(given)
-        continue_pretraining.track(tracked, tmp_path)
+        continue_pretraining.track(tracked, str(tmp_path))
         assert tracked['loggers']['wandb']['init_kwargs']['resume'] == 'allow'
         ids.append(tracked['loggers']['wandb']['init_kwargs']['id'])
     assert ids[0] == ids[1] != ids[2] == 'mine'
