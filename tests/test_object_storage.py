@@ -4,6 +4,7 @@
 import json
 import multiprocessing
 import re
+import secrets
 import shutil
 import signal
 import tempfile
@@ -73,6 +74,14 @@ def put(client, wanted):
         client.put_object(Bucket='bucket', Key=name, Body=content)
 
 
+def nearby(factory, folder):
+    """A short name of a folder for temporary files: sockets are made in it, whose names have 107 characters at most."""
+    folder.mkdir()
+    link = factory.getbasetemp() / secrets.token_hex(3)
+    link.symlink_to(folder)
+    return str(link)
+
+
 @pytest.fixture(scope='module')
 def original(data, tmp_path_factory, s3_server):
     """The run in a folder, and all objects of the same run in a slow bucket; what was there when it said it was done."""
@@ -83,8 +92,7 @@ def original(data, tmp_path_factory, s3_server):
             patch.setenv(key, 'x')
         patch.setenv('AWS_DEFAULT_REGION', 'us-east-1')
         patch.setenv('S3_ENDPOINT_URL', s3_server)
-        patch.setattr(tempfile, 'tempdir', str(folder / 'temporary'))
-        (folder / 'temporary').mkdir()
+        patch.setattr(tempfile, 'tempdir', nearby(tmp_path_factory, folder / 'temporary'))
         patch.chdir(folder)
         client = boto3.client('s3', endpoint_url=s3_server)
         client.create_bucket(Bucket='bucket')
@@ -114,14 +122,13 @@ def original(data, tmp_path_factory, s3_server):
 
 
 @pytest.fixture
-def finished(original, bucket, tmp_path, monkeypatch):
+def finished(original, bucket, tmp_path, tmp_path_factory, monkeypatch):
     """The bucket as the run left it, and what it recorded."""
     folder, everything, _, _ = original
     put(bucket, everything)
     quick_uploads(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'temporary'))
-    (tmp_path / 'temporary').mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', nearby(tmp_path_factory, tmp_path / 'temporary'))
     shutil.copy(folder / 'remote.jsonl.rank0', tmp_path / 'run.jsonl.rank0')
     return bucket
 
@@ -425,12 +432,11 @@ def test_a_sequence_keeps_its_runs_in_a_local_folder(data, tmp_path):
 
 
 @pytest.fixture
-def scratch(bucket, tmp_path, monkeypatch):
+def scratch(bucket, tmp_path, tmp_path_factory, monkeypatch):
     """The working folder and the folder for temporary files, which a machine that is lost takes with it."""
-    for name in ('working', 'temporary'):
-        (tmp_path / name).mkdir()
+    (tmp_path / 'working').mkdir()
     monkeypatch.chdir(tmp_path / 'working')
-    monkeypatch.setenv('TMPDIR', str(tmp_path / 'temporary'))
+    monkeypatch.setenv('TMPDIR', nearby(tmp_path_factory, tmp_path / 'temporary'))
     return bucket
 
 
