@@ -346,7 +346,8 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
 
     def on_exception(self, future: Future) -> None:
         """Keep what a background thread died of; Streaming only logs it."""
-        self._background_error = future.exception() or getattr(self, '_background_error', None)
+        # the first: the other threads then end with errors of their own
+        self._background_error = getattr(self, '_background_error', None) or future.exception()
         super().on_exception(future)
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
