@@ -21,6 +21,7 @@ __all__ = [
     'hidden_sibling',
     'is_remote',
     'list_names',
+    'locked_sibling',
     'read_json',
     'read_whole',
     'size_of',
@@ -204,11 +205,10 @@ def write_json(place: str | Path, value: Any) -> None:
 
 
 @contextmanager
-def hidden_sibling(out: Path, busy: Exception) -> Iterator[Path]:
-    """An empty hidden folder beside ``out``, to make a result in and rename it.
+def locked_sibling(out: Path, busy: Exception) -> Iterator[Path]:
+    """A hidden folder beside ``out``, to make a result in; it stays, to go on from, until it is removed or renamed.
 
-    One process at a time has it, through a lock that dies with the process. What a killed one left is removed first,
-    and what is left when something goes wrong is removed at once.
+    One process at a time has it, through a lock that dies with the process.
 
     Args:
         out: Where the result will go.
@@ -223,11 +223,28 @@ def hidden_sibling(out: Path, busy: Exception) -> Iterator[Path]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.path.samestat(os.fstat(handle), partial.stat())  # and not what another process renamed
+            is_ours = os.path.samestat(os.fstat(handle), partial.stat())  # and not what another renamed or removed
         except (BlockingIOError, FileNotFoundError):
             is_ours = False
         if not is_ours:
             raise busy
+        yield partial
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def hidden_sibling(out: Path, busy: Exception) -> Iterator[Path]:
+    """A :func:`locked_sibling` that is empty, and removed at once when something goes wrong.
+
+    Args:
+        out: Where the result will go.
+        busy: Raised if another process is making it.
+
+    Yields:
+        The folder.
+    """
+    with locked_sibling(out, busy) as partial:
         try:
             for left in partial.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -235,5 +252,3 @@ def hidden_sibling(out: Path, busy: Exception) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    finally:
-        os.close(handle)

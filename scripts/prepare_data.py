@@ -34,10 +34,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cpt_algorithms.files import locked_sibling
 from cpt_algorithms.preparation.earlier import Earlier, find_earlier
 from cpt_algorithms.preparation.engines import LocalEngine, num_cores
 from cpt_algorithms.preparation.manifest import FORMAT, find_prepared
-from cpt_algorithms.preparation.pipeline import in_progress, prepare
+from cpt_algorithms.preparation.pipeline import prepare
 from cpt_algorithms.preparation.sources import (
     BYTES_PER_TOKEN,
     INSTALLED,
@@ -327,7 +328,7 @@ def run(options: argparse.Namespace) -> None:
         tokenizer = find_tokenizer(options, parent, earlier)
         remote = is_remote(options.out)
         out = (Path(options.work) if options.work else work_folder(options.out)) if remote else Path(options.out)
-        with in_progress(out) as partial:
+        with locked_sibling(out, PrepareError(f'another run is preparing {out}')) as partial:
             if remote:
                 check_destination(options.out, partial)
             if not find_prepared(str(out), request):

@@ -32,7 +32,8 @@ from streaming import StreamingDataset
 from streaming.base.storage.upload import S3Uploader
 from streaming.base.util import clean_stale_shared_memory
 
-from cpt_algorithms.preparation import PrepareError, hash_tokenizer, lm_eval_items, parts, pipeline, sources
+from cpt_algorithms.files import locked_sibling
+from cpt_algorithms.preparation import hash_tokenizer, lm_eval_items, parts, sources
 from cpt_algorithms.preparation.duplicates import digests, is_held_out
 from cpt_algorithms.preparation.packing import Selector, cut, pieces
 from cpt_algorithms.preparation.sources import Source
@@ -666,14 +667,14 @@ def test_spark_makes_the_same_bytes(
     assert found == expected
 
 
-def test_two_runs_at_once(tmp_path: Path):
-    with pipeline.in_progress(tmp_path / 'out') as partial:
+def test_two_runs_at_once(tmp_path: Path, capsys: pytest.CaptureFixture):
+    data = write_jsonl(tmp_path / 'data.jsonl', make_texts(0))
+    with locked_sibling(tmp_path / 'out', RuntimeError()) as partial:
         (partial / 'file').touch()
-        with pytest.raises(PrepareError, match='another run is preparing'):
-            with pipeline.in_progress(tmp_path / 'out'):
-                pass
+        message = error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}')
+        assert f'another run is preparing {tmp_path / "out"}' in message
         assert (partial / 'file').exists()
-    with pipeline.in_progress(tmp_path / 'out') as partial:
+    with locked_sibling(tmp_path / 'out', RuntimeError()) as partial:
         assert (partial / 'file').exists()
 
 

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From sources to datasets: what is done with the parts, in which order, and what is written about it."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
@@ -32,35 +30,10 @@ from cpt_algorithms.preparation.parts import (
 from cpt_algorithms.preparation.sources import Part, PrepareError, Source, part_size, parts_of, read
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer, train_tokenizer
 
-__all__ = ['in_progress', 'prepare']
+__all__ = ['prepare']
 
 HFTokenizer = Any
 Request = dict[str, Any]
-
-
-@contextmanager
-def in_progress(out: Path) -> Iterator[Path]:
-    """The hidden folder beside ``out`` in which it is made; it stays, to go on from, until it is removed.
-
-    One process at a time has it, through a lock that dies with the process.
-
-    Raises:
-        PrepareError: If another process is making ``out``.
-    """
-    partial = out.with_name(f'.{out.name}.partial')
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.path.samestat(os.fstat(handle), partial.stat())  # and not what another process removed
-        except (BlockingIOError, FileNotFoundError):
-            is_ours = False
-        if not is_ours:
-            raise PrepareError(f'another run is preparing {out}')
-        yield partial
-    finally:
-        os.close(handle)
 
 
 @dataclass
