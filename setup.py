@@ -19,6 +19,7 @@ ENTRY_POINTS = {
     ],
     'llmfoundry_callbacks': [
         'stage_start = cpt_algorithms.stage:StageStart',
+        'branch_points = cpt_algorithms.stage:BranchPoints',
         'final_loss = cpt_algorithms.evaluation:FinalLoss',
         'forgetting = cpt_algorithms.evaluation:Forgetting',
         'ema = cpt_algorithms.weight_averaging:EMA',

@@ -77,6 +77,8 @@ class Forgetting(Callback):
             file.
             Default: ``None``.
         metric: Name of the loss among the evaluation metrics. Default: ``LanguageCrossEntropy``.
+        parent_losses: The ``forgetting.json`` of another run, a path or URI: that run's parent is compared with, and
+            not the model that this one starts from. For a branch, whose stage began with its trunk. Default: ``None``.
 
     Raises:
         ValueError: If a label is on no evaluation dataset or in both lists, or the parent was not evaluated.
@@ -90,6 +92,7 @@ class Forgetting(Callback):
         old: Sequence[str],
         save_folder: str | None = None,
         metric: str = 'LanguageCrossEntropy',
+        parent_losses: str | None = None,
     ) -> None:
         for key, labels in (('new', new), ('old', old)):
             if isinstance(labels, str) or not labels:
@@ -101,6 +104,7 @@ class Forgetting(Callback):
         self.new, self.old = list(new), list(old)
         self.save_folder = save_folder
         self.metric = metric
+        self.parent_losses = parent_losses
         self.parent: dict[str, float] = {}
         self.bytes_per_token: dict[str, float] = {}
         self._losses: dict[str, float] = {}
@@ -127,7 +131,7 @@ class Forgetting(Callback):
             raise ValueError(
                 f'callbacks.forgetting: {unknown[0]!r} is the label of no eval_loader; there are {", ".join(labels)}'
             )
-        path = self._path(state)
+        path = self.parent_losses or self._path(state)
         found: list[Any] = [None]
         if not self.parent and path is not None and dist.get_global_rank() == 0:
             found = [read_json(path)]
@@ -138,11 +142,11 @@ class Forgetting(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Insist on the parent's losses; they are the first point of the run's curves."""
         if missing := [label for label in (*self.old, *self.new) if label not in self.parent]:
+            hint = f'look into {self.parent_losses}' if self.parent_losses else 'set eval_first: true'
             raise ValueError(
-                f'callbacks.forgetting: the parent was not evaluated on {missing[0]!r} when the stage started; set '
-                'eval_first: true'
+                f'callbacks.forgetting: the parent was not evaluated on {missing[0]!r} when the stage started; {hint}'
             )
-        for callback in state.callbacks:
+        for callback in () if self.parent_losses else state.callbacks:
             if isinstance(callback, FinalLoss) and not callback.losses:
                 callback.losses = {label: [[0, 0, loss, 0.0]] for label, loss in self.parent.items()}
 
@@ -150,7 +154,7 @@ class Forgetting(Callback):
 
     def eval_standalone_start(self, state: State, logger: Logger) -> None:
         """The evaluation before the first batch is the parent's."""
-        if not state.timestamp.batch.value:
+        if not state.timestamp.batch.value and not self.parent_losses:
             self.parent, self.bytes_per_token = {}, {}
             tokenizer = getattr(getattr(state.model, 'module', state.model), 'tokenizer', None)
             self._token_bytes = token_bytes(tokenizer) if tokenizer is not None else None
@@ -179,7 +183,7 @@ class Forgetting(Callback):
             return
         label = dataset_of(str(state.dataloader_label))
         self._losses[label] = loss
-        if not state.timestamp.batch.value:
+        if not state.timestamp.batch.value and not self.parent_losses:
             self.parent[label] = loss
         if self._token_bytes is not None:
             dist.all_reduce(self._counts)

@@ -2,18 +2,22 @@
 """What an earlier run really read of its data, from the dataset state in its checkpoint."""
 
 import json
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from composer.utils import dist
 
 from cpt_algorithms.checkpoints import dataset_state_of, follow
 from cpt_algorithms.files import fetch, is_remote, list_names
 
-__all__ = ['Consumed', 'consumed_by', 'read_consumed']
+__all__ = ['Consumed', 'consumed_by', 'positions_behind', 'read_consumed', 'read_positions']
+
+
+Found = TypeVar('Found')
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,55 @@ def _state_of(checkpoint: str) -> dict[str, Any]:
         return dataset_state_of(Path(here) / Path(uri).name)
 
 
+def _contents(mix: Mapping[str, Any], role: str) -> dict[str, str]:
+    """What the streams of a role are, by name: their sizes and digests, without weights and limits."""
+    described = {key.removeprefix(f'{role}.'): value for key, value in mix.items() if key.startswith(f'{role}.')}
+    return {name: re.sub(r'\).*', ')', value) for name, value in described.items()}
+
+
+def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
+    """Where a run goes on that reads the same data in the same order as the one that saved a dataset state.
+
+    Args:
+        state: Dataset state of a :class:`~cpt_algorithms.replay.ReplayTextDataset`.
+        mix: The mix of the run that goes on, as that class describes it. Its fraction and weights may be others.
+
+    Returns:
+        Samples that were read of the new data (``new``) and of each old stream, for those that both runs read in the
+        same role; the others begin at 0 and are left out.
+
+    Raises:
+        ValueError: If it is the state of another loader, nothing is read by both, or the order is not the same.
+    """
+    if 'consumed' not in state:
+        raise ValueError('its train loader was not replay_text, or an older one, so what it read is not known')
+    before, counts, now = json.loads(state['mix']), json.loads(state['consumed']), json.loads(mix)
+    positions = {'new': counts['new']} if _contents(before, 'new') == _contents(now, 'new') else {}
+    old, ours = _contents(before, 'replay'), _contents(now, 'replay')
+    positions |= {name: counts[name] for name in ours if ours[name] == old.get(name)}
+    if not positions:
+        raise ValueError('none of this data was read by that run; leave continues out')
+    keys = ('shuffle', 'shuffle_seed', 'shuffle_block_size', *(['order'] if positions.keys() - {'new'} else []))
+    if changed := [f'{key}: {before[key]} -> {now[key]}' for key in keys if before[key] != now[key]]:
+        raise ValueError(f'it read in another order ({"; ".join(changed)}), and this run would not know what is left')
+    return positions
+
+
+def read_positions(where: str, checkpoint: str, mix: str, together: bool = True) -> dict[str, int]:
+    """The same from a checkpoint.
+
+    Args:
+        where: The key that named it, for the error message.
+        checkpoint: A Composer checkpoint, monolithic or sharded, local or in object storage (which is downloaded).
+        mix: See :func:`positions_behind`.
+        together: Whether all ranks call it, and one reads. Default: ``True``.
+
+    Raises:
+        ValueError: If it cannot be read, or :func:`positions_behind` refuses.
+    """
+    return _read(where, checkpoint, lambda state: positions_behind(state, mix), together)
+
+
 def read_consumed(where: str, checkpoint: str, digest: str, together: bool = True) -> Consumed:
     """The same from a checkpoint.
 
@@ -77,10 +130,14 @@ def read_consumed(where: str, checkpoint: str, digest: str, together: bool = Tru
     Raises:
         ValueError: If it cannot be read, or says nothing of this dataset.
     """
+    return _read(where, checkpoint, lambda state: consumed_by(state, digest), together)
+
+
+def _read(where: str, checkpoint: str, judge: Callable[[dict[str, Any]], Found], together: bool) -> Found:
     found: list[Any] = [None]
     if not together or dist.get_global_rank() == 0:
         try:
-            found = [consumed_by(_state_of(checkpoint), digest)]
+            found = [judge(_state_of(checkpoint))]
         except Exception as error:  # of any kind: the other ranks are waiting
             found = [str(error) if isinstance(error, ValueError | OSError) else f'{type(error).__name__}: {error}']
     if together and dist.is_initialized():

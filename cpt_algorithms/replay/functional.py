@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import lcm
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,7 @@ def check_budget(
     sizes: Mapping[str, int],
     max_passes: Fraction | float,
     max_seq_len: int,
+    read_before: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Say before training that a budget needs more data than there is.
 
@@ -185,13 +187,17 @@ def check_budget(
         sizes: Samples of the new data (called ``new``) and of each old stream, in the order of the mix.
         max_passes: How many times a dataset may be read.
         max_seq_len: Tokens per sample.
+        read_before: Samples of each that were read before this budget begins. Default: none.
 
     Raises:
         ValueError: If a dataset would be read more often, with the numbers.
     """
-    for (name, size), needed in zip(sizes.items(), interleaving.counts(num_samples), strict=True):
+    for (name, size), counted in zip(sizes.items(), interleaving.counts(num_samples), strict=True):
+        needed = counted + read_before.get(name, 0)
         if needed > max_passes * size:
             what = 'new data' if name == 'new' else f'replay stream {name!r}'
+            if read_before.get(name):
+                what += f' ({read_before[name] * max_seq_len:,} of them before it begins)'
             raise ValueError(
                 f'too little data: a budget of {num_samples * max_seq_len:,} tokens reads {needed * max_seq_len:,} '
                 f'tokens of the {what}, which has {size * max_seq_len:,} ({needed / max(size, 1):.2f} passes; '
@@ -331,11 +337,15 @@ class MixedSequence:
     Args:
         interleaving: Which stream each slot belongs to.
         orders: Of each stream.
+        starts: Samples of each stream that are left out at first: they were read before. Default: ``None``, 0 each.
     """
 
-    def __init__(self, interleaving: Interleaving, orders: Sequence[StreamOrder]) -> None:
+    def __init__(
+        self, interleaving: Interleaving, orders: Sequence[StreamOrder], starts: Sequence[int] | None = None
+    ) -> None:
         self.interleaving = interleaving
         self.orders = tuple(orders)
+        self.starts = list(starts or [0] * len(self.orders))
         self.sizes = [order.size for order in orders]
         self._offsets = np.cumsum([0, *(order.total for order in orders)])[:-1]
         self._remember_orders()
@@ -360,7 +370,7 @@ class MixedSequence:
         ids = np.empty(len(slots), np.int64)
         for stream in np.unique(streams):
             here = streams == stream
-            passes, places = np.divmod(ordinals[here], self.sizes[stream])
+            passes, places = np.divmod(ordinals[here] + self.starts[stream], self.sizes[stream])
             for number in np.unique(passes):
                 now = passes == number
                 places[now] = self._order(int(stream), int(number))(places[now])

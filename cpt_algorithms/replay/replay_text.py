@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cpt_algorithms.keys import check_keys
-from cpt_algorithms.replay.consumed import read_consumed
+from cpt_algorithms.replay.consumed import read_consumed, read_positions
 from cpt_algorithms.replay.functional import (
     DEFAULT_BLOCK_SIZE,
     Interleaving,
@@ -190,14 +190,17 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         shuffle_seed: Seed of the shuffle. Default: ``9176``.
         shuffle_block_size: Samples within which the shuffle mixes shards. Default: ``1 << 18``.
         max_passes: How many times the stage's budget may read a dataset, old or new. Default: ``1``.
+        continues: A checkpoint: what its run has read of the same data, in the same role, is not read again; each
+            dataset goes on behind it (a branch). The fraction and the weights may differ. Default: ``None``.
         token_encoding_type: Of tokens that were stored as bytes. Default: ``'int64'``.
         kwargs: Streaming's own: ``cache_limit``, ``predownload``, ``download_retry``, ``download_timeout``,
             ``validate_hash``, ``keep_zip``, ``allow_unsafe_types``, ``replication``.
 
     Raises:
         ValueError: If a key is unknown, the fraction or a weight is out of range, two streams share a name, or the
-            new data does not fill one global batch, rows were packed to another length, or ``consumed_by`` is no
-            checkpoint of a run that learned that dataset.
+            new data does not fill one global batch, rows were packed to another length, ``consumed_by`` is no
+            checkpoint of a run that learned that dataset, or ``continues`` none of one that read this data in this
+            order.
 
     Source: Ibrahim et al. 2024, section 4.2 (compute-equivalent replay).
     """
@@ -214,6 +217,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         shuffle_seed: int = 9176,
         shuffle_block_size: int | None = None,
         max_passes: float = 1,
+        continues: str | None = None,
         token_encoding_type: str = 'int64',
         **kwargs: Any,
     ) -> None:
@@ -268,6 +272,10 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
                 **self._describe_streams('replay', mix.old, len(mix.new), mix.weights),
             }
         )
+        if continues is not None:
+            read = read_positions('train_loader.dataset.continues', continues, self.mix)
+            self.sequence = MixedSequence(mix.interleaving, orders, [read.get(name, 0) for name in self.names])
+            self.mix = json.dumps({**json.loads(self.mix), 'read before': json.dumps(read)})
 
     def _old_order(self, mix: Mix, name: str, stream: int) -> StreamOrder:
         index, block_size = self.indexes[stream], int(self.shuffle_block_size or 0)
@@ -325,7 +333,8 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
             ValueError: If the budget would read a dataset more than ``max_passes`` times.
         """
         sizes = dict(zip(self.names, self.sequence.sizes, strict=True))
-        check_budget(num_samples, self.sequence.interleaving, sizes, self.max_passes, self.max_seq_len)
+        before = dict(zip(self.names, self.sequence.starts, strict=True))
+        check_budget(num_samples, self.sequence.interleaving, sizes, self.max_passes, self.max_seq_len, before)
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> _Work:  # pyright: ignore
         world = self._parallel_worker_world
@@ -366,7 +375,11 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
             # between two epochs Composer counts from the beginning of the next, and Streaming is still in the last
             state |= {'epoch': self.next_epoch, 'sample_in_epoch': 0}
         slots = max(state['epoch'], 0) * self.num_batches * self.global_batch_size + state['sample_in_epoch']
-        return {**state, 'mix': self.mix, 'consumed': json.dumps(self.counts(slots))}
+        consumed = {
+            name: start + count
+            for start, (name, count) in zip(self.sequence.starts, self.counts(slots).items(), strict=True)
+        }
+        return {**state, 'mix': self.mix, 'consumed': json.dumps(consumed)}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Go on where the state was saved.

@@ -5,8 +5,8 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,15 +14,30 @@ from composer.core import Time
 
 from cpt_algorithms.keys import check_keys
 from cpt_algorithms.replay.functional import Interleaving, shares_of
+from cpt_algorithms.stage.branch import anneal_branch, in_batches
 from cpt_algorithms.stage.stage_start import budget_in_samples
 
-__all__ = ['Run', 'plan', 'stage_tokens', 'tokens_per_stream']
+__all__ = ['BASELINES', 'Run', 'heirs', 'plan', 'stage_tokens', 'tokens_per_stream']
 
 Config = dict[str, Any]
 
-SEQUENCE_KEYS = ('name', 'folder', 'seeds', 'jobs', 'nproc', 'data', 'common', 'stages', 'arms', 'variables', 'lm_eval')
+SEQUENCE_KEYS = (
+    'name', 'folder', 'seeds', 'jobs', 'nodes', 'nproc', 'slurm', 'data', 'common', 'stages', 'arms', 'variables',
+    'lm_eval',
+)  # fmt: skip
 # What a stage says besides llm-foundry keys.
-STAGE_KEYS = ('new', 'replay', 'optimizer_state')
+STAGE_KEYS = ('new', 'replay', 'optimizer_state', 'branches')
+ANNEAL_KEYS = ('t_anneal', 'anneal', 'alpha_f')
+MERGE_KEYS = ('last', 'every', 'weights')
+FROM_SCRATCH = ('union', 'single')
+BASELINES = {
+    'union': 'from scratch on the data of all stages',
+    'single': "from scratch on the last stage's data",
+    'constant_eta_min': 'later stages at the learning rate that the first one ended with',
+    'constant_eta_max': 'later stages re-warmed and not decayed',
+    'no_replay': 'later stages without replay',
+    'same_data': "later stages re-warmed on the first one's data",
+}
 # Filled in for every run.
 _DERIVED = ('run_name', 'save_folder', 'load_path', 'load_weights_only', 'load_ignore_keys', 'autoresume', 'seed')
 
@@ -38,6 +53,8 @@ class Run:
         seed: Its seed.
         parent: Name of the run it starts from; None from scratch.
         config: Its llm-foundry train YAML.
+        script: The recipe that runs it. Default: ``'continue_pretraining.py'``.
+        trunk: Of a branch: the tokens that its parent had read of each stream where it starts. Default: none.
     """
 
     name: str
@@ -46,6 +63,8 @@ class Run:
     seed: int
     parent: str | None
     config: Config
+    script: str = 'continue_pretraining.py'
+    trunk: dict[str, int] = field(default_factory=dict)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
@@ -124,31 +143,86 @@ def _track(config: Config, sequence: str, stage: str, arm: str, seed: int) -> No
 
 
 def _stages_of(spec: Config, arm: str, overrides: Config) -> dict[str, Config]:
-    """The stages of one arm, each with everything that applies to it."""
+    """The stages of one arm, each with everything that applies to it: common, stage, the arm's common, its stage."""
     overrides = dict(overrides or {})
-    common, stages = spec.get('common') or {}, spec['stages']
     baseline = overrides.pop('baseline', None)
-    if baseline is None:
-        check_keys(f'arms.{arm}', overrides, stages)
-        return {
-            name: _merge(_merge({'new': name, **common}, stage or {}), overrides.get(name) or {})
-            for name, stage in stages.items()
-        }
-    if baseline != 'union':
-        raise ValueError(f'arms.{arm}.baseline={baseline!r} is not possible; use union (from scratch on all data)')
-    # From scratch, on what the stages read without replay, mixed evenly, under the first stage's schedule.
-    merged = {name: _merge({'new': name, **common}, stage or {}) for name, stage in stages.items()}
-    if several := [name for name, stage in merged.items() if isinstance(stage['new'], list)]:
+    merged = {
+        name: _merge({'new': name, **(spec.get('common') or {})}, stage or {}) for name, stage in spec['stages'].items()
+    }
+    if baseline is not None:
+        if baseline not in BASELINES:
+            known = ', '.join(f'{name} ({what})' for name, what in BASELINES.items())
+            raise ValueError(f'arms.{arm}.baseline={baseline!r} is not possible; use {known}')
+        for stage in merged.values():
+            stage.pop('branches', None)
+        merged = _baseline(spec, arm, baseline, merged)
+    check_keys(f'arms.{arm}', overrides, (*merged, 'common'))
+    everywhere = overrides.get('common') or {}
+    merged = {name: _merge(_merge(stage, everywhere), overrides.get(name) or {}) for name, stage in merged.items()}
+    return merged if baseline in FROM_SCRATCH else _continued(merged)
+
+
+def _continued(stages: dict[str, Config]) -> dict[str, Config]:
+    """Warm up and cool down once: a stage under the same infinite schedule as the one before begins constant."""
+    continued, before = {}, None
+    for name, stage in stages.items():
+        scheduler = stage.get('scheduler') or {}
+        if scheduler.get('name') == 'infinite' and scheduler == before:
+            nothing = {key: _zero(scheduler[key]) for key in ('t_warmup', 't_cooldown') if key in scheduler}
+            stage = {**stage, 'scheduler': {**scheduler, **nothing}}
+        continued[name], before = stage, scheduler
+    return continued
+
+
+def _zero(time: str) -> str:
+    return f'0{Time.from_timestring(time).unit.value}'
+
+
+def _baseline(spec: Config, arm: str, baseline: str, stages: dict[str, Config]) -> dict[str, Config]:
+    first, last = next(iter(stages.values())), list(stages.values())[-1]
+    if baseline == 'single':
+        kept = {key: last[key] for key in ('new', 'max_duration')}
+        return {'single': {**{key: value for key, value in first.items() if key != 'replay'}, **kept}}
+    if baseline == 'union':
+        return {'union': _union(spec, arm, stages)}
+    changed = {}
+    for index, (name, stage) in enumerate(stages.items()):
+        changed[name] = stage = dict(stage)
+        if not index:
+            continue
+        if baseline in ('no_replay', 'same_data'):
+            stage.pop('replay', None)
+        if baseline == 'same_data':
+            stage['new'] = first['new']
+        if baseline in ('constant_eta_min', 'constant_eta_max'):
+            scheduler = stage.get('scheduler') or {}
+            if 't_warmup' not in scheduler:
+                raise ValueError(
+                    f'arms.{arm}: baseline {baseline} follows from a schedule with a t_warmup, and that of stage '
+                    f'{name} is {scheduler.get("name")}; give the arm a scheduler instead'
+                )
+            is_min = baseline == 'constant_eta_min'
+            stage['scheduler'] = {
+                'name': 'rewarm_constant',
+                't_warmup': _zero(scheduler['t_warmup']) if is_min else scheduler['t_warmup'],
+                'alpha': scheduler.get('alpha_f', 0.1) if is_min else 1.0,
+            }
+    return changed
+
+
+def _union(spec: Config, arm: str, stages: dict[str, Config]) -> Config:
+    """From scratch, on what the stages read without replay, mixed evenly, under the first stage's schedule."""
+    if several := [name for name, stage in stages.items() if isinstance(stage['new'], list)]:
         raise ValueError(f'arms.{arm}: baseline union wants one dataset per stage, and {several[0]} has several')
     budgets = stage_tokens(spec)
     total = sum(budgets.values())
-    *earlier, last = merged.items()
-    union = {**next(iter(merged.values())), 'new': last[1]['new'], 'max_duration': f'{total}tok'}
+    *earlier, last = stages.items()
+    union = {**next(iter(stages.values())), 'new': last[1]['new'], 'max_duration': f'{total}tok'}
     union['replay'] = {
         'fraction': str(Fraction(total - budgets[last[0]], total)),
         'weights': {stage['new']: budgets[name] for name, stage in earlier},
     }
-    return {'union': _merge(union, overrides.get('union') or {})}
+    return union
 
 
 def stage_tokens(spec: Config) -> dict[str, int]:
@@ -175,17 +249,36 @@ def plan(spec: Config) -> list[Run]:
     """Every run of a sequence, parents before children, each once.
 
     Arms share a run as long as their settings are the same: a first stage that no arm changes is trained once per seed.
+    Names and settings of runs do not depend on the stages that come later, so a stage can be added to a finished
+    sequence.
 
     Args:
         spec: The sequence YAML: ``name``, ``folder``, ``data`` (``{name: stream}``; ``stand_in_for`` says that it
             stands in for data that is not known), ``common`` (llm-foundry keys of all stages), ``stages``
-            (``{name: llm-foundry keys + new, replay, optimizer_state}``, in order; ``replay.consumed_only``: only what
-            earlier stages have read comes back), ``arms`` (``{arm: {stage: overrides}}``, or ``{baseline: union}``),
-            ``seeds``, ``jobs``, ``nproc``, ``lm_eval`` (the suite that every run ends with).
+            (``{name: llm-foundry keys + new, replay, optimizer_state, branches}``, in order;
+            ``replay.consumed_only``: only what earlier stages have read comes back; ``branches``: ``{name: {t_anneal,
+            anneal, alpha_f, and whatever a stage may say}}`` or ``{name: {merge: {last, every, weights}}}``), ``arms``
+            (``{arm: {stage or common: overrides}}``, or ``{baseline: one of BASELINES}`` with overrides),
+            ``seeds``, ``jobs``, ``nodes``, ``nproc``, ``slurm``, ``lm_eval`` (the suite that every run ends with).
+
+    A stage under an ``infinite`` schedule with a ``t_anneal`` is a trunk that stays constant and a branch called
+    ``anneal`` over the last ``t_anneal`` of the stage's budget; the next stage goes on from the trunk.
 
     Raises:
         ValueError: On an unknown key or name, with the nearest right one.
     """
+    _check_form(spec)
+    runs: dict[str, Run] = {}
+    for seed in spec.get('seeds') or [17]:
+        for arm, overrides in (spec.get('arms') or {'default': {}}).items():
+            _plan_arm(spec, arm, dict(overrides or {}), int(seed), runs)
+    names = [run.name for run in runs.values()]
+    if clash := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f'two arms or stages would both be kept in the folder {clash[0]}; name them differently')
+    return list(runs.values())
+
+
+def _check_form(spec: Config) -> None:
     check_keys('', spec, SEQUENCE_KEYS)
     for key in ('name', 'folder', 'data', 'stages'):
         if not spec.get(key):
@@ -193,6 +286,8 @@ def plan(spec: Config) -> list[Run]:
     for key in ('data', 'common', 'stages', 'arms'):
         if not isinstance(spec.get(key) or {}, dict):
             raise ValueError(f'{key} must be a mapping with a name for each entry')
+    if taken := [name for name in ('common', 'baseline') if name in spec['stages']]:
+        raise ValueError(f'stages.{taken[0]}: a stage cannot have this name, which means something else in arms')
     stage_tokens(spec)
     for where, section in (
         ('common', spec.get('common') or {}),
@@ -204,48 +299,212 @@ def plan(spec: Config) -> list[Run]:
             if isinstance(stage, dict)
         ),
     ):
-        if clash := [key for key in _DERIVED if key in (section or {})]:
-            raise ValueError(f'{where}.{clash[0]} is set by the sequence for each run; leave it out')
-    runs: dict[str, Run] = {}
-    for seed in spec.get('seeds') or [17]:
-        for arm, overrides in (spec.get('arms') or {'default': {}}).items():
-            parent: str | None = None
-            read_by: dict[str, str] = {}
-            stages = _stages_of(spec, arm, overrides)
-            earlier = list(stages['union']['replay']['weights']) if (overrides or {}).get('baseline') else []
-            for index, (stage, settings) in enumerate(stages.items()):
-                config = _train_config(spec, settings, earlier, read_by)
-                identity = json.dumps([config, parent, seed], sort_keys=True)
-                key = hashlib.sha256(identity.encode()).hexdigest()
-                last = index == len(stages) - 1
-                if key in runs and last:
-                    raise ValueError(f'arms.{arm} means the same runs as arms.{runs[key].arm}; leave one out')
-                if key not in runs:
-                    plain = not last and not any((overrides or {}).get(name) for name in list(stages)[: index + 1])
-                    words = [stage] if plain or arm == stage else [stage, arm]
-                    name = f'{"-".join(map(_slug, words))}-s{seed}'
-                    config = {**config, 'run_name': name, 'save_folder': f'{spec["folder"]}/{name}', 'seed': seed}
-                    config['train_loader']['dataset'].setdefault('shuffle_seed', seed)
-                    if parent is not None:
-                        config['load_path'] = f'{spec["folder"]}/{parent}/{_latest(config)}'
-                        new = list(config['train_loader']['dataset']['new'])
-                        old = [name for name in dict.fromkeys(earlier) if name not in new]
-                        if old:
-                            given = config['callbacks'].get('forgetting') or {}
-                            config['callbacks']['forgetting'] = {'new': new, 'old': old, **given}
-                    if spec.get('lm_eval'):
-                        config['variables'] = {**(config.get('variables') or {}), 'lm_eval': spec['lm_eval']}
-                    _track(config, spec['name'], stage, 'shared' if plain else arm, seed)
-                    runs[key] = Run(name, arm, stage, seed, parent, config)
-                parent = runs[key].name
-                new = settings['new'] if isinstance(settings['new'], list) else [settings['new']]
-                earlier += new
-                if len(new) == 1:
-                    read_by[new[0]] = f'{spec["folder"]}/{parent}/{_latest(config)}'
-    names = [run.name for run in runs.values()]
-    if clash := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f'two arms or stages would both be kept in the folder {clash[0]}; name them differently')
-    return list(runs.values())
+        branches = (section or {}).get('branches') or {}
+        for place, keys in ((where, section or {}), *((f'{where}.branches.{n}', b or {}) for n, b in branches.items())):
+            if clash := [key for key in _DERIVED if key in keys]:
+                raise ValueError(f'{place}.{clash[0]} is set by the sequence for each run; leave it out')
+
+
+def _plan_arm(spec: Config, arm: str, overrides: Config, seed: int, runs: dict[str, Run]) -> None:
+    """Add the runs of one arm and seed to ``runs``, which knows them by what they are."""
+    stages = _stages_of(spec, arm, overrides)
+    baseline = overrides.get('baseline')
+    # of a union, what is replayed is new, too
+    earlier = list(stages['union']['replay']['weights']) if baseline == 'union' else []
+    parent: Run | None = None
+    read_by: dict[str, str] = {}
+    is_shared = not baseline and not overrides.get('common')
+    for index, (stage, settings) in enumerate(stages.items()):
+        is_shared, is_last = is_shared and not overrides.get(stage), index == len(stages) - 1
+        words = [f'{stage}_{list(spec["stages"])[-1]}' if baseline in FROM_SCRATCH else stage]
+        words += [] if is_shared or arm == stage else [arm]
+        label = arm if is_last or not is_shared else stage
+        make = _Maker(spec, stage, label, seed, 'shared' if is_shared and not is_last else arm)
+        settings, branches = _trunk(settings, f'stages.{stage}')
+        trunk = _added(make.trunk(settings, words, earlier, read_by, parent), runs, is_new=is_last and not branches)
+        new = _names(settings['new'])
+        for branch, (start, given) in branches.items():
+            where = f'stages.{stage}.branches.{branch}'
+            label_of_branch = f'{label}, {branch}' + ('' if is_last or is_shared else f' after {stage}')
+            make_branch = replace(make, label=label_of_branch)
+            try:
+                if 'merge' in given:
+                    run = make_branch.merge(trunk, [*words, branch], start, given['merge'])
+                else:
+                    run = make_branch.anneal(trunk, [*words, branch], start, settings, given, [*earlier, *new], read_by)
+            except ValueError as error:
+                raise ValueError(f'{where}: {error}') from None
+            _added(run, runs, is_new=is_last)
+        parent, earlier = trunk, [*earlier, *new]
+        if len(new) == 1:
+            read_by[new[0]] = f'{trunk.config["save_folder"]}/{_latest(trunk.config)}'
+
+
+def _names(new: str | list[str]) -> list[str]:
+    return new if isinstance(new, list) else [new]
+
+
+def _added(run: Run, runs: dict[str, Run], is_new: bool = False) -> Run:
+    """The run, or the same one of another arm."""
+    known = _key(run)
+    if is_new and known in runs:
+        raise ValueError(f'arms.{run.arm} means the same runs as arms.{runs[known].arm}; leave one out')
+    return runs.setdefault(known, run)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the runs of one stage of one arm and seed."""
+
+    spec: Config
+    stage: str
+    label: str
+    seed: int
+    tracked_as: str
+
+    def trunk(
+        self, settings: Config, words: Sequence[str], earlier: list[str], read_by: Mapping[str, str], parent: Run | None
+    ) -> Run:
+        """The stage itself."""
+        config = _train_config(self.spec, settings, earlier, read_by)
+        if parent is not None:
+            config['load_path'] = f'{parent.config["save_folder"]}/{_latest(config)}'
+            new = list(config['train_loader']['dataset']['new'])
+            if old := [name for name in dict.fromkeys(earlier) if name not in new]:
+                given = config['callbacks'].get('forgetting') or {}
+                config['callbacks']['forgetting'] = {'new': new, 'old': old, **given}
+        return self._run(config, words, parent)
+
+    def anneal(
+        self,
+        trunk: Run,
+        words: Sequence[str],
+        start: int,
+        settings: Config,
+        given: Config,
+        earlier: list[str],
+        read_by: Mapping[str, str],
+    ) -> Run:
+        """A branch of it that is trained."""
+        own = {key: value for key, value in given.items() if key not in ANNEAL_KEYS}
+        config = _train_config(self.spec, _merge(settings, own), earlier, read_by)
+        config['save_folder'] = trunk.config['save_folder']
+        if 'forgetting' in trunk.config['callbacks']:
+            config['callbacks']['forgetting'] = trunk.config['callbacks']['forgetting']
+        checkpoint = f'{config["save_folder"]}/{_checkpoint(trunk.config, start)}'
+        how = {key: given[key] for key in ANNEAL_KEYS if key in given}
+        branch = anneal_branch(config, '', '', checkpoint, start, **how)
+        return self._run(branch, words, trunk, trunk=_read_until(trunk.config, start))
+
+    def merge(self, trunk: Run, words: Sequence[str], end: int, merge: Config) -> Run:
+        """A branch of it that is an average of its checkpoints."""
+        config = copy.deepcopy({key: value for key, value in trunk.config.items() if key not in _DERIVED})
+        kept = ('final_loss', 'forgetting', 'stage_start')
+        config['callbacks'] = {name: given for name, given in config['callbacks'].items() if name in kept}
+        if 'forgetting' in config['callbacks']:
+            losses = f'{trunk.config["save_folder"]}/forgetting.json'
+            config['callbacks']['forgetting'] = {'parent_losses': losses, **config['callbacks']['forgetting']}
+        every = in_batches(merge['every'], trunk.config)
+        how = {'last': merge['last'], 'every': f'{every}ba', 'weights': merge.get('weights', 'uniform')}
+        variables = config.get('variables') or {}
+        config['variables'] = {**variables, 'merge': {'of': trunk.config['save_folder'], 'batch': end, **how}}
+        config['max_duration'] = '0ba'
+        return self._run(config, words, trunk, script='merge.py', trunk=_read_until(trunk.config, end))
+
+    def _run(self, config: Config, words: Sequence[str], parent: Run | None, **how: Any) -> Run:
+        name = f'{"-".join(map(_slug, words))}-s{self.seed}'
+        config = {
+            **_placed(config, f'{self.spec["folder"]}/{name}'),
+            'run_name': name,
+            'save_folder': f'{self.spec["folder"]}/{name}',
+            'seed': self.seed,
+        }
+        config['train_loader']['dataset'].setdefault('shuffle_seed', self.seed)
+        if self.spec.get('lm_eval'):
+            config['variables'] = {**(config.get('variables') or {}), 'lm_eval': self.spec['lm_eval']}
+        _track(config, self.spec['name'], self.stage, self.tracked_as, self.seed)
+        return Run(name, self.label, self.stage, self.seed, parent.name if parent else None, config, **how)
+
+
+def _key(run: Run) -> str:
+    """What a run is, whatever it is called and wherever it is logged."""
+    config = {key: value for key, value in run.config.items() if key not in ('run_name', 'save_folder', 'loggers')}
+    identity = json.dumps([_placed(config, ''), run.parent, run.seed, run.script], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _placed(config: Config, folder: str) -> Config:
+    """A YAML whose callbacks write where the run does."""
+    callbacks = {
+        name: {**given, 'save_folder': folder} if 'save_folder' in (given or {}) else given
+        for name, given in (config.get('callbacks') or {}).items()
+    }
+    return {**config, 'callbacks': callbacks}
+
+
+def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, Config]]]:
+    """A stage without its branches, as long as they need it, and the batch at which each branch starts."""
+    branches = {name: dict(given or {}) for name, given in (settings.get('branches') or {}).items()}
+    scheduler = settings.get('scheduler') or {}
+    if scheduler.get('name') == 'infinite' and Time.from_timestring(scheduler.get('t_anneal', '0tok')).value:
+        how = {key: scheduler[key] for key in ANNEAL_KEYS if key in scheduler}
+        branches = {'anneal': {**how, **branches.pop('anneal', {})}, **branches}
+        settings = {**settings, 'scheduler': {**scheduler, 't_anneal': _zero(scheduler['t_anneal'])}}
+    if not branches:
+        return settings, {}
+    total = in_batches(settings['max_duration'], settings)
+    starts: dict[str, tuple[int, Config]] = {}
+    points: set[int] = set()
+    for name, given in branches.items():
+        place = f'{where}.branches.{name}'
+        if 'merge' in given:
+            check_keys(place, given, ('merge',))
+            starts[name] = (total, given)
+            points |= set(_merged(given['merge'], total, settings, f'{place}.merge'))
+            continue
+        if 't_anneal' not in given:
+            raise ValueError(f'{place}.t_anneal is missing (how much of the stage is annealed), or merge: {{...}}')
+        length = in_batches(given['t_anneal'], settings, f'{place}.t_anneal')
+        if not 0 < length < total:
+            raise ValueError(
+                f'{place}.t_anneal={given["t_anneal"]} must be longer than 0 and shorter than the stage, '
+                f'{settings["max_duration"]}: it is its end'
+            )
+        starts[name] = (total - length, given)
+        points.add(total - length)
+    end = max(start for start, _ in starts.values())
+    unit = Time.from_timestring(settings['max_duration']).unit.value
+    samples = settings['global_train_batch_size']
+    per_batch = {'ba': 1, 'sp': samples, 'tok': samples * settings['max_seq_len']}[unit]
+    callbacks = dict(settings.get('callbacks') or {})
+    if points - {end}:
+        callbacks['branch_points'] = {'at': sorted(points - {end})}
+    trunk = {**settings, 'max_duration': f'{end * per_batch}{unit}', 'callbacks': callbacks}
+    return {key: value for key, value in trunk.items() if key != 'branches'}, starts
+
+
+def _merged(merge: Config, end: int, settings: Config, where: str) -> list[int]:
+    """The batches whose checkpoints are averaged."""
+    check_keys(where, merge or {}, MERGE_KEYS)
+    if missing := [key for key in ('last', 'every') if key not in (merge or {})]:
+        raise ValueError(f'{where}.{missing[0]} is missing: how many checkpoints are averaged, and how far apart')
+    every, last = in_batches(merge['every'], settings, f'{where}.every'), merge['last']
+    if not isinstance(last, int) or last < 2 or every < 1 or (last - 1) * every >= end:
+        raise ValueError(
+            f'{where}: last={last!r} checkpoints (at least 2), every={merge["every"]}, must fit into the stage of '
+            f'{end} batches'
+        )
+    return [end - number * every for number in range(last)]
+
+
+def _read_until(config: Config, batch: int) -> dict[str, int]:
+    return tokens_per_stream({**config, 'max_duration': f'{batch}ba'})
+
+
+def heirs(runs: Sequence[Run], name: str) -> list[str]:
+    """Names of the runs that start from a run, or from one that does."""
+    children = [run.name for run in runs if run.parent == name]
+    return [*children, *(heir for child in children for heir in heirs(runs, child))]
 
 
 def _slug(words: str) -> str:
@@ -253,9 +512,19 @@ def _slug(words: str) -> str:
     return re.sub(r'[^\w.]+', '_', words.replace(' %', 'pct').replace('%', 'pct')).strip('_')
 
 
+def _is_sharded(config: Config) -> bool:
+    return (config.get('fsdp_config') or {}).get('state_dict_type') == 'sharded'
+
+
 def _latest(config: Config) -> str:
-    sharded = (config.get('fsdp_config') or {}).get('state_dict_type') == 'sharded'
-    return 'latest-sharded-rank0' if sharded else 'latest-rank0.pt'
+    return 'latest-sharded-rank0' if _is_sharded(config) else 'latest-rank0.pt'
+
+
+def _checkpoint(config: Config, batch: int) -> str:
+    """A run's checkpoint after a batch."""
+    if batch == in_batches(config['max_duration'], config):
+        return _latest(config)
+    return f'ep0-ba{batch}' if _is_sharded(config) else f'ep0-ba{batch}-rank0.pt'
 
 
 def tokens_per_stream(config: Config) -> dict[str, int]:

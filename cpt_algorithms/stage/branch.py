@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Branches: runs that start from a checkpoint of a *trunk* in its constant phase, which stays as it is."""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, Event, State, Time, TimeUnit
+from composer.loggers import Logger
+from llmfoundry.utils.builders import build_scheduler
+
+from cpt_algorithms.schedulers import PhaseScheduler
+from cpt_algorithms.schedulers.functional import multiplier
+
+__all__ = ['BranchPoints', 'anneal_branch', 'constant_alpha', 'in_batches']
+
+Config = dict[str, Any]
+
+# Of the trunk's YAML, what says where it keeps things and how it started.
+_OF_THE_TRUNK = ('run_name', 'save_folder', 'load_path', 'load_weights_only', 'load_ignore_keys', 'autoresume')
+
+
+def in_batches(time: str, cfg: Mapping[str, Any], key: str = 'max_duration') -> int:
+    """Whole batches that a time takes.
+
+    Args:
+        time: In tok, ba or sp; rounded up.
+        cfg: A train YAML: its ``global_train_batch_size`` and ``max_seq_len``.
+        key: What the time is called in an error. Default: ``max_duration``.
+
+    Raises:
+        ValueError: If it is in another unit.
+    """
+    try:
+        given = Time.from_timestring(str(time))
+    except ValueError as error:
+        raise ValueError(f'{key}={time!r}: {error}') from None
+    samples = int(cfg['global_train_batch_size'])
+    per_batch = {TimeUnit.BATCH: 1, TimeUnit.SAMPLE: samples, TimeUnit.TOKEN: samples * int(cfg['max_seq_len'])}
+    if given.unit not in per_batch:
+        raise ValueError(f'{key}={time!r} must be in tok, ba or sp')
+    return math.ceil(given.value / per_batch[given.unit])
+
+
+def constant_alpha(cfg: Config, batch: int) -> float:
+    """The multiplier of the learning rate after a batch of a run, which must be in a constant phase.
+
+    Args:
+        cfg: The run's train YAML.
+        batch: Batches that were trained.
+
+    Raises:
+        ValueError: If the schedule is not constant there, with the phases; or is not one of this library.
+    """
+    section = dict(cfg['scheduler'])
+    name = section.pop('name')
+    scheduler = build_scheduler(name, section)
+    if not isinstance(scheduler, PhaseScheduler):
+        raise ValueError(f'scheduler {name} has no phases that can be looked at; a trunk wants infinite or wsd')
+    schedule, unit = scheduler.schedule(cfg['max_duration'])
+    samples = int(cfg['global_train_batch_size'])
+    per_batch = {TimeUnit.BATCH: 1, TimeUnit.SAMPLE: samples, TimeUnit.TOKEN: samples * int(cfg['max_seq_len'])}[unit]
+    time, end = batch * per_batch, in_batches(cfg['max_duration'], cfg) * per_batch
+    spans = list(schedule.spans(end))
+    for span in spans:
+        if span.shape == 'constant' and span.begin <= time <= span.until:
+            return multiplier(schedule, span.begin)
+    constant = [f'batches {s.begin / per_batch:g} to {s.until / per_batch:g}' for s in spans if s.shape == 'constant']
+    inside = next((span.name for span in spans if span.begin <= time < span.until), 'end')
+    raise ValueError(
+        f'batch {batch} is in the phase {inside!r} of {name}: a branch starts where the learning rate is constant, '
+        + (' or '.join(constant) if constant else 'and this schedule never is')
+    )
+
+
+def anneal_branch(
+    trunk: Config,
+    run_name: str,
+    save_folder: str,
+    checkpoint: str,
+    batch: int,
+    t_anneal: str,
+    anneal: str = 'exponential',
+    alpha_f: float = 0.1,
+) -> Config:
+    """The YAML of a run that anneals a trunk's learning rate, from a checkpoint of it to the end.
+
+    It is an ordinary stage: it keeps the optimizer's state, starts at the trunk's learning rate, and reads on in the
+    trunk's data behind what that has read.
+
+    Args:
+        trunk: The trunk's train YAML, resolved or not.
+        run_name: Of the branch.
+        save_folder: Of the branch.
+        checkpoint: A checkpoint of it.
+        batch: Batches of the trunk at that checkpoint.
+        t_anneal: Length of the branch, in tok, ba or sp.
+        anneal: ``exponential``, ``linear``, ``cosine`` or ``1-sqrt``. Default: ``'exponential'``.
+        alpha_f: Multiplier at the end; above 0 for ``exponential``. Default: ``0.1``.
+
+    Raises:
+        ValueError: If the trunk's learning rate is not constant at that batch, or is as low as ``alpha_f`` already.
+
+    Source: Ibrahim et al. 2024, section 7.2.
+    """
+    alpha = constant_alpha(trunk, batch)
+    if alpha <= alpha_f:
+        raise ValueError(f'alpha_f={alpha_f}, and the trunk is at {alpha:g} times the learning rate: nothing to anneal')
+    nothing = f'0{Time.from_timestring(t_anneal).unit.value}'
+    folder = trunk.get('save_folder')
+    callbacks = {name: dict(given or {}) for name, given in copy.deepcopy(trunk.get('callbacks') or {}).items()}
+    callbacks.pop('branch_points', None)
+    for given in callbacks.values():
+        if given.get('save_folder') == folder:
+            given['save_folder'] = save_folder
+    callbacks['stage_start'] = {'optimizer': 'keep'}
+    if 'forgetting' in callbacks:
+        # of the stage as a whole: against what its trunk started from
+        callbacks['forgetting'] = {'parent_losses': f'{folder}/forgetting.json', **callbacks['forgetting']}
+    branch = {key: copy.deepcopy(value) for key, value in trunk.items() if key not in _OF_THE_TRUNK}
+    branch['train_loader']['dataset']['continues'] = checkpoint
+    return {
+        **branch,
+        'run_name': run_name,
+        'save_folder': save_folder,
+        'load_path': checkpoint,
+        'max_duration': t_anneal,
+        'scheduler': {
+            'name': 'infinite', 't_warmup': nothing, 't_cooldown': nothing, 'alpha_const': alpha, 't_anneal': t_anneal,
+            'anneal': anneal, 'alpha_f': alpha_f,
+        },
+        'callbacks': callbacks,
+    }  # fmt: skip
+
+
+class BranchPoints(Callback):
+    """``branch_points: {at: [800, 900]}``: a checkpoint after each of these batches, which stays.
+
+    Whatever ``save_interval`` says; ``save_num_checkpoints_to_keep`` does not count them.
+
+    Args:
+        at: Batches of the run.
+
+    Raises:
+        ValueError: If one is not a whole number of at least 1.
+
+    Cost: a checkpoint each.
+    """
+
+    def __init__(self, at: Sequence[int]) -> None:
+        if wrong := [batch for batch in at if not isinstance(batch, int) or batch < 1]:
+            raise ValueError(f'callbacks.branch_points.at: {wrong[0]!r} must be a whole number of batches, at least 1')
+        self.at = set(at)
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Have these batches saved, too."""
+        for saver in _savers(state):
+            saver.save_interval = _also_at(self.at, saver.save_interval)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Take what was just saved from those that Composer deletes in their turn."""
+        if int(state.timestamp.batch.value) in self.at:
+            for saver in _savers(state):
+                if saver.last_checkpoint_batch == state.timestamp.batch and saver.saved_checkpoints:
+                    saver.saved_checkpoints.pop()
+
+
+def _savers(state: State) -> list[CheckpointSaver]:
+    return [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
+
+
+def _also_at(batches: set[int], given: Any) -> Any:
+    def due(state: State, event: Event) -> bool:
+        is_asked_for = event == Event.BATCH_CHECKPOINT and int(state.timestamp.batch.value) in batches
+        return is_asked_for or given(state, event)
+
+    return due
