@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run is started: on this machine, as a Slurm job, or by hand with the command that is printed."""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from cpt_algorithms.evaluation.wandb_runs import environment_of_children
+from cpt_algorithms.files import read_json
+from cpt_algorithms.keys import check_keys
+from cpt_algorithms.processes import die_with_parent
+from cpt_algorithms.slurm_node import TrainingNode, launcher_arguments, returncode_file
+
+__all__ = ['Handle', 'LaunchError', 'Layout', 'Start', 'command', 'layout_of', 'starter']
+
+# submitit's, of its executor and not of a job.
+_OF_THE_EXECUTOR = ('slurm_max_num_timeout', 'slurm_python')
+_ONE_TASK = 'cannot be chosen: each node has one task, which starts nproc ranks; leave it out'
+_SET_HERE = {
+    'nodes': 'belongs beside slurm: nodes: 2',
+    'slurm_nodes': 'belongs beside slurm: nodes: 2',
+    'tasks_per_node': _ONE_TASK,
+    'slurm_ntasks_per_node': _ONE_TASK,
+    'slurm_use_srun': _ONE_TASK,
+    'name': "is the run's; leave it out",
+    'slurm_job_name': "is the run's; leave it out",
+    'slurm_time': 'is called timeout_min here, and is in minutes',
+}
+# A job that sacct does not know yet was submitted less than these seconds ago.
+_UNKNOWN_FOR = 600
+# Seconds by which a file may show up on a shared file system later than the end of the job that wrote it.
+_LAG = 20
+# Seconds between two looks at the files of a job.
+_PAUSE = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the ranks of a run are.
+
+    Args:
+        nodes: Nodes of each run. Default: ``1``.
+        nproc: Ranks on each. Default: ``1``.
+        slurm: submitit's parameters of the Slurm jobs; None without Slurm. Default: ``None``.
+    """
+
+    nodes: int = 1
+    nproc: int = 1
+    slurm: Mapping[str, Any] | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Of a run, in all."""
+        return self.nodes * self.nproc
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A run that was started.
+
+    Args:
+        name: What it is to the system, such as ``process 123``.
+        poll: None while it runs or is queued, and then its exit code.
+    """
+
+    name: str
+    poll: Callable[[], int | None]
+
+
+class LaunchError(RuntimeError):
+    """A run that could not be started."""
+
+
+# (script, folder of the run) -> the run, started
+Start = Callable[[Path, Path], Handle]
+
+
+def layout_of(spec: Mapping[str, Any]) -> Layout:
+    """Read ``nodes``, ``nproc`` and ``slurm`` of a sequence.
+
+    ``slurm`` holds submitit's own parameters (``slurm_partition``, ``slurm_account``, ``gpus_per_node``, ...), of which
+    ``timeout_min`` must be there.
+
+    Raises:
+        ValueError: On an unknown key or a value that cannot be, naming the key.
+    """
+    counts = {}
+    for key in ('nodes', 'nproc'):
+        value = 1 if spec.get(key) is None else spec[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f'{key}={value!r} must be a whole number from 1')
+        counts[key] = value
+    slurm = spec.get('slurm')
+    if slurm is not None:
+        _check_slurm(slurm, counts['nproc'])
+    return Layout(**counts, slurm=slurm)
+
+
+def _check_slurm(slurm: Any, nproc: int) -> None:
+    if not isinstance(slurm, Mapping):
+        raise ValueError(f"slurm={slurm!r} must be a mapping of submitit's parameters, such as slurm_partition: gpu")
+    for key in slurm:
+        if key in _SET_HERE:
+            raise ValueError(f'slurm.{key} {_SET_HERE[key]}')
+    of_slurm = [f'slurm_{name}' for name in submitit.SlurmExecutor._valid_parameters()]
+    allowed = {*submitit.AutoExecutor._valid_parameters(), *of_slurm, *_OF_THE_EXECUTOR} - {*_SET_HERE}
+    check_keys('slurm', slurm, allowed)
+    minutes = slurm.get('timeout_min')
+    if not isinstance(minutes, int) or isinstance(minutes, bool) or minutes < 1:
+        raise ValueError(
+            f'slurm.timeout_min={minutes!r} must be the time of a job in minutes; a job that needs more is requeued, '
+            'and goes on from its latest checkpoint'
+        )
+    for key in ('gpus_per_node', 'slurm_gpus_per_node'):
+        if slurm.get(key) not in (None, nproc):
+            raise ValueError(f'slurm.{key}={slurm[key]!r} must be nproc={nproc}: each rank has one GPU')
+    try:
+        # names and types are checked alike for all executors, and this one needs no cluster
+        executor = submitit.AutoExecutor(folder='.', cluster='debug')
+        executor.update_parameters(**{key: value for key, value in slurm.items() if key not in _OF_THE_EXECUTOR})
+    except (AssertionError, NameError) as error:
+        raise ValueError(f'slurm: {error}') from None
+
+
+def command(layout: Layout, script: Path, yaml: Path) -> str:
+    """The command that trains a run, for a shell on each of its nodes.
+
+    Args:
+        layout: With more than one node, the shell must know ``NODE_RANK`` (from 0) and ``MASTER_ADDR`` (the first).
+        script: The recipe.
+        yaml: The run's YAML.
+    """
+    # not quoted: the variables are the shell's
+    arguments = launcher_arguments(layout.nodes, layout.nproc, '$NODE_RANK', '$MASTER_ADDR', '29500')
+    here = Path.cwd()
+    named = (path.relative_to(here) if path.is_relative_to(here) else path for path in (script, yaml))
+    return ' '.join(['composer', *arguments, *(shlex.quote(str(path)) for path in named)])
+
+
+def starter(layout: Layout, jobs: int, cluster: str = 'slurm') -> Start:
+    """What starts runs, once each run's ``run.yaml`` lies in its folder.
+
+    * On this machine: a process that writes ``log.txt`` and dies with this one.
+    * With ``slurm``: a job of its own, whose files are in ``slurm/``. It lives on if this process ends; started again,
+      a run whose job is queued or running is not submitted twice but waited for.
+
+    Args:
+        layout: Where the ranks are.
+        jobs: Runs at a time on this machine, which share its cores.
+        cluster: submitit's name of where jobs go; ``local`` needs no Slurm. Default: ``slurm``.
+
+    Raises:
+        ValueError: If runs cannot be started from here.
+    """
+    if layout.slurm is None:
+        if layout.nodes > 1:
+            raise ValueError(
+                f'nodes={layout.nodes}: without slurm, runs are started on this machine only; --write prints the '
+                'commands for each node'
+            )
+        return partial(_start_here, layout.nproc, jobs)
+    if cluster == 'slurm':
+        for tool in ('sbatch', 'srun', 'sacct', 'scontrol'):
+            if shutil.which(tool) is None:
+                raise ValueError(f'slurm: {tool} is not on this machine; start the sequence where Slurm jobs can be')
+    return partial(_submit, layout, cluster)
+
+
+def _start_here(nproc: int, jobs: int, script: Path, folder: Path) -> Handle:
+    # one rank needs no launcher, whose start costs seconds
+    arguments = launcher_arguments(1, nproc, '0', '127.0.0.1', '')
+    launcher = ['-m', 'composer.cli.launcher', *arguments] if nproc > 1 else []
+    threads = max(1, (os.cpu_count() or 1) // (jobs * nproc))
+    environment = environment_of_children(os.environ)
+    with open(folder / 'log.txt', 'ab') as log:
+        process = subprocess.Popen(
+            [sys.executable, *launcher, str(script), str(folder / 'run.yaml')],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={'OMP_NUM_THREADS': str(threads), **environment, 'TOKENIZERS_PARALLELISM': 'false'},
+            preexec_fn=die_with_parent if platform.system() == 'Linux' else None,
+        )
+    return Handle(f'process {process.pid}', process.poll)
+
+
+def _submit(layout: Layout, cluster: str, script: Path, folder: Path) -> Handle:
+    assert layout.slurm is not None, 'the caller looks'
+    folder = folder.resolve()
+    jobs = folder / 'slurm'
+    if (job := _living(jobs)) is not None:
+        return Handle(f'Slurm job {job.job_id}, found again', _Job(job, folder).poll)
+    of_executor = {key: value for key, value in layout.slurm.items() if key in _OF_THE_EXECUTOR}
+    parameters = {key: value for key, value in layout.slurm.items() if key not in _OF_THE_EXECUTOR}
+    executor = submitit.AutoExecutor(folder=jobs, cluster=cluster, **of_executor)
+    # ranks wait for those of a node that has failed
+    srun = ['--kill-on-bad-exit=1', *(parameters.get('slurm_srun_args') or [])]
+    executor.update_parameters(
+        **{**parameters, 'slurm_srun_args': srun},
+        name=f'{folder.parent.name}/{folder.name}',
+        nodes=layout.nodes,
+        tasks_per_node=1,
+    )
+    unset = tuple(os.environ.keys() - environment_of_children(os.environ).keys())
+    node = TrainingNode(str(script.resolve()), str(folder), layout.nodes, layout.nproc, unset)
+    try:
+        job = executor.submit(node).task(0)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise LaunchError(f'{folder.name}: Slurm has refused the job: {" ".join(str(error).split())}') from None
+    return Handle(f'Slurm job {job.job_id}, which goes on without this process', _Job(job, folder).poll)
+
+
+def _living(jobs: Path) -> submitit.Job[Any] | None:
+    """The job of a run that is queued or running.
+
+    submitit writes ``<job>_submitted.pkl`` after sbatch, and a job without it ends by itself: no job is lost if the
+    process that submits is killed in between.
+    """
+    submitted = sorted(jobs.glob('*_submitted.pkl'), key=lambda path: path.stat().st_mtime)
+    if not submitted:
+        return None
+    job = submitit.SlurmJob(folder=jobs, job_id=submitted[-1].name.removesuffix('_submitted.pkl'))
+    is_new = time.time() - submitted[-1].stat().st_mtime < _UNKNOWN_FOR
+    ended = returncode_file(jobs, job.job_id)
+    is_over = job.watcher.is_done(job.job_id, mode='force')
+    if is_over or (job.state == 'UNKNOWN' and (not is_new or ended.exists())):
+        return None
+    if (read_json(ended) or {}).get('returncode'):
+        ended.unlink()  # it was requeued since
+    return job
+
+
+class _Job:
+    """A Slurm job that trains a run."""
+
+    def __init__(self, job: submitit.Job[Any], folder: Path) -> None:
+        self.job, self.folder = job, folder
+        self._over_since: float | None = None
+        self._looked = -_PAUSE
+
+    def poll(self) -> int | None:
+        """See :class:`Handle`."""
+        if time.monotonic() < self._looked + _PAUSE:
+            return None
+        self._looked = time.monotonic()
+        left = read_json(returncode_file(self.folder / 'slurm', self.job.job_id))
+        if left is not None:
+            return left['returncode']
+        if not self.job.done():
+            return None
+        self._over_since = self._over_since or time.monotonic()
+        if time.monotonic() - self._over_since < _LAG:
+            return None
+        said = self.job.paths.stderr
+        lines = said.read_text(errors='replace').splitlines()[-8:] if said.exists() else []
+        with open(self.folder / 'log.txt', 'a', encoding='utf-8') as log:
+            print(f'Slurm job {self.job.job_id} is over ({self.job.state}); {said}:', *lines, sep='\n', file=log)
+        return 1

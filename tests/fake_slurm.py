@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Slurm whose nodes are all this machine: sbatch, srun, sacct, scontrol and scancel, as far as submitit uses them.
+
+A job is a folder entry ``<id>.state``, ``<id>.sh`` and, while it runs, ``<id>.tasks``. While there is a file ``hold``,
+jobs stay in the queue.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+FOLDER = Path(os.environ.get('FAKE_SLURM', '.'))
+TOOLS = ('sbatch', 'srun', 'sacct', 'scontrol', 'scancel')
+
+
+def install(folder: Path) -> dict[str, str]:
+    """Make the tools; returns what leads to them, for an environment."""
+    (folder / 'bin').mkdir(parents=True)
+    for tool in TOOLS:
+        path = folder / 'bin' / tool
+        path.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {tool} "$@"\n')
+        path.chmod(0o755)
+    return {'PATH': f'{folder / "bin"}:{os.environ["PATH"]}', 'FAKE_SLURM': str(folder)}
+
+
+def states(folder: Path) -> dict[str, str]:
+    """Every job that was submitted, and its state."""
+    return {path.stem: path.read_text() for path in sorted(folder.glob('*.state'))}
+
+
+def release(folder: Path) -> None:
+    """Let the queue move."""
+    (folder / 'hold').unlink()
+    for job, value in states(folder).items():
+        if value == 'PENDING':
+            background('slurmd', job)
+
+
+def state(job: str, value: str) -> None:
+    partial = FOLDER / f'{job}.partial'
+    partial.write_text(value)
+    partial.replace(FOLDER / f'{job}.state')
+
+
+def background(*words: str) -> None:
+    nowhere = subprocess.DEVNULL
+    words = (sys.executable, __file__, *words)
+    subprocess.Popen(words, start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+
+
+def sbatch(path: str) -> None:
+    script = Path(path).read_text()
+    if 'refuse' in script:
+        sys.exit('sbatch: error: invalid partition specified: refuse')
+    job = str(1000 + len(states(FOLDER)))
+    (FOLDER / f'{job}.sh').write_text(script)
+    state(job, 'PENDING')
+    if not (FOLDER / 'hold').exists():
+        background('slurmd', job)
+    print(f'Submitted batch job {job}')
+
+
+def slurmd(job: str) -> None:
+    """Run the batch script, again if it is requeued."""
+    nodes = re.search(r'#SBATCH --nodes=(\d+)', (FOLDER / f'{job}.sh').read_text())[1]
+    node_list = ','.join(['localhost'] * int(nodes))
+    environ = {**os.environ, 'SLURM_JOB_ID': job, 'SLURM_JOB_NUM_NODES': nodes, 'SLURM_JOB_NODELIST': node_list}
+    while True:
+        state(job, 'RUNNING')
+        with open(FOLDER / f'{job}.out', 'a') as out:
+            code = subprocess.call(['bash', FOLDER / f'{job}.sh'], env=environ, stdout=out, stderr=out)
+        ended = states(FOLDER)[job]
+        if ended != 'REQUEUED':
+            break
+    if ended == 'RUNNING':
+        state(job, 'FAILED' if code else 'COMPLETED')
+
+
+def srun(*words: str) -> None:
+    """One task on each node; if one fails, all are killed."""
+    words, options = list(words), {}
+    while words[0].startswith('--'):
+        option = words.pop(0)
+        if option in ('--output', '--error'):
+            options[option] = words.pop(0)
+    assert options, words
+    job, nodes = os.environ['SLURM_JOB_ID'], int(os.environ['SLURM_JOB_NUM_NODES'])
+    tasks = []
+    for node in range(nodes):
+        out, err = (
+            open(options[name].replace('%j', job).replace('%t', str(node)), 'a') for name in ('--output', '--error')
+        )
+        of_task = {
+            'SLURM_PROCID': str(node),
+            'SLURM_NODEID': str(node),
+            'SLURM_LOCALID': '0',
+            'SLURM_NTASKS': str(nodes),
+        }
+        tasks.append(subprocess.Popen(words, env={**os.environ, **of_task}, stdout=out, stderr=err))
+    (FOLDER / f'{job}.tasks').write_text(' '.join(str(task.pid) for task in tasks))
+    while any(task.poll() is None for task in tasks) and not any(task.returncode for task in tasks):
+        time.sleep(0.05)
+    send(job, signal.SIGKILL)
+    sys.exit(max(abs(task.wait()) for task in tasks))
+
+
+def send(job: str, number: int) -> None:
+    """A signal to all processes of a job."""
+    for pid in map(int, (FOLDER / f'{job}.tasks').read_text().split()):
+        try:
+            task = psutil.Process(pid)
+            for process in (task, *task.children(recursive=True)):
+                process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def scancel(job: str, option: str = '', name: str = '') -> None:
+    if option == '--signal':
+        send(job, getattr(signal, name))
+        return
+    was = states(FOLDER)[job]
+    state(job, 'CANCELLED by 1000')
+    if was == 'RUNNING':
+        background('kill', job)
+
+
+def scontrol(action: str, job: str) -> None:
+    assert action == 'requeue', action
+    state(job, 'REQUEUED')
+    background('kill', job)
+
+
+def kill(job: str) -> None:
+    """As Slurm ends a job: asked first."""
+    send(job, signal.SIGTERM)
+    time.sleep(1)
+    send(job, signal.SIGKILL)
+
+
+def sacct(*words: str) -> None:
+    known = states(FOLDER)
+    print('JobID|State|NodeList')
+    for option, job in zip(words, words[1:], strict=False):
+        if option == '-j' and job in known:
+            print(f'{job}|{known[job]}|localhost\n{job}.batch|{known[job]}|localhost')
+
+
+if __name__ == '__main__':
+    globals()[sys.argv[1]](*sys.argv[2:])

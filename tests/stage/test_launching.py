@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs are started here, as Slurm jobs (of submitit's local executor and of a small Slurm), and by printed commands."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_slurm
+import pytest
+import recorder
+import sequence
+import tiny
+from composer.cli import launcher
+from omegaconf import OmegaConf
+
+from cpt_algorithms.slurm_node import TrainingNode
+from cpt_algorithms.stage.launching import LaunchError, Layout, command, layout_of, starter
+
+RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
+SLURM = {'slurm_partition': 'debug', 'timeout_min': 60}
+
+
+def parsed(line, **environ):
+    """What the composer launcher makes of a command, which a shell has read."""
+    words = subprocess.run(
+        ['bash', '-c', f"printf '%s\\n' {line}"],
+        capture_output=True, text=True, check=True, env=environ,
+    ).stdout.splitlines()  # fmt: skip
+    assert words[0] == 'composer'
+    return launcher._get_parser().parse_args(words[1:])
+
+
+def test_commands_are_what_the_launcher_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    yaml = tmp_path / 'two words' / 'run.yaml'
+    one = command(Layout(nproc=8), RECIPE, yaml)
+    assert one == f"composer -n 8 recipes/continue_pretraining.py '{yaml}'"
+    given = parsed(one)
+    assert (given.nproc, given.world_size) == (8, None)
+    many = command(Layout(nodes=4, nproc=8), RECIPE, Path.cwd() / 'runs' / 'x' / 'run.yaml')
+    assert many == (
+        'composer -n 8 --world_size 32 --node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port 29500 '
+        'recipes/continue_pretraining.py runs/x/run.yaml'
+    )
+    given = parsed(many, NODE_RANK='3', MASTER_ADDR='first')
+    assert (given.nproc, given.world_size, given.node_rank) == (8, 32, 3)
+    assert (given.master_addr, given.master_port) == ('first', 29500)
+    assert (given.training_script, given.training_script_args) == (
+        'recipes/continue_pretraining.py',
+        ['runs/x/run.yaml'],
+    )
+
+
+@pytest.mark.parametrize(
+    ('spec', 'problem'),
+    [
+        ({'nodes': 0}, r'^nodes=0 must be a whole number from 1'),
+        ({'nproc': '8'}, r"^nproc='8' must be"),
+        ({'nproc': True}, r'^nproc=True must be'),
+        ({'slurm': 'gpu'}, r"^slurm='gpu' must be a mapping of submitit's parameters"),
+        ({'slurm': {}}, r'^slurm.timeout_min=None must be the time of a job in minutes'),
+        ({'slurm': {'timeout_min': '4h'}}, r"^slurm.timeout_min='4h' must be"),
+        (
+            {'slurm': {**SLURM, 'slurm_partion': 'gpu'}},
+            r"^slurm.slurm_partion is not a key .* did you mean 'slurm_partition'",
+        ),
+        ({'slurm': {**SLURM, 'partition': 'gpu'}}, r"^slurm.partition is not a key .* did you mean 'slurm_partition'"),
+        ({'slurm': {**SLURM, 'nodes': 2}}, r'^slurm.nodes belongs beside slurm'),
+        ({'slurm': {**SLURM, 'tasks_per_node': 8}}, r'^slurm.tasks_per_node cannot be chosen'),
+        ({'slurm': {**SLURM, 'slurm_time': '4:00:00'}}, r'^slurm.slurm_time is called timeout_min here'),
+        ({'nproc': 8, 'slurm': {**SLURM, 'gpus_per_node': 4}}, r'^slurm.gpus_per_node=4 must be nproc=8'),
+        ({'slurm': {**SLURM, 'mem_gb': 'all'}}, r'^slurm: Parameter "mem_gb" expected type .* \(but value: "all"\)'),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named_before_anything_is_submitted(spec, problem):
+    with pytest.raises(ValueError, match=problem):
+        layout_of(spec)
+
+
+def test_a_layout():
+    assert layout_of({}) == Layout(1, 1, None)
+    assert layout_of({'nodes': 4, 'nproc': 8, 'slurm': SLURM}).ranks == 32
+
+
+def test_runs_are_refused_where_they_cannot_be_started(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match='nodes=2: without slurm, runs are started on this machine only; --write'):
+        starter(Layout(nodes=2), jobs=1)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(ValueError, match='slurm: sbatch is not on this machine'):
+        starter(layout_of({'slurm': SLURM}), jobs=1)
+
+
+# A small Slurm
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    folder = tmp_path / 'the slurm'
+    for key, value in fake_slurm.install(folder).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    yield folder
+    for job, state in fake_slurm.states(folder).items():
+        if state == 'RUNNING':
+            subprocess.run(['scancel', job], check=True)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / 'runs' / 'run'
+    folder.mkdir(parents=True)
+    return folder
+
+
+def wait(handle, seconds=240):
+    deadline = time.monotonic() + seconds
+    while (code := handle.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return code
+
+
+def test_a_queued_job_is_found_again_and_a_cancelled_one_has_failed(slurm, run, monkeypatch):
+    (slurm / 'hold').touch()
+    layout = layout_of({'nodes': 2, 'nproc': 4, 'slurm': {**SLURM, 'slurm_account': 'mine', 'gpus_per_node': 4}})
+    handle = starter(layout, jobs=1)(RECIPE, run)
+    assert handle.name == 'Slurm job 1000, which goes on without this process'
+    assert handle.poll() is None
+    batch = (slurm / '1000.sh').read_text().strip().splitlines()
+    for key, value in {
+        'job-name': 'runs/run', 'partition': 'debug', 'account': 'mine', 'time': '60', 'nodes': '2',
+        'ntasks-per-node': '1', 'gpus-per-node': '4', 'signal': 'USR2@90',
+    }.items():  # fmt: skip
+        assert f'#SBATCH --{key}={value}' in batch
+    assert '--kill-on-bad-exit=1' in batch[-1]
+    again = starter(layout, jobs=1)(RECIPE, run)
+    assert again.name == 'Slurm job 1000, found again'
+    assert fake_slurm.states(slurm) == {'1000': 'PENDING'}
+
+    subprocess.run(['scancel', '1000'], check=True)
+    monkeypatch.setattr('cpt_algorithms.stage.launching._LAG', 0.5)
+    assert wait(again, 30) == 1
+    assert 'Slurm job 1000 is over (CANCELLED by 1000)' in (run / 'log.txt').read_text()
+    # it is over: the next start is another job
+    assert starter(layout, jobs=1)(RECIPE, run).name.startswith('Slurm job 1001,')
+
+
+def test_a_job_that_slurm_refuses_is_one_line(slurm, run):
+    layout = layout_of({'slurm': {**SLURM, 'slurm_partition': 'refuse'}})
+    with pytest.raises(LaunchError, match='^run: Slurm has refused the job: sbatch: error: invalid partition'):
+        starter(layout, jobs=1)(RECIPE, run)
+    assert fake_slurm.states(slurm) == {}
+
+
+def test_a_node_brings_nothing_that_takes_seconds_to_import():
+    """It waits beside the training processes, whose memory is wanted."""
+    check = (
+        'import sys, cpt_algorithms.slurm_node; '
+        'sys.exit(bool({"torch", "composer", "llmfoundry"} & sys.modules.keys()))'
+    )
+    subprocess.run([sys.executable, '-c', check], check=True)
+    assert TrainingNode.__module__ == 'cpt_algorithms.slurm_node'
+
+
+def write(run, data, **over):
+    cfg = tiny.config(run.parent, data, run.name, log_to_console=True, **over)
+    OmegaConf.save(OmegaConf.create(cfg), run / 'run.yaml')
+
+
+@pytest.mark.slow
+def test_submitits_local_executor_trains_a_run(run, data):
+    write(run, data)
+    start = starter(layout_of({'slurm': SLURM}), jobs=1, cluster='local')
+    assert wait(start(RECIPE, run)) == 0, (run / 'log.txt').read_text()
+    assert json.loads((run / 'done.json').read_text())['batch'] == 8
+    assert '[batch=8/8]' in (run / 'log.txt').read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_says_so(run, data):
+    write(run, data, optimizer={'name': 'decoupled_adamw', 'lr': -1.0})
+    start = starter(layout_of({'slurm': SLURM}), jobs=1, cluster='local')
+    assert wait(start(RECIPE, run)) not in (0, None)
+    assert 'Invalid learning rate' in (run / 'log.txt').read_text()
+    assert not (run / 'done.json').exists()
+
+
+ALL_REDUCE = """
+import os, torch, torch.distributed as dist
+dist.init_process_group('gloo')
+ones = torch.ones(1)
+dist.all_reduce(ones)
+print('sum', int(ones), 'rank', dist.get_rank(), 'node', os.environ['NODE_RANK'], 'of', os.environ['WORLD_SIZE'])
+"""
+
+
+@pytest.mark.slow
+def test_two_nodes_find_each_other(slurm, run):
+    script = run / 'all_reduce.py'
+    script.write_text(ALL_REDUCE)
+    (run / 'run.yaml').touch()
+    handle = starter(layout_of({'nodes': 2, 'nproc': 2, 'slurm': SLURM}), jobs=1)(script, run)
+    assert wait(handle) == 0
+    assert 'sum 4 rank 0 node 0 of 4' in (run / 'log.txt').read_text()
+    assert 'sum 4 rank 2 node 1 of 4' in (run / 'log-node1.txt').read_text()
+
+
+@pytest.mark.slow
+def test_a_job_fails_as_a_whole_if_one_node_does(slurm, run):
+    script = run / 'half.py'
+    script.write_text("import os, sys, time\nif os.environ['NODE_RANK'] == '1': sys.exit(3)\ntime.sleep(1000)\n")
+    (run / 'run.yaml').touch()
+    handle = starter(layout_of({'nodes': 2, 'slurm': SLURM}), jobs=1)(script, run)
+    assert wait(handle) == 1
+    assert 'Slurm job 1000 is over (FAILED)' in (run / 'log.txt').read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('numbers', [('SIGUSR2',), ('SIGTERM', 'SIGUSR2')], ids=['time is over', 'preempted'])
+def test_a_requeued_job_goes_on_from_its_latest_checkpoint(slurm, run, data, numbers):
+    write(run, data, max_duration='48ba', scheduler={'t_warmup': '4ba'})
+    handle = starter(layout_of({'slurm': SLURM}), jobs=1)(RECIPE, run)
+    deadline = time.monotonic() + 120
+    while not list(run.glob('ep0-ba*')):
+        assert handle.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for number in numbers:
+        subprocess.run(['scancel', '1000', '--signal', number], check=True)
+    assert wait(handle) == 0, (run / 'log.txt').read_text()
+    assert 'Requeued job 1000' in (run / 'slurm' / '1000_0_log.err').read_text()
+    assert fake_slurm.states(slurm)['1000'] in ('RUNNING', 'COMPLETED')
+    assert json.loads((run / 'done.json').read_text())['batch'] == 48
+    trained = recorder.read(run.parent / 'run.jsonl', 0)  # refuses batches that were redone differently
+    assert list(trained) == list(range(48))
+
+
+# A sequence
+
+
+@pytest.fixture
+def spec(data, tmp_path):
+    common = tiny.config(tmp_path, data, 'unused', log_to_console=True)
+    for key in (
+        'run_name',
+        'save_folder',
+        'seed',
+        'autoresume',
+        'code_paths',
+        'max_duration',
+        'callbacks',
+        'train_loader',
+    ):
+        del common[key]
+    common['train_loader'] = {'num_workers': 0, 'dataset': {'max_seq_len': tiny.SEQ_LEN, 'shuffle': True}}
+    common['eval_loader'] = {key: value for key, value in tiny.eval_loader('', data['old']).items() if key != 'label'}
+    common['eval_loader']['dataset'] = {'max_seq_len': tiny.SEQ_LEN}
+    common['callbacks'] = {'final_loss': {'window': '4ba', 'interval': '2ba'}}
+    return {
+        'name': 'test',
+        'folder': str(tmp_path / 'runs'),
+        'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
+        'stages': {'old': {'max_duration': '8ba'}, 'new': {'max_duration': '8ba'}},
+        'common': common,
+    }
+
+
+def save(spec, folder):
+    OmegaConf.save(OmegaConf.create(spec), folder / 'sequence.yaml')
+    return str(folder / 'sequence.yaml')
+
+
+def call(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, 'argv', ['sequence.py', *arguments])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        sequence.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return capsys.readouterr().out
+
+
+def test_commands_are_printed_and_written_yamls_are_what_they_train(spec, tmp_path, monkeypatch, capsys):
+    spec |= {'nodes': 2, 'nproc': 2, 'slurm': SLURM}
+    monkeypatch.chdir(tmp_path)
+    path = save(spec, tmp_path)
+    printed = call(monkeypatch, capsys, path, '--dry-run')
+    assert not (tmp_path / 'runs').exists()
+    many = 'composer -n 2 --world_size 4 --node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port 29500'
+    commands = [f'{many} {shlex.quote(str(RECIPE))} runs/{name}/run.yaml' for name in ('old-s17', 'new-s17')]
+    assert [line for line in printed.splitlines() if line.startswith('composer')] == commands
+    assert '# new-s17, when old-s17 is done' in printed
+    assert 'NODE_RANK is 0 to 1' in printed
+
+    assert call(monkeypatch, capsys, path, '--write') == printed
+    written = {
+        str(file.relative_to(tmp_path / 'runs')) for file in (tmp_path / 'runs').rglob('[!.]*') if file.is_file()
+    }
+    assert written == {'sequence.json', 'old-s17/run.yaml', 'new-s17/run.yaml'}
+    run = OmegaConf.load(tmp_path / 'runs' / 'new-s17' / 'run.yaml')
+    assert run.load_path == f'{tmp_path}/runs/old-s17/latest-rank0.pt'
+
+
+@pytest.mark.slow
+def test_a_printed_command_trains_the_run_and_the_sequence_keeps_it(spec, tmp_path, monkeypatch, capsys):
+    path = save(spec, tmp_path)
+    printed = call(monkeypatch, capsys, path, '--write')
+    first = next(line for line in printed.splitlines() if line.startswith('composer'))
+    bin_folder = Path(sys.executable).parent
+    subprocess.run(['bash', '-c', first], check=True, env={**os.environ, 'PATH': f'{bin_folder}:{os.environ["PATH"]}'})
+    printed = call(monkeypatch, capsys, path)
+    assert '1 of 2 runs are done already' in printed
+    assert 'old-s17: started' not in printed
+
+
+@pytest.mark.slow
+def test_a_killed_sequence_finds_its_jobs_again(spec, tmp_path, slurm, monkeypatch, capsys):
+    spec['slurm'] = SLURM
+    path = save(spec, tmp_path)
+    (slurm / 'hold').touch()
+    process = subprocess.Popen(
+        [sys.executable, str(tiny.ROOT / 'recipes' / 'sequence.py'), path], stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / 'runs').glob('*/slurm/*_submitted.pkl')):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    fake_slurm.release(slurm)
+    printed = call(monkeypatch, capsys, path)
+    assert 'old-s17: started (Slurm job 1000, found again)' in printed
+    assert 'new-s17: done' in printed
+    assert fake_slurm.states(slurm).keys() == {'1000', '1001'}, 'one job for each run'
+    assert 'final validation loss' in printed
