@@ -1,14 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported Hugging Face models of runs: where they are, and which one a run began from."""
+"""Exported Hugging Face models of runs: where they are, and which model a run began from."""
 
 import json
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cpt_algorithms.files import is_remote
 
-__all__ = ['exports', 'models_of', 'parent_of']
+__all__ = ['Base', 'base_of', 'exports', 'folder_of_base', 'models_of', 'parent_of']
+
+
+@dataclass(frozen=True)
+class Base:
+    """The pretrained model that a run began from.
+
+    Args:
+        name: As the run's YAML names it: a folder, or a name on the hub.
+        run: The run. What is measured of the model is kept there: its own folder may be a cache, or read-only.
+    """
+
+    name: str
+    run: Path
+
+
+def base_of(config: Mapping[str, Any]) -> str | None:
+    """The pretrained Hugging Face model whose weights a stage starts from; none if it starts from others.
+
+    Args:
+        config: Its llm-foundry YAML.
+    """
+    model = config.get('model') or {}
+    is_base = model.get('name') == 'hf_causal_lm' and model.get('pretrained', True) and not config.get('load_path')
+    return model.get('pretrained_model_name_or_path') if is_base else None
+
+
+def folder_of_base(name: str) -> Path:
+    """Where a pretrained model lies on this machine. Looks nothing up on the hub.
+
+    Args:
+        name: A folder, or a name on the hub.
+
+    Raises:
+        ValueError: If it is neither a folder nor in the cache of the hub.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        raise ValueError(f'{name} is neither a folder nor in the cache of the Hugging Face hub') from None
 
 
 def exports(run: Path) -> dict[int, Path]:
@@ -31,19 +77,29 @@ def models_of(given: Path) -> list[Path]:
     return [newest, *sorted(path.parent for path in newest.parent.glob(f'{newest.name}-*/config.json'))]
 
 
-def parent_of(given: Path) -> Path | None:
-    """The export of the checkpoint that a run began from; none if it began from scratch or is not known.
+def parent_of(given: Path) -> Path | Base | None:
+    """The export of the checkpoint that a run began from, or the pretrained model.
+
+    Args:
+        given: A run's folder, or one of its exports.
+
+    Returns:
+        None if it began from scratch or that is not known.
 
     Raises:
-        ValueError: If there was a parent and it has no export.
+        ValueError: If there was a parent and it has no export, or the pretrained model is not on this machine.
     """
     run = given.resolve().parent.parent if (given / 'config.json').is_file() else given
     try:
-        load_path = json.loads((run / 'stage.json').read_text(encoding='utf-8'))['parent']
+        stage = json.loads((run / 'stage.json').read_text(encoding='utf-8'))
+        load_path = stage['parent']
     except (OSError, ValueError, KeyError):
         return None
     if not load_path:
         return None
+    if base := base_of(stage.get('config') or {}):
+        folder_of_base(base)
+        return Base(base, run)
     if is_remote(load_path):
         raise ValueError(
             f'{given}: its parent {load_path} lies in object storage, so no differences are shown; --parent names a '

@@ -49,7 +49,7 @@ from streaming.base.shared import prefix
 
 from cpt_algorithms.checkpoints import follow, newest_remote
 from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
-from cpt_algorithms.exports import models_of, parent_of
+from cpt_algorithms.exports import base_of, folder_of_base, models_of, parent_of
 from cpt_algorithms.files import StorageError, exists, is_remote, read_json, write_json, write_whole
 from cpt_algorithms.replay import StreamError
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
@@ -154,7 +154,7 @@ def load(yaml: str, overrides: list[str]) -> dict[str, Any]:
     try:
         merged = OmegaConf.merge(OmegaConf.load(yaml), OmegaConf.from_cli(overrides))
         return resolve(OmegaConf.to_container(merged, resolve=True))  # pyright: ignore[reportArgumentType]
-    except (OSError, OmegaConfBaseException) as error:
+    except (OSError, OmegaConfBaseException, ValueError) as error:
         sys.exit(f'{yaml} cannot be read: {error}')
 
 
@@ -169,18 +169,31 @@ def print_phases(cfg: dict[str, Any]) -> None:
         print(format_phases(schedule, unit, duration.value), flush=True)
 
 
+def parent_is_older(cfg: dict[str, Any], losses: Path) -> bool:
+    """Whether the model that a stage starts from is there, and as it was when its losses were written."""
+    base = base_of(cfg)
+    try:
+        parent = folder_of_base(base) if base else Path(cfg.get('load_path') or '')
+        files = [parent, *(parent.iterdir() if base else ())]  # one of them may have been replaced
+        return max(file.stat().st_mtime for file in files) < losses.stat().st_mtime
+    except (OSError, ValueError):
+        return False
+
+
 def note_lineage(cfg: dict[str, Any], folder: str, resumes: bool) -> None:
     """``stage.json``: whose checkpoints these are, from which parent, on what data, made with what.
+
+    The parent is a checkpoint, or the name of a pretrained model as the YAML gives it; null from scratch.
 
     Written when the stage starts, and when a restart extends it. In a local folder, the parent's losses of a start that
     was stopped before its first checkpoint are kept if nothing has changed since, and otherwise removed.
     """
-    known, losses, parent = f'{folder}/stage.json', Path(folder) / 'forgetting.json', Path(cfg.get('load_path') or '')
+    known, losses = f'{folder}/stage.json', Path(folder) / 'forgetting.json'
     before = read_json(known) or {}
     wandb_id = before.pop('wandb_id', secrets.token_hex(4))
     lineage = {
         'run_name': cfg['run_name'],
-        'parent': cfg.get('load_path'),
+        'parent': cfg.get('load_path') or base_of(cfg),
         'data': cfg['train_loader']['dataset'],
         'max_duration': cfg['max_duration'],
         'config': cfg,
@@ -189,8 +202,7 @@ def note_lineage(cfg: dict[str, Any], folder: str, resumes: bool) -> None:
     if resumes and before.get('max_duration') == cfg['max_duration']:
         return
     if not is_remote(folder) and losses.exists() and not resumes:
-        unchanged = before == lineage and parent.exists()
-        if not unchanged or parent.stat().st_mtime >= losses.stat().st_mtime:
+        if before != lineage or not parent_is_older(cfg, losses):
             losses.unlink()
     write_json(known, {**lineage, 'wandb_id': wandb_id})
 
@@ -294,7 +306,11 @@ def main() -> None:
     parser.add_argument('overrides', nargs='*', help='key=value, as for llmfoundry train')
     parser.add_argument('--dry-run', action='store_true', help='check everything and print the phases, then stop')
     arguments = parser.parse_args()
-    cfg = load(arguments.yaml, arguments.overrides)
+    check_and_run(load(arguments.yaml, arguments.overrides), arguments.yaml, arguments.dry_run)
+
+
+def check_and_run(cfg: dict[str, Any], what: str, dry_run: bool) -> None:
+    """Refuse, show, and unless it is a dry run, train and export; ``what`` names the YAML in messages."""
     world_size = int(os.environ.get('WORLD_SIZE', '1'))
     rank_zero = os.environ.get('RANK', '0') == '0'
     if world_size > 1:  # llm-foundry's tokenizer builder wants it; train() finds it done
@@ -307,10 +323,10 @@ def main() -> None:
     if world_size > 1:  # a cache or a network may be another on each node, and all must stop at once
         problems = list(dict.fromkeys(problem for each in dist.all_gather_object(problems) for problem in each))
     if problems:
-        sys.exit(f'{arguments.yaml} was refused before training:\n{PreflightError(problems)}' if rank_zero else 1)
+        sys.exit(f'{what} was refused before training:\n{PreflightError(problems)}' if rank_zero else 1)
     if rank_zero:
         print_phases(cfg)
-    if arguments.dry_run:
+    if dry_run:
         return
     try:
         run(cfg, world_size, rank_zero)

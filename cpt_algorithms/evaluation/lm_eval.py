@@ -29,6 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cpt_algorithms.evaluation.functional import Mean
+from cpt_algorithms.exports import Base, folder_of_base
 from cpt_algorithms.files import write_json
 from cpt_algorithms.keys import check_keys
 
@@ -298,20 +299,35 @@ def _stat(file: Path) -> list[int]:
 # Evaluation
 
 
-def result_file(model: Path, suite: Mapping[str, Any], limit: int | None) -> Path:
+def result_file(model: Path | Base, suite: Mapping[str, Any], limit: int | None) -> Path:
     """Where the results of a model go; those with a limit stand apart, as a try must not replace them.
 
     Args:
-        model: Its folder.
+        model: Its folder, or the pretrained model of a run, whose results go beside the run's own as ``base.json``.
         suite: The suite.
         limit: Items of each task at most.
     """
     folder = suite['name'] if limit is None else f'{suite["name"]}-limit{limit}'
+    if isinstance(model, Base):
+        return model.run / 'huggingface' / 'lm_eval' / folder / 'base.json'
     return model.parent / 'lm_eval' / folder / f'{model.name}.json'
 
 
+def _done(paths: Iterable[Path], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Tasks that result files hold of the same model; of one that is in several, the last."""
+    done: dict[str, Any] = {}
+    for path in paths:
+        try:
+            old = json.loads(path.read_text(encoding='utf-8'))
+        except (OSError, ValueError):
+            continue
+        if all(old.get('settings', {}).get(key) == settings[key] for key in _SAME):
+            done |= old.get('tasks', {})
+    return done
+
+
 def evaluate(
-    folder: Path,
+    model: Path | Base,
     suite: Mapping[str, Any],
     device: str,
     batch_size: int,
@@ -321,10 +337,11 @@ def evaluate(
     """Evaluate a model on a suite, going on from what was done before.
 
     The result file is written after every task. A task is not run again if it was with the same suite entry, limit,
-    release of lm-eval (which fixes its task versions), model files and local data files, or these are gone.
+    release of lm-eval (which fixes its task versions), model files and local data files, or these are gone. Runs whose
+    folders stand side by side share what one of them has measured of the pretrained model that they began from.
 
     Args:
-        folder: A Hugging Face model.
+        model: The folder of a Hugging Face model, or the pretrained model of a run.
         suite: Of :func:`load_suite`.
         device: ``cpu`` or ``cuda``.
         batch_size: Sequences at once.
@@ -339,7 +356,8 @@ def evaluate(
     Raises:
         ValueError: If the model cannot be loaded.
     """
-    path = result_file(folder, suite, limit)
+    path = result_file(model, suite, limit)
+    folder, others = (model, []) if isinstance(model, Path) else (folder_of_base(model.name), _of_other_runs(path))
     settings = {
         'lm_eval': version('lm_eval'),
         'limit': limit,
@@ -347,14 +365,11 @@ def evaluate(
         'device': device,
         'batch_size': batch_size,
     }
-    try:
-        old = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        old = {}
-    done = old.get('tasks', {}) if all(old.get('settings', {}).get(key) == settings[key] for key in _SAME) else {}
-    result: dict[str, Any] = {'suite': path.parent.name, 'model': str(folder), 'tasks': {}}
+    done = _done([*others, path], settings)
+    result: dict[str, Any] = {'suite': path.parent.name, 'tasks': {}}
+    result |= {'model': str(model) if isinstance(model, Path) else model.name}
     result |= {'missing': dict(suite.get('missing') or {}), 'settings': settings}
-    model: Any = None
+    loaded: Any = None
     for name, entry in suite['tasks'].items():
         reason = _unavailable(entry['task'])
         data = {} if reason else {file: _stat(Path(file)) for file in _data_files(entry['task'])}
@@ -368,9 +383,9 @@ def evaluate(
             except Exception as error:
                 reason = f'its data cannot be loaded: {_short(error)}'
             else:
-                model = model or load_model(folder, device, batch_size)
+                loaded = loaded or load_model(folder, device, batch_size)
                 try:
-                    result['tasks'][name] = {**_run(model, tasks, entry, limit), 'entry': dict(entry), 'data': data}
+                    result['tasks'][name] = {**_run(loaded, tasks, entry, limit), 'entry': dict(entry), 'data': data}
                 except Exception as error:  # one task of many: the others are worth having
                     reason = f'it failed: {_short(error)}'
         if reason:
@@ -378,19 +393,25 @@ def evaluate(
             report(f'{name}: {reason}')
         write_json(path, {**result, 'tasks': {**done, **result['tasks']}})
     # what other suites of this name have asked is kept
-    others = {name: task for name, task in done.items() if name not in suite['tasks']}
-    write_json(path, {**result, 'tasks': {**others, **result['tasks']}})
+    kept = {name: task for name, task in done.items() if name not in suite['tasks']}
+    write_json(path, {**result, 'tasks': {**kept, **result['tasks']}})
     return result
+
+
+def _of_other_runs(path: Path) -> list[Path]:
+    """Results of pretrained models in the runs beside the one whose ``base.json`` is given."""
+    run = path.parents[3]
+    return sorted(run.parent.glob(f'*/{path.relative_to(run)}'))
 
 
 def evaluate_all(
     models: Sequence[Sequence[Path]],
-    parents: Sequence[Path | None],
+    parents: Sequence[Path | Base | None],
     suite: Mapping[str, Any],
     device: str | None = None,
     batch_size: int = 16,
     limit: int | None = None,
-) -> dict[Path, dict[str, Any]]:
+) -> dict[Path | Base, dict[str, Any]]:
     """Evaluate models and what they are compared with, each once.
 
     Args:
@@ -402,7 +423,7 @@ def evaluate_all(
         limit: Items of each task at most. Default: ``None``.
 
     Returns:
-        ``{model: result of evaluate}``.
+        ``{model or parent: result of evaluate}``.
 
     Raises:
         ValueError: If a model cannot be loaded.

@@ -20,7 +20,7 @@ from llmfoundry.utils.builders import build_tokenizer
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.exports import exports
+from cpt_algorithms.exports import base_of, exports, folder_of_base
 from cpt_algorithms.files import StorageError, fetch, is_remote, list_names, read_json
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer
 from cpt_algorithms.replay.replay_text import read_mix
@@ -154,9 +154,10 @@ def _model_mistakes(
         return
     section = 'model' if cfg['model']['name'] == 'mpt_causal_lm' else 'model.config_overrides'
     if tokenizer is not None and vocab_size is not None and len(tokenizer) > vocab_size:
+        enlarge = '' if base_of(cfg) else f'set {section}.vocab_size to at least {len(tokenizer)}, or '
         yield (
             f'tokenizer={cfg["tokenizer"]["name"]} has {len(tokenizer):,} tokens, more than the {vocab_size:,} of the '
-            f'model: set {section}.vocab_size to at least {len(tokenizer)}, or name the tokenizer of the model'
+            f'model: {enlarge}name the tokenizer of the model'
         )
     lengths = {'max_seq_len': cfg['max_seq_len']}
     lengths |= {
@@ -176,9 +177,14 @@ def _parent_mistakes(cfg: Config, ours: Callable[[], str | None]) -> Iterator[st
     try:
         if path:
             parent, found = f'load_path={path}', _tokenizer_of_run(os.path.dirname(str(path).rstrip('/')))
-        elif model.get('name') == 'hf_causal_lm' and model.get('pretrained', True):
-            name = model['pretrained_model_name_or_path']
+        elif name := base_of(cfg):
             parent, theirs = f'model.pretrained_model_name_or_path={name}', _tokenizer_of({'tokenizer': {'name': name}})
+            if theirs is None:
+                folder_of_base(name)  # of one that is not there at all, another check speaks
+                yield (
+                    f'{parent} has no tokenizer that can be loaded, so nothing tells that it is that of the data: put '
+                    'its files (tokenizer.json, tokenizer_config.json) there'
+                )
             found = None if theirs is None or model.get('allow_embedding_resizing') else (_hash_of(theirs), name)
         else:
             return

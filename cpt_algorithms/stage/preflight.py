@@ -14,16 +14,22 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from composer.core import Time, TimeUnit
+from composer.models import ComposerModel
 from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
 from llmfoundry.utils.builders import build_callback, build_composer_model, build_scheduler, build_tokenizer
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from llmfoundry.utils.registry_utils import import_file
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from streaming import StreamingDataset
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import PreTrainedTokenizerBase
+from yaml import YAMLError
 
-from cpt_algorithms.checkpoints import follow, newest_remote, read_metadata, safe_globals
+from cpt_algorithms.checkpoints import follow, newest_remote, open_checkpoint, read_metadata, safe_globals
 from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
+from cpt_algorithms.exports import base_of
 from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names, read_json, size_of
 from cpt_algorithms.keys import check_keys
 from cpt_algorithms.replay.consumed import read_consumed
@@ -35,7 +41,7 @@ from cpt_algorithms.schedulers import PhaseScheduler
 from cpt_algorithms.stage.data_checks import data_mistakes
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS, budget_in_samples
 
-__all__ = ['PreflightError', 'latest_batch', 'preflight', 'resolve', 'total_batches']
+__all__ = ['PreflightError', 'latest_batch', 'model_on_meta', 'preflight', 'resolve', 'total_batches']
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +72,12 @@ class PreflightError(ValueError):
 def resolve(cfg: Config) -> Config:
     """Fill in what follows from the rest of a stage's YAML.
 
+    * ``model: FILE.yaml``: its content, such as ``yamls/models/gpt_neox_405m.yaml``.
     * ``autoresume: true``: llm-foundry says it turns it on, and does not.
     * ``load_weights_only`` and ``load_ignore_keys`` as ``callbacks.stage_start.optimizer`` needs them.
     * ``save_folder`` of ``callbacks.final_loss``, ``forgetting`` and ``hf_checkpointer`` (export at the end).
     * ``eval_first: true`` for ``callbacks.forgetting``, which wants the parent's losses.
+    * ``model.pretrained: false`` with ``load_path``: the checkpoint's weights would replace those that were read.
     * ``stream_name: resilient`` for evaluators that read one remote stream.
 
     Args:
@@ -79,6 +87,11 @@ def resolve(cfg: Config) -> Config:
         A new mapping, which ``llmfoundry train`` takes as it is.
     """
     cfg = {'autoresume': True, **cfg, 'callbacks': {**(cfg.get('callbacks') or {})}}
+    if isinstance(cfg.get('model'), str):
+        try:
+            cfg['model'] = OmegaConf.to_container(OmegaConf.load(cfg['model']), resolve=True)
+        except (OSError, OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f'model={cfg["model"]} cannot be read: {error}') from None
     if cfg.get('eval_loader'):
         evals = cfg['eval_loader']
         cfg['eval_loader'] = [_resilient(each) for each in (evals if isinstance(evals, list) else [evals])]
@@ -90,6 +103,9 @@ def resolve(cfg: Config) -> Config:
         cfg.setdefault('load_weights_only', not keep)
         if keep:
             cfg.setdefault('load_ignore_keys', list(KEEP_OPTIMIZER_IGNORE_KEYS))
+    model = cfg.get('model') or {}
+    if cfg.get('load_path') and model.get('name') == 'hf_causal_lm':
+        cfg['model'] = {**model, 'pretrained': False}
     for name in ('final_loss', 'forgetting'):
         if name in callbacks:
             callbacks[name] = {'save_folder': folder, **(callbacks[name] or {})}
@@ -144,6 +160,7 @@ def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) ->
         lambda: _check_saving(cfg),
         lambda: _check_data(cfg, parent_is_there),
         lambda: problems.extend(data_mistakes(cfg, _loaders(cfg), parent_is_there)),
+        lambda: _check_hugging_face(cfg),
         *([lambda: _check_parent(cfg)] if parent_is_there else []),
     ]
     unreadable: list[str] = []  # what a check stumbled over is mostly what another has named
@@ -283,10 +300,10 @@ def _check_forgetting(cfg: Config) -> None:
     given = cfg['callbacks'].get('forgetting')
     if given is None:
         return
-    if not cfg.get('load_path'):
+    if not cfg.get('load_path') and base_of(cfg) is None:
         raise ValueError(
             'callbacks.forgetting compares with the parent, and load_path is missing: name the checkpoint the stage '
-            'starts from, or leave the callback out when training from scratch'
+            'starts from, or a model with pretrained: true, or leave the callback out when training from scratch'
         )
     if not cfg.get('eval_first'):
         raise ValueError(
@@ -504,17 +521,31 @@ def _remote_parent_shapes(path: str) -> Shapes | None:
         return None
 
 
-def _model_shapes(cfg: Config) -> Shapes:
-    """Shape of every tensor of the model that a YAML describes."""
+def model_on_meta(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> ComposerModel:
+    """The model that a YAML describes, without memory for its weights, and without reading pretrained ones.
+
+    Args:
+        cfg: A train YAML; only ``model`` is read.
+        tokenizer: May enlarge the embeddings of an MPT. Default: ``None``.
+
+    Raises:
+        ValueError: If it cannot be built.
+    """
     section = {**cfg['model'], 'init_device': 'meta'}
     name = section.pop('name')
     section.pop('master_weights_dtype', None)
-    tokenizer = build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer'].get('kwargs') or {}))
+    if name == 'hf_causal_lm':  # kernels that are not installed here would be refused
+        section |= {'pretrained': False, 'use_flash_attention_2': False, 'attn_implementation': None}
     try:
-        model = build_composer_model(name, section, tokenizer, init_context=init_empty_weights(include_buffers=False))
+        return build_composer_model(name, section, tokenizer, init_context=init_empty_weights(include_buffers=False))
     except Exception as error:
         raise ValueError(f'model cannot be built: {error}') from None
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _model_shapes(cfg: Config) -> Shapes:
+    """Shape of every tensor of the model that a YAML describes."""
+    tokenizer = build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer'].get('kwargs') or {}))
+    return {key: tuple(value.shape) for key, value in model_on_meta(cfg, tokenizer).state_dict().items()}
 
 
 def _check_parent(cfg: Config) -> None:
@@ -539,13 +570,61 @@ def _check_parent(cfg: Config) -> None:
         raise ValueError(f'load_path={path} cannot be read as a Composer checkpoint: {error}') from None
     if parent is None:
         return
-    ours = _model_shapes(cfg)
-    problems = [f'{k} is {parent[k]} there and {ours[k]} here' for k in ours if k in parent and parent[k] != ours[k]]
-    problems += [f'{k} is missing there' for k in ours if k not in parent]
-    problems += [f'{k} is not in this model' for k in parent if k not in ours]
+    if misfits := _misfits(parent, _model_shapes(cfg)):
+        raise ValueError(f'load_path={path} does not fit the model: {misfits}')
+
+
+def _misfits(there: Shapes, here: Shapes) -> str:
+    """How two models differ, the first three tensors; empty if they do not."""
+    found = [f'{k} is {there[k]} there and {here[k]} here' for k in here if k in there and there[k] != here[k]]
+    found += [f'{k} is missing there' for k in here if k not in there]
+    found += [f'{k} is not in this model' for k in there if k not in here]
+    return _first(found)
+
+
+def _first(problems: list[str]) -> str:
+    return '; '.join(problems[:3]) + (f' (and {len(problems) - 3} more)' if len(problems) > 3 else '')
+
+
+def _check_hugging_face(cfg: Config) -> None:
+    """What would be dropped, left at random, or fail only when the model is built."""
+    model = cfg['model']
+    if model['name'] != 'hf_causal_lm':
+        return
+    for key in ('peft_config', 'pretrained_lora_id_or_path', 'load_in_8bit'):
+        if model.get(key):
+            raise ValueError(
+                f'model.{key}: what is trained, averaged and exported here are whole models, neither adapters nor '
+                'quantized weights; leave it out, and merge an adapter into its model first'
+            )
+    base = base_of(cfg)
+    if base is None:
+        return
+    if model.get('init_device') == 'meta' and cfg.get('fsdp_config'):
+        raise ValueError(
+            f'model.init_device=meta, and the weights of {base} are to be read: use mixed (rank 0 reads them), or cpu'
+        )
+    if overrides := model.get('config_overrides'):
+        plain = _model_shapes({**cfg, 'model': {**model, 'config_overrides': {}}})
+        if misfits := _misfits(plain, _model_shapes(cfg)):
+            raise ValueError(
+                f'model.config_overrides={overrides} does not fit the pretrained {base}, of which something would be '
+                f'dropped or left at random: {misfits}'
+            )
+    if Path(base).is_dir() and not any(Path(base).glob('*.bin')):
+        _check_weights(base, model_on_meta(cfg).model)
+
+
+def _check_weights(base: str, model: Any) -> None:
+    """Ask transformers, which only warns of it, what it would drop of the weights in a folder or leave at random."""
+    stored = {name: torch.empty(one.shape, device='meta') for name, one in open_checkpoint(base).tensors.items()}
+    options = {'device_map': {'': 'meta'}, 'ignore_mismatched_sizes': True, 'output_loading_info': True}
+    _, found = type(model).from_pretrained(None, config=model.config, state_dict=stored, **options)
+    problems = [f'{name} would be left at random' for name in found['missing_keys']]
+    problems += [f'{name} would be dropped' for name in found['unexpected_keys']]
+    problems += [f'{name} is {there} there and {here} here' for name, there, here in found['mismatched_keys']]
     if problems:
-        more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
-        raise ValueError(f'load_path={path} does not fit the model: {"; ".join(problems[:3])}{more}')
+        raise ValueError(f'the weights in {base} do not fit its configuration: {_first(problems)}')
 
 
 def total_batches(cfg: Config) -> int | None:

@@ -209,7 +209,7 @@ class StageStart(Callback):
                 f'stage start: first step at lr={first["lr"]:g} (base {first["initial_lr"]:g}), '
                 f'weight_decay={first.get("weight_decay", 0):g}, optimizer state '
                 + ('kept' if self.optimizer == 'keep' else 'fresh')
-                + (f', parent {state.load_path}' if state.load_path else ', no parent')
+                + (f', parent {state.load_path}' if state.load_path else ', no checkpoint loaded')
             )
 
 

@@ -8,6 +8,7 @@ import shutil
 import prepare_data
 import pytest
 import tiny
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from cpt_algorithms.files import write_json
 from cpt_algorithms.stage import PreflightError, preflight, resolve
@@ -227,10 +228,12 @@ def test_hugging_face_models_too(roots, tmp_path):
 
 
 def test_a_tokenizer_that_is_not_the_pretrained_models(roots, tmp_path):
-    sizes = {'vocab_size': VOCAB, 'max_position_embeddings': 16, 'hidden_size': 16, 'num_attention_heads': 2}
-    for name in ('new', 'other'):
-        shutil.copytree(roots[name] / 'tokenizer', tmp_path / name)
-        write_json(tmp_path / name / 'config.json', {'model_type': 'gpt_neox', **sizes})
+    sizes = {'hidden_size': 16, 'intermediate_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2}
+    for name, vocab_size in (('new', VOCAB), ('other', VOCAB), ('small', VOCAB - 1)):
+        config = GPTNeoXConfig(vocab_size=vocab_size, max_position_embeddings=16, **sizes)
+        GPTNeoXForCausalLM(config).save_pretrained(tmp_path / name)
+        tokenizer = roots['other' if name == 'small' else name] / 'tokenizer'
+        shutil.copytree(tokenizer, tmp_path / name, dirs_exist_ok=True)
 
     def stage(name, **model):
         model = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(tmp_path / name), **model}
@@ -242,7 +245,7 @@ def test_a_tokenizer_that_is_not_the_pretrained_models(roots, tmp_path):
     fine(stage('new'))
     fine(stage('other', pretrained=False))
     # said to be larger, so that tokens may be added
-    fine(stage('other', allow_embedding_resizing=True, config_overrides={'vocab_size': 9}))
+    fine(stage('small', allow_embedding_resizing=True))
 
 
 def test_rows_that_an_evaluator_would_cut(roots, tmp_path):

@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real Hugging Face models are updated: GPT-NeoX and Llama as bases, through stages, averages, exports and lm-eval."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import average_checkpoints
+import continue_pretraining
+import evaluate
+import pytest
+import recorder
+import tiny
+import torch
+from omegaconf import OmegaConf
+from streaming import StreamingDataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from cpt_algorithms.evaluation.report import write_report
+from cpt_algorithms.exports import Base, base_of, folder_of_base, parent_of
+from cpt_algorithms.stage import PreflightError, preflight, resolve
+
+SIZES = {
+    'vocab_size': tiny.VOCAB, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
+    'num_attention_heads': 4, 'max_position_embeddings': tiny.SEQ_LEN,
+}  # fmt: skip
+KINDS = ('neox', 'llama', 'tied_llama')
+
+
+def make(kind, folder, tokenizer, dtype=torch.float32, **over):
+    """A random model, saved as people publish them: weights, config and tokenizer in one folder."""
+    torch.manual_seed(5)
+    if kind == 'neox':
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES | over, rotary_pct=0.25, use_parallel_residual=True))
+    else:
+        tied = kind == 'tied_llama'
+        model = LlamaForCausalLM(LlamaConfig(**SIZES | over, num_key_value_heads=2, tie_word_embeddings=tied))
+    model.to(dtype).save_pretrained(folder / kind)
+    shutil.copytree(tokenizer, folder / kind, dirs_exist_ok=True)
+    return folder / kind
+
+
+@pytest.fixture(scope='module')
+def bases(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('bases')
+    return {kind: make(kind, folder, data['tokenizer']) for kind in KINDS}
+
+
+@pytest.fixture(scope='module')
+def offline(tmp_path_factory):
+    """What yamls/eval/offline.yaml wants, of the letters that the tokenizer knows."""
+    root = tmp_path_factory.mktemp('offline')
+    (root / 'lm_eval').mkdir()
+    for seed, name in enumerate(('python', 'cpp')):
+        texts = [''.join(chr(97 + (7 * i + j * (seed + 3)) % 20) for j in range(12)) for i in range(8)]
+        choices = [{'context': t[:6], 'choices': [t[6:], *(o[6:] for o in texts[:3])], 'answer': 0} for t in texts]
+        for kind, items in (('passages', [{'text': text} for text in texts]), ('continuations', choices)):
+            lines = ''.join(json.dumps(item) + '\n' for item in items)
+            (root / 'lm_eval' / f'{name}_{kind}.jsonl').write_text(lines)
+    return [str(tiny.ROOT / 'yamls' / 'eval' / 'offline.yaml'), f'variables.root={root}']
+
+
+def stage(folder, data, run_name, base, **over):
+    """An update of a base with ``new``; ``old`` stands in for what the base has learned, which nobody knows."""
+    stand_in = {'local': str(data['old']), 'split': 'train', 'stand_in_for': 'what it was trained on'}
+    model = {
+        'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(base), 'pretrained': True, 'init_device': 'cpu',
+        'use_train_metrics': False, 'attn_implementation': 'sdpa',
+    }  # fmt: skip
+    cfg = tiny.config(
+        folder, data, run_name, eval_interval='3ba', save_num_checkpoints_to_keep=-1,
+        eval_loader=[tiny.eval_loader('fresh', data['new']), tiny.eval_loader('past', data['old'])],
+        train_loader={'dataset': {'replay': {'fraction': 0.25, 'streams': {'old': stand_in}}}},
+        callbacks={
+            'forgetting': {'new': ['fresh'], 'old': ['past']}, 'final_loss': {'window': '4ba', 'interval': '2ba'},
+            'ema': {'half_life': '2ba'}, 'lawa': {'k': 2, 'interval': '2ba'},
+        },
+        optimizer={'lr': 5e-3},
+    )  # fmt: skip
+    return tiny.merge({**cfg, 'model': model}, over)
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def problems(cfg, world_size=1):
+    with pytest.raises(PreflightError) as caught:
+        preflight(resolve(cfg), world_size)
+    return caught.value.problems
+
+
+def load(folder):
+    """As its users load it; nothing may be missing."""
+    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(found.values()), found
+    return model.eval()
+
+
+def logits(model):
+    tokens = torch.arange(2 * tiny.SEQ_LEN).reshape(2, -1)
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def of_checkpoint(path, config):
+    """The model that a Composer checkpoint holds, by transformers alone."""
+    model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(config).config)
+    state = torch.load(path, weights_only=False)['state']['model']
+    model.load_state_dict({name.removeprefix('model.'): value for name, value in state.items()})
+    return model.eval()
+
+
+def loss_by_hand(model, folder, tokenizer):
+    """Mean loss over a validation set, without Composer."""
+    nats, count = 0.0, 0
+    for row in StreamingDataset(local=str(folder), split='val', batch_size=1):
+        ids = torch.as_tensor(row['tokens'].astype('int64'))[None]
+        with torch.no_grad():
+            predictions = model(ids).logits[0, :-1]
+        predicted = ids[0, 1:] != tokenizer.pad_token_id
+        nats += float(torch.nn.functional.cross_entropy(predictions[predicted], ids[0, 1:][predicted], reduction='sum'))
+        count += int(predicted.sum())
+    return nats / count
+
+
+# A stage from a base, in this process
+
+
+@pytest.fixture(scope='module', params=['neox', 'tied_llama', pytest.param('llama', marks=pytest.mark.slow)])
+def updated(request, bases, data, offline, tmp_path_factory):
+    """The kind, and the folder with the finished run ``update`` of it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    cfg = stage(folder, data, 'update', bases[request.param], variables={'lm_eval': offline})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tiny.recipe_here(cfg, folder)
+    return request.param, folder
+
+
+def test_the_untouched_base_is_the_parent(updated, bases, data):
+    kind, folder = updated
+    judged, lineage = read(folder / 'update' / 'forgetting.json'), read(folder / 'update' / 'stage.json')
+    tokenizer = AutoTokenizer.from_pretrained(bases[kind])
+    for label, name in (('fresh', 'new'), ('past', 'old')):
+        assert judged['parent'][label] == pytest.approx(
+            loss_by_hand(load(bases[kind]), data[name], tokenizer), rel=1e-5
+        )
+    losses = read(folder / 'update' / 'losses.json')
+    assert losses['losses']['past'][0] == [0, 0, judged['parent']['past']]
+    assert losses['final']['fresh']['mean'] != judged['parent']['fresh']
+    assert lineage['parent'] == str(bases[kind])
+    assert parent_of(folder / 'update') == Base(str(bases[kind]), folder / 'update')
+    first = recorder.read(folder / 'update.jsonl')[0]
+    assert first['lr'] == [5e-3 * 0.25] and first['adam_step'] == 0
+    rows = [row[0] for line in recorder.read(folder / 'update.jsonl').values() for row in line['rows']]
+    assert rows.count(1) == 16, 'a quarter of 64 rows is replay'
+
+
+def test_the_export_is_the_checkpoint(updated, bases):
+    kind, folder = updated
+    run = folder / 'update'
+    exported = load(run / 'huggingface' / 'ba8')
+    trained = of_checkpoint(run / 'ep0-ba8-rank0.pt', bases[kind])
+    assert torch.equal(logits(exported), logits(trained))
+    assert not torch.equal(logits(exported), logits(load(bases[kind])))
+    assert (exported.lm_head if kind != 'neox' else exported.embed_out).weight.data_ptr() == (
+        exported.get_input_embeddings().weight.data_ptr()
+    ) or kind != 'tied_llama'
+    for name in ('ema_2ba', 'lawa'):
+        assert not torch.equal(logits(load(run / 'huggingface' / f'ba8-{name}')), logits(exported))
+    assert exported.config.model_type == ('gpt_neox' if kind == 'neox' else 'llama')
+    again = AutoTokenizer.from_pretrained(run / 'huggingface' / 'ba8')
+    assert again.get_vocab() == AutoTokenizer.from_pretrained(bases[kind]).get_vocab()
+
+
+def test_checkpoints_average_to_what_transformers_loads(updated, bases, tmp_path):
+    kind, folder = updated
+    run = folder / 'update'
+    average_checkpoints.main([str(run), '--last', '3', '--to', 'hf', '--out', str(tmp_path / 'hf')])
+    average_checkpoints.main([str(run), '--last', '3', '--to', 'pt', '--out', str(tmp_path / 'mean.pt')])
+    average_checkpoints.main(
+        [str(run / 'ep0-ba8-rank0.pt'), '--average', 'lawa', '--to', 'hf', '--out', str(tmp_path / 'lawa')]
+    )
+    states = [of_checkpoint(run / f'ep0-ba{batch}-rank0.pt', bases[kind]).state_dict() for batch in (4, 6, 8)]
+    by_hand = of_checkpoint(run / 'ep0-ba8-rank0.pt', bases[kind])
+    by_hand.load_state_dict({name: sum(state[name] for state in states) / 3 for name in states[0]})
+    torch.testing.assert_close(logits(load(tmp_path / 'hf')), logits(by_hand), rtol=1e-5, atol=1e-6)
+    assert torch.equal(logits(load(tmp_path / 'hf')), logits(of_checkpoint(tmp_path / 'mean.pt', bases[kind])))
+    assert torch.equal(logits(load(tmp_path / 'lawa')), logits(load(run / 'huggingface' / 'ba8-lawa')))
+    # and of exports; base and update are of one kind, too
+    average_checkpoints.main(
+        [str(bases[kind]), str(run / 'huggingface' / 'ba8'), '--to', 'pt', '--out', str(tmp_path / 'soup.pt')]
+    )
+    both = [load(path).state_dict() for path in (bases[kind], run / 'huggingface' / 'ba8')]
+    by_hand.load_state_dict({name: (both[0][name] + both[1][name]) / 2 for name in both[0]})
+    assert torch.equal(logits(of_checkpoint(tmp_path / 'soup.pt', bases[kind])), logits(by_hand))
+
+
+SLOW_NEOX = pytest.param('neox', marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('updated', ['tied_llama', SLOW_NEOX], indirect=True)
+def test_a_second_stage_reads_no_base(updated, bases, data, tmp_path):
+    """From the average of the first one; of the base only its configuration is needed."""
+    kind, folder = updated
+    average_checkpoints.main([str(folder / 'update'), '--last', '3', '--to', 'pt', '--out', str(tmp_path / 'mean.pt')])
+    shutil.copytree(bases[kind], tmp_path / 'base')
+    (tmp_path / 'base' / 'model.safetensors').unlink()
+    cfg = stage(
+        tmp_path, data, 'second', tmp_path / 'base', load_path=str(tmp_path / 'mean.pt'), max_duration='2ba',
+        scheduler={'t_warmup': '1ba'}, callbacks={'final_loss': {'window': '2ba', 'interval': '1ba'}},
+    )  # fmt: skip
+    tiny.recipe_here(cfg, tmp_path)
+    judged, lineage = read(tmp_path / 'second' / 'forgetting.json'), read(tmp_path / 'second' / 'stage.json')
+    tokenizer = AutoTokenizer.from_pretrained(bases[kind])
+    parent = of_checkpoint(tmp_path / 'mean.pt', bases[kind])
+    assert judged['parent']['past'] == pytest.approx(loss_by_hand(parent, data['old'], tokenizer), rel=1e-5)
+    assert lineage['parent'] == str(tmp_path / 'mean.pt')
+    assert lineage['config']['model']['pretrained'] is False and base_of(lineage['config']) is None
+
+
+def main(*arguments):
+    """The exit status of scripts/evaluate.py."""
+    try:
+        evaluate.main([*map(str, arguments), '--device', 'cpu'])
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
+
+
+def test_lm_eval_compares_with_the_base(updated, bases, offline, tmp_path, capsys):
+    kind, folder = updated
+    results = folder / 'update' / 'huggingface' / 'lm_eval' / 'offline'
+    assert sorted(path.stem for path in results.iterdir()) == ['ba8', 'ba8-ema_2ba', 'ba8-lawa', 'base']
+    found = {name: read(results / f'{name}.json') for name in ('ba8', 'base')}
+    assert found['base']['model'] == str(bases[kind])
+    assert len(found['base']['tasks']) == 4 and not found['base']['missing']
+    key = 'python bits per byte'
+    assert found['ba8']['tasks'][key]['score'] != found['base']['tasks'][key]['score']
+    assert not (bases[kind].parent / 'lm_eval').exists(), 'nothing is written beside the base'
+    report = write_report([folder / 'update'], tmp_path / 'report')
+    [row, *averages] = report.rows
+    assert {row.kind, *(each.kind for each in averages)} == {'update'} and len(averages) == 2
+    assert {'forgetting', 'adaptation'} <= row.columns.keys() and 'compute against union' not in row.columns
+    delta = next(scores for scores in report.scores if scores.row is row).deltas[key]
+    assert delta.value == pytest.approx(found['ba8']['tasks'][key]['score'] - found['base']['tasks'][key]['score'])
+    assert report.study.lost == {}
+    page = (tmp_path / 'report' / 'report.html').read_text()
+    assert str(bases[kind]) in page and 'stands in for what it was trained on' in page
+
+
+def test_runs_of_one_base_measure_it_once(updated, offline, bases, data, tmp_path, monkeypatch, capsys):
+    kind, folder = updated
+    shutil.copytree(folder / 'update', tmp_path / 'one')
+    shutil.copytree(folder / 'update', tmp_path / 'two')
+    shutil.rmtree(tmp_path / 'two' / 'huggingface' / 'lm_eval')
+    from cpt_algorithms.evaluation import lm_eval
+
+    ran = []
+    original = lm_eval._run
+    monkeypatch.setattr(lm_eval, '_run', lambda *given: ran.append(given) or original(*given))
+    assert main(tmp_path / 'two', '--suite', *offline) == 0
+    assert len(ran) == 3 * 4, 'the run and its averages, not the base'
+    assert capsys.readouterr().out.count('against') == 3
+    base = 'huggingface/lm_eval/offline/base.json'
+    assert read(tmp_path / 'two' / base)['tasks'] == read(tmp_path / 'one' / base)['tasks']
+
+
+# What is refused
+
+
+def test_what_is_right_passes(bases, data, tmp_path):
+    for kind, base in bases.items():
+        preflight(resolve(stage(tmp_path, data, kind, base)))
+    overridden = {'model': {'config_overrides': {'attention_dropout': 0.1}, 'use_flash_attention_2': True}}
+    preflight(resolve(tiny.merge(stage(tmp_path, data, 'run', bases['neox']), overridden)))
+    scratch = {
+        'model': {'pretrained': False, 'config_overrides': {'num_hidden_layers': 1}},
+        'callbacks': {'forgetting': None},
+    }
+    preflight(resolve(tiny.merge(stage(tmp_path, data, 'run', bases['llama']), scratch)))
+
+
+BAD = {
+    'forgetting from scratch': ({'pretrained': False}, 'callbacks.forgetting compares with the parent, and load_path is missing: name the checkpoint the stage starts from, or a model with pretrained: true'),
+    'adapters': ({'peft_config': {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM'}}, 'model.peft_config: what is trained, averaged and exported here are whole models'),
+    'an adapter': ({'pretrained_lora_id_or_path': 'somewhere'}, 'model.pretrained_lora_id_or_path: what is trained'),
+    'quantized': ({'load_in_8bit': True}, 'model.load_in_8bit: what is trained'),
+    'more layers': ({'config_overrides': {'num_hidden_layers': 3}}, "model.config_overrides={'num_hidden_layers': 3} does not fit the pretrained "),
+    'fewer layers': ({'config_overrides': {'num_hidden_layers': 1}}, 'model.layers.1.'),
+    'more tokens': ({'config_overrides': {'vocab_size': 260}}, 'model.model.embed_tokens.weight is (256, 32) there and (260, 32) here'),
+    'untied': ({'config_overrides': {'tie_word_embeddings': False}}, 'lm_head.weight would be left at random'),
+    'no such base': ({'pretrained_model_name_or_path': 'nobody/nothing'}, 'model.pretrained_model_name_or_path=nobody/nothing: its configuration cannot be read'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_what_would_not_be_the_base_is_refused(case, bases, data, tmp_path):
+    change, message = BAD[case]
+    found = problems(tiny.merge(stage(tmp_path, data, 'bad', bases['tied_llama']), {'model': change}))
+    assert any(message in problem for problem in found), found
+    assert len(found) == 1, found
+
+
+def test_a_base_that_is_not_whole_is_refused(bases, data, tmp_path):
+    base = tmp_path / 'base'
+    shutil.copytree(bases['neox'], base)
+    cfg = stage(tmp_path, data, 'run', base)
+    config = read(base / 'config.json')
+    (base / 'config.json').write_text(json.dumps({**config, 'num_hidden_layers': 3}))
+    [found] = problems(cfg)
+    assert f'{base}' in found and 'gpt_neox.layers.2.' in found and 'would be left at random' in found
+    (base / 'config.json').write_text(json.dumps({**config, 'num_hidden_layers': 1}))
+    [found] = problems(cfg)
+    assert 'gpt_neox.layers.1.' in found and 'would be dropped' in found
+    (base / 'config.json').write_text(json.dumps(config))
+    (base / 'model.safetensors').unlink()
+    [found] = problems(cfg)
+    assert f'{base} is no checkpoint' in found
+    preflight(resolve({**cfg, 'load_path': 'later.pt'}), parent_is_there=False)  # which reads no base
+    assert base_of(cfg) == str(base) and base_of({**cfg, 'load_path': 'later.pt'}) is None
+
+
+def test_a_tokenizer_that_is_not_the_bases_is_refused(bases, data, tmp_path):
+    base = tmp_path / 'base'
+    shutil.copytree(bases['llama'], base)
+    cfg = stage(tmp_path, data, 'run', base)
+    tokenizer = read(base / 'tokenizer.json')
+    tokenizer['model']['merges'].pop()
+    (base / 'tokenizer.json').write_text(json.dumps(tokenizer))
+    [found] = problems(cfg)
+    assert 'is not the tokenizer of the parent, model.pretrained_model_name_or_path' in found
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
+        (base / name).unlink()
+    [found] = problems(cfg)
+    assert f'{base} has no tokenizer that can be loaded' in found
+    small = make('llama', tmp_path / 'small', data['tokenizer'], vocab_size=250)
+    [found] = problems(stage(tmp_path, data, 'run', small))
+    assert 'has 256 tokens, more than the 250 of the model: name the tokenizer of the model' in found
+
+
+def test_several_ranks_cannot_begin_on_the_meta_device(bases, data, tmp_path):
+    cfg = stage(
+        tmp_path, data, 'run', bases['neox'], model={'init_device': 'meta'}, fsdp_config={'state_dict_type': 'full'}
+    )
+    [found] = problems(cfg)
+    assert 'model.init_device=meta, and the weights of' in found and 'use mixed' in found
+
+
+def test_the_base_is_evaluated_again_if_it_has_changed(bases, data, tmp_path):
+    shutil.copytree(bases['neox'], tmp_path / 'base')
+    cfg, run = resolve(stage(tmp_path, data, 'run', tmp_path / 'base')), tmp_path / 'run'
+    run.mkdir()
+    losses = run / 'forgetting.json'
+
+    def kept(cfg):
+        """Whether losses of a start that was stopped before its first checkpoint are still those of the parent."""
+        losses.write_text('{}')
+        for path in (tmp_path / 'base', *(tmp_path / 'base').iterdir()):
+            os.utime(path, (1, losses.stat().st_mtime - 10))
+        change()
+        continue_pretraining.note_lineage(cfg, str(run), resumes=False)
+        return losses.exists()
+
+    change = lambda: None  # noqa: E731
+    assert not kept(cfg), 'nothing is known of the start that wrote it'
+    assert kept(cfg)
+    change = lambda: os.utime(tmp_path / 'base' / 'model.safetensors')  # noqa: E731
+    assert not kept(cfg), 'the weights were replaced'
+    change = lambda: None  # noqa: E731
+    assert not kept({**cfg, 'seed': 3}), 'another run'
+    shutil.rmtree(tmp_path / 'base')
+    losses.write_text('{}')
+    continue_pretraining.note_lineage({**cfg, 'seed': 3}, str(run), resumes=False)
+    assert not losses.exists()
+
+
+def test_a_base_of_the_hub_is_looked_for_in_its_cache(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / 'models--some--llama' / 'snapshots' / 'abc'
+    snapshot.mkdir(parents=True)
+    (tmp_path / 'models--some--llama' / 'refs').mkdir()
+    (tmp_path / 'models--some--llama' / 'refs' / 'main').write_text('abc')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    assert folder_of_base('some/llama') == snapshot
+    with pytest.raises(ValueError, match='some/other is neither a folder nor in the cache of the Hugging Face hub'):
+        folder_of_base('some/other')
+    run = tmp_path / 'run'
+    run.mkdir()
+    model = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': 'some/other'}
+    (run / 'stage.json').write_text(json.dumps({'parent': 'some/other', 'config': {'model': model}}))
+    with pytest.raises(ValueError, match='some/other is neither'):
+        parent_of(run)
+
+
+# Several ranks, kills, real text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('kind', 'device'), [('neox', 'cpu'), ('tied_llama', 'cpu'), ('llama', 'mixed')])
+def test_two_ranks_update_a_base_and_go_on_after_a_kill(kind, device, bases, data, offline, tmp_path):
+    sharded = {'fsdp_config': {'state_dict_type': 'sharded'}, 'model': {'init_device': device}, 'save_interval': '3ba'}
+
+    def train(cfg, expect=0):
+        path = tmp_path / f'{cfg["run_name"]}.yaml'
+        OmegaConf.save(OmegaConf.create(cfg), path)
+        return tiny.launch(tiny.ROOT / 'recipes' / 'continue_pretraining.py', path, expect=expect)
+
+    train(stage(tmp_path, data, 'straight', bases[kind], variables={'lm_eval': offline}, **sharded))
+    killed = stage(tmp_path, data, 'killed', bases[kind], callbacks={'recorder': {'kill_at': 5}}, **sharded)
+    train(killed, expect='killed')
+    assert (tmp_path / 'killed' / 'ep0-ba3' / '.metadata').exists()
+    train(tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}))
+    for rank in (0, 1):
+        straight, resumed = (recorder.read(tmp_path / f'{run}.jsonl', rank) for run in ('straight', 'killed'))
+        assert sorted(straight) == list(range(8)) and resumed == straight
+    for name in ('ba8', 'ba8-ema_2ba', 'ba8-lawa'):
+        exported, again = (load(tmp_path / run / 'huggingface' / name) for run in ('straight', 'killed'))
+        assert torch.equal(logits(exported), logits(again))
+    judged = [read(tmp_path / run / 'forgetting.json') for run in ('straight', 'killed')]
+    assert judged[0] == judged[1]
+    tokenizer = AutoTokenizer.from_pretrained(bases[kind])
+    by_hand = loss_by_hand(load(bases[kind]), data['old'], tokenizer)
+    assert judged[0]['parent']['past'] == pytest.approx(by_hand, rel=1e-5), 'every rank has the weights of the base'
+    run = tmp_path / 'straight'
+    for to, out in (('hf', 'mean'), ('pt', 'mean.pt'), ('sharded', 'mean_sharded')):
+        average_checkpoints.main([str(run), '--last', '2', '--to', to, '--out', str(tmp_path / out)])
+    assert torch.equal(logits(load(tmp_path / 'mean')), logits(of_checkpoint(tmp_path / 'mean.pt', bases[kind])))
+    assert read(run / 'huggingface' / 'lm_eval' / 'offline' / 'base.json')['model'] == str(bases[kind])
+    # the next stage, from the average, at another number of ranks
+    second = {'load_path': str(tmp_path / 'mean_sharded'), 'max_duration': '2ba', 'scheduler': {'t_warmup': '1ba'}}
+    second['callbacks'] = {'final_loss': {'window': '2ba', 'interval': '1ba'}}
+    train(stage(tmp_path, data, 'second', bases[kind], **sharded, **second))
+    by_hand = loss_by_hand(load(tmp_path / 'mean'), data['old'], tokenizer)
+    assert read(tmp_path / 'second' / 'forgetting.json')['parent']['past'] == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kill_at', [1, 5])
+def test_one_process_goes_on_after_a_kill(kill_at, bases, data, tmp_path):
+    tiny.recipe(stage(tmp_path, data, 'straight', bases['llama']), tmp_path)
+    killed = stage(tmp_path, data, 'killed', bases['llama'], callbacks={'recorder': {'kill_at': kill_at}})
+    tiny.recipe(killed, tmp_path, expect=-9)
+    tiny.recipe(tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}), tmp_path)
+    straight, resumed = (recorder.read(tmp_path / f'{run}.jsonl') for run in ('straight', 'killed'))
+    assert sorted(straight) == list(range(8)) and resumed == straight
+    assert read(tmp_path / 'straight' / 'forgetting.json') == read(tmp_path / 'killed' / 'forgetting.json')
+    for name in ('ba8', 'ba8-ema_2ba', 'ba8-lawa'):
+        exported, again = (load(tmp_path / run / 'huggingface' / name) for run in ('straight', 'killed'))
+        assert torch.equal(logits(exported), logits(again))
