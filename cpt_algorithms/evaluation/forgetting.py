@@ -126,8 +126,8 @@ class Forgetting(Callback):
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Take the parent's losses from the file if the run was stopped before its first checkpoint."""
-        labels = [dataset_of(evaluator.label) for evaluator in state.evaluators]
-        if unknown := [label for label in (*self.old, *self.new) if label not in labels]:
+        labels = [dataset_of(evaluator.label) for evaluator in state.evaluators]  # none if nothing will be trained
+        if labels and (unknown := [label for label in (*self.old, *self.new) if label not in labels]):
             raise ValueError(
                 f'callbacks.forgetting: {unknown[0]!r} is the label of no eval_loader; there are {", ".join(labels)}'
             )

@@ -157,8 +157,9 @@ def _lines(study: Study, arms: Sequence[Arm], values: Values) -> list[_Line]:
     lines: dict[tuple[str, str], _Line] = {}
     for arm in drawn:
         for last in arm.runs:
-            start = 0
+            begun = 0  # tokens before the stage
             for run in study.chain(last):
+                start = begun + sum(run.trunk.values())
                 is_shared = users[run.folder] > 1
                 label = f'{run.stage} (shared)' if is_shared else arm.name
                 colour, style = SHARED if is_shared else colours[arm.name], '-' if run is last else '--'
@@ -167,7 +168,7 @@ def _lines(study: Study, arms: Sequence[Arm], values: Values) -> list[_Line]:
                 if points and run not in line.runs:
                     line.runs.append(run)
                     line.seeds.append(points)
-                start += run.budget
+                begun += 0 if run.stage == last.stage else run.budget
     return [line for line in lines.values() if line.seeds]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cpt_algorithms.exports import base_of
 from cpt_algorithms.files import is_remote
 from cpt_algorithms.stage import total_batches
 from cpt_algorithms.stage.plan import tokens_per_stream
@@ -28,8 +29,9 @@ class RunRecord:
         stage: The stage it trains.
         seed: Its seed.
         parent: Folder of the run it starts from, if that is a run of the study.
-        load_path: What it starts from, as its YAML says; None from scratch.
+        load_path: What it starts from, as its YAML says: a checkpoint, or a pretrained model; None from scratch.
         tokens: Tokens of its budget by stream, the new data first.
+        trunk: Of a branch: what its parent had read of each stream where it starts; its stage took both.
         batches: Batches of its budget; None if only the data knows.
         union_tokens: Tokens of training on all data from scratch; None if unknown.
         is_asked_for: Whether it was given, and not only found as an ancestor.
@@ -47,6 +49,8 @@ class RunRecord:
         config: Its resolved llm-foundry YAML.
         versions: ``{package: version}`` it ran with.
         benchmarks: ``{suite: {average, or '' for the training weights: lm-eval result}}`` of its latest export.
+        base: The pretrained model that it starts from; None from a checkpoint or from scratch.
+        base_benchmarks: ``{suite: {'': lm-eval result}}`` of that.
     """
 
     folder: Path
@@ -74,16 +78,20 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    base: str | None = None
+    base_benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trunk: dict[str, int] = field(default_factory=dict)
 
     @property
     def budget(self) -> int:
-        """Tokens of its budget."""
-        return sum(self.tokens.values())
+        """Tokens of its stage's budget."""
+        return sum(self.tokens.values()) + sum(self.trunk.values())
 
     @property
     def replayed(self) -> int:
         """Those that are not new data."""
-        return self.budget - next(iter(self.tokens.values()), 0) if self.load_path or self.parent else 0
+        new = sum(next(iter(tokens.values()), 0) for tokens in (self.tokens, self.trunk))
+        return self.budget - new if self.load_path or self.parent else 0
 
     @property
     def hours(self) -> float | None:
@@ -122,6 +130,13 @@ class Study:
     runs: dict[Path, RunRecord]
     lost: dict[str, str]
 
+    def hours(self, run: RunRecord) -> float | None:
+        """Device-hours of a run so far; of a branch, with those of its trunk until there."""
+        trunk = self.runs[run.parent] if run.trunk and run.parent else None
+        if run.hours is None or trunk is None or not trunk.hours:
+            return run.hours
+        return run.hours + trunk.hours * sum(run.trunk.values()) / trunk.budget
+
     @property
     def sizes(self) -> list[int | None]:
         """Model sizes, the smallest first; None if nothing is known of a run's."""
@@ -141,7 +156,8 @@ class Study:
 
     def arms(self, size: int | None) -> list[Arm]:
         """Leaves and first stages of a model size, in the order of the runs."""
-        parents = {run.parent for run in self.runs.values()}
+        # a trunk is a parent of the next stage, and not of its branches
+        parents = {run.parent for run in self.runs.values() if not run.trunk}
         first: dict[tuple[Path, str, int], str] = {}
         arms: dict[str, Arm] = {}
         for run in self.runs.values():
@@ -154,7 +170,8 @@ class Study:
                 name = f'{run.stage} only' + ('' if shared else f' ({run.arm})')
             if run.is_asked_for and run.parameters == size:
                 from_scratch = 'union' if run.stage == 'union' else 'scratch'
-                kind = 'update' if run.load_path or run.parent else from_scratch
+                start = self.runs[run.parent] if run.trunk and run.parent else run
+                kind = 'update' if start.load_path or start.parent else from_scratch
                 if name in arms and run.seed in (other.seed for other in arms[name].runs):
                     name = f'{name} ({run.folder.parent.name})'  # not another seed, but another sequence
                 arms.setdefault(name, Arm(name, kind, [])).runs.append(run)
@@ -212,6 +229,11 @@ def _read_run(folder: Path, planned: Mapping[str, Any]) -> RunRecord:
         config=stage.get('config', {}),
         versions=stage.get('versions', {}),
         benchmarks=_benchmarks(folder),
+        base=base_of(stage.get('config', {})),
+        base_benchmarks={
+            path.parent.name: {'': _json(path)}
+            for path in sorted((folder / 'huggingface' / 'lm_eval').glob('*/base.json'))
+        },
         **planned,
     )
 
@@ -226,7 +248,7 @@ def _read_sequence(folder: Path) -> tuple[dict[str, Any], list[RunRecord]]:
         _read_run(
             folder / run['name'],
             {
-                **{key: run[key] for key in ('name', 'arm', 'stage', 'seed', 'tokens', 'batches')},
+                **{key: run[key] for key in ('name', 'arm', 'stage', 'seed', 'tokens', 'trunk', 'batches')},
                 'parent': None if run['parent'] is None else folder / run['parent'],
                 'union_tokens': union_tokens,
                 'is_asked_for': True,
@@ -262,7 +284,7 @@ def _read_single(folder: Path, is_asked_for: bool) -> tuple[list[RunRecord], dic
     ancestors: list[RunRecord] = []
     lost: dict[str, str] = {}
     parent: Path | None = None
-    if stage['parent']:
+    if stage['parent'] and not base_of(config):
         there = Path(stage['parent']).parent
         candidates = [path for path in (there, folder.parent / there.name) if (path / 'stage.json').exists()]
         if candidates:
@@ -274,7 +296,8 @@ def _read_single(folder: Path, is_asked_for: bool) -> tuple[list[RunRecord], dic
     measured = _json(folder / 'losses.json')
     trained = measured.get('cost', {}).get('tokens', 0)
     tokens, batches = _budget(config, _json(folder / 'forgetting.json').get('new', []), trained)
-    is_whole = parent is not None and not lost
+    # what a pretrained model has read is not known
+    is_whole = parent is not None and not lost and not any(run.base for run in ancestors)
     planned = {
         'name': name,
         'arm': name.removesuffix(f'-s{seed}'),

@@ -195,14 +195,15 @@ def _columns(run: RunRecord, average: str, study: Study, union_hours: float | No
         columns['flops'] = training_flops(run.parameters, run.budget)
     if run.union_tokens:
         columns['compute against union'] = run.budget / run.union_tokens
-    if run.hours is not None:
-        columns['device hours'] = run.hours
+    hours = study.hours(run)
+    if hours is not None:
+        columns['device hours'] = hours
         if run.state == 'finished' and run.load_path:
             # without a union run: what one would have taken at this run's pace
-            estimate = run.hours / run.cost['tokens'] * run.union_tokens if run.union_tokens else None
+            estimate = hours / run.budget * run.union_tokens if run.union_tokens else None
             against, key = (union_hours, '') if union_hours is not None else (estimate, ' (estimated)')
             if against is not None:
-                columns[f'device hours saved{key}'] = against - run.hours
+                columns[f'device hours saved{key}'] = against - hours
     return columns
 
 
@@ -290,7 +291,8 @@ def _against_parents(
     same = ('entry', 'items', 'weights')
     parents = []
     for run, result in found:
-        of_parent = study.runs[run.parent].benchmarks.get(suite, {}).get('', {}) if run.parent else {}
+        scored = study.runs[run.parent].benchmarks if run.parent else run.base_benchmarks
+        of_parent = scored.get(suite, {}).get('', {})
         parents.append(of_parent.get('tasks', {}).get(task, {}))
         if any(parents[-1].get(key) != result[key] or result[key] != found[0][1][key] for key in same):
             return None
@@ -374,7 +376,8 @@ def missing(study: Study, rows: Sequence[Row]) -> list[str]:
             said.append(f'{run.name}: not evaluated on {", ".join(unseen)}')
         if lost := [label for label, loss in run.final.items() if not isfinite(loss)]:
             said.append(f'{run.name}: its loss on {", ".join(lost)} is not a number')
-        if run.load_path and run.losses and not run.at_start:
+        from_scratch = run.trunk and run.parent and not study.runs[run.parent].load_path  # the first stage's branch
+        if run.load_path and run.losses and not run.at_start and not from_scratch:
             said.append(f'{run.name}: no forgetting.json, so neither forgetting nor adaptation is known')
     if any(row.kind == 'update' for row in rows) and not any(row.kind == 'union' for row in rows):
         said.append('No union baseline: what training on everything from scratch would have reached is not known')

@@ -214,14 +214,14 @@ def _union(spec: Config, arm: str, stages: dict[str, Config]) -> Config:
     """From scratch, on what the stages read without replay, mixed evenly, under the first stage's schedule."""
     if several := [name for name, stage in stages.items() if isinstance(stage['new'], list)]:
         raise ValueError(f'arms.{arm}: baseline union wants one dataset per stage, and {several[0]} has several')
-    budgets = stage_tokens(spec)
-    total = sum(budgets.values())
-    *earlier, last = stages.items()
-    union = {**next(iter(stages.values())), 'new': last[1]['new'], 'max_duration': f'{total}tok'}
-    union['replay'] = {
-        'fraction': str(Fraction(total - budgets[last[0]], total)),
-        'weights': {stage['new']: budgets[name] for name, stage in earlier},
-    }
+    tokens: dict[str, int] = {}
+    for name, budget in stage_tokens(spec).items():
+        dataset = stages[name]['new']
+        tokens[dataset] = tokens.get(dataset, 0) + budget
+    total, last = sum(tokens.values()), list(stages.values())[-1]['new']
+    union = {**next(iter(stages.values())), 'new': last, 'max_duration': f'{total}tok'}
+    others = {name: budget for name, budget in tokens.items() if name != last}
+    union['replay'] = {'fraction': str(Fraction(total - tokens[last], total)), 'weights': others}
     return union
 
 
@@ -409,6 +409,7 @@ class _Maker:
         variables = config.get('variables') or {}
         config['variables'] = {**variables, 'merge': {'of': trunk.config['save_folder'], 'batch': end, **how}}
         config['max_duration'] = '0ba'
+        config['load_path'] = f'{trunk.config["save_folder"]}/{_checkpoint(trunk.config, end)}'
         return self._run(config, words, trunk, script='merge.py', trunk=_read_until(trunk.config, end))
 
     def _run(self, config: Config, words: Sequence[str], parent: Run | None, **how: Any) -> Run:
@@ -449,7 +450,8 @@ def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, C
     if scheduler.get('name') == 'infinite' and Time.from_timestring(scheduler.get('t_anneal', '0tok')).value:
         how = {key: scheduler[key] for key in ANNEAL_KEYS if key in scheduler}
         branches = {'anneal': {**how, **branches.pop('anneal', {})}, **branches}
-        settings = {**settings, 'scheduler': {**scheduler, 't_anneal': _zero(scheduler['t_anneal'])}}
+        constant = {key: value for key, value in scheduler.items() if key not in ANNEAL_KEYS}
+        settings = {**settings, 'scheduler': {**constant, 't_anneal': _zero(scheduler['t_anneal'])}}
     if not branches:
         return settings, {}
     total = in_batches(settings['max_duration'], settings)

@@ -19,23 +19,28 @@ def test_quickstart_runs(spec):
     runs = {run.name: run for run in plan(spec)}
     assert {name: run.parent for name, run in runs.items()} == {
         'python-s17': None,
-        'cpp-replay_0pct-s17': 'python-s17',
+        'cpp-s17': 'python-s17',
         'cpp-replay_5pct-s17': 'python-s17',
         'cpp-replay_25pct-s17': 'python-s17',
         'cpp-constant_eta_min-s17': 'python-s17',
         'python-infinite_LR_5pct-s17': None,
+        'python-infinite_LR_5pct-anneal-s17': 'python-infinite_LR_5pct-s17',
         'cpp-infinite_LR_5pct-s17': 'python-infinite_LR_5pct-s17',
-        'union-s17': None,
+        'cpp-infinite_LR_5pct-anneal-s17': 'cpp-infinite_LR_5pct-s17',
+        'union_cpp-s17': None,
     }
 
 
 def test_arms_are_compute_equivalent(spec):
     runs = {run.name: tokens_per_stream(run.config) for run in plan(spec)}
-    assert runs['cpp-replay_0pct-s17'] == {'cpp': 532_480}
+    assert runs['cpp-s17'] == {'cpp': 532_480}
     assert runs['cpp-replay_25pct-s17'] == {'cpp': 399_360, 'python': 133_120}
-    assert {sum(tokens.values()) for name, tokens in runs.items() if name.startswith('cpp')} == {532_480}
+    whole = {sum(tokens.values()) for name, tokens in runs.items() if name.startswith('cpp') and 'infinite' not in name}
+    assert whole == {532_480}
+    branch = next(run for run in plan(spec) if run.name == 'cpp-infinite_LR_5pct-anneal-s17')
+    assert sum(branch.trunk.values()) + sum(runs[branch.name].values()) == 532_480
     # from scratch on exactly the tokens of the stages
-    assert runs['union-s17'] == {'cpp': 532_480, 'python': 901_120}
+    assert runs['union_cpp-s17'] == {'cpp': 532_480, 'python': 901_120}
 
 
 def test_a_run_is_a_plain_stage_yaml(spec):
@@ -52,12 +57,12 @@ def test_a_run_is_a_plain_stage_yaml(spec):
 
 def test_an_override_that_names_a_scheduler_replaces_it(spec):
     run = next(run for run in plan(spec) if run.name == 'cpp-constant_eta_min-s17')
-    assert run.config['scheduler'] == {'name': 'rewarm_constant', 't_warmup': '0tok', 'alpha': 0.1}
+    assert run.config['scheduler'] == {'name': 'rewarm_constant', 't_warmup': '0dur', 'alpha': 0.1}
 
 
 def test_seeds_multiply_and_seed_the_data(spec):
     runs = plan({**spec, 'seeds': [1, 2]})
-    assert len(runs) == 16
+    assert len(runs) == 20
     assert {run.config['train_loader']['dataset']['shuffle_seed'] for run in runs if run.seed == 2} == {2}
     assert all(run.parent is None or run.parent.endswith(f's{run.seed}') for run in runs)
 
@@ -87,7 +92,10 @@ def test_three_stages_replay_everything_earlier(spec):
     [
         ({'armz': {}}, "armz is not a key that anything reads; did you mean 'arms'"),
         ({'arms': {'x': {'ccp': {}}}}, r"arms\.x\.ccp is not a key that anything reads; did you mean 'cpp'"),
-        ({'arms': {'x': {'baseline': 'single'}}}, r"arms\.x\.baseline='single' is not possible; use union"),
+        (
+            {'arms': {'x': {'baseline': 'onion'}}},
+            r"arms\.x\.baseline='onion' is not possible; use union \(from scratch",
+        ),
         ({'stages': {'cpp': {'seed': 5}}}, r'stages\.cpp\.seed is set by the sequence'),
         ({'stages': {'cpp': {'new': 'german'}}}, "no dataset is called 'german'; data has python, cpp"),
         ({'stages': {'python': {'replay': {'fraction': 0.1}}}}, 'in the first stage: there is nothing to replay'),
@@ -114,9 +122,9 @@ def test_bad_sequences_are_named(spec, change, message):
 
 def test_stages_with_a_parent_are_judged_against_it(spec):
     runs = {run.name: run.config['callbacks'] for run in plan(spec)}
-    assert runs['cpp-replay_0pct-s17']['forgetting'] == {'new': ['cpp'], 'old': ['python']}
+    assert runs['cpp-s17']['forgetting'] == {'new': ['cpp'], 'old': ['python']}
     assert 'forgetting' not in runs['python-s17']
-    assert 'forgetting' not in runs['union-s17']
+    assert 'forgetting' not in runs['union_cpp-s17']
     third = merge(spec, {'stages': {'again': {'new': 'python', 'max_duration': '532480tok'}}, 'arms': {'union': None}})
     runs = {run.name: run for run in plan(third)}
     assert runs['again-replay_5pct-s17'].config['callbacks']['forgetting'] == {'new': ['python'], 'old': ['cpp']}
@@ -154,7 +162,7 @@ def test_every_run_ends_with_the_suite(spec):
 def test_only_what_the_earlier_stage_read_comes_back(spec):
     spec['stages']['cpp']['replay'] = {'fraction': 0.05, 'consumed_only': True}
     runs = {run.name: run for run in plan({**spec, 'arms': {'default': {}}})}
-    old = runs['cpp-default-s17'].config['train_loader']['dataset']['replay']
+    old = runs['cpp-s17'].config['train_loader']['dataset']['replay']
     assert old['streams']['python']['consumed_by'] == 'runs/quickstart/python-s17/latest-rank0.pt'
     assert 'consumed_only' not in old
     spec['stages']['python']['new'] = ['python', 'cpp']
@@ -170,7 +178,7 @@ def test_a_stand_in_is_named_where_it_is_replayed_and_nowhere_else(spec):
     spec['data']['python']['stand_in_for'] = 'the data of the base model'
     spec['stages']['cpp']['replay'] = {'fraction': 0.05, 'consumed_only': True}
     configs = {run.name: run.config for run in plan({**spec, 'arms': {'default': {}}})}
-    dataset = configs['cpp-default-s17']['train_loader']['dataset']
+    dataset = configs['cpp-s17']['train_loader']['dataset']
     assert dataset['replay']['streams']['python']['stand_in_for'] == 'the data of the base model'
     assert 'consumed_by' not in dataset['replay']['streams']['python']
     assert 'stand_in_for' not in str(configs['python-s17']['train_loader'])

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A programme of four stages: infinite learning rate, replay of everything earlier, branches and averages; killed often."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny
+from omegaconf import OmegaConf
+from test_sequence import RECIPE, results, wait_until_gone
+
+STAGES = ('first', 'second', 'third', 'fourth')
+
+
+@pytest.fixture
+def spec(data, write_mds, tmp_path):
+    write_mds(tmp_path / 'late', 3, 300)
+    write_mds(tmp_path / 'late', 13, 16, split='val')
+    folders = dict(zip(STAGES, (data['old'], data['new'], data['older'], tmp_path / 'late'), strict=True))
+    common = tiny.config(tmp_path, data, 'unused')
+    for key in ('run_name', 'save_folder', 'seed', 'autoresume', 'code_paths', 'max_duration', 'train_loader'):
+        del common[key]
+    return {
+        'name': 'programme',
+        'folder': str(tmp_path / 'runs'),
+        'jobs': 2,
+        'data': {name: {'local': str(folders[name])} for name in STAGES},
+        'stages': {
+            'first': {'max_duration': '16ba'},
+            'second': {'max_duration': '16ba', 'replay': {'fraction': 0.25}},
+            'third': {'max_duration': '16ba', 'replay': {'fraction': 0.25, 'weights': {'first': 1, 'second': 2}}},
+            'fourth': {
+                'max_duration': '16ba',
+                'replay': {'fraction': 0.25},
+                'branches': {
+                    'long': {'t_anneal': '8ba', 'anneal': 'linear', 'alpha_f': 0.0},
+                    'merge': {'merge': {'last': 3, 'every': '2ba', 'weights': 'one_minus_sqrt'}},
+                },
+            },
+        },
+        'arms': {
+            'infinite': {},
+            'union': {'baseline': 'union', 'common': {'scheduler': {'name': 'rewarm_cosine', 't_warmup': '256tok'}}},
+        },
+        'common': {
+            **common,
+            'log_to_console': True,
+            'save_num_checkpoints_to_keep': 1,
+            'scheduler': {
+                'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '6ba', 'alpha_const': 0.5, 't_anneal': '4ba',
+            },
+            'train_loader': {'num_workers': 0, 'dataset': {'max_seq_len': tiny.SEQ_LEN, 'shuffle': True}},
+            'eval_loader': {
+                'name': 'text', 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
+                'persistent_workers': False, 'dataset': {'max_seq_len': tiny.SEQ_LEN},
+            },
+            'callbacks': {
+                'final_loss': {'window': '4ba', 'interval': '2ba'},
+                'lawa': {'k': 3, 'interval': '2ba'},
+            },
+        },
+    }  # fmt: skip
+
+
+def write(spec, path):
+    OmegaConf.save(OmegaConf.create(spec), path)
+    return path
+
+
+def start(path):
+    return subprocess.Popen(
+        [sys.executable, str(RECIPE), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
+
+
+def finished(path):
+    """Runs a sequence to its end."""
+    process = start(path)
+    printed, _ = process.communicate(timeout=1500)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def killed_after(path, seconds):
+    """Starts a sequence and kills it; whether it was still at work."""
+    process = start(path)
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        wait_until_gone(str(path.parent / 'runs'))
+        return True
+    return False
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_ends_with_the_same_report(spec, tmp_path):
+    straight = {**spec, 'folder': str(tmp_path / 'straight')}
+    printed = finished(write(straight, tmp_path / 'straight.yaml'))
+    assert 'fourth-merge-s17: done' in printed
+    expected = results(straight)
+    names = {row['arm'] for row in expected['report.json']['rows']}
+    assert {
+        'first only',
+        'second, anneal',
+        'infinite',
+        'infinite, long',
+        'infinite, merge',
+        'union',
+        'infinite, lawa',
+    } <= names
+
+    # as long apart as the whole takes, so that every part of it is met
+    path, draw = write(spec, tmp_path / 'sequence.yaml'), random.Random(2)
+    kills = 0
+    while kills < 10:
+        assert killed_after(path, draw.uniform(15, 60)), f'it ended after {kills} kills'
+        kills += 1
+    done_before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'runs').glob('*/done.json')}
+    assert 2 < len(done_before) < 11, 'the kills came too late or too early'
+    finished(path)
+    assert results(spec) == expected
+    for path_done, when in done_before.items():
+        assert path_done.stat().st_mtime_ns == when, 'finished work was done again'
+
+    # a fifth stage, a year later
+    write_again = {
+        **spec,
+        'stages': {**spec['stages'], 'fifth': {'new': 'first', 'max_duration': '8ba', 'branches': {}}},
+    }
+    printed = finished(write(write_again, tmp_path / 'sequence.yaml'))
+    assert '10 of 13 runs are done already' in printed
