@@ -1,0 +1,739 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run costs, before it is paid for: FLOPs, GPU-hours, memory and disk. Nothing is trained, no weight is made.
+
+Sources: Kaplan et al. 2020, https://arxiv.org/abs/2001.08361 (6 FLOPs per parameter and token); Chowdhery et al. 2022,
+*PaLM*, https://arxiv.org/abs/2204.02311, appendix B (attention, MFU); Rajbhandari et al. 2020, *ZeRO*,
+https://arxiv.org/abs/1910.02054 (what is sharded); Korthikanti et al. 2022, *Reducing Activation Recomputation*,
+https://arxiv.org/abs/2205.05198 (activations, recomputation).
+"""
+
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from composer.callbacks.speed_monitor import GPU_AVAILABLE_FLOPS
+from composer.core import Time, TimeUnit
+from llmfoundry.models.hf.hf_fsdp import hf_get_causal_base_model, hf_get_hidden_layers
+from llmfoundry.utils.builders import build_optimizer
+from torch import nn
+
+from cpt_algorithms.files import is_remote
+from cpt_algorithms.replay.replay_text import read_mix
+from cpt_algorithms.stage.preflight import model_on_meta, total_batches
+from cpt_algorithms.stage.stage_start import budget_in_samples
+
+__all__ = [
+    'GPUS',
+    'Costs',
+    'Disk',
+    'Gpu',
+    'Memory',
+    'ModelSize',
+    'Saving',
+    'activation_bytes',
+    'against_union',
+    'checkpoint_bytes',
+    'costs_of',
+    'disk',
+    'find_gpu',
+    'flops_per_token',
+    'gpu_hours',
+    'logit_bytes',
+    'measure',
+    'memory_per_gpu',
+    'model_size',
+    'optimizer_bytes',
+    'recomputed_flops_per_token',
+    'tokens_of_streams',
+]
+
+Config = dict[str, Any]
+
+# Chip in Composer's table of dense peaks, with which its MFU is computed too, and memory: the vendor's gigabytes, taken
+# as 10^9 bytes. Data sheets: https://www.nvidia.com/en-us/data-center/ (a10, a100, h100, h200).
+GPUS: dict[str, tuple[str, int]] = {
+    'a10': ('a10', 24),
+    'a100-40gb': ('a100', 40),
+    'a100': ('a100', 80),
+    'h100-pcie': ('h100-pcie', 80),
+    'h100': ('h100-sxm', 80),
+    'h200': ('h200-sxm', 141),
+}
+SHARDINGS = ('none', 'NO_SHARD', 'SHARD_GRAD_OP', 'FULL_SHARD')
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU.
+
+    Args:
+        name: What it is called.
+        peak: Dense FLOP/s in the run's precision.
+        memory: Bytes; None if not known.
+    """
+
+    name: str
+    peak: float
+    memory: float | None
+
+
+def find_gpu(gpu: str, precision: str = 'amp_bf16') -> Gpu:
+    """A GPU by its name in ``GPUS``, or by its peak FLOP/s.
+
+    Args:
+        gpu: Such as ``h100`` or ``989e12``.
+        precision: Composer's name of the run's precision. Default: ``amp_bf16``.
+
+    Raises:
+        ValueError: If it is not known, or cannot compute in this precision.
+    """
+    if gpu in GPUS:
+        chip, gigabytes = GPUS[gpu]
+        peaks = GPU_AVAILABLE_FLOPS[chip]
+        if precision not in peaks:
+            raise ValueError(f'gpu={gpu} has no peak for precision={precision}; it has {", ".join(sorted(peaks))}')
+        return Gpu(gpu, peaks[precision], gigabytes * 1e9)
+    try:
+        peak = float(gpu)
+    except ValueError:
+        peak = math.nan
+    if not (math.isfinite(peak) and peak > 0):
+        raise ValueError(f"gpu={gpu!r} must be one of {', '.join(GPUS)}, or a peak in FLOP/s such as '989e12'")
+    return Gpu(f'{peak:g} FLOP/s', peak, None)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A decoder-only transformer in numbers. Tied weights count once.
+
+    Args:
+        parameters: All of them.
+        embedding: Those of token and position embeddings and of the output layer.
+        lookup: Those of token embeddings that are only looked up: 0 if they are the output layer too.
+        blocks: Those of all layers together.
+        layers: Number of transformer blocks.
+        hidden: Width.
+        heads: Attention heads.
+        kv_heads: Heads of keys and values.
+        head_dim: Width of a head.
+        ffn: Width inside the MLP.
+        gated: Whether the MLP multiplies two projections (SwiGLU).
+        rms_norm: Whether norms are by root mean square (Llama's), not LayerNorm.
+        vocab: Width of the output.
+        keeps_scores: Whether attention keeps its length x length scores for the backward pass (``torch``, ``eager``),
+            and is not fused (``flash``, ``sdpa``).
+    """
+
+    parameters: int
+    embedding: int
+    lookup: int
+    blocks: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    gated: bool
+    rms_norm: bool
+    vocab: int
+    keeps_scores: bool
+
+    @property
+    def non_embedding(self) -> int:
+        """Parameters without embeddings and output layer."""
+        return self.parameters - self.embedding
+
+
+def measure(model: Any) -> ModelSize:
+    """Count the parameters of a Hugging Face or MPT causal language model, on any device, meta included.
+
+    Args:
+        model: What a Composer model of LLM Foundry has under ``model``.
+
+    Raises:
+        ValueError: If its blocks have something else than attention and an MLP of two or three matrices.
+    """
+    config = model.config
+    blocks = hf_get_hidden_layers(hf_get_causal_base_model(model))
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    every = {id(parameter): parameter for parameter in model.parameters()}
+    embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings[id(outputs)] = outputs
+    if config.tie_word_embeddings:  # on meta, these may be two objects
+        for found in (every, embeddings):
+            found.pop(id(outputs), None)
+            found[id(inputs)] = inputs
+    hidden = inputs.shape[1]
+    attention = getattr(config, 'attn_config', None)
+    if attention is not None:  # MPT
+        heads = config.n_heads
+        kinds = {'multihead_attention': heads, 'multiquery_attention': 1}
+        kv_heads = kinds.get(attention['attn_type']) or attention['kv_n_heads']
+        keeps_scores = attention['attn_impl'] == 'torch'
+    else:
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, 'num_key_value_heads', None) or heads
+        keeps_scores = config._attn_implementation == 'eager'
+    head_dim = getattr(config, 'head_dim', None) or hidden // heads
+    matrices = [parameter for parameter in blocks[0].parameters() if parameter.ndim == 2]
+    ffn = max(matrix.shape[1] for matrix in matrices)
+    mlp = sum(matrix.numel() for matrix in matrices) - 2 * hidden * head_dim * (heads + kv_heads)
+    if mlp not in (2 * hidden * ffn, 3 * hidden * ffn):
+        raise ValueError(
+            f'model: a block of {type(model).__name__} has other matrices than attention and an MLP of two or three '
+            '(mixture of experts?); its cost is not known here'
+        )
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in every.values()),
+        embedding=sum(parameter.numel() for parameter in embeddings.values()),
+        lookup=0 if config.tie_word_embeddings or outputs is inputs else inputs.numel(),
+        blocks=sum(parameter.numel() for parameter in blocks.parameters()),
+        layers=len(blocks),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=ffn,
+        gated=mlp == 3 * hidden * ffn,
+        rms_norm=any('rmsnorm' in type(module).__name__.lower() for module in blocks[0].modules()),
+        vocab=outputs.shape[0],
+        keeps_scores=keeps_scores,
+    )
+
+
+def model_size(section: Config) -> ModelSize:
+    """The size of the model that a YAML's ``model`` section describes; of a pretrained one, only its config is read.
+
+    Args:
+        section: The ``model`` section.
+
+    Raises:
+        ValueError: If it cannot be built, or its blocks are not known.
+
+    Cost: about a second, and no memory for the weights.
+    """
+    return _model_size(json.dumps(section, sort_keys=True))
+
+
+@lru_cache
+def _model_size(section: str) -> ModelSize:
+    given = json.loads(section)
+    # no tokenizer, no generation config: nothing that matters here
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            size = measure(model_on_meta({'model': given}).model)
+    finally:
+        logging.disable(disabled)
+    if given['name'] == 'hf_causal_lm':  # whose kernels are not chosen on meta; llm-foundry's default is eager
+        is_fused = given.get('use_flash_attention_2') or given.get('attn_implementation') not in (None, 'eager')
+        size = replace(size, keeps_scores=not is_fused)
+    return size
+
+
+def flops_per_token(size: ModelSize, length: int) -> float:
+    r"""Model FLOPs of training on one token, forward and backward: :math:`6 (N - N_{lookup}) + 12 L d_{attn} s`.
+
+    With :math:`d_{attn}` = heads x head_dim. This is llm-foundry's ``flops_per_batch`` per token, with which Composer's
+    SpeedMonitor computes MFU for MPT: an embedding that is not tied is looked up and not multiplied, and attention is
+    counted as if it saw the future too. The report's 6 N T (:func:`~cpt_algorithms.evaluation.training_flops`) has all
+    parameters and no attention: right for shares of runs of one model, and too little by a fifth for 405 M at 2048.
+
+    Args:
+        size: The model.
+        length: Tokens of a sequence.
+    """
+    return 6.0 * (size.parameters - size.lookup) + 12.0 * size.layers * size.heads * size.head_dim * length
+
+
+def recomputed_flops_per_token(size: ModelSize, length: int) -> float:
+    r"""FLOPs that activation checkpointing adds: the blocks' forward pass, :math:`2 N_{blocks} + 4 L d_{attn} s`.
+
+    Hardware FLOPs are these and :func:`flops_per_token`; MFU is about the latter alone.
+
+    Args:
+        size: The model.
+        length: Tokens of a sequence.
+    """
+    return 2.0 * size.blocks + 4.0 * size.layers * size.heads * size.head_dim * length
+
+
+def gpu_hours(flops: float, peak: float, mfu: float) -> float:
+    r"""Hours of one GPU: :math:`F / (peak \cdot MFU) / 3600`.
+
+    Args:
+        flops: Model FLOPs.
+        peak: FLOP/s of the GPU.
+        mfu: Model FLOPs utilisation, above 0 and at most 1.
+
+    Raises:
+        ValueError: If ``mfu`` is not.
+    """
+    if not 0 < mfu <= 1:
+        raise ValueError(f'mfu={mfu} must be above 0 and at most 1')
+    return flops / (peak * mfu) / 3600
+
+
+def activation_bytes(
+    size: ModelSize, microbatch: int, length: int, *, bytes_each: int = 2, checkpointing: bool = False
+) -> int:
+    r"""What the blocks keep for the backward pass, without dropout.
+
+    Per token and block, in numbers of ``bytes_each``: attention's input ``h``, its queries, keys, values and output
+    ``4 heads head_dim`` (keys and values are repeated for all heads), the MLP's input ``h`` and ``2 ffn``, or ``4 ffn``
+    if it is gated. The norms keep their inputs in float32, ``2 h``, and a root-mean-square norm its result too. With
+    LayerNorm, ``ffn = 4 h`` and 2 bytes that is 36 h bytes: the 34 h of Korthikanti et al. 2022 without two dropout
+    masks, with norms in float32 instead of 2 bytes. Attention that keeps its scores adds, per head and pair of
+    positions, the softmax in float32 and a copy in ``bytes_each``, if that is less. With checkpointing, each block
+    keeps its input ``h``, and one block at a time all of this.
+
+    Against what PyTorch kept on the CPU (tests/stage/test_cost.py): 0.95 to 1.1 of this for GPT-NeoX, MPT and Llama.
+
+    Args:
+        size: The model.
+        microbatch: Sequences that go through it at once.
+        length: Tokens of a sequence.
+        bytes_each: 2 in mixed precision, 4 in float32. Default: ``2``.
+        checkpointing: Whether blocks are computed again in the backward pass. Default: ``False``.
+    """
+    mlp = (4 if size.gated else 2) * size.ffn
+    numbers = 2 * size.hidden + 4 * size.heads * size.head_dim + mlp
+    norms = 2 * 4 * size.hidden * (2 if size.rms_norm else 1)
+    scores = size.heads * length * (4 + (bytes_each if bytes_each < 4 else 0)) if size.keeps_scores else 0
+    block = microbatch * length * (numbers * bytes_each + norms + scores)
+    if checkpointing:
+        return size.layers * microbatch * length * size.hidden * bytes_each + block
+    return size.layers * block
+
+
+def logit_bytes(size: ModelSize, microbatch: int, length: int, *, bytes_each: int = 2, fused: bool = False) -> int:
+    """Logits and what the cross entropy makes of them, at the start of the backward pass.
+
+    Per token and entry of the vocabulary: the logits and float32 log-probabilities, and two float32 gradients. A fused
+    loss (MPT's ``fused_crossentropy``) has the logits and their gradient only.
+
+    Args:
+        size: The model.
+        microbatch: Sequences that go through it at once.
+        length: Tokens of a sequence.
+        bytes_each: 2 in mixed precision, 4 in float32. Default: ``2``.
+        fused: Whether the loss is fused. Default: ``False``.
+    """
+    return microbatch * length * size.vocab * (2 * bytes_each if fused else bytes_each + 12)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, by part; without CUDA's context, NCCL's buffers and fragmentation: some 10 % more.
+
+    Args:
+        parameters: Trained weights, or this GPU's shard of them.
+        gradients: Likewise.
+        optimizer: Likewise.
+        averages: Of ``ema``, and of a ``lawa`` that is not offloaded.
+        gathered: Whole copies in the precision that is computed in, with their gradients.
+        activations: Of one microbatch, with its logits.
+        evaluation: What evaluations need instead: logits, and copies for averaged weights.
+        host: Of the CPU's memory, per GPU: the window of ``lawa``.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    averages: float
+    gathered: float
+    activations: float
+    evaluation: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        """The most that is in use at one time."""
+        always = self.parameters + self.gradients + self.optimizer + self.averages + self.gathered
+        return always + max(self.activations, self.evaluation)
+
+
+def memory_per_gpu(
+    size: ModelSize,
+    *,
+    sharding: str,
+    gpus: int,
+    shards: int,
+    weight_bytes: int = 4,
+    compute_bytes: int = 2,
+    gathered_bytes: int = 2,
+    optimizer_bytes: float = 8,
+    activations: float = 0,
+    logits: float = 0,
+    evaluation_logits: float = 0,
+    emas: int = 0,
+    lawa: int = 0,
+    lawa_is_offloaded: bool = True,
+) -> Memory:
+    r"""Memory of one GPU, by part.
+
+    With N parameters on S shards (1 unless sharded), of w bytes:
+
+    * parameters, gradients :math:`w N/S`; optimizer: its bytes per parameter, times :math:`N/S`
+    * gathered: ``FULL_SHARD`` holds weights and gradients of what is outside the blocks and of two blocks (the current
+      one and the next), ``SHARD_GRAD_OP`` the same and all weights; ``none`` and ``NO_SHARD`` hold a copy of all
+      weights in the compute precision if that is narrower (autocast's cache), and ``none`` on several GPUs (DDP) its
+      buckets, as large as the gradients
+    * averages: ``ema`` :math:`4 N/S` per half-life, ``lawa`` :math:`k w N/S`, by default in the CPU's memory; their
+      evaluation takes the training weights aside, and LAWA's mean in float32
+
+    Args:
+        size: The model.
+        sharding: One of ``SHARDINGS``; ``none`` is one GPU, or DDP.
+        gpus: All of them.
+        shards: GPUs that share one copy of the model.
+        weight_bytes: Of a trained weight; 2 with ``master_weights_dtype``. Default: ``4``.
+        compute_bytes: Of a number in the forward pass. Default: ``2``.
+        gathered_bytes: Of a gathered weight. Default: ``2``.
+        optimizer_bytes: State per parameter. Default: ``8``, AdamW in float32.
+        activations: Bytes of :func:`activation_bytes`. Default: ``0``.
+        logits: Bytes of :func:`logit_bytes`. Default: ``0``.
+        evaluation_logits: Likewise of an evaluation. Default: ``0``.
+        emas: Half-lives of ``ema``. Default: ``0``.
+        lawa: Length of the window of ``lawa``. Default: ``0``.
+        lawa_is_offloaded: Whether the window is in the CPU's memory. Default: ``True``.
+
+    Raises:
+        ValueError: If the sharding is unknown.
+    """
+    if sharding not in SHARDINGS:
+        raise ValueError(f'fsdp_config.sharding_strategy={sharding} is not planned for; one of {", ".join(SHARDINGS)}')
+    is_sharded = sharding in ('SHARD_GRAD_OP', 'FULL_SHARD')
+    ours = size.parameters / (shards if is_sharded else 1)
+    if is_sharded:
+        units = size.parameters - size.blocks + 2 * size.blocks / size.layers
+        weights = size.parameters if sharding == 'SHARD_GRAD_OP' else units
+        gathered = gathered_bytes * (weights + units)
+    else:
+        buckets = weight_bytes if sharding == 'none' and gpus > 1 else 0
+        gathered = size.parameters * (buckets + (compute_bytes if compute_bytes < weight_bytes else 0))
+    window = lawa * weight_bytes * ours
+    aside = (weight_bytes if emas or lawa else 0) + (4 if lawa else 0)
+    return Memory(
+        parameters=weight_bytes * ours,
+        gradients=weight_bytes * ours,
+        optimizer=optimizer_bytes * ours,
+        averages=4 * emas * ours + (0 if lawa_is_offloaded else window),
+        gathered=gathered,
+        activations=activations + logits,
+        evaluation=evaluation_logits + aside * ours,
+        host=window if lawa_is_offloaded else 0,
+    )
+
+
+def optimizer_bytes(section: Config, weight_bytes: int = 4) -> float:
+    """State per parameter of any registered optimizer: what one step on a small matrix leaves, in its shape.
+
+    Args:
+        section: The YAML's ``optimizer`` section.
+        weight_bytes: Of a trained weight, 4 or 2. Default: ``4``.
+
+    Raises:
+        ValueError: If it cannot be built.
+    """
+    layer = nn.Linear(16, 16, bias=False, dtype=torch.float32 if weight_bytes == 4 else torch.bfloat16)
+    arguments = {key: value for key, value in section.items() if key != 'name'}
+    try:
+        optimizer = build_optimizer(layer, section['name'], arguments)
+    except Exception as error:
+        raise ValueError(f'optimizer={section.get("name")!r} cannot be built: {error}') from None
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step()
+    state = [value for value in optimizer.state[layer.weight].values() if isinstance(value, torch.Tensor)]
+    like_weights = [value for value in state if value.shape == layer.weight.shape]
+    return sum(value.numel() * value.element_size() for value in like_weights) / layer.weight.numel()
+
+
+def checkpoint_bytes(
+    parameters: int, *, weight_bytes: int = 4, optimizer_bytes: float = 8, emas: int = 0, lawa: int = 0
+) -> float:
+    """A Composer checkpoint: weights, optimizer state, and averages, as they are in memory; sharded or not.
+
+    Buffers, random states and the tokenizer are left out: less than a megabyte, or a few with a large tokenizer.
+
+    Args:
+        parameters: Of the model.
+        weight_bytes: Of a trained weight. Default: ``4``.
+        optimizer_bytes: State per parameter. Default: ``8``, AdamW in float32.
+        emas: Half-lives of ``ema``. Default: ``0``.
+        lawa: Length of the window of ``lawa``. Default: ``0``.
+    """
+    return parameters * (weight_bytes * (1 + lawa) + optimizer_bytes + 4 * emas)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a run leaves.
+
+    Args:
+        checkpoint: Bytes of one checkpoint.
+        saves: Checkpoints that are written.
+        kept: Of these, how many stay.
+        at_once: The most there are at one time: the oldest goes when the newest is complete.
+        export: Bytes of one exported model.
+        exports: Exported models, of the weights and of their averages.
+    """
+
+    checkpoint: float
+    saves: int
+    kept: int
+    at_once: int
+    export: float
+    exports: int
+
+    @property
+    def total(self) -> float:
+        """The most bytes there are at one time."""
+        return self.checkpoint * self.at_once + self.export * self.exports
+
+
+def disk(
+    checkpoint: float, export: float, batches: int, every: int, keep: int, exports_every: int, averages: int
+) -> Disk:
+    """What a run leaves. Composer saves every ``every`` batches and at the end.
+
+    Args:
+        checkpoint: Bytes of one checkpoint.
+        export: Bytes of one exported model.
+        batches: Of the run.
+        every: Batches from one checkpoint to the next.
+        keep: ``save_num_checkpoints_to_keep``; -1 for all.
+        exports_every: Batches from one export to the next.
+        averages: Averages that are exported beside the weights.
+    """
+    saves = math.ceil(batches / every)
+    kept = saves if keep < 0 else min(saves, keep)
+    exports = math.ceil(batches / exports_every) * (1 + averages)
+    return Disk(checkpoint, saves, kept, min(saves, kept + 1), export, exports)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Updating against training from scratch on everything, when one more dataset has come.
+
+    Args:
+        stage: Its stage.
+        update: Tokens of the update.
+        retrain: Tokens of training from scratch on all data so far.
+        updates: Tokens of all stages so far.
+        retrains: Tokens of training from scratch each time so far.
+    """
+
+    stage: str
+    update: int
+    retrain: int
+    updates: int
+    retrains: int
+
+
+def against_union(stages: Mapping[str, int]) -> list[Saving]:
+    r"""What each stage saves: :math:`T_k` against :math:`\sum_{j \le k} T_j`, and both summed over the stages so far.
+
+    Replay is part of a stage's budget (compute-equivalent, Ibrahim et al. 2024, section 4.2), so that the union has
+    the tokens of all budgets.
+
+    Args:
+        stages: Token budget of each stage, in order.
+    """
+    savings: list[Saving] = []
+    updates = retrains = 0
+    for stage, tokens in stages.items():
+        updates += tokens
+        retrains += updates
+        savings.append(Saving(stage, tokens, updates, updates, retrains))
+    return savings
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one run costs.
+
+    Args:
+        size: The model.
+        tokens: Of each stream, the new data first.
+        batches: Optimizer steps.
+        flops: Model FLOPs.
+        hardware_flops: With recomputation.
+        gpu: What it runs on.
+        gpus: How many.
+        gpu_hours: Of all GPUs together.
+        microbatch: Sequences of a GPU at once; of ``auto``, the largest that fits, from the GPU's batch by halves.
+        sharding: One of ``SHARDINGS``.
+        memory: Of one GPU.
+        disk: What it leaves.
+    """
+
+    size: ModelSize
+    tokens: dict[str, int]
+    batches: int
+    flops: float
+    hardware_flops: float
+    gpu: Gpu
+    gpus: int
+    gpu_hours: float
+    microbatch: int
+    sharding: str
+    memory: Memory
+    disk: Disk
+
+
+def tokens_of_streams(config: Config, batches: int | None = None) -> dict[str, int]:
+    """Tokens that a run takes from each stream, the new data first.
+
+    Args:
+        config: A train YAML, with the ``replay_text`` loader or another one, which counts as one stream.
+        batches: Of only so many first batches. Default: all.
+
+    Raises:
+        ValueError: If the run is given in epochs.
+    """
+    batches = _batches(config) if batches is None else batches
+    samples = batches * config['global_train_batch_size']
+    loader = config['train_loader']
+    if loader.get('name') != 'replay_text':
+        return {'train': samples * config['max_seq_len']}
+    mix = read_mix(loader['dataset'].get('new'), loader['dataset'].get('replay'))
+    counts = zip([' + '.join(mix.new), *mix.old], mix.interleaving.counts(samples), strict=True)
+    return {name: count * config['max_seq_len'] for name, count in counts}
+
+
+def costs_of(config: Config, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4) -> Costs:
+    """The costs of a train YAML.
+
+    As in training, ``FSDP_VERSION`` of the environment decides how ``fsdp_config`` is read: FSDP2 has no
+    ``sharding_strategy`` but ``reshard_after_forward``; and one GPU has no FSDP.
+
+    Args:
+        config: A resolved train YAML.
+        gpu: Name or peak, of :func:`find_gpu`. Default: ``h100``.
+        gpus: How many it runs on. Default: ``8``.
+        mfu: Model FLOPs utilisation to reckon with. Default: ``0.4``.
+
+    Raises:
+        ValueError: If the YAML or one of these is not right.
+    """
+    if config.get('tp_config'):
+        raise ValueError('tp_config: tensor parallelism is not planned for; leave it out')
+    if gpus < 1 or config['global_train_batch_size'] % gpus:
+        raise ValueError(f'global_train_batch_size={config["global_train_batch_size"]} is not divisible by {gpus} GPUs')
+    precision = config.get('precision') or 'amp_bf16'
+    chip = find_gpu(gpu, precision)
+    size, length, batches = model_size(config['model']), config['max_seq_len'], _batches(config)
+    tokens = batches * config['global_train_batch_size'] * length
+    fsdp = (config.get('fsdp_config') or {}) if gpus > 1 else {}
+    checkpointing = bool(fsdp.get('activation_checkpointing'))
+    flops = tokens * flops_per_token(size, length)
+    recomputed = tokens * recomputed_flops_per_token(size, length) if checkpointing else 0.0
+    weight_bytes = 2 if config['model'].get('master_weights_dtype') else 4
+    compute_bytes = 4 if precision == 'fp32' else 2
+    sharding, shards = _sharding(fsdp, gpus)
+    state = optimizer_bytes(config['optimizer'], weight_bytes)
+    callbacks = config.get('callbacks') or {}
+    half_lives = (callbacks.get('ema') or {}).get('half_life') or []
+    emas = 1 if isinstance(half_lives, str) else len(half_lives)
+    lawa = (callbacks.get('lawa') or {}).get('k', 5) if 'lawa' in callbacks else 0
+
+    def memory_of(microbatch: int) -> Memory:
+        evaluated = int(config.get('device_eval_batch_size') or microbatch)
+        is_fused = config['model'].get('loss_fn') == 'fused_crossentropy'
+        return memory_per_gpu(
+            size,
+            sharding=sharding,
+            gpus=gpus,
+            shards=shards,
+            weight_bytes=weight_bytes,
+            compute_bytes=compute_bytes,
+            gathered_bytes=weight_bytes if fsdp.get('mixed_precision') == 'FULL' else compute_bytes,
+            optimizer_bytes=state,
+            activations=activation_bytes(
+                size, microbatch, length, bytes_each=compute_bytes, checkpointing=checkpointing
+            ),
+            logits=logit_bytes(size, microbatch, length, bytes_each=compute_bytes, fused=is_fused),
+            # no gradients
+            evaluation_logits=evaluated * length * size.vocab * (compute_bytes + 8),
+            emas=emas,
+            lawa=lawa,
+            lawa_is_offloaded=(callbacks.get('lawa') or {}).get('offload', True),
+        )
+
+    of_a_gpu = config['global_train_batch_size'] // gpus
+    given = config.get('device_train_microbatch_size', 'auto')
+    microbatch = of_a_gpu if given == 'auto' else min(int(given), of_a_gpu)
+    while given == 'auto' and microbatch > 1 and memory_of(microbatch).total > (chip.memory or math.inf):
+        microbatch = math.ceil(microbatch / 2)
+    export = callbacks.get('hf_checkpointer') or {}
+    keep = -1 if is_remote(config.get('save_folder') or '') else config.get('save_num_checkpoints_to_keep', -1)
+    return Costs(
+        size=size,
+        tokens=tokens_of_streams(config),
+        batches=batches,
+        flops=flops,
+        hardware_flops=flops + recomputed,
+        gpu=chip,
+        gpus=gpus,
+        gpu_hours=gpu_hours(flops, chip.peak, mfu),
+        microbatch=microbatch,
+        sharding=sharding,
+        memory=memory_of(microbatch),
+        disk=disk(
+            checkpoint_bytes(size.parameters, weight_bytes=weight_bytes, optimizer_bytes=state, emas=emas, lawa=lawa),
+            size.parameters * (4 if export.get('precision', 'float32') == 'float32' else 2),
+            batches,
+            _interval('save_interval', config.get('save_interval', '1000ba'), config, batches),
+            keep,
+            _interval('callbacks.hf_checkpointer.save_interval', export.get('save_interval', '1dur'), config, batches),
+            emas + (1 if lawa else 0),
+        ),
+    )
+
+
+def _batches(config: Config) -> int:
+    batches = total_batches(config)
+    if batches is None:
+        raise ValueError(
+            f'max_duration={config["max_duration"]!r} is in epochs, whose length only the data knows; write it in tok, '
+            'ba or sp'
+        )
+    return batches
+
+
+def _interval(key: str, interval: Any, config: Config, batches: int) -> int:
+    """Batches between two events; epochs come to their end with the run."""
+    time = Time.from_input(interval, TimeUnit.EPOCH)
+    if time.unit == TimeUnit.EPOCH:
+        return batches
+    if time.unit == TimeUnit.DURATION:
+        return max(1, math.ceil(time.value * batches))
+    if time.unit not in (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN) or time.value <= 0:
+        raise ValueError(f'{key}={interval!r} must be a positive time in ba, sp, tok, dur or ep')
+    samples = budget_in_samples(time, config['global_train_batch_size'], config['max_seq_len']) or 0
+    return samples // config['global_train_batch_size']
+
+
+def _sharding(fsdp: Config, gpus: int) -> tuple[str, int]:
+    """One of ``SHARDINGS``, and how many GPUs share one copy of the model."""
+    if not fsdp:
+        return 'none', 1
+    if os.environ.get('FSDP_VERSION', '1') == '2':
+        sharding = 'FULL_SHARD' if fsdp.get('reshard_after_forward', True) else 'SHARD_GRAD_OP'
+    else:
+        given = str(fsdp.get('sharding_strategy', 'FULL_SHARD')).upper()
+        # hybrid: the same within data_parallel_shard_degree
+        sharding = {'HYBRID_SHARD': 'FULL_SHARD', '_HYBRID_SHARD_ZERO2': 'SHARD_GRAD_OP'}.get(given, given)
+    degree = fsdp.get('data_parallel_shard_degree', -1)
+    return sharding, degree if degree > 0 else gpus // (fsdp.get('data_parallel_replicate_degree') or 1)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs are and what they cost, as tables."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from composer.core import Time, TimeUnit
+from llmfoundry.utils.builders import build_scheduler
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cpt_algorithms.evaluation.functional import training_flops
+from cpt_algorithms.evaluation.tables import flop, percent, short
+from cpt_algorithms.schedulers import PhaseScheduler
+from cpt_algorithms.schedulers.functional import Span
+from cpt_algorithms.stage.cost import Costs, Memory, Saving, against_union, costs_of, tokens_of_streams
+from cpt_algorithms.stage.preflight import total_batches
+
+__all__ = ['print_costs', 'print_phases']
+
+Config = dict[str, Any]
+
+_PARTS = {
+    'parameters': 'weights',
+    'gradients': 'gradients',
+    'optimizer': 'optimizer',
+    'averages': 'averages (ema, lawa)',
+    'gathered': 'gathered or cast weights, their gradients',
+    'activations': 'activations and logits',
+    'evaluation': 'or, in evaluations, their logits and copies',
+}
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as people write them: 116 GB, 10.5 MB."""
+    power, letter = next(((p, x) for p, x in ((12, 'T'), (9, 'G')) if size >= 10**p), (6, 'M'))
+    return f'{size / 10**power:.3g} {letter}B'
+
+
+def hours(value: float) -> str:
+    """GPU-hours as people write them: 12,300, 3.1, 0.0004."""
+    return f'{float(f"{value:.3g}"):,g}'
+
+
+def print_phases(configs: Mapping[str, Config], console: Console) -> None:
+    """Tokens of each stream in each phase of the schedule, steps, and learning rates where phases meet.
+
+    Args:
+        configs: Resolved train YAMLs, by name. Those that differ in nothing of this are shown once; those that train
+            nothing (merges) are left out.
+        console: Where to print.
+
+    Raises:
+        ValueError: If a run is given in epochs.
+    """
+    alike: dict[str, tuple[list[str], Config]] = {}
+    for name, config in configs.items():
+        if total_batches(config) == 0:
+            continue
+        mix = {key: (config['train_loader'].get('dataset') or {}).get(key) for key in ('new', 'replay')}
+        keys = ('max_duration', 'global_train_batch_size', 'max_seq_len', 'scheduler')
+        key = repr([mix, config['optimizer']['lr'], *(config[key] for key in keys)])
+        alike.setdefault(key, ([], config))[0].append(name)
+    for names, config in alike.values():
+        _show(console, *_phase_table(_several(names), config))
+
+
+def _show(console: Console, title: str, table: Table) -> None:
+    """Not as the table's own title, which is broken to its width."""
+    console.print(f'[bold]{escape(title)}[/bold]', highlight=False)
+    console.print(table)
+
+
+def _several(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f'{names[0]} and {len(names) - 1} more'
+
+
+def _phase_table(name: str, config: Config) -> tuple[str, Table]:
+    tokens = tokens_of_streams(config)
+    per_batch = config['global_train_batch_size'] * config['max_seq_len']
+    total = sum(tokens.values())
+    batches, lr = total // per_batch, float(config['optimizer']['lr'])
+    title = f'{name}: {config["scheduler"]["name"]}, {batches:,} batches of {per_batch:,} tokens'
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column('phase')
+    for column in ('to batch', 'LR from', 'LR to', 'tokens', *tokens):
+        table.add_column(escape(column), justify='right')
+    done, before = 0, dict.fromkeys(tokens, 0)
+    for span, end in _spans(config, batches):
+        counts = tokens_of_streams(config, end)
+        row = [counts[name] - before[name] for name in tokens]
+        lrs = [f'{span.start * lr:.3g}', f'{span.end * lr:.3g}'] if span else ['', '']
+        table.add_row(span.name if span else 'all', f'{end:,}', *lrs, f'{sum(row):,}', *(f'{n:,}' for n in row))
+        done, before = end, counts
+    assert done == batches, 'the last phase ends with the run'
+    table.add_section()
+    table.add_row('in all', f'{batches:,}', '', '', f'{total:,}', *(f'{count:,}' for count in tokens.values()))
+    return title, table
+
+
+def _spans(config: Config, batches: int) -> list[tuple[Span | None, int]]:
+    """Phases, each with the batch before which it ends: a batch belongs to the phase in which it starts."""
+    section = dict(config['scheduler'])
+    scheduler = build_scheduler(section.pop('name'), section)
+    duration = Time.from_timestring(config['max_duration'])
+    if not isinstance(scheduler, PhaseScheduler):
+        return [(None, batches)]
+    schedule, unit = scheduler.schedule(duration)
+    samples = config['global_train_batch_size']
+    per_batch = {TimeUnit.BATCH: 1, TimeUnit.SAMPLE: samples, TimeUnit.TOKEN: samples * config['max_seq_len']}[unit]
+    spans = list(schedule.spans(float(duration.value)))
+    return [(span, min(batches, -int(-span.until // per_batch))) for span in spans]
+
+
+def print_costs(
+    configs: Mapping[str, Config],
+    console: Console,
+    *,
+    gpu: str = 'h100',
+    gpus: int = 8,
+    mfu: float = 0.4,
+    stages: Mapping[str, int] | None = None,
+) -> dict[str, Costs]:
+    """FLOPs and GPU-hours, memory per GPU by part, checkpoints and disk, and the saving against union retraining.
+
+    Args:
+        configs: Resolved train YAMLs, by name. Those that train nothing (merges) are left out.
+        console: Where to print.
+        gpu: A name in ``cost.GPUS``, or a peak in FLOP/s. Default: ``h100``.
+        gpus: How many each run is on. Default: ``8``.
+        mfu: Model FLOPs utilisation to reckon with. Default: ``0.4``.
+        stages: Token budget of each stage, for the saving. Default: ``None``, no such table.
+
+    Returns:
+        The numbers, by name.
+
+    Raises:
+        ValueError: If a YAML, or one of the numbers, is not right.
+    """
+    costs = {name: costs_of(config, gpu, gpus, mfu) for name, config in configs.items() if total_batches(config) != 0}
+    chip = next(iter(costs.values())).gpu
+    _show(console, f'compute, {gpus} x {chip.name} at {percent(mfu)} MFU', _compute_table(costs))
+    if any(cost.hardware_flops > cost.flops for cost in costs.values()):
+        most = max(cost.hardware_flops / cost.flops for cost in costs.values())
+        console.print(
+            f'  with what activation checkpointing computes again: up to {most:.2f} times as many FLOP, '
+            f'{percent(mfu * most)} of the hardware',
+            highlight=False,
+        )
+    shares = [training_flops(c.size.parameters, sum(c.tokens.values())) / c.flops for c in costs.values()]
+    console.print(
+        f'  the report counts 6 x parameters x tokens, without attention: {percent(min(shares))}'
+        f'{"" if percent(min(shares)) == percent(max(shares)) else f" to {percent(max(shares))}"} of these FLOP\n',
+        highlight=False,
+    )
+    holds = f', which holds {gigabytes(chip.memory)}' if chip.memory else ''
+    _show(console, f'memory of one GPU{holds}', _memory_table(costs))
+    console.print('  besides, some 10 %: CUDA, NCCL, fragmentation\n', highlight=False)
+    _show(console, 'checkpoints and disk', _disk_table(costs))
+    if stages:
+        _show(console, 'updating against training from scratch on everything', _saving_table(against_union(stages)))
+    return costs
+
+
+def _compute_table(costs: Mapping[str, Costs]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column('run')
+    for column in ('parameters', 'not embeddings', 'tokens', 'batches', 'FLOP', 'GPU-hours', 'hours'):
+        table.add_column(column, justify='right')
+    for name, cost in costs.items():
+        table.add_row(
+            escape(name),
+            f'{cost.size.parameters:,}',
+            f'{cost.size.non_embedding:,}',
+            f'{sum(cost.tokens.values()):,}',
+            f'{cost.batches:,}',
+            flop(cost.flops),
+            hours(cost.gpu_hours),
+            hours(cost.gpu_hours / cost.gpus),
+        )
+    if len(costs) > 1:
+        table.add_section()
+        sums = [sum(values) for values in zip(*((c.flops, c.gpu_hours) for c in costs.values()), strict=True)]
+        tokens = sum(sum(cost.tokens.values()) for cost in costs.values())
+        table.add_row('in all', '', '', f'{tokens:,}', '', flop(sums[0]), hours(sums[1]), '')
+    return table
+
+
+def _memory_table(costs: Mapping[str, Costs]) -> Table:
+    groups: dict[tuple[Memory, int, str], list[str]] = {}
+    for name, cost in costs.items():
+        groups.setdefault((cost.memory, cost.microbatch, cost.sharding), []).append(name)
+    gpu = next(iter(costs.values())).gpu
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column('part')
+    for names in groups.values():
+        table.add_column(escape(_several(names)), justify='right')
+    for part, shown in _PARTS.items():
+        table.add_row(shown, *(gigabytes(getattr(memory, part)) for memory, _, _ in groups))
+    table.add_section()
+    totals = []
+    for memory, _, _ in groups:
+        over = ' [red]too much[/red]' if gpu.memory and memory.total > gpu.memory else ''
+        totals.append(f'{gigabytes(memory.total)}{over}')
+    table.add_row('at most at one time', *totals)
+    if any(memory.host for memory, _, _ in groups):
+        table.add_row("the CPU's memory, per GPU (lawa)", *(gigabytes(memory.host) for memory, _, _ in groups))
+    table.add_row('microbatch, sharding', *(f'{microbatch}, {sharding}' for _, microbatch, sharding in groups))
+    return table
+
+
+def _disk_table(costs: Mapping[str, Costs]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column('run')
+    for column in ('a checkpoint', 'saved', 'kept', 'at once', 'an export', 'exports', 'at most'):
+        table.add_column(column, justify='right')
+    for name, cost in costs.items():
+        d = cost.disk
+        numbers = (d.saves, d.kept, d.at_once)
+        exported = (gigabytes(d.export), f'{d.exports:,}')
+        table.add_row(
+            escape(name), gigabytes(d.checkpoint), *(f'{n:,}' for n in numbers), *exported, gigabytes(d.total)
+        )
+    if len(costs) > 1:
+        table.add_section()
+        table.add_row('in all', *[''] * 6, gigabytes(sum(cost.disk.total for cost in costs.values())))
+    return table
+
+
+def _saving_table(savings: list[Saving]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column('stage')
+    for column in ('update', 'from scratch', 'share', 'all updates', 'from scratch each time', 'share'):
+        table.add_column(column, justify='right')
+    for s in savings:
+        table.add_row(
+            escape(s.stage),
+            short(s.update),
+            short(s.retrain),
+            percent(s.update / s.retrain),
+            short(s.updates),
+            short(s.retrains),
+            percent(s.updates / s.retrains),
+        )
+    return table
