@@ -38,6 +38,7 @@ from cpt_algorithms.evaluation.tables import (
     write_csv,
 )
 from cpt_algorithms.files import write_json, write_whole
+from cpt_algorithms.stage.lineage import Node, details, read_lineage, status
 
 __all__ = ['Report', 'print_report', 'rich_table', 'write_report']
 
@@ -133,6 +134,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
         write_whole(out / f'{plot.name}.png', png(plot))
     write_csv(out / 'table.csv', [flat(row) for row in rows])
     write_json(out / 'report.json', _as_json(report))
+    begun = [run.folder for run in study.runs.values() if (run.folder / 'stage.json').exists()]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -147,6 +149,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
         states=_states(study),
         tables=_tables(report),
         lineage=_lineage(study),
+        tree=_tree(read_lineage(begun)) if begun else [],
         versions=_versions(study),
         plots=[(plot.title, Markup(svg(plot))) for plot in plots],
     )
@@ -464,6 +467,21 @@ def _lineage(study: Study) -> _Table:
         lines.append(_Line(f'{"└ " * bool(depth)}{run.name}', '', f'depth{min(depth, 3)}', cells))
     heads = ['state', 'parent', 'tokens', 'schedule', 'forgetting', 'adaptation']
     return _Table('Lineage', '', [('', heads)], lines, first='run', is_text=True)
+
+
+def _tree(nodes: Sequence[Node]) -> list[dict[str, Any]]:
+    """Runs with what began from them, in words."""
+    return [
+        {
+            'name': node.name,
+            'kind': 'merge, ' if node.kind == 'merge' else '',
+            'state': 'failed' if node.kind == 'missing' else node.state or 'started',
+            'status': status(node),
+            'details': ' · '.join(details(node)),
+            'children': _tree(node.children),
+        }
+        for node in nodes
+    ]
 
 
 def _versions(study: Study) -> list[tuple[str, str]]:
