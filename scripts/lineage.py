@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The family tree of runs: what each began from, read and became.
+
+python scripts/lineage.py runs                       # every run below a folder, with its ancestors
+python scripts/lineage.py runs/german s3://bucket/runs
+python scripts/lineage.py runs --json                # the same as data
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
+
+from cpt_algorithms.stage.lineage import Node, details, read_lineage, status
+
+LOOKS = {'finished': 'green', 'unfinished': 'yellow', 'failed': 'red'}
+
+
+def draw(nodes: Sequence[Node], tree: Tree) -> Tree:
+    """Add nodes, and all that began from them, to a tree."""
+    for node in nodes:
+        look = LOOKS.get(node.state, 'red' if node.kind == 'missing' else 'cyan')
+        kind = 'merge, ' if node.kind == 'merge' else ''
+        lines = [f'[bold]{escape(node.name)}[/bold]  [{look}]{kind}{escape(status(node))}[/{look}]']
+        draw(node.children, tree.add('\n'.join([*lines, *(f'[dim]{escape(line)}[/dim]' for line in details(node))])))
+    return tree
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folders', nargs='+', metavar='FOLDER', help='folders with runs below them, local or URIs')
+    parser.add_argument('--json', action='store_true', help='print the trees as JSON')
+    arguments = parser.parse_args(argv)
+    try:
+        roots = read_lineage(arguments.folders)
+    except ValueError as error:
+        sys.exit(str(error))
+    if arguments.json:
+        print(json.dumps([asdict(root) for root in roots], indent=1))
+        return
+    # rich would take a log file for a narrow terminal
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(draw(roots, Tree(escape(', '.join(arguments.folders)))), highlight=False)
+
+
+if __name__ == '__main__':
+    main()
