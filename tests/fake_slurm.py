@@ -104,26 +104,35 @@ def srun(*words: str) -> None:
         }
         tasks.append(subprocess.Popen(words, env={**os.environ, **of_task}, stdout=out, stderr=err))
     (FOLDER / f'{job}.tasks').write_text(' '.join(str(task.pid) for task in tasks))
-    while any(task.poll() is None for task in tasks) and not any(task.returncode for task in tasks):
+    while None in (codes := [task.poll() for task in tasks]) and not any(codes):
         time.sleep(0.05)
-    send(job, signal.SIGKILL)
+    send(processes_of(job), signal.SIGKILL)
     sys.exit(max(abs(task.wait()) for task in tasks))
 
 
-def send(job: str, number: int) -> None:
-    """A signal to all processes of a job."""
+def processes_of(job: str) -> list[psutil.Process]:
+    found = []
     for pid in map(int, (FOLDER / f'{job}.tasks').read_text().split()):
         try:
             task = psutil.Process(pid)
-            for process in (task, *task.children(recursive=True)):
-                process.send_signal(number)
+            found += [task, *task.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def send(processes: list[psutil.Process], number: int) -> None:
+    """A signal to all processes of a job."""
+    for process in processes:
+        try:
+            process.send_signal(number)
         except psutil.NoSuchProcess:
             continue
 
 
 def scancel(job: str, option: str = '', name: str = '') -> None:
     if option == '--signal':
-        send(job, getattr(signal, name))
+        send(processes_of(job), getattr(signal, name))
         return
     was = states(FOLDER)[job]
     state(job, 'CANCELLED by 1000')
@@ -139,9 +148,10 @@ def scontrol(action: str, job: str) -> None:
 
 def kill(job: str) -> None:
     """As Slurm ends a job: asked first."""
-    send(job, signal.SIGTERM)
+    processes = processes_of(job)
+    send(processes, signal.SIGTERM)
     time.sleep(1)
-    send(job, signal.SIGKILL)
+    send(processes, signal.SIGKILL)
 
 
 def sacct(*words: str) -> None:

@@ -14,6 +14,7 @@ import fake_slurm
 import pytest
 import recorder
 import sequence
+import submitit
 import tiny
 from composer.cli import launcher
 from omegaconf import OmegaConf
@@ -105,6 +106,7 @@ def slurm(tmp_path, monkeypatch):
     for key, value in fake_slurm.install(folder).items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    submitit.SlurmJob.watcher.clear()  # every test has a job 1000
     yield folder
     for job, state in fake_slurm.states(folder).items():
         if state == 'RUNNING':
