@@ -6,7 +6,7 @@ DATA ?= data/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart data test slow faults spark lint bench style clean
+.PHONY: quickstart data data-tiny test slow faults spark lint bench style clean
 
 # Pre-train a small model, continue it in several ways, print and draw what was forgotten, learned and spent.
 quickstart: data
@@ -15,6 +15,15 @@ quickstart: data
 # Text that is already on this machine: Python sources (D0) and C++ headers (D1).
 data: $(VENV)/installed
 	$(BIN)/python scripts/prepare_data.py --out $(DATA) --vocab-size 2048 --max-train-tokens 2000000 --max-val-tokens 16384
+
+# The same for `scale=tiny`: a dataset for each name in yamls/sequence/, much the way the papers' differ.
+data-tiny: $(VENV)/installed
+	$(BIN)/python scripts/prepare_data.py --out data/tiny --vocab-size 2048 --max-train-tokens 700000 --max-val-tokens 16384 \
+		--dataset pile=installed:python --dataset slimpajama=installed:stdlib --dataset german=installed:cpp \
+		--dataset split_1=installed:stdlib --dataset split_2=installed:stdlib --dataset split_3=installed:stdlib \
+		--dataset wikipedia=installed:english --dataset book=installed:transformers --dataset c4=installed:stdlib \
+		--dataset stack_exchange=installed:networkx --dataset github=installed:cpp \
+		--dataset common_crawl=installed:python --dataset arxiv=installed:sympy --dataset openwebtext=installed:python
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder

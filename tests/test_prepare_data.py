@@ -855,7 +855,8 @@ def test_sources_of_one_text_agree(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    'text', ['cpp', *(pytest.param(text, marks=pytest.mark.slow) for text in sources.INSTALLED if text != 'cpp')]
+    'text',
+    ['cpp', 'sympy', *(pytest.param(text, marks=pytest.mark.slow) for text in sources.INSTALLED if text != 'cpp')],
 )
 def test_installed(text: str, tmp_path: Path):
     limits = ('--max-train-tokens', '20000', '--max-val-tokens', '2000', '--tokenizer-documents', '20')

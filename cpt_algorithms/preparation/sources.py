@@ -92,7 +92,7 @@ class Source:
                 raise PrepareError(f'--dataset {spec!r}: {names!r} cannot be the name of a dataset folder')
         if kind not in KINDS:
             raise PrepareError(f'--dataset {spec!r}: unknown source kind {kind!r}; {nearest(kind, KINDS)}')
-        if kind == 'installed' and target not in INSTALLED:
+        if kind == 'installed' and target not in INSTALLED and not _package(target):
             raise PrepareError(f'--dataset {spec!r}: unknown text {target!r}; {nearest(target, INSTALLED)}')
         if kind == 'hf':
             hf_arguments(target)
@@ -168,6 +168,12 @@ def hf_arguments(target: str) -> dict[str, str]:
 # Files
 
 
+def _package(name: str) -> list[str]:
+    """The folders of an installed package; none if there is no such package."""
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    return list(found.submodule_search_locations or ()) if found else []
+
+
 def _installed_roots(text: str) -> tuple[list[str], Callable[[str], bool]]:
     """The folders that hold an installed text, and which of their files belong to it."""
     paths = sysconfig.get_paths()
@@ -178,10 +184,10 @@ def _installed_roots(text: str) -> tuple[list[str], Callable[[str], bool]]:
         return [paths['stdlib']], lambda name: name.endswith('.py')
     if text == 'english':
         return site, lambda name: name.endswith(('.dist-info/METADATA', '.md', '.rst'))
-    torch = importlib.util.find_spec('torch')
-    folders = torch.submodule_search_locations if torch else None
-    roots = [os.path.join(folder, 'include') for folder in folders or ()]
-    return roots, lambda name: name.endswith(('.h', '.hpp', '.cuh'))
+    if text == 'cpp':
+        roots = [os.path.join(folder, 'include') for folder in _package('torch')]
+        return roots, lambda name: name.endswith(('.h', '.hpp', '.cuh'))
+    return _package(text), lambda name: name.endswith('.py')
 
 
 def find_files(source: Source) -> list[str]:

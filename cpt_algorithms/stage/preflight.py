@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from streaming import StreamingDataset
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from yaml import YAMLError
 
 from cpt_algorithms.checkpoints import follow, newest_remote, open_checkpoint, read_metadata, safe_globals
@@ -62,10 +62,12 @@ class PreflightError(ValueError):
 
     Args:
         problems: Each with its key, its value and what would be right.
+        unseen: Those of them that only say what cannot be reached from here and may be right. Default: none.
     """
 
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, problems: list[str], unseen: Iterable[str] = ()) -> None:
         self.problems = problems
+        self.unseen = list(unseen)
         super().__init__('\n'.join(f'  {number}. {problem}' for number, problem in enumerate(problems, start=1)))
 
 
@@ -164,15 +166,17 @@ def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) ->
         *([lambda: _check_parent(cfg)] if parent_is_there else []),
     ]
     unreadable: list[str] = []  # what a check stumbled over is mostly what another has named
+    unseen: list[str] = []
     for check in checks:
         try:
             check()
         except ValueError as error:
             problems.append(str(error))
+            unseen += [str(error)] if isinstance(error, StorageError) else []
         except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
             unreadable.append(f'the YAML is not of the form llm-foundry reads: {error!r}')
     if problems or unreadable:
-        raise PreflightError(list(dict.fromkeys(problems or unreadable)))
+        raise PreflightError(list(dict.fromkeys(problems or unreadable)), dict.fromkeys(unseen))
 
 
 def _loaders(cfg: Config) -> list[tuple[str, Config]]:
@@ -271,8 +275,9 @@ def _check_tokenizer(cfg: Config) -> None:
     try:
         build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer'].get('kwargs') or {}))
     except Exception as error:
-        first_line = str(error).strip().splitlines()[:1]
-        raise ValueError(f'tokenizer={cfg.get("tokenizer")} cannot be loaded: {" ".join(first_line)}') from None
+        first_line = ' '.join(str(error).strip().splitlines()[:1])
+        kind = StorageError if "couldn't connect" in first_line else ValueError
+        raise kind(f'tokenizer={cfg.get("tokenizer")} cannot be loaded: {first_line}') from None
 
 
 def _check_batch_size(cfg: Config, world_size: int) -> None:
@@ -431,7 +436,7 @@ def _sizes_of(where: str, streams: Mapping[str, Config], max_seq_len: int | None
         except FileNotFoundError as error:
             raise ValueError(f'{where}.{name}: there is no dataset; looked for {error}') from None
         except StorageError as error:
-            raise ValueError(f'{where}.{name}: {error}') from None
+            raise StorageError(f'{where}.{name}: {error}') from None
         if sizes[name] == 0:
             raise ValueError(f'{where}.{name}: the dataset is empty')
         lengths = {row_length(code) for code in encodings} - {None, max_seq_len}
