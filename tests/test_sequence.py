@@ -122,7 +122,7 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path, run):
     assert not error, printed
     assert 'final validation loss' in printed
     assert f'report: {tmp_path / "straight" / "report.html"}\n' in printed
-    updates = ['new-none-s17', 'new-replay_25pct-s17']
+    updates = ['new-s17', 'new-replay_25pct-s17']
     names = [*updates, 'old-s17']
     expected = [
         'report.json',
@@ -155,9 +155,9 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path, run):
     assert list(rows) == [f'{arm}{average}' for arm in arms for average in ('', ', lawa')]
     for arm in ('none', 'none, lawa'):
         assert float(rows[arm]['compute against union']) == 0.5
-    final = results(spec)['new-none-s17/losses.json']['final']
+    final = results(spec)['new-s17/losses.json']['final']
     assert float(rows['none, lawa']['loss old']) == pytest.approx(final['old/lawa']['mean'])
-    at_start = results(spec)['new-none-s17/forgetting.json']['parent']
+    at_start = results(spec)['new-s17/forgetting.json']['parent']
     assert float(rows['none, lawa']['forgetting']) == pytest.approx(final['old/lawa']['mean'] - at_start['old']), (
         "against the parent's own weights, from which the stage started"
     )
@@ -181,7 +181,7 @@ def test_a_crashing_arm_does_not_stop_the_others(spec, tmp_path, run, monkeypatc
     page = json.loads((tmp_path / 'runs' / 'report.json').read_text())
     assert {each['name']: each['state'] for each in page['runs']} == {
         'old-s17': 'finished',
-        'new-none-s17': 'finished',
+        'new-s17': 'finished',
         'new-broken-s17': 'failed',
     }
     assert any('new-broken-s17' in line and 'Invalid learning rate' in line for line in page['missing'])
@@ -192,8 +192,8 @@ def test_a_crashing_arm_does_not_stop_the_others(spec, tmp_path, run, monkeypatc
         name: [written.config[k] for k in ('sequence', 'stage', 'arm', 'seed')] for name, written in tracked.items()
     }
     assert grouped['old-s17'] == ['test', 'old', 'shared', 17]
-    assert grouped['new-none-s17'] == ['test', 'new', 'none', 17]
-    none = tracked['new-none-s17']
+    assert grouped['new-s17'] == ['test', 'new', 'none', 17]
+    none = tracked['new-s17']
     assert (none.group, none.job_type, none.tags) == ('test', 'new', ['mine', 'new', 'none', 'seed 17'])
     row = next(row for row in page['rows'] if row['arm'] == 'none')
     assert none.summary['final_loss/average'] == pytest.approx(row['loss average'])
@@ -211,11 +211,11 @@ def test_a_run_that_another_process_trains_is_waited_for(spec, tmp_path, monkeyp
     lock.acquire()
     launched = []
 
-    def launch(run, ranks, jobs):
+    def launch(run, start):
         if run.name != 'old-s17':
             launched.append(run.name)
             raise KeyboardInterrupt
-        return original(run, ranks, jobs)
+        return original(run, start)
 
     def sleep(seconds):
         (first / 'done.json').write_text('{"lm_eval": null}')  # the other process is done
@@ -225,7 +225,7 @@ def test_a_run_that_another_process_trains_is_waited_for(spec, tmp_path, monkeyp
     monkeypatch.setattr(sequence.time, 'sleep', sleep)
     with pytest.raises(KeyboardInterrupt):
         call(monkeypatch, path)
-    assert launched == ['new-none-s17']
+    assert launched == ['new-s17']
     assert 'old-s17: waiting for another process' in capsys.readouterr().out
 
 

@@ -70,7 +70,8 @@ def write_run(
 
 
 def entry(name, arm, stage, seed, parent=None, tokens=None):
-    return {'name': name, 'arm': arm, 'stage': stage, 'seed': seed, 'parent': parent, 'tokens': tokens, 'batches': 10}
+    run = {'name': name, 'arm': arm, 'stage': stage, 'seed': seed, 'parent': parent, 'tokens': tokens, 'batches': 10}
+    return {**run, 'trunk': {}}
 
 
 def write_sequence(folder, seeds=(1, 2, 3), union=True, averages=(), parameters=PARAMETERS):

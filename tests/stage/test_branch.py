@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Branches: where one may start, what it reads and at which learning rate, and that the trunk stays as it is."""
+
+import gc
+import json
+import sys
+
+import anneal
+import numpy as np
+import pytest
+import recorder
+import tiny
+
+from cpt_algorithms.replay import ReplayTextDataset
+from cpt_algorithms.replay.consumed import positions_behind
+from cpt_algorithms.replay.functional import Interleaving, MixedSequence, StreamOrder, check_budget, shares_of
+from cpt_algorithms.stage import BranchPoints
+from cpt_algorithms.stage.branch import anneal_branch, constant_alpha, in_batches
+
+INFINITE = {'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '2ba', 'alpha_const': 0.5, 't_anneal': '0ba'}
+SMALL = {'global_train_batch_size': 8, 'max_seq_len': 16}
+
+
+def test_whole_batches():
+    assert [in_batches(time, SMALL) for time in ('3ba', '24sp', '25sp', '384tok', '385tok', '0tok')] == [
+        3,
+        3,
+        4,
+        3,
+        4,
+        0,
+    ]
+    with pytest.raises(ValueError, match=r"t_anneal='1ep' must be in tok, ba or sp"):
+        in_batches('1ep', SMALL, 't_anneal')
+
+
+@pytest.mark.parametrize(
+    ('scheduler', 'duration', 'alphas'),
+    [
+        (INFINITE, '8ba', {4: 0.5, 6: 0.5, 8: 0.5}),
+        ({**INFINITE, 't_warmup': '256tok', 't_cooldown': '256tok', 't_anneal': '0tok'}, '1024tok', {4: 0.5, 8: 0.5}),
+        ({'name': 'rewarm_constant', 't_warmup': '2ba'}, '8ba', {2: 1.0, 8: 1.0}),
+        ({'name': 'wsd', 't_warmup': '2ba', 't_decay': '2ba'}, '8ba', {2: 1.0, 6: 1.0}),
+    ],
+)
+def test_where_the_learning_rate_is_constant(scheduler, duration, alphas):
+    cfg = {**SMALL, 'scheduler': scheduler, 'max_duration': duration}
+    assert {batch: constant_alpha(cfg, batch) for batch in alphas} == alphas
+
+
+@pytest.mark.parametrize(
+    ('scheduler', 'batch', 'message'),
+    [
+        (INFINITE, 3, r"batch 3 is in the phase 'cooldown' of infinite: .* constant, batches 4 to 8"),
+        ({**INFINITE, 't_anneal': '2ba'}, 7, r"in the phase 'anneal' .* batches 4 to 6"),
+        ({'name': 'rewarm_cosine', 't_warmup': '2ba'}, 4, r"'decay' of rewarm_cosine: .*this schedule never is"),
+        ({'name': 'cosine_with_warmup', 't_warmup': '2ba'}, 4, 'has no phases that can be looked at'),
+    ],
+)
+def test_where_it_is_not(scheduler, batch, message):
+    with pytest.raises(ValueError, match=message):
+        constant_alpha({**SMALL, 'scheduler': scheduler, 'max_duration': '8ba'}, batch)
+
+
+def test_nothing_to_anneal():
+    cfg = {**SMALL, 'scheduler': {'name': 'rewarm_constant', 't_warmup': '0ba', 'alpha': 0.1}, 'max_duration': '8ba'}
+    with pytest.raises(ValueError, match='alpha_f=0.1, and the trunk is at 0.1 times the learning rate'):
+        anneal_branch(cfg, 'branch', 'runs/branch', 'x.pt', 4, '2ba')
+
+
+def test_streams_go_on_each_by_itself():
+    orders = [StreamOrder(np.array([20, 20]), 3), StreamOrder(np.array([10]), 3)]
+    mixes = [Interleaving(shares_of(fraction, {'old': 1})) for fraction in (0.25, 0.5)]
+    whole, branch = MixedSequence(mixes[0], orders), MixedSequence(mixes[1], orders, starts=[15, 5])
+    new = [int(i) for i in whole(np.arange(40)) if i < 40]
+    found = [int(i) for i in branch(np.arange(20))]
+    assert [i for i in found if i < 40] == new[15:25]
+    rest, again = orders[1].one_pass(0)(np.arange(5, 10)), orders[1].one_pass(1)(np.arange(5))
+    assert [i - 40 for i in found if i >= 40] == [*rest, *again]
+    check_budget(20, mixes[1], {'new': 25, 'old': 15}, 1, 16, {'new': 15, 'old': 5})
+    with pytest.raises(
+        ValueError, match=r'reads 400 tokens of the new data \(240 of them before it begins\), which has 384'
+    ):
+        check_budget(20, mixes[1], {'new': 24, 'old': 15}, 1, 16, {'new': 15, 'old': 5})
+
+
+MIX = {
+    'fraction': '1/4', 'order': 'pretraining', 'shuffle': True, 'shuffle_seed': 5, 'shuffle_block_size': 40,
+    'new.web': '400 samples (aa)', 'replay.pile': '300 samples (bb), weight 1', 'replay.code': '200 samples (cc), weight 2',
+}  # fmt: skip
+
+
+def behind(**now):
+    state = {'mix': json.dumps(MIX), 'consumed': json.dumps({'new': 12, 'pile': 1, 'code': 3})}
+    return positions_behind(state, json.dumps({k: v for k, v in {**MIX, **now}.items() if v is not None}))
+
+
+def test_what_both_runs_read_in_the_same_role_goes_on():
+    assert behind() == {'new': 12, 'pile': 1, 'code': 3}
+    reweighted = {'fraction': '1/2', 'replay.pile': '300 samples (bb), weight 7', 'replay.code': None}
+    assert behind(**reweighted) == {'new': 12, 'pile': 1}
+    assert behind(**{'new.web': '400 samples (dd)'}) == {'pile': 1, 'code': 3}
+    assert behind(**{'new.more': '10 samples (ee)'}) == {'pile': 1, 'code': 3}, 'shuffled together, it is other data'
+
+
+@pytest.mark.parametrize(
+    ('now', 'message'),
+    [
+        ({'shuffle_seed': 6}, r'it read in another order \(shuffle_seed: 5 -> 6\)'),
+        ({'order': 'shuffled'}, r'\(order: pretraining -> shuffled\)'),
+        ({'new.web': 'x (dd)', 'replay.pile': None, 'replay.code': None}, 'none of this data was read by that run'),
+    ],
+)
+def test_another_order_is_refused(now, message):
+    with pytest.raises(ValueError, match=message):
+        behind(**now)
+
+
+def test_branch_points_are_batches():
+    with pytest.raises(ValueError, match=r"branch_points.at: '8ba' must be a whole number of batches"):
+        BranchPoints(['8ba'])
+
+
+# A real trunk and its branches
+
+
+@pytest.fixture(scope='module')
+def streams(data):
+    return {
+        'new': {'local': str(data['new']), 'split': 'train'},
+        'replay': {'fraction': 0.25, 'streams': {'old': {'local': str(data['old']), 'split': 'train'}}},
+    }
+
+
+@pytest.fixture(scope='module')
+def trunk(data, streams, tmp_path_factory):
+    """Eight batches, the last four constant; of its checkpoints, those after 4 and 8 batches are left."""
+    folder = tmp_path_factory.mktemp('trunk')
+    cfg = tiny.config(
+        folder, data, 'trunk', scheduler=INFINITE, save_num_checkpoints_to_keep=1, save_interval='3ba',
+        train_loader={'dataset': streams}, callbacks={'branch_points': {'at': [4]}},
+    )  # fmt: skip
+    tiny.recipe_here(cfg, folder)
+    return folder / 'trunk'
+
+
+def run(checkpoint, *overrides):
+    words, sys.argv = sys.argv, ['anneal.py', str(checkpoint), *map(str, overrides)]
+    try:
+        anneal.main()
+    finally:
+        sys.argv = words
+        gc.collect()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file() and path.suffix != '.lock'}
+
+
+def test_branch_points_stay(trunk):
+    assert sorted(path.name for path in trunk.glob('ep0-*')) == ['ep0-ba4-rank0.pt', 'ep0-ba8-rank0.pt']
+
+
+def test_a_branch_is_what_the_trunk_would_have_been(trunk, data, streams, tmp_path):
+    before = contents(trunk)
+    branch = tmp_path / 'branch'
+    run(
+        trunk / 'ep0-ba4-rank0.pt', 't_anneal=4ba', 'anneal=linear', 'alpha_f=0.0', f'save_folder={branch}',
+        f'callbacks.recorder.path={tmp_path / "branch.jsonl"}',
+    )  # fmt: skip
+    assert contents(trunk) == before
+    whole = tiny.config(
+        tmp_path, data, 'whole', train_loader={'dataset': streams},
+        scheduler={**INFINITE, 't_anneal': '4ba', 'anneal': 'linear', 'alpha_f': 0.0},
+    )  # fmt: skip
+    straight, branched = tiny.run(whole), recorder.read(tmp_path / 'branch.jsonl')
+    assert sorted(branched) == [0, 1, 2, 3]
+    for batch in range(4):
+        theirs, ours = straight[4 + batch], branched[batch]
+        assert sorted(ours['rows']) == sorted(theirs['rows']), 'the data is read on'
+        assert ours['lr'] == pytest.approx(theirs['lr'])
+        assert ours['adam_step'] == theirs['adam_step'], 'the optimizer is kept'
+        assert float.fromhex(ours['loss']) == pytest.approx(float.fromhex(theirs['loss']), rel=1e-5)
+    stage = json.loads((branch / 'stage.json').read_text())
+    assert stage['run_name'] == 'trunk-anneal-ba4'
+    assert stage['parent'] == stage['data']['continues'] == str(trunk / 'ep0-ba4-rank0.pt')
+    assert list((branch / 'huggingface').glob('ba4/model.safetensors'))
+
+
+def test_a_branch_with_a_mix_of_its_own_is_continued(trunk, streams, data, tmp_path):
+    """From the latest checkpoint, by its link."""
+    place = [f'save_folder={tmp_path / "own"}', f'callbacks.recorder.path={tmp_path / "own.jsonl"}']
+    how = ['t_anneal=4ba', 'train_loader.dataset.replay.fraction=0.5', *place]
+    run(trunk / 'latest-rank0.pt', *how)
+    rows = [tuple(row) for line in recorder.read(tmp_path / 'own.jsonl').values() for row in line['rows']]
+    read = [tuple(row) for line in recorder.read(trunk.parent / 'trunk.jsonl').values() for row in line['rows']]
+    assert sorted(row[0] for row in rows) == [0] * 16 + [1] * 16
+    assert not set(rows) & set(read), 'nothing is read twice'
+
+
+@pytest.mark.parametrize(
+    ('checkpoint', 'words', 'message'),
+    [
+        ('ep0-ba4-rank0.pt', [], 't_anneal is missing'),
+        ('stage.json', ['t_anneal=2ba'], 'is not a checkpoint of a run of continue_pretraining.py'),
+        ('nothing/ep0-ba4-rank0.pt', ['t_anneal=2ba'], 'is not a checkpoint of a run'),
+        ('ep0-ba3-rank0.pt', ['t_anneal=2ba'], "batch 3 is in the phase 'cooldown'"),
+        ('ep0-ba6-rank0.pt', ['t_anneal=2ba'], 'ep0-ba6-rank0.pt does not exist'),
+        ('ep0-ba4-rank0.pt', ['t_anneal=2ba', 'save_folder=TRUNK'], 'holds the checkpoints of run .trunk.'),
+        ('ep0-ba4-rank0.pt', ['t_anneal=2ba', 'train_loader.dataset.shuffle_seed=3'], 'it read in another order'),
+    ],
+)
+def test_what_is_no_branch_is_refused(trunk, checkpoint, words, message, tmp_path):
+    with pytest.raises((SystemExit, ValueError), match=message):
+        run(trunk / checkpoint, f'save_folder={tmp_path / "b"}', *(word.replace('TRUNK', str(trunk)) for word in words))
+
+
+def test_what_was_read_before_counts(trunk, streams):
+    dataset = ReplayTextDataset(
+        tokenizer=None, max_seq_len=tiny.SEQ_LEN, batch_size=8, shuffle=True, shuffle_seed=9176, **streams,
+        continues=str(trunk / 'ep0-ba4-rank0.pt'),
+    )  # fmt: skip
+    assert json.loads(dataset.state_dict(16, True)['consumed']) == {'new': 24 + 12, 'old': 8 + 4}
+    dataset.check_budget(400)
+    with pytest.raises(ValueError, match=r'of the new data \(384 of them before it begins\), which has 6,400'):
+        dataset.check_budget(600)
