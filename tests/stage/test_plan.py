@@ -5,7 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 from tiny import ROOT, merge
 
-from cpt_algorithms.stage.plan import plan, tokens_per_stream
+from cpt_algorithms.stage.plan import BASELINES, heirs, plan, tokens_per_stream
 
 QUICKSTART = ROOT / 'yamls' / 'sequence' / 'quickstart.yaml'
 
@@ -183,3 +183,156 @@ def test_a_stand_in_is_named_where_it_is_replayed_and_nowhere_else(spec):
     assert 'consumed_by' not in dataset['replay']['streams']['python']
     assert 'stand_in_for' not in str(configs['python-s17']['train_loader'])
     assert all('stand_in_for' not in str(config['eval_loader']) for config in configs.values())
+
+
+# Branches
+
+
+@pytest.fixture
+def infinite(spec):
+    """One arm on an infinite schedule: 8 batches of warm-up and cooldown; the last 26 of a stage are annealed."""
+    scheduler = {'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '6ba', 'alpha_const': 0.5, 't_anneal': '26ba'}
+    common = {'scheduler': {**scheduler, 'anneal': 'linear', 'alpha_f': 0.0}}
+    return {
+        **merge(spec, {'common': common}),
+        'stages': {'python': {'max_duration': '220ba'}, 'cpp': {'max_duration': '130ba', 'replay': {'fraction': 0.5}}},
+        'arms': {'only': {}},
+    }
+
+
+def test_a_trunk_stays_constant_and_each_stage_leaves_an_annealed_model(infinite):
+    python, annealed, cpp, last = (run.config for run in plan(infinite))
+    constant = {'name': 'infinite', 'alpha_const': 0.5, 't_anneal': '0ba'}
+    assert python['scheduler'] == {**constant, 't_warmup': '2ba', 't_cooldown': '6ba'}
+    assert cpp['scheduler'] == {**constant, 't_warmup': '0ba', 't_cooldown': '0ba'}
+    branch = {
+        **constant,
+        't_warmup': '0ba',
+        't_cooldown': '0ba',
+        't_anneal': '26ba',
+        'anneal': 'linear',
+        'alpha_f': 0.0,
+    }
+    assert annealed['scheduler'] == last['scheduler'] == branch
+    durations = ['194ba', '26ba', '104ba', '26ba']
+    assert [config['max_duration'] for config in (python, annealed, cpp, last)] == durations
+    assert annealed['load_path'] == cpp['load_path'] == f'{python["save_folder"]}/latest-rank0.pt'
+    assert last['train_loader']['dataset']['continues'] == last['load_path'] == f'{cpp["save_folder"]}/latest-rank0.pt'
+    assert last['callbacks']['stage_start'] == {'optimizer': 'keep'}
+    assert cpp['callbacks']['stage_start'] == {'optimizer': 'reset'}
+    losses = f'{cpp["save_folder"]}/forgetting.json'
+    assert last['callbacks']['forgetting'] == {'new': ['cpp'], 'old': ['python'], 'parent_losses': losses}
+    assert 'forgetting' not in annealed['callbacks']
+    assert [run.trunk for run in plan(infinite)][-1] == {'cpp': 52 * 4096, 'python': 52 * 4096}
+
+
+def test_branches_start_where_their_length_says(infinite):
+    infinite['stages']['cpp']['branches'] = {
+        'long': {'t_anneal': '65ba', 'new': 'python', 'optimizer': {'weight_decay': 0.2}},
+        'anneal': {'alpha_f': 0.1},
+        'merge': {'merge': {'last': 3, 'every': '10ba'}},
+    }
+    runs = {run.name: run for run in plan(infinite)}
+    trunk = runs['cpp-s17'].config
+    assert trunk['max_duration'] == '130ba', 'for the merge'
+    assert trunk['callbacks']['branch_points'] == {'at': [65, 104, 110, 120]}
+    anneal, long, merged = (runs[f'cpp-{name}-s17'].config for name in ('anneal', 'long', 'merge'))
+    assert anneal['load_path'] == f'{trunk["save_folder"]}/ep0-ba104-rank0.pt'
+    assert (anneal['scheduler']['anneal'], anneal['scheduler']['alpha_f']) == ('linear', 0.1)
+    assert long['load_path'] == f'{trunk["save_folder"]}/ep0-ba65-rank0.pt'
+    dataset = long['train_loader']['dataset']
+    assert (list(dataset['new']), list(dataset['replay']['streams'])) == (['python'], ['cpp']), 'a mix of its own'
+    assert long['optimizer'] == {**trunk['optimizer'], 'weight_decay': 0.2}
+    assert 'branch_points' not in long['callbacks']
+    how = {'of': trunk['save_folder'], 'batch': 130, 'last': 3, 'every': '10ba', 'weights': 'uniform'}
+    assert merged['variables']['merge'] == how
+    assert tokens_per_stream(merged) == {'cpp': 0, 'python': 0}
+    assert runs['cpp-merge-s17'].script == 'merge.py'
+    assert [run.arm for run in runs.values()] == [
+        'python', 'python, anneal', 'only', 'only, anneal', 'only, long', 'only, merge',
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('branch', 'message'),
+    [
+        ({}, r'stages\.cpp\.branches\.x\.t_anneal is missing'),
+        ({'t_anneal': '130ba'}, r'x\.t_anneal=130ba must be longer than 0 and shorter than the stage, 130ba'),
+        ({'t_anneal': '2ep'}, r"x\.t_anneal='2ep' must be in tok, ba or sp"),
+        ({'t_anneal': '2ba', 'anneal': 'linear', 'alpha_f': 0.5}, r'branches\.x: alpha_f=0.5, and the trunk is at 0.5'),
+        ({'t_anneal': '2ba', 'seed': 3}, r'stages\.cpp\.branches\.x\.seed is set by the sequence'),
+        ({'merge': {'last': 3}}, r'x\.merge\.every is missing'),
+        ({'merge': {'last': 3, 'evry': '2ba'}}, "did you mean 'every'"),
+        ({'merge': {'last': 1, 'every': '2ba'}}, r'last=1 checkpoints \(at least 2\)'),
+        ({'merge': {'last': 14, 'every': '10ba'}}, 'must fit into the stage of 130 batches'),
+        ({'merge': {'last': 3, 'every': '2ba'}, 'alpha_f': 0.1}, r'branches\.x\.alpha_f is not a key'),
+    ],
+)
+def test_bad_branches_are_named(infinite, branch, message):
+    infinite['stages']['cpp']['branches'] = {'x': branch}
+    with pytest.raises(ValueError, match=message):
+        plan(infinite)
+
+
+def test_an_anneal_before_the_constant_phase_is_refused(infinite):
+    infinite['stages']['python']['branches'] = {'early': {'t_anneal': '215ba'}}
+    with pytest.raises(ValueError, match=r"branches\.early: batch 5 is in the phase 'cooldown'"):
+        plan(infinite)
+
+
+def test_a_stage_that_is_added_changes_no_other_run(infinite):
+    infinite['arms'] = {
+        'only': {},
+        'more': {'cpp': {'replay': {'fraction': 0.1}}},
+        'hot': {'common': {'precision': 'x'}},
+    }
+    before = {run.name: run.config for run in plan(infinite)}
+    infinite['data']['english'] = {'local': 'data/english'}
+    infinite['stages']['english'] = {'max_duration': '100ba', 'replay': {'fraction': 0.1}}
+    after = {run.name: run.config for run in plan(infinite)}
+    assert len(after) == len(before) + 6
+    for name, config in before.items():
+        assert {**after[name], 'eval_loader': None} == {**config, 'eval_loader': None}
+
+
+def test_heirs_are_all_that_start_from_a_run(infinite):
+    runs = plan(infinite)
+    assert heirs(runs, 'python-s17') == ['python-anneal-s17', 'cpp-s17', 'cpp-anneal-s17']
+    assert heirs(runs, 'cpp-anneal-s17') == []
+
+
+# Baselines
+
+
+def test_baselines_follow_from_the_stages(spec):
+    spec['stages']['cpp']['replay'] = {'fraction': 0.05}
+    spec['arms'] = {name: {'baseline': name} for name in BASELINES}
+    runs = {run.arm: run.config for run in plan(spec) if run.arm in BASELINES}
+    assert runs.keys() == BASELINES.keys()
+    cosine = spec['common']['scheduler']
+    assert runs['constant_eta_min']['scheduler'] == {'name': 'rewarm_constant', 't_warmup': '0dur', 'alpha': 0.1}
+    assert runs['constant_eta_max']['scheduler'] == {'name': 'rewarm_constant', 't_warmup': '0.01dur', 'alpha': 1.0}
+    tokens = {name: tokens_per_stream(config) for name, config in runs.items()}
+    assert tokens['constant_eta_min'] == tokens['constant_eta_max'] == {'cpp': 505_856, 'python': 26_624}
+    assert tokens['no_replay'] == {'cpp': 532_480}
+    assert tokens['same_data'] == {'python': 532_480}
+    assert tokens['single'] == {'cpp': 532_480}
+    for name in ('no_replay', 'same_data', 'single', 'union'):
+        assert runs[name]['scheduler'] == cosine
+    assert ['load_path' in runs[name] for name in ('single', 'union', 'same_data')] == [False, False, True]
+
+
+def test_a_baseline_may_be_changed(spec):
+    spec['arms'] = {'cold': {'baseline': 'constant_eta_min', 'cpp': {'scheduler': {'alpha': 0.05}}}}
+    assert plan(spec)[-1].config['scheduler']['alpha'] == 0.05
+    spec['common']['scheduler'] = {'name': 'constant_with_warmup', 't_wm': '0ba'}
+    with pytest.raises(
+        ValueError, match=r'arms\.cold: baseline constant_eta_min follows from a schedule with a t_warmup'
+    ):
+        plan(spec)
+
+
+def test_a_union_reads_a_dataset_that_comes_twice_for_both(spec):
+    spec['stages']['again'] = {'new': 'python', 'max_duration': '100ba'}
+    spec['arms'] = {'union': {'baseline': 'union'}}
+    assert tokens_per_stream(plan(spec)[-1].config) == {'python': 901_120 + 409_600, 'cpp': 532_480}
