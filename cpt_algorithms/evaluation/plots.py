@@ -183,7 +183,9 @@ def _draw(axis: Axes, lines: Sequence[_Line]) -> None:
         if len(line.seeds) > 1:
             for points in line.seeds:
                 axis.plot(*zip(*points, strict=True), color=line.colour, linestyle=line.style, linewidth=0.6, alpha=0.5)
-        axis.plot(*_mean_line(line), linewidth=1.7, **look)
+        # what was not trained, such as a merge, is one point
+        is_point = max(map(len, line.seeds)) == 1
+        axis.plot(*_mean_line(line), linewidth=1.7, marker='o' if is_point else None, clip_on=not is_point, **look)
     for start in {line.start for line in lines if line.start}:
         axis.axvline(start, color=SHARED, linewidth=0.9, linestyle=':')
     last = max((points[-1][0] for line in lines for points in line.seeds), default=0)
