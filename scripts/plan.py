@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stage or a sequence will do and cost, before it is paid for. Trains nothing, reads no data and no weights.
 
-    python scripts/plan.py STAGE_OR_SEQUENCE.yaml [key=value ...] [--gpu h100] [--gpus 8] [--mfu 0.4] [--json FILE]
+    python scripts/plan.py STAGE_OR_SEQUENCE.yaml [key=value ...] [--gpu h100] [--gpus N] [--mfu 0.4] [--json FILE]
 
 Tokens of each stream in each phase, steps, learning rates where phases meet; FLOP and GPU-hours; memory of one GPU by
 part, under the YAML's fsdp_config; checkpoints and disk; and what updating saves against training from scratch on
@@ -23,13 +23,17 @@ from cpt_algorithms.files import StorageError, read_json, write_json
 from cpt_algorithms.stage import resolve
 from cpt_algorithms.stage.cost import GPUS, tokens_of_streams
 from cpt_algorithms.stage.cost_tables import print_costs, print_phases
+from cpt_algorithms.stage.launching import layout_of
 from cpt_algorithms.stage.plan import plan, stage_tokens
 
 NEEDED = ('model', 'optimizer', 'scheduler', 'train_loader', 'max_duration', 'max_seq_len', 'global_train_batch_size')
 
 
-def read(words: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, int] | None]:
-    """The train YAMLs that a stage or sequence means, by name, and the token budget of each stage if it is known.
+def read(words: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, int] | None, int]:
+    """What a stage or sequence means.
+
+    Returns:
+        The train YAMLs, by name; the token budget of each stage if it is known; the GPUs that each run is on.
 
     Raises:
         ValueError: If it cannot be read, or is not right.
@@ -45,7 +49,10 @@ def read(words: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, int] | 
     for name, config in configs.items():
         if missing := [key for key in NEEDED if config.get(key) is None]:
             raise ValueError(f'{name}: {missing[0]} is missing')
-    return configs, stage_tokens(given) if is_sequence else budgets(*configs.items())
+    if not is_sequence:
+        return configs, budgets(*configs.items()), 8
+    layout = layout_of(given)
+    return configs, stage_tokens(given), layout.nodes * layout.nproc
 
 
 def budgets(stage: tuple[str, dict[str, Any]]) -> dict[str, int] | None:
@@ -66,18 +73,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('words', nargs='+', metavar='YAML | key=value', help='a stage or sequence, and overrides')
     parser.add_argument('--gpu', default='h100', help=f'{", ".join(GPUS)}, or a peak in FLOP/s (default: h100)')
-    parser.add_argument('--gpus', type=int, default=8, help='GPUs that each run is on (default: 8)')
+    parser.add_argument('--gpus', type=int, help="that each run is on (default: a sequence's nodes x nproc, or 8)")
     parser.add_argument('--mfu', type=float, default=0.4, help='model FLOPs utilisation (default: 0.4)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the numbers there too')
     arguments = parser.parse_intermixed_args(argv)
     # rich would take a log file for a narrow terminal
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
-        configs, stages = read(arguments.words)
+        configs, stages, gpus = read(arguments.words)
         print_phases(configs, console)
-        costs = print_costs(configs, console, gpu=arguments.gpu, gpus=arguments.gpus, mfu=arguments.mfu, stages=stages)
+        costs = print_costs(
+            configs, console, gpu=arguments.gpu, gpus=arguments.gpus or gpus, mfu=arguments.mfu, stages=stages
+        )
     except (ValueError, StorageError) as error:
         sys.exit(f'{arguments.words[0]}: {error}')
+    except (KeyError, TypeError, AttributeError) as error:
+        sys.exit(f'{arguments.words[0]} is not of the form llm-foundry reads: {error!r}')
     if arguments.json:
         totals = {
             name: {'memory_total': cost.memory.total, 'disk_total': cost.disk.total} for name, cost in costs.items()

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -503,7 +503,14 @@ class Disk:
 
 
 def disk(
-    checkpoint: float, export: float, batches: int, every: int, keep: int, exports_every: int, averages: int
+    checkpoint: float,
+    export: float,
+    batches: int,
+    every: int,
+    keep: int,
+    exports_every: int,
+    averages: int = 0,
+    points: Collection[int] = (),
 ) -> Disk:
     """What a run leaves. Composer saves every ``every`` batches and at the end.
 
@@ -514,12 +521,19 @@ def disk(
         every: Batches from one checkpoint to the next.
         keep: ``save_num_checkpoints_to_keep``; -1 for all.
         exports_every: Batches from one export to the next.
-        averages: Averages that are exported beside the weights.
+        averages: Averages that are exported beside the weights. Default: ``0``.
+        points: Batches of ``branch_points``, saved and kept besides. Default: none.
     """
-    saves = math.ceil(batches / every)
-    kept = saves if keep < 0 else min(saves, keep)
-    exports = math.ceil(batches / exports_every) * (1 + averages)
-    return Disk(checkpoint, saves, kept, min(saves, kept + 1), export, exports)
+    in_turn = len({*range(every, batches + 1, every), batches} - {*points, 0})
+    kept = in_turn if keep < 0 else min(in_turn, keep)
+    return Disk(
+        checkpoint=checkpoint,
+        saves=in_turn + len(points),
+        kept=kept + len(points),
+        at_once=min(in_turn, kept + 1) + len(points),
+        export=export,
+        exports=math.ceil(batches / exports_every) * (1 + averages),
+    )
 
 
 @dataclass(frozen=True)
@@ -698,6 +712,7 @@ def costs_of(config: Config, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4)
             keep,
             _interval('callbacks.hf_checkpointer.save_interval', export.get('save_interval', '1dur'), config, batches),
             emas + (1 if lawa else 0),
+            (callbacks.get('branch_points') or {}).get('at') or (),
         ),
     )
 

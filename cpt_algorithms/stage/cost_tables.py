@@ -131,7 +131,7 @@ def print_costs(
         gpu: A name in ``cost.GPUS``, or a peak in FLOP/s. Default: ``h100``.
         gpus: How many each run is on. Default: ``8``.
         mfu: Model FLOPs utilisation to reckon with. Default: ``0.4``.
-        stages: Token budget of each stage, for the saving. Default: ``None``, no such table.
+        stages: Token budget of each stage, for the saving. Default: ``None``, no such table, as for one stage.
 
     Returns:
         The numbers, by name.
@@ -159,7 +159,7 @@ def print_costs(
     _show(console, f'memory of one GPU{holds}', _memory_table(costs))
     console.print('  besides, some 10 %: CUDA, NCCL, fragmentation\n', highlight=False)
     _show(console, 'checkpoints and disk', _disk_table(costs))
-    if stages:
+    if stages and len(stages) > 1:
         _show(console, 'updating against training from scratch on everything', _saving_table(against_union(stages)))
     return costs
 

@@ -13,8 +13,12 @@ from composer.optim import DecoupledAdamW
 from llmfoundry.utils.builders import build_composer_model
 from omegaconf import OmegaConf
 from rich.console import Console
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import GPTNeoXConfig, LlamaConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from cpt_algorithms.evaluation import training_flops
 from cpt_algorithms.stage import preflight, resolve
@@ -114,10 +118,10 @@ def test_a_tied_llama_counts_its_embedding_once():
     assert (size.heads, size.kv_heads, size.head_dim, size.gated, size.rms_norm) == (32, 8, 64, True, True)
 
 
-@pytest.mark.parametrize('name', ['mpt_tiny', 'gpt_neox_tiny'])
-def test_tiny_models_pass_preflight(name, data, tmp_path):
-    model = {**section_of(name), 'name': section_of(name)['name']}
-    preflight(resolve(tiny.config(tmp_path, data, 'r', model=None) | {'model': model}))
+@pytest.mark.parametrize('name', [path.stem for path in MODELS if path.stem != 'hf_base'])  # a base must be there
+def test_model_yamls_pass_preflight(name, data, tmp_path):
+    config = tiny.config(tmp_path, data, 'r') | {'model': f'yamls/models/{name}.yaml'}
+    preflight(resolve(config))
 
 
 # FLOPs
@@ -262,6 +266,46 @@ def test_memory_is_what_training_takes(kind, mixed, tmp_path):
     assert 0.95 < measured['Total'] / predicted.total < 1.12
 
 
+@pytest.fixture
+def four_ranks():
+    """Rank 0 of four, whose collectives do nothing."""
+    torch.distributed.init_process_group('fake', rank=0, world_size=4, store=FakeStore())
+    yield init_device_mesh('cpu', (4,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('reshard', [True, False], ids=['FULL_SHARD', 'SHARD_GRAD_OP'])
+def test_memory_is_what_fsdp2_takes(reshard, four_ranks):
+    """The peak of one rank's second step: 0.97 and 0.94 of what was predicted."""
+    config = {**HF['neox'].to_dict(), 'hidden_size': 256, 'intermediate_size': 1024, 'num_hidden_layers': 6}
+    model = AutoModelForCausalLM.from_config(GPTNeoXConfig.from_dict(config), attn_implementation='sdpa').train()
+    size = measure(model)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in (*model.gpt_neox.layers, model):
+        fully_shard(module, mesh=four_ranks, reshard_after_forward=reshard, mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    ids = torch.randint(0, 1000, (1, 64))
+    tracker = FSDPMemTracker(model, optimizer)
+    with tracker:
+        for _ in range(2):
+            tracker.reset_mod_stats()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    (measured,) = tracker.get_tracker_snapshot('peak').values()
+    predicted = memory_per_gpu(
+        size,
+        sharding='FULL_SHARD' if reshard else 'SHARD_GRAD_OP',
+        gpus=4,
+        shards=4,
+        activations=activation_bytes(size, 1, 64),
+        logits=logit_bytes(size, 1, 64),
+    )
+    by_part = {getattr(part, 'value', part): count for part, count in measured.items()}
+    assert by_part['Sharded Param'] == predicted.parameters == by_part['Sharded Grad']
+    assert 0.9 < measured['Total'] / predicted.total < 1.05
+
+
 # checkpoints and disk
 
 
@@ -271,7 +315,10 @@ def test_disk_by_hand():
     left = disk(1200, 400, batches=25, every=10, keep=1, exports_every=25, averages=2)
     assert (left.saves, left.kept, left.at_once, left.exports) == (3, 1, 2, 3)
     assert left.total == 2 * 1200 + 3 * 400
-    assert disk(1, 1, batches=25, every=10, keep=-1, exports_every=10, averages=0).total == 3 + 3
+    assert disk(1, 1, batches=25, every=10, keep=-1, exports_every=10).total == 3 + 3
+    # at 10, 20 and 25 in turn, of which two are there at one time; 7 and 20 stay
+    branched = disk(1, 1, batches=25, every=10, keep=1, exports_every=25, points=[7, 20])
+    assert (branched.saves, branched.kept, branched.at_once) == (4, 3, 4)
 
 
 def test_disk_is_what_a_run_leaves(data, tmp_path):
@@ -391,8 +438,10 @@ def test_tables_show_what_was_reckoned():
 
 def test_the_command_plans_a_sequence(tmp_path, capsys):
     spec = tiny.ROOT / 'yamls' / 'sequence' / 'quickstart.yaml'
-    plan_script.main([str(spec), '--gpus', '1', 'seeds=[1]', '--json', str(tmp_path / 'costs.json')])
-    assert 'updating against training from scratch' in capsys.readouterr().out
+    plan_script.main([str(spec), 'seeds=[1]', '--json', str(tmp_path / 'costs.json')])
+    text = capsys.readouterr().out
+    assert 'updating against training from scratch' in text
+    assert 'compute, 1 x h100' in text, 'its nodes x nproc'
     costs = json.loads((tmp_path / 'costs.json').read_text())
     assert costs['cpp-replay_5pct-s1']['tokens'] == {'cpp': 505_856, 'python': 26_624}
     assert costs['python-s1']['size']['parameters'] == 873_600
@@ -411,3 +460,6 @@ def test_the_command_plans_a_stage_and_knows_its_parents(tmp_path, data, capsys)
     assert [line.split()[-3:] for line in text.splitlines() if line.strip().startswith('next')][-1] == ['M', '60', '%']
     with pytest.raises(SystemExit, match='optimizer is missing'):
         plan_script.main([str(tmp_path / 'next.yaml'), 'optimizer=null'])
+    OmegaConf.save(OmegaConf.create(stage | {'scheduler': {'t_warmup': '1ba'}}), tmp_path / 'nameless.yaml')
+    with pytest.raises(SystemExit, match="not of the form llm-foundry reads: KeyError\\('name'\\)"):
+        plan_script.main([str(tmp_path / 'nameless.yaml')])
