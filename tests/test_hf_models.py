@@ -9,11 +9,13 @@ from pathlib import Path
 import average_checkpoints
 import continue_pretraining
 import evaluate
+import prepare_data
 import pytest
 import recorder
 import tiny
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from streaming import StreamingDataset
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +34,7 @@ SIZES = {
     'vocab_size': tiny.VOCAB, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
     'num_attention_heads': 4, 'max_position_embeddings': tiny.SEQ_LEN,
 }  # fmt: skip
+LONG = 64
 KINDS = ('neox', 'llama', 'tied_llama')
 
 
@@ -290,6 +293,30 @@ def test_what_is_right_passes(bases, data, tmp_path):
     preflight(resolve(tiny.merge(stage(tmp_path, data, 'run', bases['llama']), scratch)))
 
 
+def test_bases_as_they_are_published_pass(bases, data, tmp_path):
+    """With the buffers that Pythia's files hold, without the prefix as GPT-2's, in several files, or as pickles."""
+    whole = load_file(bases['neox'] / 'model.safetensors')
+    mask = torch.ones(1, 1, tiny.SEQ_LEN, tiny.SEQ_LEN, dtype=torch.bool)
+    of_layer = {
+        'attention.bias': mask,
+        'attention.masked_bias': torch.tensor(-1e9),
+        'attention.rotary_emb.inv_freq': torch.ones(1),
+    }
+    buffers = {f'gpt_neox.layers.{layer}.{name}': value.clone() for layer in (0, 1) for name, value in of_layer.items()}
+    published = {name: tmp_path / name for name in ('pythia', 'without_prefix', 'in_parts', 'pickled')}
+    for name, folder in published.items():
+        shutil.copytree(bases['tied_llama' if name == 'without_prefix' else 'neox'], folder)
+        (folder / 'model.safetensors').unlink()
+    save_file(whole | buffers, published['pythia'] / 'model.safetensors', {'format': 'pt'})
+    load(bases['tied_llama']).model.save_pretrained(published['without_prefix'])
+    load(bases['neox']).save_pretrained(published['in_parts'], max_shard_size='20KB')
+    torch.save(whole, published['pickled'] / 'pytorch_model.bin')
+    for name, folder in published.items():
+        preflight(resolve(stage(tmp_path, data, name, folder)))
+    assert (published['in_parts'] / 'model.safetensors.index.json').exists()
+    assert 'embed_tokens.weight' in load_file(published['without_prefix'] / 'model.safetensors')
+
+
 BAD = {
     'forgetting from scratch': ({'pretrained': False}, 'callbacks.forgetting compares with the parent, and load_path is missing: name the checkpoint the stage starts from, or a model with pretrained: true'),
     'adapters': ({'peft_config': {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM'}}, 'model.peft_config: what is trained, averaged and exported here are whole models'),
@@ -458,3 +485,63 @@ def test_one_process_goes_on_after_a_kill(kill_at, bases, data, tmp_path):
     for name in ('ba8', 'ba8-ema_2ba', 'ba8-lawa'):
         exported, again = (load(tmp_path / run / 'huggingface' / name) for run in ('straight', 'killed'))
         assert torch.equal(logits(exported), logits(again))
+
+
+@pytest.mark.slow
+def test_from_scratch_to_a_base_to_its_update_on_real_text(data, tmp_path, capsys):
+    """What a reader does: a model from its configuration, then an update of it with other text, by the scripts alone."""
+    sources = {'python': tiny.ROOT / 'cpt_algorithms', 'prose': tiny.ROOT}
+    files = {'python': f'{sources["python"]}/*/*.py', 'prose': f'{sources["prose"]}/cpt_algorithms/*/README.md'}
+    common = ['--max-seq-len', str(LONG), '--val-fraction', '0.2']
+    prepare_data.main(
+        ['--out', str(tmp_path / 'old'), '--dataset', f'python=text:{files["python"]}', '--vocab-size', '400', *common]
+    )
+    shape = LlamaConfig(**SIZES | {'vocab_size': 400, 'max_position_embeddings': LONG}, num_key_value_heads=2)
+    shape.save_pretrained(tmp_path / 'shape')
+    shutil.copytree(tmp_path / 'old' / 'tokenizer', tmp_path / 'shape', dirs_exist_ok=True)
+
+    def on_text(name, base, root, **over):
+        dataset = {'max_seq_len': LONG, 'new': {'local': str(tmp_path / root), 'split': 'train'}}
+        cfg = stage(tmp_path, data, name, base, max_seq_len=LONG, max_duration='60ba', save_interval='20ba', **over)
+        cfg['tokenizer'] = {'name': str(base), 'kwargs': {'model_max_length': LONG}}
+        cfg['train_loader']['dataset'] = dataset
+        cfg['eval_loader'] = [
+            tiny.merge(tiny.eval_loader(label, tmp_path / root / name), {'dataset': {'max_seq_len': LONG}})
+            for label, root, name in (('past', 'old', 'python'), ('fresh', 'next', 'prose'))
+            if (tmp_path / root).exists()
+        ]
+        return cfg
+
+    scratch = {'model': {'pretrained': False}, 'callbacks': {'forgetting': None}, 'scheduler': {'t_warmup': '4ba'}}
+    tiny.recipe_here(on_text('base', tmp_path / 'shape', 'old/python', **scratch), tmp_path)
+    assert read(tmp_path / 'base' / 'stage.json')['parent'] is None
+    base = tmp_path / 'base' / 'huggingface' / 'ba60'
+    prepare_data.main(['--out', str(tmp_path / 'next'), '--dataset', f'prose=text:{files["prose"]}', '--parent', str(base), '--earlier', str(tmp_path / 'old'), *common])  # fmt: skip
+    cfg = on_text('update', base, 'next/prose')
+    old = {'local': str(tmp_path / 'old' / 'python'), 'split': 'train', 'stand_in_for': 'all that it has read'}
+    cfg['train_loader']['dataset'] |= {'replay': {'fraction': 0.1, 'streams': {'python': old}}, 'max_passes': 20}
+    tiny.recipe_here(cfg, tmp_path)
+    judged, losses = read(tmp_path / 'update' / 'forgetting.json'), read(tmp_path / 'update' / 'losses.json')
+    assert judged['parent']['past'] == pytest.approx(
+        read(tmp_path / 'base' / 'losses.json')['losses']['past'][-1][2], rel=1e-5
+    )
+    assert losses['final']['fresh']['mean'] < judged['parent']['fresh'] - 0.1, 'it learns'
+    root = f'variables.root={tmp_path / "suite"}'
+    (tmp_path / 'suite' / 'lm_eval').mkdir(parents=True)
+    for prepared, name, as_name in (('old', 'python', 'python'), ('next', 'prose', 'cpp')):
+        for kind in ('passages', 'continuations'):
+            file = tmp_path / prepared / 'lm_eval' / f'{name}_{kind}.jsonl'
+            shutil.copy(file, tmp_path / 'suite' / 'lm_eval' / f'{as_name}_{kind}.jsonl')
+    average_checkpoints.main([str(tmp_path / 'update'), '--last', '3', '--out', str(tmp_path / 'mean')])
+    suite = ('--suite', tiny.ROOT / 'yamls' / 'eval' / 'offline.yaml', root, '--limit', 8)
+    capsys.readouterr()
+    assert main(tmp_path / 'update', *suite) == 0 and capsys.readouterr().out.count('against') == 3
+    assert main(tmp_path / 'mean', *suite, '--parent', base) == 0 and capsys.readouterr().out.count('against') == 1
+    found = [
+        read(path)
+        for path in (
+            (tmp_path / 'update' / 'huggingface' / 'lm_eval' / 'offline-limit8' / f'{n}.json') for n in ('ba60', 'base')
+        )
+    ]
+    bits = [each['tasks']['cpp bits per byte']['score'] for each in found]
+    assert bits[0] < bits[1], 'and lm-eval sees it'

@@ -59,9 +59,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor | None:
 class Forgetting(Callback):
     """Forgetting of every old dataset and adaptation to every new one, against the untouched parent.
 
-    The parent is evaluated by ``eval_first: true``, when the stage starts. Its losses are part of the run's checkpoints
-    and of ``save_folder/forgetting.json``, and are not evaluated again. At every evaluation these are logged, for the
-    training weights and, as ``<dataset>/<average>``, for averaged ones:
+    The parent, a checkpoint or a pretrained model, is evaluated by ``eval_first: true``, when the stage starts. Its
+    losses are part of the run's checkpoints and of ``save_folder/forgetting.json``, and are not evaluated again. At
+    every evaluation these are logged, for the training weights and, as ``<dataset>/<average>``, for averaged ones:
 
     * ``forgetting/<old dataset>`` = loss - the parent's loss, and ``forgetting/average``;
     * ``adaptation/<new dataset>`` = the parent's loss - loss, and ``adaptation/average``;
