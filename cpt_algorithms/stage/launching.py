@@ -204,8 +204,10 @@ def _submit(layout: Layout, cluster: str, script: Path, folder: Path) -> Handle:
     of_executor = {key: value for key, value in layout.slurm.items() if key in _OF_THE_EXECUTOR}
     parameters = {key: value for key, value in layout.slurm.items() if key not in _OF_THE_EXECUTOR}
     executor = submitit.AutoExecutor(folder=jobs, cluster=cluster, **of_executor)
-    # ranks wait for those of a node that has failed
-    srun = ['--kill-on-bad-exit=1', *(parameters.get('slurm_srun_args') or [])]
+    srun = ['--kill-on-bad-exit=1']  # ranks would wait for those of a node that has failed
+    if cpus := parameters.get('slurm_cpus_per_task', parameters.get('cpus_per_task')):
+        srun.append(f'--cpus-per-task={cpus}')  # since Slurm 22.05, srun does not take it from sbatch
+    srun += parameters.get('slurm_srun_args') or []
     executor.update_parameters(
         **{**parameters, 'slurm_srun_args': srun},
         name=f'{folder.parent.name}/{folder.name}',

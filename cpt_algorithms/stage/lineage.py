@@ -92,7 +92,7 @@ def read_lineage(folders: Sequence[str | Path]) -> list[Node]:
     """The trees of all runs below some folders, each with all its ancestors that are there.
 
     Args:
-        folders: Local folders or URIs.
+        folders: Local folders or URIs. For local runs, nothing is read from object storage.
 
     Returns:
         Roots: what began from scratch, from a pretrained model, or from a parent that is not there.
@@ -121,12 +121,13 @@ def read_lineage(folders: Sequence[str | Path]) -> list[Node]:
 
 def _runs_below(folder: str | Path) -> list[str]:
     if is_remote(folder):
-        places = (name.rpartition('stage.json') for name in list_names(folder))
-        return [f'{str(folder).rstrip("/")}/{below}'.rstrip('/') for below, end, rest in places if end and not rest]
+        files = [f'{str(folder).rstrip("/")}/{name}' for name in list_names(folder)]
+        return [place for place, _, name in (file.rpartition('/') for file in files) if name == 'stage.json']
     found = []
     for place, below, files in os.walk(folder):
-        below[:] = sorted(name for name in below if not _NO_RUNS.fullmatch(name))
-        if 'stage.json' in files:
+        is_run = 'stage.json' in files
+        below[:] = sorted(name for name in below if not (is_run and _NO_RUNS.fullmatch(name)))
+        if is_run:
             found.append(place)
     return [os.path.realpath(place) for place in found]
 
@@ -160,7 +161,7 @@ def _add_parent(
         _add(there, nodes, parents)
         batch = re.search(r'-ba(\d+)', name)
         return there, int(batch[1]) if batch and int(batch[1]) != nodes[there].batches else None
-    made = _provenance(checkpoint)
+    made = None if is_remote(checkpoint) and not is_remote(place) else _provenance(checkpoint)
     if made is None:
         nodes.setdefault(folder, Node(folder.rpartition('/')[2], 'missing', folder))
         parents.setdefault(folder, None)
@@ -178,10 +179,11 @@ def _add_parent(
 def _candidates(folder: str, place: str, was: str) -> list[str]:
     """Where a folder may be that a run at ``place`` names, which was trained at ``was``."""
     written, was = (each if is_remote(each) else os.path.realpath(each) for each in (folder, was))
-    if was == place or is_remote(place):
+    if is_remote(place):
         return [written]
-    # the run was moved, or is looked at from elsewhere; perhaps together with the folder
-    return [os.path.normpath(f'{place}/{os.path.relpath(written, was)}'), written]
+    # a run that was moved, or is looked at from elsewhere, was perhaps moved together with the folder
+    moved = os.path.normpath(f'{place}/{os.path.relpath(written, was)}')
+    return [moved] if is_remote(written) else [moved, written]
 
 
 def _provenance(checkpoint: str) -> dict[str, Any] | None:
@@ -244,7 +246,7 @@ def _schedule(config: Mapping[str, Any]) -> str:
 def status(node: Node) -> str:
     """How far a node has come, in words."""
     if node.kind == 'missing':
-        return f'not there: {node.place}'
+        return f'{"in object storage" if is_remote(node.place) else "not there"}: {node.place}'
     if node.kind == 'base':
         return 'pretrained model'
     if node.kind == 'merge' or node.state == 'finished':

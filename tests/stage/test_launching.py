@@ -130,7 +130,9 @@ def wait(handle, seconds=240):
 
 def test_a_queued_job_is_found_again_and_a_cancelled_one_has_failed(slurm, run, monkeypatch):
     (slurm / 'hold').touch()
-    layout = layout_of({'nodes': 2, 'nproc': 4, 'slurm': {**SLURM, 'slurm_account': 'mine', 'gpus_per_node': 4}})
+    layout = layout_of(
+        {'nodes': 2, 'nproc': 4, 'slurm': {**SLURM, 'slurm_account': 'mine', 'gpus_per_node': 4, 'cpus_per_task': 32}}
+    )
     handle = starter(layout, jobs=1)(RECIPE, run)
     assert handle.name == 'Slurm job 1000, which goes on without this process'
     assert handle.poll() is None
@@ -140,7 +142,7 @@ def test_a_queued_job_is_found_again_and_a_cancelled_one_has_failed(slurm, run, 
         'ntasks-per-node': '1', 'gpus-per-node': '4', 'signal': 'USR2@90',
     }.items():  # fmt: skip
         assert f'#SBATCH --{key}={value}' in batch
-    assert '--kill-on-bad-exit=1' in batch[-1]
+    assert '--kill-on-bad-exit=1 --cpus-per-task=32' in batch[-1]
     again = starter(layout, jobs=1)(RECIPE, run)
     assert again.name == 'Slurm job 1000, found again'
     assert fake_slurm.states(slurm) == {'1000': 'PENDING'}
@@ -214,7 +216,8 @@ def test_two_nodes_find_each_other(slurm, run):
 
 
 @pytest.mark.slow
-def test_a_job_fails_as_a_whole_if_one_node_does(slurm, run):
+def test_a_job_fails_as_a_whole_if_one_node_does(slurm, run, monkeypatch):
+    monkeypatch.setattr('cpt_algorithms.stage.launching._LAG', 0.5)
     script = run / 'half.py'
     script.write_text("import os, sys, time\nif os.environ['NODE_RANK'] == '1': sys.exit(3)\ntime.sleep(1000)\n")
     (run / 'run.yaml').touch()
@@ -236,7 +239,7 @@ def test_a_requeued_job_goes_on_from_its_latest_checkpoint(slurm, run, data, num
     for number in numbers:
         subprocess.run(['scancel', '1000', '--signal', number], check=True)
     assert wait(handle) == 0, (run / 'log.txt').read_text()
-    assert 'Requeued job 1000' in (run / 'slurm' / '1000_0_log.err').read_text()
+    assert 'Requeued job 1000' in (run / 'slurm' / '1000_0_log.out').read_text()
     assert fake_slurm.states(slurm)['1000'] in ('RUNNING', 'COMPLETED')
     assert json.loads((run / 'done.json').read_text())['batch'] == 48
     trained = recorder.read(run.parent / 'run.jsonl', 0)  # refuses batches that were redone differently
