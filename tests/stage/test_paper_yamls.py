@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The papers' experiments are sequences that can be planned, at their size and at one for a laptop."""
 
+import json
 import re
 import sys
 
+import prepare_data
 import pytest
 import sequence
+from omegaconf import OmegaConf
 from tiny import ROOT
 
 from cpt_algorithms.stage.plan import tokens_per_stream
@@ -162,3 +165,20 @@ def test_make_data_tiny_prepares_what_it_reads(path):
     makefile = (ROOT / 'Makefile').read_text()
     for name in planned(path)[0]['data']:
         assert f'--dataset {name}=installed:' in makefile
+
+
+@pytest.mark.slow
+def test_one_is_trained_from_start_to_report(tmp_path, monkeypatch, capsys):
+    limits = ['--max-train-tokens=80000', '--max-val-tokens=4096', '--tokenizer-documents=100', '--vocab-size=2048']
+    prepare_data.main([f'--out={tmp_path / "data"}', '--dataset=openwebtext=installed:sympy', *limits])
+    scale = OmegaConf.load(ROOT / 'yamls' / 'scales' / 'tiny.yaml')
+    scale.update(longest_stage='16ba', folder=str(tmp_path / 'runs'), data=str(tmp_path / 'data'))
+    scale.common.tokenizer.name = str(tmp_path / 'data' / 'tokenizer')
+    OmegaConf.save(scale, tmp_path / 'smaller.yaml')
+    words = [str(PAPERS['lawa_770m']), f'scale={tmp_path / "smaller.yaml"}', 'jobs=1']
+    monkeypatch.setattr(sys, 'argv', ['sequence.py', *words])
+    sequence.main()
+    assert 'final validation loss' in capsys.readouterr().out
+    written = json.loads((tmp_path / 'runs' / 'lawa_770m' / 'report.json').read_text())
+    assert {row['average'] for row in written['rows']} >= {'', 'lawa', 'ema_1ba'}
+    assert (tmp_path / 'runs' / 'lawa_770m' / 'report.html').exists()
