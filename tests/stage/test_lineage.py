@@ -99,8 +99,8 @@ def test_a_parent_that_is_gone_is_named(runs, capsys):
 
 
 def test_ancestors_elsewhere_are_found_and_moved_runs_keep_their_own(runs, tmp_path):
-    write_run(tmp_path / 'other' / 'c', parent=f'{runs}/b/latest-rank0.pt')
-    assert drawn(read_lineage([tmp_path / 'other'])) == [(0, 'a'), (1, 'b'), (2, 'c')]
+    write_run(tmp_path / 'slurm' / 'c', parent=f'{runs}/b/latest-rank0.pt')
+    assert drawn(read_lineage([tmp_path / 'slurm'])) == [(0, 'a'), (1, 'b'), (2, 'c')]
     shutil.copytree(runs, tmp_path / 'copy')
     roots = read_lineage([tmp_path / 'copy'])
     assert len(drawn(roots)) == 5
@@ -133,6 +133,13 @@ def test_runs_in_object_storage(runs, bucket):
     roots = read_lineage(['s3://bucket/runs'])
     assert drawn(roots) == drawn(read_lineage([runs]))
     assert roots[0].place == 's3://bucket/runs/a'
+
+
+def test_local_runs_ask_nothing_of_object_storage(runs, monkeypatch):
+    monkeypatch.delenv('S3_ENDPOINT_URL', raising=False)
+    write_run(runs / 'far', parent='s3://bucket/base/ep0-ba60-rank0.pt')
+    base = next(root for root in read_lineage([runs]) if root.children and root.children[0].name == 'far')
+    assert (base.name, base.kind, status(base)) == ('base', 'missing', 'in object storage: s3://bucket/base')
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):
