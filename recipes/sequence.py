@@ -2,27 +2,27 @@
 """Stages x arms x seeds from one YAML, then the report: what was forgotten, what was learned, what it cost.
 
     python recipes/sequence.py yamls/sequence/quickstart.yaml [key=value ...]
-    python recipes/sequence.py yamls/sequence/quickstart.yaml --dry-run      # the plan; trains nothing
+    python recipes/sequence.py yamls/sequence/quickstart.yaml --dry-run      # plan and commands; trains, writes nothing
+    python recipes/sequence.py yamls/sequence/quickstart.yaml --write        # the same, and the YAMLs they need
+    python recipes/sequence.py yamls/sequence/pile_german.yaml scale=tiny    # a paper's experiment, in minutes, here
     python recipes/sequence.py --sweep yamls/sweeps/replay_fraction.yaml     # every trial of a W&B sweep, without W&B
 
-Each run is one plain llm-foundry train YAML (``FOLDER/RUN/run.yaml``), launched through continue_pretraining.py. Run
-the same command again after any interruption: finished runs are kept, the others go on from their latest checkpoint.
-Ends with FOLDER/report.html.
+Each run is one plain llm-foundry train YAML (``FOLDER/RUN/run.yaml``), launched through continue_pretraining.py: here,
+as a Slurm job (``slurm: {...}`` in the sequence), or by any scheduler that starts the commands that ``--write`` prints.
+Run the same command again after any interruption: finished runs are kept, the others go on from their latest
+checkpoint. Ends with FOLDER/report.html.
 """
 
 import argparse
 import json
-import os
-import platform
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from composer.core import Time
@@ -36,15 +36,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cpt_algorithms.evaluation.report import Report, print_report, write_report
-from cpt_algorithms.evaluation.wandb_runs import environment_of_children, trial_run
+from cpt_algorithms.evaluation.wandb_runs import trial_run
 from cpt_algorithms.files import is_remote, write_json
-from cpt_algorithms.processes import die_with_parent
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, preflight, resolve, total_batches
-from cpt_algorithms.stage.plan import Run, plan, stage_tokens, tokens_per_stream
+from cpt_algorithms.stage.launching import Handle, LaunchError, Layout, Start, command, layout_of, starter
+from cpt_algorithms.stage.plan import Run, heirs, plan, stage_tokens, tokens_per_stream
+from cpt_algorithms.stage.scale import scaled
 from cpt_algorithms.stage.sweep import plan_trials, sequence_of, trials_of
 
-RECIPE = Path(__file__).with_name('continue_pretraining.py')
+RECIPES = Path(__file__).resolve().parent
 # Composer's console logger: [token=40960/1638400]
 PROGRESS = re.compile(r'^\[(?:token|batch|sample)=(\d+)/(\d+)\]', re.MULTILINE)
 # rich would take a log file for a narrow terminal
@@ -68,15 +69,14 @@ def print_plan(spec: dict[str, Any], runs: list[Run]) -> None:
     for run in runs:
         streams = tokens_per_stream(run.config)
         total += sum(streams.values())
-        shown.add_row(
-            run.name,
-            run.parent or '(from scratch)',
-            escape(', '.join(f'{name} {tokens:,}' for name, tokens in streams.items())),
-            f'{batches(run):,}',
-        )
+        read = ', '.join(f'{name} {tokens:,}' for name, tokens in streams.items() if tokens)
+        if merge := (run.config.get('variables') or {}).get('merge'):
+            read = f'average of {merge["last"]} checkpoints, {merge["every"]} apart'
+        start = f' at {sum(run.trunk.values()):,}' if run.trunk else ''
+        shown.add_row(run.name, f'{run.parent or "(from scratch)"}{start}', escape(read), f'{batches(run):,}')
     console.print(shown)
     console.print(f'{total:,} tokens to train in all\n')
-    for run in runs:
+    for run in (run for run in runs if batches(run)):
         section = dict(run.config['scheduler'])
         scheduler = build_scheduler(section.pop('name'), section)
         duration = Time.from_timestring(run.config['max_duration'])
@@ -86,31 +86,40 @@ def print_plan(spec: dict[str, Any], runs: list[Run]) -> None:
             console.print(format_phases(schedule, unit, duration.value), highlight=False, markup=False)
 
 
-def check(spec: dict[str, Any], runs: list[Run]) -> None:
-    """Refuse, before anything is trained, what preflight can see and what would change a finished run."""
-    problems = []
+def check(spec: dict[str, Any], runs: list[Run], is_plan: bool) -> list[str]:
+    """Refuse, before anything is trained, what preflight can see and what would change a finished run.
+
+    Returns:
+        Of a plan, which may be made elsewhere than where it is trained: what cannot be reached from here.
+    """
+    problems, unseen = [], []
     for run in runs:
         try:
-            # parents do not exist yet: each run's own preflight looks at them
-            preflight(run.config, int(spec.get('nproc') or 1), parent_is_there=False)
+            # parents do not exist yet: each run's own preflight looks at them; a merge is as right as its trunk
+            if batches(run):
+                preflight(run.config, layout_of(spec).ranks, parent_is_there=False)
         except PreflightError as error:
-            problems += [f'{run.name}: {problem}' for problem in error.problems]
+            unseen += error.unseen
+            problems += [f'{run.name}: {each}' for each in error.problems if not (is_plan and each in error.unseen)]
         saved = folder(run) / 'run.yaml'
         if saved.exists() and (changed := differences(of_training(OmegaConf.load(saved)), of_training(run.config))):
+            invalid = [name for name in heirs(runs, run.name) if (Path(spec['folder']) / name / 'run.yaml').exists()]
             problems.append(
-                f'{run.name} was trained with other settings ({"; ".join(changed[:4])}). Use another folder, '
-                f'or delete {folder(run)} and the runs that start from it'
+                f'{run.name} was trained with other settings ({"; ".join(changed[:4])}). Put them back, use another '
+                f'folder, or delete {folder(run)}'
+                + (f' and what starts from it and would become invalid: {", ".join(invalid)}' if invalid else '')
             )
     if problems:
         raise PreflightError(list(dict.fromkeys(problems)))
+    return list(dict.fromkeys(unseen))
 
 
 def of_training(config: Any) -> dict[str, Any]:
-    """What of a run's YAML says how it is trained, and not where that is logged and cached or evaluated afterwards."""
+    """What of a run's YAML says how it is trained, and not on what that is evaluated, or where logged and cached."""
     return {
         key: with_caches(value, lambda stream: '')
         for key, value in OmegaConf.to_container(OmegaConf.create(config)).items()
-        if key not in ('loggers', 'variables')
+        if key not in ('loggers', 'variables', 'eval_loader')
     }
 
 
@@ -169,6 +178,7 @@ def write_sequence(spec: dict[str, Any], runs: list[Run], keep: bool) -> None:
             'seed': run.seed,
             'parent': run.parent,
             'tokens': tokens_per_stream(run.config),
+            'trunk': run.trunk,
             'batches': batches(run),
         }
         for run in runs
@@ -188,15 +198,22 @@ class Running:
     """A run that is being trained."""
 
     run: Run
-    process: subprocess.Popen[bytes]
-    log: IO[bytes]
+    handle: Handle
     lock: FileLock
     task: Any = None
     started: float = field(default_factory=time.monotonic)
 
 
-def launch(run: Run, ranks: int, jobs: int) -> Running | None:
-    """Start a run, which dies with us; None if another sequence is at it."""
+def write_yaml(run: Run) -> None:
+    """``run.yaml``, whole or not at all."""
+    folder(run).mkdir(parents=True, exist_ok=True)
+    partial = folder(run) / '.run.yaml'
+    OmegaConf.save(OmegaConf.create(run.config), partial)
+    partial.replace(folder(run) / 'run.yaml')
+
+
+def launch(run: Run, start: Start) -> Running | None:
+    """Start a run; None if another sequence is at it."""
     folder(run).mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder(run) / '.sequence.lock')
     try:
@@ -204,22 +221,19 @@ def launch(run: Run, ranks: int, jobs: int) -> Running | None:
     except Timeout:
         return None
     (folder(run) / 'failed.json').unlink(missing_ok=True)
-    partial = folder(run) / '.run.yaml'
-    OmegaConf.save(OmegaConf.create(run.config), partial)
-    partial.replace(folder(run) / 'run.yaml')
-    script = [str(RECIPE), str(folder(run) / 'run.yaml')]
-    # one rank needs no launcher, whose start costs seconds
-    launcher = ['-m', 'composer.cli.launcher', '-n', str(ranks)] if ranks > 1 else []
-    threads = max(1, (os.cpu_count() or 1) // (jobs * ranks))
-    log = open(folder(run) / 'log.txt', 'ab')
-    process = subprocess.Popen(
-        [sys.executable, *launcher, *script],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={'OMP_NUM_THREADS': str(threads), **environment_of_children(os.environ), 'TOKENIZERS_PARALLELISM': 'false'},
-        preexec_fn=die_with_parent if platform.system() == 'Linux' else None,
-    )
-    return Running(run, process, log, lock)
+    write_yaml(run)
+    return Running(run, start(RECIPES / run.script, folder(run)), lock)
+
+
+def print_commands(layout: Layout, runs: list[Run]) -> None:
+    """What trains each run, in the shell of each of its nodes, under whatever scheduler starts it there."""
+    if layout.nodes > 1:
+        console.print(f'# on each node: NODE_RANK is 0 to {layout.nodes - 1}, MASTER_ADDR the node whose rank is 0')
+    for run in runs:
+        after = f', when {run.parent} is done' if run.parent else ''
+        console.print(f'# {run.name}{after}', soft_wrap=True, highlight=False, markup=False)
+        line = command(layout, RECIPES / run.script, folder(run) / 'run.yaml')
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def progress_of(run: Run) -> int:
@@ -238,9 +252,8 @@ def _chain(run: Run, runs: list[Run]) -> int:
     return batches(run) + max((_chain(child, runs) for child in runs if child.parent == run.name), default=0)
 
 
-def run_all(spec: dict[str, Any], runs: list[Run]) -> list[str]:
+def run_all(jobs: int, runs: list[Run], start: Start) -> list[str]:
     """Train what is not done yet, as many at a time as ``jobs`` says. Returns the names of runs that failed."""
-    jobs, ranks = int(spec.get('jobs') or 1), int(spec.get('nproc') or 1)
     done = {run.name for run in runs if is_done(run)}
     if done:
         console.print(f'{len(done)} of {len(runs)} runs are done already')
@@ -269,11 +282,11 @@ def run_all(spec: dict[str, Any], runs: list[Run]) -> list[str]:
                     done.add(run.name)
                     finished += batches(run)
                 elif len(running) < jobs and (run.parent is None or run.parent in done):
-                    launched = launch(run, ranks, jobs)
+                    launched = launch(run, start)
                     if launched is not None:
                         launched.task = bars.add_task(run.name, total=batches(run))
                         running.append(launched)
-                        console.print(f'{run.name}: started')
+                        console.print(f'{run.name}: started ({launched.handle.name})', highlight=False, markup=False)
                     elif run.name not in elsewhere:
                         elsewhere.add(run.name)
                         console.print(f'{run.name}: waiting for another process that trains it')
@@ -282,19 +295,19 @@ def run_all(spec: dict[str, Any], runs: list[Run]) -> list[str]:
             time.sleep(0.3)
             for each in list(running):
                 bars.update(each.task, completed=progress_of(each.run))
-                if each.process.poll() is None:
+                returncode = each.handle.poll()
+                if returncode is None:
                     continue
                 running.remove(each)
-                each.log.close()
                 bars.remove_task(each.task)
-                if each.process.returncode == 0:
+                if returncode == 0:
                     done.add(each.run.name)
                     finished += batches(each.run)
                     console.print(f'{each.run.name}: done in {time.monotonic() - each.started:.0f} s')
                 else:
                     failed.append(each.run.name)
                     tail = (folder(each.run) / 'log.txt').read_text(errors='replace').splitlines()[-12:]
-                    write_json(folder(each.run) / 'failed.json', {'returncode': each.process.returncode, 'log': tail})
+                    write_json(folder(each.run) / 'failed.json', {'returncode': returncode, 'log': tail})
                     console.print(f'[red]{each.run.name}: failed[/red] ({folder(each.run) / "log.txt"}):')
                     console.print('\n'.join(tail), markup=False, highlight=False)
                 each.lock.release()
@@ -329,8 +342,29 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         '--trial', nargs='+', metavar='STAGE.KEY=VALUE', help='one trial of a sweep instead of the arms'
     )
-    parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
+    parser.add_argument('--dry-run', action='store_true', help='print the plan and the command of each run, and stop')
+    parser.add_argument('--write', action='store_true', help='as --dry-run, and write the YAMLs that the commands need')
     return parser.parse_intermixed_args(words)
+
+
+def scale_file(name: str) -> Path:
+    """``tiny`` or a path.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    folder = RECIPES.parent / 'yamls' / 'scales'
+    path = Path(name) if name.endswith('.yaml') else folder / f'{name}.yaml'
+    if not path.exists():
+        known = ', '.join(sorted(file.stem for file in folder.glob('*.yaml')))
+        raise ValueError(f'scale={name}: there is no {path}; use {known}, or the path of a YAML like these')
+    return path
+
+
+def unresolved(config: Any) -> dict[str, Any]:
+    """A YAML as it was written."""
+    plain: Any = OmegaConf.to_container(config)
+    return plain
 
 
 def read(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Run]]:
@@ -347,8 +381,12 @@ def read(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Run]]:
             words, trials = [*sequence_of(sweep), *words], trials_of(sweep)
         if not words:
             raise ValueError('a sequence YAML is missing, or --sweep FILE')
-        merged = OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(words[1:]))
-        spec: Any = OmegaConf.to_container(merged, resolve=True)
+        given, changes = OmegaConf.load(words[0]), OmegaConf.from_cli(words[1:])
+        if scale := OmegaConf.merge(given, changes).get('scale'):
+            # what the command line says is said of the result
+            given = OmegaConf.create(scaled(unresolved(given), unresolved(OmegaConf.load(scale_file(scale)))))
+        spec: Any = OmegaConf.to_container(OmegaConf.merge(given, changes), resolve=True)
+        spec.pop('scale', None)
     except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f'{arguments.sweep or words[0]} cannot be read: {error}') from error
     if is_remote(spec.get('folder') or ''):
@@ -368,15 +406,29 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         spec, runs = read(arguments)
-        check(spec, runs)
+        layout, jobs = layout_of(spec), int(spec.get('jobs') or 1)
+        is_plan = arguments.dry_run or arguments.write
+        unseen = check(spec, runs, is_plan)
+        start = None if is_plan else starter(layout, jobs)
     except ValueError as error:
         sys.exit(f'{arguments.sweep or " ".join(arguments.words[:1])} was refused before training:\n{error}')
     print_plan(spec, runs)
-    if arguments.dry_run:
+    for each in unseen:
+        console.print(f'not seen from here: {each}', soft_wrap=True, highlight=False, markup=False)
+    if start is None:
+        if arguments.write:
+            write_sequence(spec, runs, keep=bool(arguments.trial))
+            for run in runs:
+                if not is_done(run):
+                    write_yaml(run)
+        print_commands(layout, runs)
         return
     with trial_run({'sequence': spec['name'], 'arm': runs[-1].arm}) as summary:
         write_sequence(spec, runs, keep=bool(arguments.trial))
-        failed = run_all(spec, runs)
+        try:
+            failed = run_all(jobs, runs, start)
+        except LaunchError as error:
+            sys.exit(f'{error}; jobs that were submitted go on, and the same command waits for them')
         report = write_report([Path(spec['folder'])], Path(spec['folder']))
         print_report(report, console)
         console.print(f'({time.monotonic() - started:.0f} s)')
