@@ -27,6 +27,8 @@ from transformers import (
 )
 
 from cpt_algorithms.evaluation.report import write_report
+from cpt_algorithms.evaluation.results import read_study
+from cpt_algorithms.evaluation.tables import rows_of
 from cpt_algorithms.exports import Base, base_of, folder_of_base, parent_of
 from cpt_algorithms.stage import PreflightError, preflight, resolve
 
@@ -137,6 +139,10 @@ def loss_by_hand(model, folder, tokenizer):
 
 # A stage from a base, in this process
 
+of_llama = pytest.mark.parametrize(
+    'updated', [pytest.param('neox', marks=pytest.mark.slow), 'tied_llama'], indirect=True
+)
+
 
 @pytest.fixture(scope='module', params=['neox', 'tied_llama', pytest.param('llama', marks=pytest.mark.slow)])
 def updated(request, bases, data, offline, tmp_path_factory):
@@ -208,10 +214,7 @@ def test_checkpoints_average_to_what_transformers_loads(updated, bases, tmp_path
     assert torch.equal(logits(of_checkpoint(tmp_path / 'soup.pt', bases[kind])), logits(by_hand))
 
 
-SLOW_NEOX = pytest.param('neox', marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize('updated', ['tied_llama', SLOW_NEOX], indirect=True)
+@of_llama
 def test_a_second_stage_reads_no_base(updated, bases, data, tmp_path):
     """From the average of the first one; of the base only its configuration is needed."""
     kind, folder = updated
@@ -261,6 +264,26 @@ def test_lm_eval_compares_with_the_base(updated, bases, offline, tmp_path, capsy
     assert str(bases[kind]) in page and 'stands in for what it was trained on' in page
 
 
+@of_llama
+def test_a_sequence_from_a_base(updated, bases, tmp_path):
+    """Its first stage is an update, compared with the base; what training on everything would cost is not known."""
+    kind, folder = updated
+    shutil.copytree(folder / 'update', tmp_path / 'first-s17')
+    common = {'arm': 'replay', 'seed': 17, 'tokens': {'new': 768, 'old': 256}, 'trunk': {}, 'batches': 8}
+    runs = [
+        {'name': 'first-s17', 'stage': 'first', 'parent': None, **common},
+        {'name': 'second-s17', 'stage': 'second', 'parent': 'first-s17', **common},
+    ]
+    sequence = {'name': 'x', 'data': ['fresh', 'past'], 'stages': {'first': 1024, 'second': 1024}, 'runs': runs}
+    (tmp_path / 'sequence.json').write_text(json.dumps(sequence))
+    study = read_study([tmp_path])
+    row = next(row for row in rows_of(study) if row.arm == 'first only' and not row.average)
+    assert row.kind == 'update' and 'compute against union' not in row.columns
+    assert {'forgetting', 'adaptation'} <= row.columns.keys()
+    assert row.runs[0].load_path == str(bases[kind])
+
+
+@of_llama
 def test_runs_of_one_base_measure_it_once(updated, offline, bases, data, tmp_path, monkeypatch, capsys):
     kind, folder = updated
     shutil.copytree(folder / 'update', tmp_path / 'one')
@@ -434,7 +457,7 @@ def test_a_base_of_the_hub_is_looked_for_in_its_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('kind', 'device'), [('neox', 'cpu'), ('tied_llama', 'cpu'), ('llama', 'mixed')])
+@pytest.mark.parametrize(('kind', 'device'), [('neox', 'cpu'), ('tied_llama', 'mixed')])
 def test_two_ranks_update_a_base_and_go_on_after_a_kill(kind, device, bases, data, offline, tmp_path):
     sharded = {'fsdp_config': {'state_dict_type': 'sharded'}, 'model': {'init_device': device}, 'save_interval': '3ba'}
 
@@ -545,3 +568,22 @@ def test_from_scratch_to_a_base_to_its_update_on_real_text(data, tmp_path, capsy
     ]
     bits = [each['tasks']['cpp bits per byte']['score'] for each in found]
     assert bits[0] < bits[1], 'and lm-eval sees it'
+
+
+@pytest.mark.slow
+def test_a_base_in_bfloat16_is_trained_in_float32_and_may_be_exported_as_it_was(data, tmp_path):
+    base = make('llama', tmp_path, data['tokenizer'], torch.bfloat16)
+    folder = str(tmp_path / 'update')
+    export = {'hf_checkpointer': {'save_folder': folder, 'save_interval': '1dur', 'precision': 'bfloat16'}}
+    tiny.recipe_here(stage(tmp_path, data, 'update', base, callbacks=export), tmp_path)
+    in_float32 = AutoModelForCausalLM.from_pretrained(base, torch_dtype=torch.float32).eval()
+    by_hand = loss_by_hand(in_float32, data['old'], AutoTokenizer.from_pretrained(base))
+    judged = read(tmp_path / 'update' / 'forgetting.json')
+    assert judged['parent']['past'] == pytest.approx(by_hand, rel=1e-5)
+    state = torch.load(tmp_path / 'update' / 'ep0-ba8-rank0.pt', weights_only=False)['state']['model']
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / 'update' / 'huggingface' / 'ba8', torch_dtype='auto')
+    assert exported.dtype == torch.bfloat16
+    both = [str(base), str(tmp_path / 'update' / 'huggingface' / 'ba8')]
+    average_checkpoints.main([*both, '--to', 'hf', '--out', str(tmp_path / 'soup')])
+    assert torch.isfinite(logits(load(tmp_path / 'soup'))).all()

@@ -256,6 +256,8 @@ def _read_sequence(folder: Path) -> tuple[dict[str, Any], list[RunRecord]]:
         )
         for run in sequence['runs']
     ]
+    if not union and any(run.base for run in runs):  # what a pretrained model has read is not known
+        runs = [replace(run, union_tokens=None) for run in runs]
     sizes = {run.parameters for run in runs} - {None}
     # a run that has not started is as large as the others
     return sequence, [replace(run, parameters=next(iter(sizes))) for run in runs] if len(sizes) == 1 else runs
