@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import recorder
 import tiny
+from omegaconf import OmegaConf
 
 from cpt_algorithms.replay import ReplayTextDataset
 from cpt_algorithms.replay.consumed import positions_behind
@@ -224,3 +225,50 @@ def test_what_was_read_before_counts(trunk, streams):
     dataset.check_budget(400)
     with pytest.raises(ValueError, match=r'of the new data \(384 of them before it begins\), which has 6,400'):
         dataset.check_budget(600)
+
+
+@pytest.mark.slow
+def test_two_ranks_branch_off_a_sharded_trunk_and_are_killed(data, streams, tmp_path):
+    """FSDP2: an anneal killed on the way, and a merge, of a trunk that one rank would have trained on alike."""
+    recipes = tiny.ROOT / 'recipes'
+    sharded = {'fsdp_config': {'state_dict_type': 'sharded'}}
+    mix = {'train_loader': {'dataset': streams}}
+    judged = {'final_loss': {'window': '4ba', 'interval': '2ba'}}
+    cfg = tiny.config(
+        tmp_path, data, 'trunk', scheduler=INFINITE, save_num_checkpoints_to_keep=1, save_interval='8ba', **mix, **sharded,
+        callbacks={'branch_points': {'at': [4, 6]}, **judged}, eval_loader=[tiny.eval_loader('new', data['new'])],
+    )  # fmt: skip
+    OmegaConf.save(OmegaConf.create(cfg), tmp_path / 'trunk.yaml')
+    tiny.launch(recipes / 'continue_pretraining.py', tmp_path / 'trunk.yaml')
+    trunk = tmp_path / 'trunk'
+    assert sorted(path.name for path in trunk.glob('ep0-*')) == ['ep0-ba4', 'ep0-ba6', 'ep0-ba8']
+    before = contents(trunk)
+    words = [
+        trunk / 'ep0-ba4', 't_anneal=4ba', 'anneal=linear', 'alpha_f=0.0', f'save_folder={tmp_path / "branch"}',
+        'save_interval=2ba', f'callbacks.recorder.path={tmp_path / "branch.jsonl"}',
+    ]  # fmt: skip
+    tiny.launch(recipes / 'anneal.py', *words, 'callbacks.recorder.kill_at=3', expect='killed')
+    tiny.launch(recipes / 'anneal.py', *words)
+    whole = tiny.config(
+        tmp_path, data, 'whole', scheduler={**INFINITE, 't_anneal': '4ba', 'anneal': 'linear', 'alpha_f': 0.0}, **mix
+    )
+    straight = tiny.run(whole)
+    ranks = [recorder.read(tmp_path / 'branch.jsonl', rank) for rank in (0, 1)]
+    for batch in range(4):
+        rows = [row for lines in ranks for row in lines[batch]['rows']]
+        assert sorted(rows) == sorted(straight[4 + batch]['rows'])
+        assert ranks[0][batch]['lr'] == pytest.approx(straight[4 + batch]['lr'])
+        assert ranks[0][batch]['adam_step'] == straight[4 + batch]['adam_step']
+    merge = {'of': str(trunk), 'batch': 8, 'last': 3, 'every': '2ba', 'weights': 'uniform'}
+    merged = {
+        **cfg, 'run_name': 'merged', 'save_folder': str(tmp_path / 'merged'), 'max_duration': '0ba',
+        'variables': {'merge': merge}, 'callbacks': {'stage_start': {}, **judged},
+    }  # fmt: skip
+    OmegaConf.save(OmegaConf.create(merged), tmp_path / 'merged.yaml')
+    tiny.launch(recipes / 'merge.py', tmp_path / 'merged.yaml')
+    losses = json.loads((tmp_path / 'merged' / 'losses.json').read_text())['losses']
+    (point,), *_ = [rows for label, rows in losses.items() if label == 'new']
+    assert point[:2] == [0, 0]
+    assert 4 < point[2] < 8
+    assert (tmp_path / 'merged' / 'huggingface' / 'ba8' / 'model.safetensors').exists()
+    assert contents(trunk) == before
