@@ -72,6 +72,7 @@ setup(
         'rich>=13',
         'scipy',
         'setuptools<82',  # llm-foundry 0.22 imports pkg_resources, which later releases no longer have
+        'submitit>=1.5.3,<2',
         'tenacity>=8',
         'tokenizers',
         'tqdm',

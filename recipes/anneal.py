@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', help="a trunk's checkpoint, local or a URI")
     parser.add_argument('overrides', nargs='*', help='key=value: t_anneal, anneal, alpha_f, and of the YAML')
-    parser.add_argument('--dry-run', action='store_true', help='check everything and print the phases, then stop')
+    parser.add_argument('--dry-run', action='store_true', help='check everything, print phases and cost, and stop')
     arguments = parser.parse_args()
     try:
         cfg = branch_of(arguments.checkpoint, arguments.overrides)

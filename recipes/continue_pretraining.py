@@ -2,7 +2,7 @@
 """One stage: parent checkpoint + new data + replay + schedule -> checkpoints and a Hugging Face model.
 
     composer -n 8 recipes/continue_pretraining.py yamls/continue_pretraining/tiny_cpu.yaml [key=value ...]
-    python recipes/continue_pretraining.py STAGE.yaml --dry-run        # every check, and the phases; trains nothing
+    python recipes/continue_pretraining.py STAGE.yaml --dry-run        # every check, phases and cost; trains nothing
 
 The YAML is an ordinary llm-foundry train YAML. Everything that can be checked without training is checked first; then
 llm-foundry trains; at the end the model lies in ``save_folder/huggingface``. With ``variables.lm_eval: SUITE.yaml``, it
@@ -45,6 +45,7 @@ from llmfoundry.command_utils import train
 from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 from streaming.base.shared import prefix
 
 from cpt_algorithms.checkpoints import follow, newest_remote
@@ -54,6 +55,7 @@ from cpt_algorithms.files import StorageError, exists, is_remote, read_json, wri
 from cpt_algorithms.replay import StreamError
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
+from cpt_algorithms.stage.cost_tables import print_costs
 
 # Streaming numbers the datasets of a machine, and two runs that start at the same moment can pick the same number.
 DATASETS_LOCK = FileLock(Path(tempfile.gettempdir()) / f'cpt_algorithms_datasets_{os.getuid()}.lock')
@@ -304,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('yaml', help='an llm-foundry train YAML')
     parser.add_argument('overrides', nargs='*', help='key=value, as for llmfoundry train')
-    parser.add_argument('--dry-run', action='store_true', help='check everything and print the phases, then stop')
+    parser.add_argument('--dry-run', action='store_true', help='check everything, print phases and cost, and stop')
     arguments = parser.parse_args()
     check_and_run(load(arguments.yaml, arguments.overrides), arguments.yaml, arguments.dry_run)
 
@@ -327,6 +329,8 @@ def check_and_run(cfg: dict[str, Any], what: str, dry_run: bool) -> None:
     if rank_zero:
         print_phases(cfg)
     if dry_run:
+        if rank_zero:
+            print_costs({cfg['run_name']: cfg}, Console(width=140), gpus=world_size)
         return
     try:
         run(cfg, world_size, rank_zero)

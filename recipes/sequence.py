@@ -40,6 +40,7 @@ from cpt_algorithms.evaluation.wandb_runs import trial_run
 from cpt_algorithms.files import is_remote, write_json
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, preflight, resolve, total_batches
+from cpt_algorithms.stage.cost_tables import print_costs
 from cpt_algorithms.stage.launching import Handle, LaunchError, Layout, Start, command, layout_of, starter
 from cpt_algorithms.stage.plan import Run, heirs, plan, stage_tokens, tokens_per_stream
 from cpt_algorithms.stage.scale import scaled
@@ -101,9 +102,9 @@ def check(spec: dict[str, Any], runs: list[Run], is_plan: bool) -> list[str]:
         except PreflightError as error:
             unseen += error.unseen
             problems += [f'{run.name}: {each}' for each in error.problems if not (is_plan and each in error.unseen)]
-        saved = folder(run) / 'run.yaml'
-        if saved.exists() and (changed := differences(of_training(OmegaConf.load(saved)), of_training(run.config))):
-            invalid = [name for name in heirs(runs, run.name) if (Path(spec['folder']) / name / 'run.yaml').exists()]
+        saved, begun = (folder(run) / name for name in ('run.yaml', 'stage.json'))
+        if begun.exists() and saved.exists() and (changed := differences(of_training(OmegaConf.load(saved)), of_training(run.config))):
+            invalid = [name for name in heirs(runs, run.name) if (Path(spec['folder']) / name / 'stage.json').exists()]
             problems.append(
                 f'{run.name} was trained with other settings ({"; ".join(changed[:4])}). Put them back, use another '
                 f'folder, or delete {folder(run)}'
@@ -422,6 +423,8 @@ def main() -> None:
                 if not is_done(run):
                     write_yaml(run)
         print_commands(layout, runs)
+        console.print('\nat a peak and utilisation that scripts/plan.py --gpu --mfu can change:', highlight=False)
+        print_costs({run.name: run.config for run in runs}, console, gpus=layout.ranks, stages=stage_tokens(spec))
         return
     with trial_run({'sequence': spec['name'], 'arm': runs[-1].arm}) as summary:
         write_sequence(spec, runs, keep=bool(arguments.trial))

@@ -525,7 +525,18 @@ def test_from_scratch_to_a_base_to_its_update_on_real_text(data, tmp_path, capsy
 
     def on_text(name, base, root, **over):
         dataset = {'max_seq_len': LONG, 'new': {'local': str(tmp_path / root), 'split': 'train'}}
-        cfg = stage(tmp_path, data, name, base, max_seq_len=LONG, max_duration='60ba', save_interval='20ba', **over)
+        cfg = stage(
+            tmp_path,
+            data,
+            name,
+            base,
+            max_seq_len=LONG,
+            max_duration='60ba',
+            save_interval='20ba',
+            eval_interval='1000ba',
+            device_train_microbatch_size=8,
+            **over,
+        )
         cfg['tokenizer'] = {'name': str(base), 'kwargs': {'model_max_length': LONG}}
         cfg['train_loader']['dataset'] = dataset
         cfg['eval_loader'] = [

@@ -39,6 +39,7 @@ __all__ = [
     'Saving',
     'activation_bytes',
     'against_union',
+    'backward_bytes',
     'checkpoint_bytes',
     'costs_of',
     'disk',
@@ -284,9 +285,7 @@ def gpu_hours(flops: float, peak: float, mfu: float) -> float:
     return flops / (peak * mfu) / 3600
 
 
-def activation_bytes(
-    size: ModelSize, microbatch: int, length: int, *, bytes_each: int = 2, checkpointing: bool = False
-) -> int:
+def activation_bytes(size: ModelSize, microbatch: int, length: int, *, bytes_each: int = 2) -> int:
     r"""What the blocks keep for the backward pass, without dropout.
 
     Per token and block, in numbers of ``bytes_each``: attention's input ``h``, its queries, keys, values and output
@@ -294,26 +293,22 @@ def activation_bytes(
     if it is gated. The norms keep their inputs in float32, ``2 h``, and a root-mean-square norm its result too. With
     LayerNorm, ``ffn = 4 h`` and 2 bytes that is 36 h bytes: the 34 h of Korthikanti et al. 2022 without two dropout
     masks, with norms in float32 instead of 2 bytes. Attention that keeps its scores adds, per head and pair of
-    positions, the softmax in float32 and a copy in ``bytes_each``, if that is less. With checkpointing, each block
-    keeps its input ``h``, and one block at a time all of this.
+    positions, the softmax in float32 and a copy in ``bytes_each``, if that is less.
 
-    Against what PyTorch kept on the CPU (tests/stage/test_cost.py): 0.95 to 1.1 of this for GPT-NeoX, MPT and Llama.
+    What PyTorch kept on the CPU was 0.95 to 1.06 of this for GPT-NeoX and MPT, and 1.0 to 1.16 for Llama, whose casts
+    under autocast (without FSDP) are more.
 
     Args:
         size: The model.
         microbatch: Sequences that go through it at once.
         length: Tokens of a sequence.
         bytes_each: 2 in mixed precision, 4 in float32. Default: ``2``.
-        checkpointing: Whether blocks are computed again in the backward pass. Default: ``False``.
     """
     mlp = (4 if size.gated else 2) * size.ffn
     numbers = 2 * size.hidden + 4 * size.heads * size.head_dim + mlp
     norms = 2 * 4 * size.hidden * (2 if size.rms_norm else 1)
     scores = size.heads * length * (4 + (bytes_each if bytes_each < 4 else 0)) if size.keeps_scores else 0
-    block = microbatch * length * (numbers * bytes_each + norms + scores)
-    if checkpointing:
-        return size.layers * microbatch * length * size.hidden * bytes_each + block
-    return size.layers * block
+    return size.layers * microbatch * length * (numbers * bytes_each + norms + scores)
 
 
 def logit_bytes(size: ModelSize, microbatch: int, length: int, *, bytes_each: int = 2, fused: bool = False) -> int:
@@ -330,6 +325,36 @@ def logit_bytes(size: ModelSize, microbatch: int, length: int, *, bytes_each: in
         fused: Whether the loss is fused. Default: ``False``.
     """
     return microbatch * length * size.vocab * (2 * bytes_each if fused else bytes_each + 12)
+
+
+def backward_bytes(
+    size: ModelSize,
+    microbatch: int,
+    length: int,
+    *,
+    bytes_each: int = 2,
+    checkpointing: bool = False,
+    fused: bool = False,
+) -> int:
+    """Activations and logits at the worst moment of a backward pass.
+
+    That is its start: :func:`activation_bytes` and :func:`logit_bytes`. With activation checkpointing the blocks have
+    kept their inputs only, and beside them there are the logits or, later, what one block keeps when it is computed
+    again, whichever is more.
+
+    Args:
+        size: The model.
+        microbatch: Sequences that go through it at once.
+        length: Tokens of a sequence.
+        bytes_each: 2 in mixed precision, 4 in float32. Default: ``2``.
+        checkpointing: Whether blocks are computed again in the backward pass. Default: ``False``.
+        fused: Whether the loss is fused. Default: ``False``.
+    """
+    activations = activation_bytes(size, microbatch, length, bytes_each=bytes_each)
+    logits = logit_bytes(size, microbatch, length, bytes_each=bytes_each, fused=fused)
+    if not checkpointing:
+        return activations + logits
+    return size.layers * microbatch * length * size.hidden * bytes_each + max(logits, activations // size.layers)
 
 
 @dataclass(frozen=True)
@@ -374,7 +399,6 @@ def memory_per_gpu(
     gathered_bytes: int = 2,
     optimizer_bytes: float = 8,
     activations: float = 0,
-    logits: float = 0,
     evaluation_logits: float = 0,
     emas: int = 0,
     lawa: int = 0,
@@ -401,9 +425,8 @@ def memory_per_gpu(
         compute_bytes: Of a number in the forward pass. Default: ``2``.
         gathered_bytes: Of a gathered weight. Default: ``2``.
         optimizer_bytes: State per parameter. Default: ``8``, AdamW in float32.
-        activations: Bytes of :func:`activation_bytes`. Default: ``0``.
-        logits: Bytes of :func:`logit_bytes`. Default: ``0``.
-        evaluation_logits: Likewise of an evaluation. Default: ``0``.
+        activations: Bytes of :func:`backward_bytes`. Default: ``0``.
+        evaluation_logits: Bytes of the logits of an evaluation. Default: ``0``.
         emas: Half-lives of ``ema``. Default: ``0``.
         lawa: Length of the window of ``lawa``. Default: ``0``.
         lawa_is_offloaded: Whether the window is in the CPU's memory. Default: ``True``.
@@ -430,7 +453,7 @@ def memory_per_gpu(
         optimizer=optimizer_bytes * ours,
         averages=4 * emas * ours + (0 if lawa_is_offloaded else window),
         gathered=gathered,
-        activations=activations + logits,
+        activations=activations,
         evaluation=evaluation_logits + aside * ours,
         host=window if lawa_is_offloaded else 0,
     )
@@ -664,7 +687,6 @@ def costs_of(config: Config, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4)
 
     def memory_of(microbatch: int) -> Memory:
         evaluated = int(config.get('device_eval_batch_size') or microbatch)
-        is_fused = config['model'].get('loss_fn') == 'fused_crossentropy'
         return memory_per_gpu(
             size,
             sharding=sharding,
@@ -674,10 +696,14 @@ def costs_of(config: Config, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4)
             compute_bytes=compute_bytes,
             gathered_bytes=weight_bytes if fsdp.get('mixed_precision') == 'FULL' else compute_bytes,
             optimizer_bytes=state,
-            activations=activation_bytes(
-                size, microbatch, length, bytes_each=compute_bytes, checkpointing=checkpointing
+            activations=backward_bytes(
+                size,
+                microbatch,
+                length,
+                bytes_each=compute_bytes,
+                checkpointing=checkpointing,
+                fused=config['model'].get('loss_fn') == 'fused_crossentropy',
             ),
-            logits=logit_bytes(size, microbatch, length, bytes_each=compute_bytes, fused=is_fused),
             # no gradients
             evaluation_logits=evaluated * length * size.vocab * (compute_bytes + 8),
             emas=emas,
