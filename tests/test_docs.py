@@ -93,7 +93,8 @@ def test_the_readmes_tree_is_the_repositorys():
 
 
 def test_every_recipe_has_yamls():
-    recipes = {path.stem for path in (ROOT / 'recipes').glob('*.py')}
+    # a branch takes the YAML of its trunk, a merge the one that a sequence writes
+    recipes = {path.stem for path in (ROOT / 'recipes').glob('*.py')} - {'anneal', 'merge'}
     assert recipes == {path.parent.name for path in TRAIN_YAMLS}
 
 
