@@ -230,7 +230,7 @@ HF = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('how', ['fp32', 'bf16', 'fp32, checkpointing'])
+@pytest.mark.parametrize('how', ['fp32', 'bf16', pytest.param('fp32, checkpointing', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('kind', ['mpt', 'neox', 'llama'])
 def test_memory_is_what_training_takes(kind, how, tmp_path):
     """The peak of two real optimizer steps, all tensors counted.
