@@ -180,5 +180,5 @@ def test_one_is_trained_from_start_to_report(tmp_path, monkeypatch, capsys):
     sequence.main()
     assert 'final validation loss' in capsys.readouterr().out
     written = json.loads((tmp_path / 'runs' / 'lawa_770m' / 'report.json').read_text())
-    assert {row['average'] for row in written['rows']} >= {'', 'lawa', 'ema_1ba'}
+    assert {row['arm'] for row in written['rows']} >= {'LR 2e-3', 'LR 2e-3, lawa', 'LR 2e-4', 'LR 2e-4, lawa'}
     assert (tmp_path / 'runs' / 'lawa_770m' / 'report.html').exists()
