@@ -330,7 +330,10 @@ def check_and_run(cfg: dict[str, Any], what: str, dry_run: bool) -> None:
         print_phases(cfg)
     if dry_run:
         if rank_zero:
-            print_costs({cfg['run_name']: cfg}, Console(width=140), gpus=world_size)
+            try:
+                print_costs({cfg['run_name']: cfg}, Console(width=140), gpus=world_size)
+            except ValueError as error:  # epochs, mixtures of experts: they can be trained
+                print(f'what it will cost is not known: {error}')
         return
     try:
         run(cfg, world_size, rank_zero)

@@ -424,7 +424,10 @@ def main() -> None:
                     write_yaml(run)
         print_commands(layout, runs)
         console.print('\nat a peak and utilisation that scripts/plan.py --gpu --mfu can change:', highlight=False)
-        print_costs({run.name: run.config for run in runs}, console, gpus=layout.ranks, stages=stage_tokens(spec))
+        try:
+            print_costs({run.name: run.config for run in runs}, console, gpus=layout.ranks, stages=stage_tokens(spec))
+        except ValueError as error:  # mixtures of experts: they can be trained
+            console.print(f'what it will cost is not known: {error}', highlight=False, markup=False)
         return
     with trial_run({'sequence': spec['name'], 'arm': runs[-1].arm}) as summary:
         write_sequence(spec, runs, keep=bool(arguments.trial))

@@ -12,9 +12,11 @@ from typing import Any
 
 from composer.core import Time
 
+from cpt_algorithms.exports import base_of
 from cpt_algorithms.keys import check_keys
 from cpt_algorithms.replay.functional import Interleaving, shares_of
 from cpt_algorithms.stage.branch import anneal_branch, in_batches
+from cpt_algorithms.stage.preflight import resolve
 from cpt_algorithms.stage.stage_start import budget_in_samples
 
 __all__ = ['BASELINES', 'Run', 'heirs', 'plan', 'stage_tokens', 'tokens_per_stream']
@@ -260,6 +262,7 @@ def plan(spec: Config) -> list[Run]:
             anneal, alpha_f, and whatever a stage may say}}`` or ``{name: {merge: {last, every, weights}}}``), ``arms``
             (``{arm: {stage or common: overrides}}``, or ``{baseline: one of BASELINES}`` with overrides),
             ``seeds``, ``jobs``, ``nodes``, ``nproc``, ``slurm``, ``lm_eval`` (the suite that every run ends with).
+            If the model is a pretrained one, the first stage updates it, and stand-ins are its data.
 
     A stage under an ``infinite`` schedule with a ``t_anneal`` is a trunk that stays constant and a branch called
     ``anneal`` over the last ``t_anneal`` of the stage's budget; the next stage goes on from the trunk.
@@ -309,8 +312,10 @@ def _plan_arm(spec: Config, arm: str, overrides: Config, seed: int, runs: dict[s
     """Add the runs of one arm and seed to ``runs``, which knows them by what they are."""
     stages = _stages_of(spec, arm, overrides)
     baseline = overrides.get('baseline')
-    # of a union, what is replayed is new, too
-    earlier = list(stages['union']['replay']['weights']) if baseline == 'union' else []
+    # of a union, what is replayed is new, too; of a base model, stand-ins are what it has read
+    is_base = base_of(resolve({'model': next(iter(stages.values())).get('model') or {}})) is not None
+    stand_ins = [name for name, stream in spec['data'].items() if is_base and stream.get('stand_in_for')]
+    earlier = list(stages['union']['replay']['weights']) if baseline == 'union' else stand_ins
     parent: Run | None = None
     read_by: dict[str, str] = {}
     is_shared = not baseline and not overrides.get('common')
@@ -369,6 +374,7 @@ class _Maker:
         config = _train_config(self.spec, settings, earlier, read_by)
         if parent is not None:
             config['load_path'] = f'{parent.config["save_folder"]}/{_latest(config)}'
+        if self.stage not in FROM_SCRATCH:
             new = list(config['train_loader']['dataset']['new'])
             if old := [name for name in dict.fromkeys(earlier) if name not in new]:
                 given = config['callbacks'].get('forgetting') or {}

@@ -336,3 +336,19 @@ def test_a_union_reads_a_dataset_that_comes_twice_for_both(spec):
     spec['stages']['again'] = {'new': 'python', 'max_duration': '100ba'}
     spec['arms'] = {'union': {'baseline': 'union'}}
     assert tokens_per_stream(plan(spec)[-1].config) == {'python': 901_120 + 409_600, 'cpp': 532_480}
+
+
+def test_the_first_stage_may_update_a_base_model_whose_data_has_a_stand_in(spec):
+    spec['data'] = {'web': {'local': 'data/web', 'stand_in_for': 'the Pile'}, **spec['data']}
+    spec['common']['model'] = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': 'EleutherAI/pythia-410m'}
+    spec['stages'] = {
+        'python': {'max_duration': '220ba', 'replay': {'fraction': 0.05}},
+        'cpp': {'max_duration': '130ba', 'replay': {'fraction': 0.1, 'weights': {'web': 2, 'python': 1}}},
+    }
+    first, second = (run.config for run in plan({**spec, 'arms': {'only': {}}}))
+    assert first['callbacks']['forgetting'] == {'new': ['python'], 'old': ['web']}
+    assert list(first['train_loader']['dataset']['replay']['streams']) == ['web']
+    assert second['callbacks']['forgetting'] == {'new': ['cpp'], 'old': ['web', 'python']}
+    spec['common']['model']['pretrained'] = False
+    with pytest.raises(ValueError, match='in the first stage: there is nothing to replay yet'):
+        plan({**spec, 'arms': {'only': {}}})
