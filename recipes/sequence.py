@@ -102,8 +102,10 @@ def check(spec: dict[str, Any], runs: list[Run], is_plan: bool) -> list[str]:
         except PreflightError as error:
             unseen += error.unseen
             problems += [f'{run.name}: {each}' for each in error.problems if not (is_plan and each in error.unseen)]
-        saved, begun = (folder(run) / name for name in ('run.yaml', 'stage.json'))
-        if begun.exists() and saved.exists() and (changed := differences(of_training(OmegaConf.load(saved)), of_training(run.config))):
+        saved = folder(run) / 'run.yaml'
+        if not (saved.exists() and (folder(run) / 'stage.json').exists()):  # written, perhaps, and not begun
+            continue
+        if changed := differences(of_training(OmegaConf.load(saved)), of_training(run.config)):
             invalid = [name for name in heirs(runs, run.name) if (Path(spec['folder']) / name / 'stage.json').exists()]
             problems.append(
                 f'{run.name} was trained with other settings ({"; ".join(changed[:4])}). Put them back, use another '
