@@ -13,7 +13,8 @@ Several models against one parent, and a quick try of a suite that needs the hub
 
 A MODEL is a Hugging Face folder, or a run's save_folder: its newest export ``huggingface/ba<N>`` and the averages
 beside it, ``huggingface/ba<N>-<average>``. Without --parent, the parent is the export of the checkpoint that the run's
-``stage.json`` names as ``load_path``; if it is not there, one line says so and the results have no differences.
+``stage.json`` names as ``load_path``, or the pretrained model that it began from; if that is not there, one line says
+so and the results have no differences.
 
 Results go to ``lm_eval/<suite>/<model>.json`` beside the model, after every task; a task that is there already is not
 run again. Exits with 1 if a task of the suite could not be run (the others are), and with 2, before anything is run,

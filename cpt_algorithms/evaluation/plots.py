@@ -154,6 +154,7 @@ def _lines(study: Study, arms: Sequence[Arm], values: Values) -> list[_Line]:
     colours = _colours(arms)
     drawn = [arm for arm in arms if arm.name in colours]
     users = Counter(run.folder for arm in drawn for last in arm.runs for run in study.chain(last)[:-1])
+    own = {last.folder for arm in drawn for last in arm.runs}
     lines: dict[tuple[str, str], _Line] = {}
     for arm in drawn:
         for last in arm.runs:
@@ -163,9 +164,12 @@ def _lines(study: Study, arms: Sequence[Arm], values: Values) -> list[_Line]:
                 is_shared = users[run.folder] > 1
                 label = f'{run.stage} (shared)' if is_shared else arm.name
                 colour, style = SHARED if is_shared else colours[arm.name], '-' if run is last else '--'
-                line = lines.setdefault((label, run.stage), _Line(label, colour, style, start))
+                # several shared runs of a stage, or a trunk and its branch, are not seeds of one
+                key = (label, run.name.removesuffix(f'-s{run.seed}'))
+                line = lines.setdefault(key, _Line(label, colour, style, start))
                 points = [[start + token, value] for _, token, value in values(run)]
-                if points and run not in line.runs:
+                is_drawn = run is not last and run.folder in own  # a trunk that is an arm itself
+                if points and run not in line.runs and not is_drawn:
                     line.runs.append(run)
                     line.seeds.append(points)
                 begun += 0 if run.stage == last.stage else run.budget

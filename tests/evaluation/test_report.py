@@ -389,6 +389,29 @@ def test_three_stages(tmp_path, no_plots):
     assert [run.name for run in report.study.chain(last)] == ['old-s1', 'new-none-s1', 'more-none-s1']
 
 
+def test_only_seeds_are_drawn_as_seeds(tmp_path):
+    # two arms with a first stage of their own, each shared by a trunk and a branch, of which both are arms
+    runs = []
+    for number, arm in enumerate(('a', 'b')):
+        first, trunk, branch = f'old-{arm}-s1', f'new-{arm}-s1', f'new-{arm}-anneal-s1'
+        runs += [
+            entry(first, arm, 'old', 1, tokens={'old': 1000}),
+            entry(trunk, arm, 'new', 1, first, {'new': 1000}),
+            {**entry(branch, f'{arm}, anneal', 'new', 1, trunk, {'new': 1000}), 'trunk': {'new': 1000}},
+        ]
+        write_run(tmp_path / first, {'old': 3.0 + number, 'new': 5.0})
+        write_run(tmp_path / trunk, {'old': 3.2 + number, 'new': 4.0}, str(tmp_path / first / 'x.pt'))
+        write_run(tmp_path / branch, {'old': 3.1 + number, 'new': 3.0}, str(tmp_path / trunk / 'x.pt'))
+    sequence = {'name': 'test', 'data': ['old', 'new'], 'stages': {'old': 1000, 'new': 1000}, 'runs': runs}
+    write(tmp_path / 'sequence.json', sequence)
+    study = read_study([tmp_path])
+    plots = {plot.name: plot.figure.axes[0] for plot in plots_of(study, rows_of(study))}
+    drawn = [line for line in plots['loss-old'].lines if len(line.get_xdata()) > 2 or line.get_label()[0] != '_']
+    # an end for each run, and none of them a mean
+    ends = sorted(float(line.get_ydata()[-1]) for line in drawn if line.get_linestyle() != ':')
+    assert ends == pytest.approx([3.0, 3.1, 3.2, 4.0, 4.1, 4.2])
+
+
 def test_a_validation_set_that_was_not_evaluated_is_said(tmp_path):
     folder = write_sequence(tmp_path, seeds=(1,))
     write_run(folder / 'new-none-s1', {'old': 4.0}, f'{folder}/old-s1/latest-rank0.pt')
