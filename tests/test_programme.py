@@ -3,9 +3,9 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
@@ -20,9 +20,13 @@ def spec(data, write_mds, tmp_path):
     write_mds(tmp_path / 'late', 3, 300)
     write_mds(tmp_path / 'late', 13, 16, split='val')
     folders = dict(zip(STAGES, (data['old'], data['new'], data['older'], tmp_path / 'late'), strict=True))
-    common = tiny.config(tmp_path, data, 'unused')
-    for key in ('run_name', 'save_folder', 'seed', 'autoresume', 'code_paths', 'max_duration', 'train_loader'):
-        del common[key]
+    common = tiny.sequence_common(
+        tmp_path,
+        data,
+        save_num_checkpoints_to_keep=1,
+        scheduler={'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '6ba', 'alpha_const': 0.5, 't_anneal': '4ba'},
+        callbacks={'lawa': {'k': 3, 'interval': '2ba'}},
+    )
     return {
         'name': 'programme',
         'folder': str(tmp_path / 'runs'),
@@ -45,24 +49,8 @@ def spec(data, write_mds, tmp_path):
             'infinite': {},
             'union': {'baseline': 'union', 'common': {'scheduler': {'name': 'rewarm_cosine', 't_warmup': '256tok'}}},
         },
-        'common': {
-            **common,
-            'log_to_console': True,
-            'save_num_checkpoints_to_keep': 1,
-            'scheduler': {
-                'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '6ba', 'alpha_const': 0.5, 't_anneal': '4ba',
-            },
-            'train_loader': {'num_workers': 0, 'dataset': {'max_seq_len': tiny.SEQ_LEN, 'shuffle': True}},
-            'eval_loader': {
-                'name': 'text', 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
-                'persistent_workers': False, 'dataset': {'max_seq_len': tiny.SEQ_LEN},
-            },
-            'callbacks': {
-                'final_loss': {'window': '4ba', 'interval': '2ba'},
-                'lawa': {'k': 3, 'interval': '2ba'},
-            },
-        },
-    }  # fmt: skip
+        'common': common,
+    }
 
 
 def write(spec, path):
@@ -88,17 +76,23 @@ def finished(path):
     return printed
 
 
-def killed_after(path, seconds):
-    """Starts a sequence and kills it; whether it was still at work."""
-    process = start(path)
-    try:
-        process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        wait_until_gone(str(path.parent / 'runs'))
-        return True
-    return False
+def state_of(runs):
+    """What a sequence has saved so far."""
+    return sorted(str(path) for pattern in ('*/ep*-ba*', '*/done.json') for path in runs.glob(pattern))
+
+
+def killed_on_its_way(path, runs, wait):
+    """Starts a sequence and kills it, ``wait`` seconds after it has saved something; whether it was still at work."""
+    before, process = state_of(runs), start(path)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline and state_of(runs) == before:
+        time.sleep(0.05)
+    time.sleep(wait)
+    is_at_work = process.poll() is None
+    process.kill()
+    process.communicate()
+    wait_until_gone(str(runs))
+    return is_at_work
 
 
 @pytest.mark.slow
@@ -118,12 +112,9 @@ def test_killed_ten_times_it_ends_with_the_same_report(spec, tmp_path):
         'infinite, lawa',
     } <= names
 
-    # as long apart as the whole takes, so that every part of it is met
     path, draw = write(spec, tmp_path / 'sequence.yaml'), random.Random(2)
-    kills = 0
-    while kills < 10:
-        assert killed_after(path, draw.uniform(15, 60)), f'it ended after {kills} kills'
-        kills += 1
+    kills = [killed_on_its_way(path, tmp_path / 'runs', draw.uniform(0, 12)) for _ in range(10)]
+    assert all(kills), f'it ended before all kills: {kills}'
     done_before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'runs').glob('*/done.json')}
     assert 2 < len(done_before) < 11, 'the kills came too late or too early'
     finished(path)

@@ -23,18 +23,10 @@ RECIPE = tiny.ROOT / 'recipes' / 'sequence.py'
 
 @pytest.fixture
 def spec(data, tmp_path):
-    common = tiny.config(tmp_path, data, 'unused')
-    for key in (
-        'run_name',
-        'save_folder',
-        'seed',
-        'autoresume',
-        'code_paths',
-        'max_duration',
-        'train_loader',
-        'callbacks',
-    ):
-        del common[key]
+    over = {
+        'scheduler': {'name': 'rewarm_cosine', 't_warmup': '0.1dur'},
+        'callbacks': {'lawa': {'k': 3, 'interval': '3ba'}},
+    }
     return {
         'name': 'test',
         'folder': str(tmp_path / 'runs'),
@@ -42,21 +34,8 @@ def spec(data, tmp_path):
         'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
         'stages': {'old': {'max_duration': '16ba'}, 'new': {'max_duration': '16ba'}},
         'arms': {'none': {}, 'replay 25 %': {'new': {'replay': {'fraction': 0.25}}}},
-        'common': {
-            **common,
-            'log_to_console': True,
-            'scheduler': {'name': 'rewarm_cosine', 't_warmup': '0.1dur'},
-            'train_loader': {'num_workers': 0, 'dataset': {'max_seq_len': tiny.SEQ_LEN, 'shuffle': True}},
-            'eval_loader': {
-                'name': 'text', 'drop_last': False, 'num_workers': 0, 'prefetch_factor': None,
-                'persistent_workers': False, 'dataset': {'max_seq_len': tiny.SEQ_LEN},
-            },
-            'callbacks': {
-                'final_loss': {'window': '4ba', 'interval': '2ba'},
-                'lawa': {'k': 3, 'interval': '3ba'},
-            },
-        },
-    }  # fmt: skip
+        'common': tiny.sequence_common(tmp_path, data, **over),
+    }
 
 
 def write(spec, folder, name='sequence.yaml'):

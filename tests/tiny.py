@@ -117,6 +117,30 @@ def config(folder: Path, data: dict[str, Path], run_name: str, **over: Any) -> d
     return merge(base, over)
 
 
+def sequence_common(folder: Path, data: dict[str, Path], **over: Any) -> dict[str, Any]:
+    """What stages of a sequence have in common, from ``config``."""
+    derived = (
+        'run_name',
+        'save_folder',
+        'seed',
+        'autoresume',
+        'code_paths',
+        'max_duration',
+        'callbacks',
+        'train_loader',
+    )
+    common = {key: value for key, value in config(folder, data, 'unused').items() if key not in derived}
+    evaluated = {key: value for key, value in eval_loader('', data['old']).items() if key != 'label'}
+    base = {
+        **common,
+        'log_to_console': True,
+        'train_loader': {'num_workers': 0, 'dataset': {'max_seq_len': SEQ_LEN, 'shuffle': True}},
+        'eval_loader': {**evaluated, 'dataset': {'max_seq_len': SEQ_LEN}},
+        'callbacks': {'final_loss': {'window': '4ba', 'interval': '2ba'}},
+    }
+    return merge(base, over)
+
+
 def run(cfg: dict[str, Any]) -> dict[int, dict]:
     """Train in this process and return the witness's lines by batch."""
     trainer = None

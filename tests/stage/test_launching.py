@@ -251,28 +251,12 @@ def test_a_requeued_job_goes_on_from_its_latest_checkpoint(slurm, run, data, num
 
 @pytest.fixture
 def spec(data, tmp_path):
-    common = tiny.config(tmp_path, data, 'unused', log_to_console=True)
-    for key in (
-        'run_name',
-        'save_folder',
-        'seed',
-        'autoresume',
-        'code_paths',
-        'max_duration',
-        'callbacks',
-        'train_loader',
-    ):
-        del common[key]
-    common['train_loader'] = {'num_workers': 0, 'dataset': {'max_seq_len': tiny.SEQ_LEN, 'shuffle': True}}
-    common['eval_loader'] = {key: value for key, value in tiny.eval_loader('', data['old']).items() if key != 'label'}
-    common['eval_loader']['dataset'] = {'max_seq_len': tiny.SEQ_LEN}
-    common['callbacks'] = {'final_loss': {'window': '4ba', 'interval': '2ba'}}
     return {
         'name': 'test',
         'folder': str(tmp_path / 'runs'),
         'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
         'stages': {'old': {'max_duration': '8ba'}, 'new': {'max_duration': '8ba'}},
-        'common': common,
+        'common': tiny.sequence_common(tmp_path, data),
     }
 
 
