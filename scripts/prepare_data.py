@@ -87,7 +87,9 @@ def make_parser() -> OneLineParser:
         action='append',
         metavar='NAME[/SOURCE]=KIND:TARGET',
         help=f'D0, D1, ... in order, of one source or several; installed:({"|".join(INSTALLED)}|a package), '
-        'jsonl:GLOB, parquet:GLOB, text:GLOB or hf:PATH?name=..&split=..&revision=.. (default: ' + ' '.join(DEFAULT_DATASETS) + ')',
+        'jsonl:GLOB, parquet:GLOB, text:GLOB or hf:PATH?name=..&split=..&revision=.. (default: '
+        + ' '.join(DEFAULT_DATASETS)
+        + ')',
     )
     add('--text-key', default='text', help='column of the text in jsonl, parquet and hf (default: text)')
     add('--tokenizer', help='Hugging Face name or folder (default: that of --parent or --earlier, or trained on D0)')

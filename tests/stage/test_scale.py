@@ -43,7 +43,7 @@ SPEC = {
         'union': {'baseline': 'union'},
     },
     'common': {
-        'model': 'large.yaml',
+        'model': {'name': 'mpt_causal_lm', 'd_model': 1024},
         'max_seq_len': 100,
         'global_train_batch_size': 10,
         'precision': 'amp_bf16',
@@ -66,7 +66,7 @@ SCALE = {
     'lr': 3.0e-3,
     'sequence': {'jobs': 2, 'nproc': None},
     'common': {
-        'model': 'small.yaml',
+        'model': {'name': 'mpt_causal_lm', 'd_model': 16},
         'max_seq_len': 16,
         'global_train_batch_size': 4,
         'precision': 'fp32',
@@ -107,7 +107,7 @@ def test_learning_rates_and_weight_decay_keep_their_ratios(small):
 
 def test_what_the_scale_says_wins_everywhere(small):
     common = small['common']
-    assert (common['model'], common['precision']) == ('small.yaml', 'fp32')
+    assert (common['model']['d_model'], common['precision']) == (16, 'fp32')
     assert 'fsdp_config' not in common
     assert common['callbacks']['final_loss'] == {'window': '20ba', 'interval': '1ba'}
     assert common['train_loader'] == {'num_workers': 1, 'dataset': {'shuffle': True}}
