@@ -33,6 +33,7 @@ from cpt_algorithms.checkpoints import follow
 from cpt_algorithms.files import StorageError, is_remote, read_json
 from cpt_algorithms.stage import resolve
 from cpt_algorithms.stage.branch import anneal_branch
+from cpt_algorithms.stage.plan import NOT_OF_A_BRANCH
 
 HOW = ('t_anneal', 'anneal', 'alpha_f')
 
@@ -65,12 +66,18 @@ def branch_of(checkpoint: str, overrides: list[str]) -> dict[str, Any]:
     how = {key: given.pop(key) for key in HOW if key in given}
     if 't_anneal' not in how:
         raise ValueError('t_anneal is missing: the length of the branch, such as t_anneal=45000000000tok')
+    if wrong := [key for key in (*NOT_OF_A_BRANCH, 'load_path') if key in given]:
+        raise ValueError(f'{wrong[0]}: a branch has this from its trunk; {", ".join(HOW)} say how it is annealed')
     run_name = given.pop('run_name', None) or f'{stage["run_name"]}-anneal-ba{batch[1]}'
     save_folder = given.pop('save_folder', None) or '/'.join(filter(None, [folder.rpartition('/')[0], run_name]))
     try:
         branch = anneal_branch(stage['config'], run_name, save_folder, real, int(batch[1]), **how)
     except ValueError as error:
         raise ValueError(f'{checkpoint}: {error}') from None
+    for section in ('new', 'replay'):  # one mix of data in place of another, and not both
+        dataset = given.get('train_loader', {}).get('dataset', {})
+        if section == 'new' and 'new' in dataset or 'streams' in (dataset.get(section) or {}):
+            branch['train_loader']['dataset'].pop(section, None)
     merged = OmegaConf.merge(OmegaConf.create(branch), OmegaConf.create(given))
     return resolve(OmegaConf.to_container(merged, resolve=True))  # pyright: ignore[reportArgumentType]
 

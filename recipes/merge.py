@@ -82,7 +82,7 @@ def main() -> None:
         return
     rank_zero, lock = os.environ.get('RANK', '0') == '0', FileLock(folder / '.lock')
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
-        dist.initialize_dist(get_device(None), timeout=cfg.get('dist_timeout', 600.0))
+        dist.initialize_dist(get_device(None), timeout=cfg.get('dist_timeout', 6 * 3600.0))  # averaging
     if rank_zero:
         try:
             lock.acquire(timeout=30)

@@ -87,7 +87,7 @@ def print_plan(spec: dict[str, Any], runs: list[Run]) -> None:
             console.print(format_phases(schedule, unit, duration.value), highlight=False, markup=False)
 
 
-def check(spec: dict[str, Any], runs: list[Run], is_plan: bool) -> list[str]:
+def check(spec: dict[str, Any], runs: list[Run], is_plan: bool = False) -> list[str]:
     """Refuse, before anything is trained, what preflight can see and what would change a finished run.
 
     Returns:
@@ -119,11 +119,10 @@ def check(spec: dict[str, Any], runs: list[Run], is_plan: bool) -> list[str]:
 
 def of_training(config: Any) -> dict[str, Any]:
     """What of a run's YAML says how it is trained, and not on what that is evaluated, or where logged and cached."""
-    return {
-        key: with_caches(value, lambda stream: '')
-        for key, value in OmegaConf.to_container(OmegaConf.create(config)).items()
-        if key not in ('loggers', 'variables', 'eval_loader')
-    }
+    given: Any = OmegaConf.to_container(OmegaConf.create(config))
+    kept = {key: value for key, value in given.items() if key not in ('loggers', 'variables', 'eval_loader')}
+    merge = (given.get('variables') or {}).get('merge')
+    return {key: with_caches(value, lambda stream: '') for key, value in {**kept, 'merge': merge}.items()}
 
 
 def with_caches(section: Any, place: Callable[[dict[str, Any]], str]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from cpt_algorithms.exports import base_of
 from cpt_algorithms.files import is_remote
 from cpt_algorithms.stage import total_batches
-from cpt_algorithms.stage.plan import tokens_per_stream
+from cpt_algorithms.stage.plan import FROM_SCRATCH, tokens_per_stream
 
 __all__ = ['Arm', 'RunRecord', 'Study', 'read_study']
 
@@ -91,7 +91,8 @@ class RunRecord:
     def replayed(self) -> int:
         """Those that are not new data."""
         new = sum(next(iter(tokens.values()), 0) for tokens in (self.tokens, self.trunk))
-        return self.budget - new if self.load_path or self.parent else 0
+        is_update = (self.load_path or self.parent) and self.stage not in FROM_SCRATCH
+        return self.budget - new if is_update else 0
 
     @property
     def hours(self) -> float | None:
@@ -240,10 +241,12 @@ def _read_run(folder: Path, planned: Mapping[str, Any]) -> RunRecord:
 
 def _read_sequence(folder: Path) -> tuple[dict[str, Any], list[RunRecord]]:
     sequence = _json(folder / 'sequence.json')
-    union = [sum(run['tokens'].values()) for run in sequence['runs'] if run['stage'] == 'union']
+    union = [
+        sum(run['tokens'].values()) + sum(run['trunk'].values()) for run in sequence['runs'] if run['stage'] == 'union'
+    ]
     stages = sequence['stages']
     # what a union run would take; with one stage there is nothing to unite
-    union_tokens = union[0] if union else sum(stages.values()) if len(stages) > 1 else None
+    union_tokens = max(union) if union else sum(stages.values()) if len(stages) > 1 else None
     runs = [
         _read_run(
             folder / run['name'],
@@ -300,15 +303,22 @@ def _read_single(folder: Path, is_asked_for: bool) -> tuple[list[RunRecord], dic
     tokens, batches = _budget(config, _json(folder / 'forgetting.json').get('new', []), trained)
     # what a pretrained model has read is not known
     is_whole = parent is not None and not lost and not any(run.base for run in ancestors)
+    trunk, before = {}, ancestors
+    at = re.search(r'-ba(\d+)', str(stage['parent']))
+    if parent is not None and at and config['train_loader']['dataset'].get('continues'):  # of recipes/anneal.py
+        trunk = _budget({**ancestors[-1].config, 'max_duration': f'{at[1]}ba'}, ancestors[-1].new, 0)[0]
+        before = ancestors[:-1]
+        is_whole = is_whole and bool(before)
     planned = {
         'name': name,
+        'trunk': trunk,
         'arm': name.removesuffix(f'-s{seed}'),
         'stage': name,
         'seed': seed,
         'parent': parent,
         'tokens': tokens,
         'batches': batches,
-        'union_tokens': sum(tokens.values()) + sum(run.budget for run in ancestors) if is_whole else None,
+        'union_tokens': sum([*tokens.values(), *trunk.values(), *(run.budget for run in before)]) if is_whole else None,
         'is_asked_for': is_asked_for,
     }
     return [*ancestors, _read_run(folder, planned)], lost

@@ -224,7 +224,8 @@ def rows_of(study: Study) -> list[Row]:
     for size in study.sizes:
         arms = study.arms(size)
         union = [run for arm in arms if arm.kind == 'union' for run in arm.runs if run.state == 'finished']
-        hours = [run.hours for run in union if run.hours is not None]
+        most = max((run.budget for run in union), default=0)  # and not a trunk
+        hours = [spent for run in union if run.budget == most and (spent := study.hours(run)) is not None]
         union_hours = float(np.mean(hours)) if hours else None
         for arm in arms:
             averages = dict.fromkeys(['', *(a for run in arm.runs for a in by_average(run.final, study.data))])
@@ -341,7 +342,7 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
         cost = f'for {short(best.columns["tokens"].mean)} tokens'
     text = f'{best.name}: {did} of {old} and learned {learned:.2f} of {new}, {cost}'
     if union := [row for row in done if row.kind == 'union' and not row.average]:
-        gap = best.columns['loss average'].mean - union[0].columns['loss average'].mean
+        gap = best.columns['loss average'].mean - min(row.columns['loss average'].mean for row in union)
         side = 'above' if gap > 0 else 'below'
         text += f'; its average loss is {abs(gap):.2f} {side} that of union'
     if best.columns['loss average'].half is not None:

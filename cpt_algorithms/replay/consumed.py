@@ -87,7 +87,7 @@ def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
         same role; the others begin at 0 and are left out.
 
     Raises:
-        ValueError: If it is the state of another loader, nothing is read by both, or the order is not the same.
+        ValueError: If it is the state of another loader, or the order is not the same.
     """
     if 'consumed' not in state:
         raise ValueError('its train loader was not replay_text, or an older one, so what it read is not known')
@@ -95,10 +95,8 @@ def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
     positions = {'new': counts['new']} if _contents(before, 'new') == _contents(now, 'new') else {}
     old, ours = _contents(before, 'replay'), _contents(now, 'replay')
     positions |= {name: counts[name] for name in ours if ours[name] == old.get(name)}
-    if not positions:
-        raise ValueError('none of this data was read by that run; leave continues out')
     keys = ('shuffle', 'shuffle_seed', 'shuffle_block_size', *(['order'] if positions.keys() - {'new'} else []))
-    if changed := [f'{key}: {before[key]} -> {now[key]}' for key in keys if before[key] != now[key]]:
+    if positions and (changed := [f'{key}: {before[key]} -> {now[key]}' for key in keys if before[key] != now[key]]):
         raise ValueError(f'it read in another order ({"; ".join(changed)}), and this run would not know what is left')
     return positions
 

@@ -199,7 +199,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
     Raises:
         ValueError: If a key is unknown, the fraction or a weight is out of range, two streams share a name, or the
             new data does not fill one global batch, rows were packed to another length, ``consumed_by`` is no
-            checkpoint of a run that learned that dataset, or ``continues`` none of one that read this data in this
+            checkpoint of a run that learned that dataset, or ``continues`` is one that read this data in another
             order.
 
     Source: Ibrahim et al. 2024, section 4.2 (compute-equivalent replay).

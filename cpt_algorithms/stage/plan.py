@@ -30,7 +30,12 @@ SEQUENCE_KEYS = (
 # What a stage says besides llm-foundry keys.
 STAGE_KEYS = ('new', 'replay', 'optimizer_state', 'branches')
 ANNEAL_KEYS = ('t_anneal', 'anneal', 'alpha_f')
+# What a branch has from its trunk, or from the keys above.
+NOT_OF_A_BRANCH = (
+    'scheduler', 'max_duration', 'optimizer_state', 'branches', 'global_train_batch_size', 'max_seq_len',
+)  # fmt: skip
 MERGE_KEYS = ('last', 'every', 'weights')
+MERGE_WEIGHTS = ('uniform', 'linear', 'ema', 'one_minus_sqrt')
 FROM_SCRATCH = ('union', 'single')
 BASELINES = {
     'union': 'from scratch on the data of all stages',
@@ -115,7 +120,10 @@ def _train_config(spec: Config, stage: Config, earlier: list[str], read_by: Mapp
                     f'replay.consumed_only=true, and no stage of this sequence learned {name!r} by itself; leave it out'
                 )
         if not replay['streams']:
-            raise ValueError(f'replay.fraction={replay["fraction"]} in the first stage: there is nothing to replay yet')
+            raise ValueError(
+                f'replay.fraction={replay["fraction"]} for {", ".join(new)}, and no earlier stage has read other data: '
+                'there is nothing to replay'
+            )
         dataset['replay'] = replay
     config['train_loader'] = loader
     template = config.get('eval_loader') or {}
@@ -155,8 +163,10 @@ def _stages_of(spec: Config, arm: str, overrides: Config) -> dict[str, Config]:
         if baseline not in BASELINES:
             known = ', '.join(f'{name} ({what})' for name, what in BASELINES.items())
             raise ValueError(f'arms.{arm}.baseline={baseline!r} is not possible; use {known}')
-        for stage in merged.values():
-            stage.pop('branches', None)
+        # a first stage that is the same is shared, with its branches
+        for index, stage in enumerate(merged.values()):
+            if index or baseline in FROM_SCRATCH:
+                stage.pop('branches', None)
         merged = _baseline(spec, arm, baseline, merged)
     check_keys(f'arms.{arm}', overrides, (*merged, 'common'))
     everywhere = overrides.get('common') or {}
@@ -169,10 +179,11 @@ def _continued(stages: dict[str, Config]) -> dict[str, Config]:
     continued, before = {}, None
     for name, stage in stages.items():
         scheduler = stage.get('scheduler') or {}
-        if scheduler.get('name') == 'infinite' and scheduler == before:
+        schedule = {key: value for key, value in scheduler.items() if key not in ANNEAL_KEYS}
+        if scheduler.get('name') == 'infinite' and schedule == before:
             nothing = {key: _zero(scheduler[key]) for key in ('t_warmup', 't_cooldown') if key in scheduler}
             stage = {**stage, 'scheduler': {**scheduler, **nothing}}
-        continued[name], before = stage, scheduler
+        continued[name], before = stage, schedule
     return continued
 
 
@@ -207,9 +218,17 @@ def _baseline(spec: Config, arm: str, baseline: str, stages: dict[str, Config]) 
             stage['scheduler'] = {
                 'name': 'rewarm_constant',
                 't_warmup': _zero(scheduler['t_warmup']) if is_min else scheduler['t_warmup'],
-                'alpha': scheduler.get('alpha_f', 0.1) if is_min else 1.0,
+                'alpha': _end_of(first, stage) if is_min else 1.0,
             }
     return changed
+
+
+def _end_of(first: Config, stage: Config) -> float:
+    """The learning rate that a stage ended with, as a multiplier of a later one's; a trunk's is constant."""
+    scheduler = first.get('scheduler') or {}
+    end = float(scheduler['alpha_const'] if scheduler.get('name') == 'infinite' else scheduler.get('alpha_f', 0.1))
+    was, now = ((each.get('optimizer') or {}).get('lr', 1.0) for each in (first, stage))
+    return end if was == now else end * was / now
 
 
 def _union(spec: Config, arm: str, stages: dict[str, Config]) -> Config:
@@ -221,9 +240,12 @@ def _union(spec: Config, arm: str, stages: dict[str, Config]) -> Config:
         dataset = stages[name]['new']
         tokens[dataset] = tokens.get(dataset, 0) + budget
     total, last = sum(tokens.values()), list(stages.values())[-1]['new']
-    union = {**next(iter(stages.values())), 'new': last, 'max_duration': f'{total}tok'}
-    others = {name: budget for name, budget in tokens.items() if name != last}
-    union['replay'] = {'fraction': str(Fraction(total - tokens[last], total)), 'weights': others}
+    first = next(iter(stages.values()))
+    unit = Time.from_timestring(first['max_duration']).unit.value  # that of the schedule's times
+    per = {'ba': first['global_train_batch_size'] * first['max_seq_len'], 'sp': first['max_seq_len'], 'tok': 1}[unit]
+    union = {**first, 'new': last, 'max_duration': f'{-(-total // per)}{unit}', 'replay': {}}
+    if others := {name: budget for name, budget in tokens.items() if name != last}:
+        union['replay'] = {'fraction': str(Fraction(total - tokens[last], total)), 'weights': others}
     return union
 
 
@@ -302,6 +324,8 @@ def _check_form(spec: Config) -> None:
             if isinstance(stage, dict)
         ),
     ):
+        if isinstance((section or {}).get('eval_loader'), list):
+            raise ValueError(f'{where}.eval_loader is a list; in a sequence it is one template, for every dataset')
         branches = (section or {}).get('branches') or {}
         for place, keys in ((where, section or {}), *((f'{where}.branches.{n}', b or {}) for n, b in branches.items())):
             if clash := [key for key in _DERIVED if key in keys]:
@@ -315,7 +339,7 @@ def _plan_arm(spec: Config, arm: str, overrides: Config, seed: int, runs: dict[s
     # of a union, what is replayed is new, too; of a base model, stand-ins are what it has read
     is_base = base_of(resolve({'model': next(iter(stages.values())).get('model') or {}})) is not None
     stand_ins = [name for name, stream in spec['data'].items() if is_base and stream.get('stand_in_for')]
-    earlier = list(stages['union']['replay']['weights']) if baseline == 'union' else stand_ins
+    earlier = list(stages['union']['replay'].get('weights', ())) if baseline == 'union' else stand_ins
     parent: Run | None = None
     read_by: dict[str, str] = {}
     is_shared = not baseline and not overrides.get('common')
@@ -374,6 +398,8 @@ class _Maker:
         config = _train_config(self.spec, settings, earlier, read_by)
         if parent is not None:
             config['load_path'] = f'{parent.config["save_folder"]}/{_latest(config)}'
+        else:  # there is no state to keep
+            config['callbacks']['stage_start'] = {'optimizer': 'reset'}
         if self.stage not in FROM_SCRATCH:
             new = list(config['train_loader']['dataset']['new'])
             if old := [name for name in dict.fromkeys(earlier) if name not in new]:
@@ -393,11 +419,13 @@ class _Maker:
     ) -> Run:
         """A branch of it that is trained."""
         own = {key: value for key, value in given.items() if key not in ANNEAL_KEYS}
+        checkpoint = f'{trunk.config["save_folder"]}/{_checkpoint(trunk.config, start)}'
+        new = _names(settings['new'])
+        read_by = {**read_by, **({new[0]: checkpoint} if len(new) == 1 else {})}
         config = _train_config(self.spec, _merge(settings, own), earlier, read_by)
         config['save_folder'] = trunk.config['save_folder']
         if 'forgetting' in trunk.config['callbacks']:
             config['callbacks']['forgetting'] = trunk.config['callbacks']['forgetting']
-        checkpoint = f'{config["save_folder"]}/{_checkpoint(trunk.config, start)}'
         how = {key: given[key] for key in ANNEAL_KEYS if key in given}
         branch = anneal_branch(config, '', '', checkpoint, start, **how)
         return self._run(branch, words, trunk, trunk=_read_until(trunk.config, start))
@@ -470,6 +498,10 @@ def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, C
             starts[name] = (total, given)
             points |= set(_merged(given['merge'], total, settings, f'{place}.merge'))
             continue
+        if wrong := [key for key in NOT_OF_A_BRANCH if key in given]:
+            raise ValueError(
+                f'{place}.{wrong[0]}: a branch has this from its trunk; t_anneal, anneal and alpha_f say how it is annealed'
+            )
         if 't_anneal' not in given:
             raise ValueError(f'{place}.t_anneal is missing (how much of the stage is annealed), or merge: {{...}}')
         length = in_batches(given['t_anneal'], settings, f'{place}.t_anneal')
@@ -481,6 +513,12 @@ def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, C
         starts[name] = (total - length, given)
         points.add(total - length)
     end = max(start for start, _ in starts.values())
+    passes = ((settings.get('train_loader') or {}).get('dataset') or {}).get('max_passes', 1)
+    if float(passes) > 1 and points - {end}:
+        raise ValueError(
+            f'{where}: max_passes={passes}, and after more than one pass the checkpoint that a branch needs has a name that '
+            'depends on the data; use one branch, or recipes/anneal.py'
+        )
     unit = Time.from_timestring(settings['max_duration']).unit.value
     samples = settings['global_train_batch_size']
     per_batch = {'ba': 1, 'sp': samples, 'tok': samples * settings['max_seq_len']}[unit]
@@ -496,6 +534,8 @@ def _merged(merge: Config, end: int, settings: Config, where: str) -> list[int]:
     check_keys(where, merge or {}, MERGE_KEYS)
     if missing := [key for key in ('last', 'every') if key not in (merge or {})]:
         raise ValueError(f'{where}.{missing[0]} is missing: how many checkpoints are averaged, and how far apart')
+    if merge.get('weights', 'uniform') not in MERGE_WEIGHTS:
+        raise ValueError(f'{where}.weights={merge["weights"]!r} is not possible; use one of {", ".join(MERGE_WEIGHTS)}')
     every, last = in_batches(merge['every'], settings, f'{where}.every'), merge['last']
     if not isinstance(last, int) or last < 2 or every < 1 or (last - 1) * every >= end:
         raise ValueError(

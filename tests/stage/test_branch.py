@@ -101,6 +101,7 @@ def test_what_both_runs_read_in_the_same_role_goes_on():
     reweighted = {'fraction': '1/2', 'replay.pile': '300 samples (bb), weight 7', 'replay.code': None}
     assert behind(**reweighted) == {'new': 12, 'pile': 1}
     assert behind(**{'new.web': '400 samples (dd)'}) == {'pile': 1, 'code': 3}
+    assert behind(**{'new.web': 'x (dd)', 'replay.pile': None, 'replay.code': None, 'shuffle_seed': 6}) == {}
     assert behind(**{'new.more': '10 samples (ee)'}) == {'pile': 1, 'code': 3}, 'shuffled together, it is other data'
 
 
@@ -109,7 +110,6 @@ def test_what_both_runs_read_in_the_same_role_goes_on():
     [
         ({'shuffle_seed': 6}, r'it read in another order \(shuffle_seed: 5 -> 6\)'),
         ({'order': 'shuffled'}, r'\(order: pretraining -> shuffled\)'),
-        ({'new.web': 'x (dd)', 'replay.pile': None, 'replay.code': None}, 'none of this data was read by that run'),
     ],
 )
 def test_another_order_is_refused(now, message):
@@ -208,12 +208,20 @@ def test_a_branch_with_a_mix_of_its_own_is_continued(trunk, streams, data, tmp_p
         ('ep0-ba3-rank0.pt', ['t_anneal=2ba'], "batch 3 is in the phase 'cooldown'"),
         ('ep0-ba6-rank0.pt', ['t_anneal=2ba'], 'ep0-ba6-rank0.pt does not exist'),
         ('ep0-ba4-rank0.pt', ['t_anneal=2ba', 'save_folder=TRUNK'], 'holds the checkpoints of run .trunk.'),
+        ('ep0-ba4-rank0.pt', ['t_anneal=2ba', 'max_duration=9ba'], 'max_duration: a branch has this from its trunk'),
         ('ep0-ba4-rank0.pt', ['t_anneal=2ba', 'train_loader.dataset.shuffle_seed=3'], 'it read in another order'),
     ],
 )
 def test_what_is_no_branch_is_refused(trunk, checkpoint, words, message, tmp_path):
     with pytest.raises((SystemExit, ValueError), match=message):
         run(trunk / checkpoint, f'save_folder={tmp_path / "b"}', *(word.replace('TRUNK', str(trunk)) for word in words))
+
+
+def test_other_data_takes_the_place_of_the_trunks(trunk):
+    other = 'train_loader.dataset.new={local: books, split: train}'
+    dataset = anneal.branch_of(str(trunk / 'ep0-ba4-rank0.pt'), ['t_anneal=2ba', other])['train_loader']['dataset']
+    assert dataset['new'] == {'local': 'books', 'split': 'train'}
+    assert list(dataset['replay']['streams']) == ['old']
 
 
 def test_what_was_read_before_counts(trunk, streams):

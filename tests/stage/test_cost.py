@@ -279,6 +279,8 @@ def test_memory_is_what_training_takes(kind, how, tmp_path):
 @pytest.fixture
 def four_ranks():
     """Rank 0 of four, whose collectives do nothing."""
+    if torch.distributed.is_initialized():  # a trainer of another test's, which makes its own again
+        torch.distributed.destroy_process_group()
     torch.distributed.init_process_group('fake', rank=0, world_size=4, store=FakeStore())
     yield init_device_mesh('cpu', (4,))
     torch.distributed.destroy_process_group()

@@ -98,7 +98,8 @@ def test_three_stages_replay_everything_earlier(spec):
         ),
         ({'stages': {'cpp': {'seed': 5}}}, r'stages\.cpp\.seed is set by the sequence'),
         ({'stages': {'cpp': {'new': 'german'}}}, "no dataset is called 'german'; data has python, cpp"),
-        ({'stages': {'python': {'replay': {'fraction': 0.1}}}}, 'in the first stage: there is nothing to replay'),
+        ({'stages': {'python': {'replay': {'fraction': 0.1}}}}, 'for python, and no earlier stage has read other data'),
+        ({'common': {'eval_loader': []}}, 'common.eval_loader is a list; in a sequence it is one template'),
         ({'data': None}, 'data is missing'),
         ({'arms': {'x': {'cpp': {'seed': 3}}}}, r'arms\.x\.cpp\.seed is set by the sequence'),
         ({'arms': {'again': {'cpp': {}}}}, r'arms\.again means the same runs as arms\.replay 0 %'),
@@ -261,6 +262,12 @@ def test_branches_start_where_their_length_says(infinite):
         ({'t_anneal': '2ep'}, r"x\.t_anneal='2ep' must be in tok, ba or sp"),
         ({'t_anneal': '2ba', 'anneal': 'linear', 'alpha_f': 0.5}, r'branches\.x: alpha_f=0.5, and the trunk is at 0.5'),
         ({'t_anneal': '2ba', 'seed': 3}, r'stages\.cpp\.branches\.x\.seed is set by the sequence'),
+        ({'t_anneal': '2ba', 'scheduler': {'alpha_f': 0}}, r'x\.scheduler: a branch has this from its trunk; t_anneal'),
+        ({'t_anneal': '2ba', 'global_train_batch_size': 64}, r'x\.global_train_batch_size: a branch has this from'),
+        (
+            {'merge': {'last': 3, 'every': '2ba', 'weights': 'x'}},
+            r"merge\.weights='x' is not possible; use one of uniform",
+        ),
         ({'merge': {'last': 3}}, r'x\.merge\.every is missing'),
         ({'merge': {'last': 3, 'evry': '2ba'}}, "did you mean 'every'"),
         ({'merge': {'last': 1, 'every': '2ba'}}, r'last=1 checkpoints \(at least 2\)'),
@@ -350,5 +357,63 @@ def test_the_first_stage_may_update_a_base_model_whose_data_has_a_stand_in(spec)
     assert list(first['train_loader']['dataset']['replay']['streams']) == ['web']
     assert second['callbacks']['forgetting'] == {'new': ['cpp'], 'old': ['web', 'python']}
     spec['common']['model']['pretrained'] = False
-    with pytest.raises(ValueError, match='in the first stage: there is nothing to replay yet'):
+    with pytest.raises(ValueError, match='no earlier stage has read other data'):
         plan({**spec, 'arms': {'only': {}}})
+
+
+def test_arms_that_anneal_differently_share_their_trunk(infinite):
+    infinite['arms'] = {'linear': {}, 'cosine': {'cpp': {'scheduler': {'anneal': 'cosine'}}}}
+    runs = {run.name: run for run in plan(infinite)}
+    assert list(runs) == ['python-s17', 'python-anneal-s17', 'cpp-s17', 'cpp-anneal-s17', 'cpp-cosine-anneal-s17']
+    assert runs['cpp-cosine-anneal-s17'].parent == 'cpp-s17'
+    infinite['arms'] = {'longer': {'cpp': {'scheduler': {'t_anneal': '40ba'}}}}
+    trunk = next(run for run in plan(infinite) if run.name == 'cpp-longer-s17')
+    assert trunk.config['scheduler']['t_warmup'] == trunk.config['scheduler']['t_cooldown'] == '0ba'
+
+
+def test_a_baseline_shares_a_first_stage_that_has_branches(infinite):
+    infinite['stages']['python']['branches'] = {'long': {'t_anneal': '60ba'}}
+    infinite['arms'] = {'main': {}, 'none': {'baseline': 'no_replay'}}
+    names = [run.name for run in plan(infinite)]
+    assert [name for name in names if name.startswith('python')] == [
+        'python-s17',
+        'python-anneal-s17',
+        'python-long-s17',
+    ]
+
+
+def test_constant_eta_min_is_where_the_first_stage_ended(spec, infinite):
+    arms = {'cold': {'baseline': 'constant_eta_min', 'cpp': {'precision': 'x'}}}
+    assert plan({**infinite, 'arms': arms})[-1].config['scheduler']['alpha'] == 0.5, "a trunk's"
+    spec['stages']['cpp']['optimizer'] = {'lr': 6.0e-3}
+    assert plan({**spec, 'arms': arms})[-1].config['scheduler']['alpha'] == pytest.approx(0.05)
+
+
+def test_a_union_has_the_unit_of_the_schedule(infinite):
+    infinite['arms'] = {'union': {'baseline': 'union'}}
+    trunk, annealed = plan(infinite)
+    assert (trunk.config['max_duration'], annealed.config['max_duration']) == ('324ba', '26ba')
+    infinite['stages']['cpp'] = {'new': 'python', 'max_duration': '130ba'}
+    assert tokens_per_stream(plan(infinite)[0].config) == {'python': 324 * 4096}
+
+
+def test_a_first_stage_has_no_optimizer_to_keep(infinite):
+    infinite['common']['optimizer_state'] = 'keep'
+    states = [run.config['callbacks']['stage_start']['optimizer'] for run in plan(infinite)]
+    assert states == ['reset', 'keep', 'keep', 'keep']
+
+
+def test_branches_within_several_passes_are_refused(infinite):
+    infinite['stages']['cpp'] |= {
+        'train_loader': {'dataset': {'max_passes': 2}},
+        'branches': {'x': {'t_anneal': '40ba'}},
+    }
+    with pytest.raises(ValueError, match='max_passes=2, and after more than one pass the checkpoint'):
+        plan(infinite)
+
+
+def test_a_branch_may_learn_other_data_and_replay_its_trunks(infinite):
+    infinite['stages']['cpp']['replay'] = {'fraction': 0.5, 'consumed_only': True}
+    infinite['stages']['cpp']['branches'] = {'x': {'t_anneal': '40ba', 'new': 'python'}}
+    branch = plan(infinite)[-1].config
+    assert branch['train_loader']['dataset']['replay']['streams']['cpp']['consumed_by'] == branch['load_path']

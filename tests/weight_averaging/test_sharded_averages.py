@@ -119,6 +119,7 @@ def test_resumed_on_four_ranks_the_averages_go_on_from_what_they_were(runs, data
         torch.testing.assert_close(tensor, (seen[6][key] + seen[8][key]) / 2, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_mistakes_of_sharded_averaging_cannot_happen(data, tmp_path):
     """Several runs in one launch; averages_cases.py asserts on both ranks and prints a line for each case."""
     OmegaConf.save(OmegaConf.create(config(tmp_path, data, 'case')), tmp_path / 'case.yaml')
