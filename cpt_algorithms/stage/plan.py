@@ -500,7 +500,7 @@ def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, C
             continue
         if wrong := [key for key in NOT_OF_A_BRANCH if key in given]:
             raise ValueError(
-                f'{place}.{wrong[0]}: a branch has this from its trunk; t_anneal, anneal and alpha_f say how it is annealed'
+                f'{place}.{wrong[0]}: a branch has this from its trunk; t_anneal, anneal and alpha_f say the rest'
             )
         if 't_anneal' not in given:
             raise ValueError(f'{place}.t_anneal is missing (how much of the stage is annealed), or merge: {{...}}')
@@ -516,7 +516,7 @@ def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, C
     passes = ((settings.get('train_loader') or {}).get('dataset') or {}).get('max_passes', 1)
     if float(passes) > 1 and points - {end}:
         raise ValueError(
-            f'{where}: max_passes={passes}, and after more than one pass the checkpoint that a branch needs has a name that '
+            f'{where}: max_passes={passes}, and after a pass the checkpoint that a branch needs has a name that '
             'depends on the data; use one branch, or recipes/anneal.py'
         )
     unit = Time.from_timestring(settings['max_duration']).unit.value

@@ -408,7 +408,7 @@ def test_branches_within_several_passes_are_refused(infinite):
         'train_loader': {'dataset': {'max_passes': 2}},
         'branches': {'x': {'t_anneal': '40ba'}},
     }
-    with pytest.raises(ValueError, match='max_passes=2, and after more than one pass the checkpoint'):
+    with pytest.raises(ValueError, match='max_passes=2, and after a pass the checkpoint'):
         plan(infinite)
 
 
