@@ -270,6 +270,19 @@ class LazyStreamingDataset(StreamingDataset):
             it.ready_index += 1
         it.on_exit()
 
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Go on where a state was saved. Called on every rank, before workers start."""
+        self._resume_state = obj
+        super().load_state_dict(obj)
+
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        # Streaming keeps the state in shared memory under a name that an earlier dataset may have had, too: when that
+        # one is cleaned up, it is gone, and the epoch would silently begin at its first sample
+        state = getattr(self, '_resume_state', None)
+        if state is None:
+            return super()._resume(world, epoch)
+        return (state['epoch'], state['sample_in_epoch']) if state['epoch'] >= epoch else (epoch, 0)
+
     def _evictable(self) -> NDArray[np.int64]:
         """Shards in the cache; not what is only here, which Streaming would delete as well."""
         is_cached = np.array([stream.is_cache for stream in self.streams])[self.stream_per_shard]

@@ -160,3 +160,21 @@ def test_epochs_go_on_after_a_restart_at_their_end(data, tmp_path):
     assert [resumed[batch]['rows'] for batch in range(29)] == [straight[batch]['rows'] for batch in range(29)]
     state = dataset_state_of(tmp_path / 'stopped' / 'latest-rank0.pt')
     assert json.loads(state['consumed']) == {'new': 8 * 29}
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_a_resumed_dataset_does_not_start_over_when_shared_memory_is_cleaned_up(data, num_workers):
+    """As when an earlier dataset of the same number is: Streaming would begin at the first sample, and say nothing."""
+    from torch.utils.data import DataLoader
+
+    def made():
+        new = {'local': str(data['new']), 'split': 'train'}
+        return ReplayTextDataset(tokenizer=None, max_seq_len=tiny.SEQ_LEN, new=new, batch_size=8, shuffle=True)
+
+    straight = [batch.tolist() for batch in DataLoader(made(), batch_size=8)]
+    resumed = made()
+    state = {**resumed.state_dict(24, True), 'epoch': 0}
+    resumed.load_state_dict(state)
+    resumed._resume_shm.cleanup()
+    found = [batch.tolist() for batch in DataLoader(resumed, batch_size=8, num_workers=num_workers)]
+    assert found == straight[3:]
