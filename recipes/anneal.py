@@ -33,9 +33,7 @@ from cpt_algorithms.checkpoints import follow
 from cpt_algorithms.files import StorageError, is_remote, read_json
 from cpt_algorithms.stage import resolve
 from cpt_algorithms.stage.branch import anneal_branch
-from cpt_algorithms.stage.plan import NOT_OF_A_BRANCH
-
-HOW = ('t_anneal', 'anneal', 'alpha_f')
+from cpt_algorithms.stage.plan import ANNEAL_KEYS, NOT_OF_A_BRANCH
 
 
 def branch_of(checkpoint: str, overrides: list[str]) -> dict[str, Any]:
@@ -63,21 +61,25 @@ def branch_of(checkpoint: str, overrides: list[str]) -> dict[str, Any]:
         raise ValueError(
             f'{checkpoint} is not a checkpoint of a run of continue_pretraining.py (ep...-ba..., or latest)'
         )
-    how = {key: given.pop(key) for key in HOW if key in given}
+    how = {key: given.pop(key) for key in ANNEAL_KEYS if key in given}
     if 't_anneal' not in how:
         raise ValueError('t_anneal is missing: the length of the branch, such as t_anneal=45000000000tok')
     if wrong := [key for key in (*NOT_OF_A_BRANCH, 'load_path') if key in given]:
-        raise ValueError(f'{wrong[0]}: a branch has this from its trunk; {", ".join(HOW)} say how it is annealed')
+        raise ValueError(
+            f'{wrong[0]}: a branch has this from its trunk; {", ".join(ANNEAL_KEYS)} say how it is annealed'
+        )
     run_name = given.pop('run_name', None) or f'{stage["run_name"]}-anneal-ba{batch[1]}'
     save_folder = given.pop('save_folder', None) or '/'.join(filter(None, [folder.rpartition('/')[0], run_name]))
     try:
         branch = anneal_branch(stage['config'], run_name, save_folder, real, int(batch[1]), **how)
     except ValueError as error:
         raise ValueError(f'{checkpoint}: {error}') from None
-    for section in ('new', 'replay'):  # one mix of data in place of another, and not both
-        dataset = given.get('train_loader', {}).get('dataset', {})
-        if section == 'new' and 'new' in dataset or 'streams' in (dataset.get(section) or {}):
-            branch['train_loader']['dataset'].pop(section, None)
+    # streams in place of the trunk's, and not both
+    dataset, own = branch['train_loader']['dataset'], given.get('train_loader', {}).get('dataset', {})
+    if 'new' in own:
+        del dataset['new']
+    if 'streams' in (own.get('replay') or {}):
+        (dataset.get('replay') or {}).pop('streams', None)
     merged = OmegaConf.merge(OmegaConf.create(branch), OmegaConf.create(given))
     return resolve(OmegaConf.to_container(merged, resolve=True))  # pyright: ignore[reportArgumentType]
 

@@ -87,6 +87,7 @@ class LazyStreamingDataset(StreamingDataset):
         self.allow_unsafe_types = allow_unsafe_types
         self.num_canonical_nodes = 1
         self.initial_physical_nodes = None
+        self._resume_state: dict[str, Any] | None = None
         self._unique_rank_world = world = World.detect()
         self._parallel_rank_world = world.copy() if replication is None else world.replicate(replication)
 
@@ -278,7 +279,7 @@ class LazyStreamingDataset(StreamingDataset):
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:
         # Streaming keeps the state in shared memory under a name that an earlier dataset may have had, too: when that
         # one is cleaned up, it is gone, and the epoch would silently begin at its first sample
-        state = getattr(self, '_resume_state', None)
+        state = self._resume_state
         if state is None:
             return super()._resume(world, epoch)
         return (state['epoch'], state['sample_in_epoch']) if state['epoch'] >= epoch else (epoch, 0)

@@ -18,6 +18,7 @@ from cpt_algorithms.replay.functional import Interleaving, shares_of
 from cpt_algorithms.stage.branch import anneal_branch, in_batches
 from cpt_algorithms.stage.preflight import resolve
 from cpt_algorithms.stage.stage_start import budget_in_samples
+from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS
 
 __all__ = ['BASELINES', 'Run', 'heirs', 'plan', 'stage_tokens', 'tokens_per_stream']
 
@@ -35,7 +36,6 @@ NOT_OF_A_BRANCH = (
     'scheduler', 'max_duration', 'optimizer_state', 'branches', 'global_train_batch_size', 'max_seq_len',
 )  # fmt: skip
 MERGE_KEYS = ('last', 'every', 'weights')
-MERGE_WEIGHTS = ('uniform', 'linear', 'ema', 'one_minus_sqrt')
 FROM_SCRATCH = ('union', 'single')
 BASELINES = {
     'union': 'from scratch on the data of all stages',
@@ -89,7 +89,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
 def _train_config(spec: Config, stage: Config, earlier: list[str], read_by: Mapping[str, str]) -> Config:
     """A stage's llm-foundry YAML, but for names and places; ``read_by``: the checkpoint of who learned each dataset."""
     config = {key: value for key, value in stage.items() if key not in STAGE_KEYS}
-    new = stage['new'] if isinstance(stage['new'], list) else [stage['new']]
+    new = _names(stage['new'])
     for name in [*new, *earlier]:
         if name not in spec['data']:
             raise ValueError(f'stages: no dataset is called {name!r}; data has {", ".join(spec["data"])}')
@@ -534,8 +534,10 @@ def _merged(merge: Config, end: int, settings: Config, where: str) -> list[int]:
     check_keys(where, merge or {}, MERGE_KEYS)
     if missing := [key for key in ('last', 'every') if key not in (merge or {})]:
         raise ValueError(f'{where}.{missing[0]} is missing: how many checkpoints are averaged, and how far apart')
-    if merge.get('weights', 'uniform') not in MERGE_WEIGHTS:
-        raise ValueError(f'{where}.weights={merge["weights"]!r} is not possible; use one of {", ".join(MERGE_WEIGHTS)}')
+    if merge.get('weights', 'uniform') not in WINDOW_WEIGHTS:
+        raise ValueError(
+            f'{where}.weights={merge["weights"]!r} is not possible; use one of {", ".join(WINDOW_WEIGHTS)}'
+        )
     every, last = in_batches(merge['every'], settings, f'{where}.every'), merge['last']
     if not isinstance(last, int) or last < 2 or every < 1 or (last - 1) * every >= end:
         raise ValueError(

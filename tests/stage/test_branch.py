@@ -222,6 +222,10 @@ def test_other_data_takes_the_place_of_the_trunks(trunk):
     dataset = anneal.branch_of(str(trunk / 'ep0-ba4-rank0.pt'), ['t_anneal=2ba', other])['train_loader']['dataset']
     assert dataset['new'] == {'local': 'books', 'split': 'train'}
     assert list(dataset['replay']['streams']) == ['old']
+    other = 'train_loader.dataset.replay.streams={more: {local: more, split: train}}'
+    dataset = anneal.branch_of(str(trunk / 'ep0-ba4-rank0.pt'), ['t_anneal=2ba', other])['train_loader']['dataset']
+    assert (dataset['replay']['fraction'], list(dataset['replay']['streams'])) == (0.25, ['more'])
+    assert list(dataset['new']) == ['local', 'split']
 
 
 def test_what_was_read_before_counts(trunk, streams):
