@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+import torch
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from cpt_algorithms.evaluation.wandb_runs import environment_of_children
@@ -22,6 +23,7 @@ from cpt_algorithms.files import read_json
 from cpt_algorithms.keys import check_keys
 from cpt_algorithms.processes import die_with_parent
 from cpt_algorithms.slurm_node import TrainingNode, launcher_arguments, returncode_file
+from cpt_algorithms.stage.fork_server import ForkServer
 
 __all__ = ['Handle', 'LaunchError', 'Layout', 'Start', 'command', 'layout_of', 'starter']
 
@@ -152,7 +154,8 @@ def command(layout: Layout, script: Path, yaml: Path) -> str:
 def starter(layout: Layout, jobs: int, cluster: str = 'slurm') -> Start:
     """What starts runs, once each run's ``run.yaml`` lies in its folder.
 
-    * On this machine: a process that writes ``log.txt`` and dies with this one.
+    * On this machine: a process that writes ``log.txt`` and dies with this one; without a GPU, of one rank, forked from
+      one that has made the imports.
     * With ``slurm``: a job of its own, whose files are in ``slurm/``. It lives on if this process ends; started again,
       a run whose job is queued or running is not submitted twice but waited for.
 
@@ -170,6 +173,8 @@ def starter(layout: Layout, jobs: int, cluster: str = 'slurm') -> Start:
                 f'nodes={layout.nodes}: without slurm, runs are started on this machine only; --write prints the '
                 'commands for each node'
             )
+        if layout.nproc == 1 and platform.system() == 'Linux' and not torch.cuda.is_available():
+            return partial(_fork, ForkServer(_environment(jobs, 1)))
         return partial(_start_here, layout.nproc, jobs)
     if cluster == 'slurm':
         for tool in ('sbatch', 'srun', 'sacct', 'scontrol'):
@@ -178,21 +183,33 @@ def starter(layout: Layout, jobs: int, cluster: str = 'slurm') -> Start:
     return partial(_submit, layout, cluster)
 
 
+def _environment(jobs: int, nproc: int) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // (jobs * nproc))
+    given = environment_of_children(os.environ)
+    return {'OMP_NUM_THREADS': str(threads), **given, 'TOKENIZERS_PARALLELISM': 'false'}
+
+
 def _start_here(nproc: int, jobs: int, script: Path, folder: Path) -> Handle:
     # one rank needs no launcher, whose start costs seconds
     arguments = launcher_arguments(1, nproc, '0', '127.0.0.1', '')
     launcher = ['-m', 'composer.cli.launcher', *arguments] if nproc > 1 else []
-    threads = max(1, (os.cpu_count() or 1) // (jobs * nproc))
-    environment = environment_of_children(os.environ)
     with open(folder / 'log.txt', 'ab') as log:
         process = subprocess.Popen(
             [sys.executable, *launcher, str(script), str(folder / 'run.yaml')],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={'OMP_NUM_THREADS': str(threads), **environment, 'TOKENIZERS_PARALLELISM': 'false'},
+            env=_environment(jobs, nproc),
             preexec_fn=die_with_parent if platform.system() == 'Linux' else None,
         )
     return Handle(f'process {process.pid}', process.poll)
+
+
+def _fork(server: ForkServer, script: Path, folder: Path) -> Handle:
+    try:
+        process, poll = server.start(script, folder / 'run.yaml', folder / 'log.txt')
+    except OSError as error:
+        raise LaunchError(f'{folder.name}: {error}') from None
+    return Handle(f'process {process}', poll)
 
 
 def _submit(layout: Layout, cluster: str, script: Path, folder: Path) -> Handle:
