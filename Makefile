@@ -6,7 +6,7 @@ DATA ?= data/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart data data-tiny test slow faults spark lint bench style clean
+.PHONY: quickstart data data-tiny data-claims claims test slow faults spark lint bench style clean
 
 # Pre-train a small model, continue it in several ways, print and draw what was forgotten, learned and spent.
 quickstart: data
@@ -24,6 +24,17 @@ data-tiny: $(VENV)/installed
 		--dataset wikipedia=installed:english --dataset book=installed:transformers --dataset c4=installed:stdlib \
 		--dataset stack_exchange=installed:networkx --dataset github=installed:cpp \
 		--dataset common_crawl=installed:python --dataset arxiv=installed:sympy --dataset openwebtext=installed:python
+
+# For recipes/claims.py: a small vocabulary, and as many tokens as its longest stage reads.
+data-claims: $(VENV)/installed
+	$(BIN)/python scripts/prepare_data.py --out data/claims --vocab-size 512 --max-seq-len 64 --max-train-tokens 8400000 \
+		--max-val-tokens 32768 --dataset python=installed:python --dataset stdlib=installed:stdlib \
+		--dataset cpp=installed:cpp --dataset split_1=installed:python --dataset split_2=installed:python \
+		--dataset split_3=installed:python
+
+# The papers' claims, each with its verdict: hours; with QUICK=--quick, minutes.
+claims: data-claims
+	$(BIN)/python recipes/claims.py $(QUICK)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder

@@ -93,7 +93,9 @@ def check(spec: dict[str, Any], runs: list[Run], is_plan: bool = False) -> list[
     Returns:
         Of a plan, which may be made elsewhere than where it is trained: what cannot be reached from here.
     """
-    problems, unseen = [], []
+    unseen: list[str] = []
+    of_runs: dict[str, list[str]] = {}
+    problems = []
     for run in runs:
         try:
             # parents do not exist yet: each run's own preflight looks at them; a merge is as right as its trunk
@@ -101,7 +103,9 @@ def check(spec: dict[str, Any], runs: list[Run], is_plan: bool = False) -> list[
                 preflight(run.config, layout_of(spec).ranks, parent_is_there=False)
         except PreflightError as error:
             unseen += error.unseen
-            problems += [f'{run.name}: {each}' for each in error.problems if not (is_plan and each in error.unseen)]
+            for each in error.problems:
+                if not (is_plan and each in error.unseen):
+                    of_runs.setdefault(each, []).append(run.name)
         saved = folder(run) / 'run.yaml'
         if not (saved.exists() and (folder(run) / 'stage.json').exists()):  # written, perhaps, and not begun
             continue
@@ -112,8 +116,11 @@ def check(spec: dict[str, Any], runs: list[Run], is_plan: bool = False) -> list[
                 f'folder, or delete {folder(run)}'
                 + (f' and what starts from it and would become invalid: {", ".join(invalid)}' if invalid else '')
             )
+    for each, names in of_runs.items():
+        others = f' and {len(names) - 1} more of {len(runs)} runs' if len(names) > 1 else ''
+        problems.append(f'{names[0]}{others}: {each}')
     if problems:
-        raise PreflightError(list(dict.fromkeys(problems)))
+        raise PreflightError(problems)
     return list(dict.fromkeys(unseen))
 
 

@@ -131,7 +131,7 @@ def training_flops(num_parameters: int, num_tokens: int) -> float:
     return 6.0 * num_parameters * num_tokens
 
 
-def steps_saved(raw: Sequence[Sequence[float]], averaged: Sequence[Sequence[float]], window: int) -> float | None:
+def steps_saved(raw: Sequence[Sequence[float]], averaged: Sequence[Sequence[float]], window: float) -> float | None:
     """Share of a run's batches that averaged weights spare until they are as good as its raw weights end.
 
     The loss to reach is the mean of the raw losses in the last ``window`` batches, which the raw weights have had since
@@ -139,9 +139,9 @@ def steps_saved(raw: Sequence[Sequence[float]], averaged: Sequence[Sequence[floa
     is taken on a straight line between evaluations.
 
     Args:
-        raw: ``[[batch, loss], ...]`` of the training weights.
+        raw: ``[[batch, loss], ...]`` of the training weights; instead of batches, shares of the run will do.
         averaged: Likewise of an average.
-        window: Batches.
+        window: In the same unit.
 
     Returns:
         Below 0 if the average is later; ``None`` if it never gets there.

@@ -9,63 +9,31 @@ loss of the uniform average of the latest k checkpoints nu batches apart.
 """
 
 import argparse
-import json
-import re
 from pathlib import Path
 
 import numpy as np
-import torch
-from llmfoundry.utils.builders import build_composer_model, build_tokenizer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from streaming import StreamingDataset
 
-from cpt_algorithms.checkpoints import safe_globals
-from cpt_algorithms.weight_averaging import weighted_mean, window_weights
-
-CPU = torch.device('cpu')
-
-
-def load(path: Path) -> dict[str, torch.Tensor]:
-    """The model's weights in a Composer checkpoint."""
-    with torch.serialization.safe_globals(safe_globals()):
-        return torch.load(path, weights_only=True, mmap=True)['state']['model']
+from cpt_algorithms.evaluation.kept_checkpoints import KeptCheckpoints
+from cpt_algorithms.weight_averaging import window_weights
 
 
 def grid(run: Path, ks: list[int], nus: list[int], rows: int) -> dict[tuple[int, int], list[float]]:
     """Gains of one run by (k, nu)."""
-    cfg = json.loads((run / 'stage.json').read_text())['config']
-    tokenizer = build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer']['kwargs']))
-    section = {key: value for key, value in cfg['model'].items() if key != 'name'}
-    model = build_composer_model(cfg['model']['name'], section, tokenizer).eval()
-    place = cfg['eval_loader'][0]['dataset']
-    dataset = StreamingDataset(local=place['local'], split=place['split'], batch_size=1)
-    tokens = torch.stack([torch.tensor(dataset[index]['tokens']).long() for index in range(min(rows, len(dataset)))])
-    found = {int(re.findall(r'-ba(\d+)', path.name)[0]): path for path in run.glob('ep*-ba*-rank0.pt')}
-    weights = {batch: load(path) for batch, path in found.items()}
-
-    def loss_of(state: dict[str, torch.Tensor]) -> float:
-        model.load_state_dict(state)
-        with torch.no_grad():
-            logits = model({'input_ids': tokens}).logits
-        return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
-
-    last = max(weights)
-    ends = [batch for batch in np.linspace(last / 2, last, 8).round(-1).astype(int).tolist() if batch in weights]
-    raw = {end: loss_of(weights[end]) for end in ends}
+    kept = KeptCheckpoints(run, rows)
+    last = kept.batches[-1]
+    ends = [batch for batch in np.linspace(last / 2, last, 8).round(-1).astype(int).tolist() if batch in kept.batches]
+    raw = {end: kept.loss({end: 1.0}) for end in ends}
     gains: dict[tuple[int, int], list[float]] = {}
     for k in ks:
         for nu in nus:
             for end in ends:
                 window = [end - nu * back for back in reversed(range(k))]
-                if all(batch in weights for batch in window):
-                    states = [weights[batch] for batch in window]
-                    mean = {
-                        name: weighted_mean([state[name] for state in states], window_weights('uniform', k), CPU)
-                        for name in states[0]
-                    }
-                    gains.setdefault((k, nu), []).append(raw[end] - loss_of(mean))
+                if all(batch in kept.batches for batch in window):
+                    weights = window_weights('uniform', k)
+                    gains.setdefault((k, nu), []).append(raw[end] - kept.loss(dict(zip(window, weights, strict=True))))
     return gains
 
 

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether what a claim says was seen: intervals over seeds against bounds that were stated beforehand."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpt_algorithms.evaluation.results import RunRecord, read_study
+from cpt_algorithms.evaluation.tables import OverSeeds, over_seeds
+
+__all__ = ['Claim', 'Condition', 'Finding', 'NotRun', 'Runs', 'judge']
+
+REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = 'reproduced', 'not reproduced', 'inconclusive at this scale'
+NOT_RUN = 'not run'
+
+
+class NotRun(ValueError):
+    """What a claim needs has not been trained to its end."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A quantity, and where its mean over seeds must lie.
+
+    Args:
+        what: In words, with its unit if it is not nats per token.
+        values: Of each seed.
+        above: It must be more. Default: no bound.
+        below: It must be less. Default: no bound.
+    """
+
+    what: str
+    values: Sequence[float] | np.ndarray
+    above: float = -inf
+    below: float = inf
+
+    @property
+    def over_seeds(self) -> OverSeeds:
+        """Mean and 95 % interval (Student's t)."""
+        return over_seeds([float(value) for value in self.values])
+
+    @property
+    def verdict(self) -> str:
+        """``reproduced`` if the whole interval lies within the bounds, ``not reproduced`` if none of it does."""
+        mean = self.over_seeds
+        if mean.half is None:
+            return INCONCLUSIVE
+        low, high = mean.mean - mean.half, mean.mean + mean.half
+        if self.above < low and high < self.below:
+            return REPRODUCED
+        return NOT_REPRODUCED if high <= self.above or self.below <= low else INCONCLUSIVE
+
+    @property
+    def bounds(self) -> str:
+        """As people read it."""
+        if self.above == -inf:
+            return f'< {self.below:g}'
+        return f'> {self.above:g}' if self.below == inf else f'{self.above:g} to {self.below:g}'
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper.
+
+    Args:
+        name: Such as ``C1``.
+        says: What the paper says.
+        paper: The paper's numbers.
+        test: From the runs to the conditions, all of which must hold.
+    """
+
+    name: str
+    says: str
+    paper: str
+    test: Callable[[Any], list[Condition]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a claim.
+
+    Args:
+        claim: The claim.
+        conditions: What was measured; none if it was not run.
+        missing: What was not run.
+    """
+
+    claim: Claim
+    conditions: list[Condition]
+    missing: str = ''
+
+    @property
+    def verdict(self) -> str:
+        """``reproduced`` if every condition is, ``not reproduced`` if one is not, and else inconclusive."""
+        if self.missing:
+            return NOT_RUN
+        verdicts = {condition.verdict for condition in self.conditions}
+        return next((each for each in (NOT_REPRODUCED, INCONCLUSIVE) if each in verdicts), REPRODUCED)
+
+
+def judge(claims: Sequence[Claim], evidence: Any) -> list[Finding]:
+    """Test every claim; one whose runs are not there is ``not run``.
+
+    Args:
+        claims: The claims.
+        evidence: What their tests take.
+    """
+    findings = []
+    for claim in claims:
+        try:
+            findings.append(Finding(claim, claim.test(evidence)))
+        except NotRun as missing:
+            findings.append(Finding(claim, [], str(missing)))
+    return findings
+
+
+class Runs:
+    """The runs of a sequence, asked by name without the seed; answers are arrays with a number for each seed.
+
+    Args:
+        folder: The sequence's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._runs: dict[str, RunRecord] = {}
+        if (folder / 'sequence.json').exists():
+            self._runs = {run.name: run for run in read_study([folder]).runs.values()}
+        self.seeds = sorted({run.seed for run in self._runs.values()})
+
+    def named(self, name: str) -> list[RunRecord]:
+        """A run of each seed.
+
+        Raises:
+            NotRun: If one has not finished.
+        """
+        names = [f'{name}-s{seed}' for seed in self.seeds]
+        missing = [each for each in names if each not in self._runs or self._runs[each].state != 'finished']
+        if missing or not names:
+            raise NotRun(f'{", ".join(missing) or name} in {self.folder}')
+        return [self._runs[each] for each in names]
+
+    def final(self, name: str, dataset: str, average: str = '') -> np.ndarray:
+        """Final losses, by the papers' protocol."""
+        label = f'{dataset}/{average}' if average else dataset
+        return np.array([run.final[label] for run in self.named(name)])
+
+    def average_final(self, name: str, datasets: Sequence[str]) -> np.ndarray:
+        """The mean of final losses over datasets."""
+        return np.mean([self.final(name, dataset) for dataset in datasets], axis=0)
+
+    def last(self, name: str, dataset: str, average: str = '') -> np.ndarray:
+        """The loss of the last evaluation."""
+        return np.array([curve[-1, 1] for curve in self.curves(name, dataset, average)])
+
+    def curves(self, name: str, dataset: str, average: str = '') -> list[np.ndarray]:
+        """Of each seed: rows of (share of the run's batches, loss)."""
+        label = f'{dataset}/{average}' if average else dataset
+        curves = []
+        for run in self.named(name):
+            rows = np.array(run.losses[label], dtype=float)
+            curves.append(np.stack([rows[:, 0] / rows[-1, 0], rows[:, 2]], axis=1))
+        return curves
+
+    def gain(self, name: str, dataset: str, average: str, begin: float, end: float) -> np.ndarray:
+        """Raw loss minus an average's, its mean over the evaluations from ``begin`` to ``end`` (shares of the run)."""
+        gains = []
+        for raw, averaged in zip(self.curves(name, dataset), self.curves(name, dataset, average), strict=True):
+            of_raw = dict(raw.tolist())
+            both = [of_raw[at] - loss for at, loss in averaged.tolist() if begin <= at <= end and at in of_raw]
+            gains.append(np.mean(both))
+        return np.array(gains)
+
+    def rise(self, name: str, dataset: str, before: np.ndarray, until: float) -> np.ndarray:
+        """The highest loss in the first part of a run, ``until`` that share of it, minus what it was before."""
+        highest = [curve[curve[:, 0] <= until, 1].max() for curve in self.curves(name, dataset)]
+        return np.array(highest) - before

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims are judged by intervals over seeds; what they ask for is what the sequences train."""
+
+import json
+
+import claims
+import numpy as np
+import pytest
+import sequence
+from tiny import ROOT
+
+from cpt_algorithms.evaluation.claims import Claim, Condition, Finding, NotRun, judge
+
+SEEDS = (17, 18, 19)
+
+
+# Verdicts, by hand: of [0.1, 0.2, 0.3] the mean is 0.2, the half-width 4.303 x 0.1 / sqrt(3) = 0.248
+
+
+@pytest.mark.parametrize(
+    ('above', 'below', 'verdict'),
+    [
+        (-0.05, np.inf, 'reproduced'),  # the interval is -0.048 to 0.448
+        (-0.04, np.inf, 'inconclusive at this scale'),
+        (0.44, np.inf, 'inconclusive at this scale'),
+        (0.45, np.inf, 'not reproduced'),
+        (-np.inf, 0.45, 'reproduced'),
+        (-np.inf, 0.44, 'inconclusive at this scale'),
+        (-np.inf, -0.05, 'not reproduced'),
+        (-0.05, 0.45, 'reproduced'),
+        (0.0, 0.45, 'inconclusive at this scale'),
+    ],
+)
+def test_a_condition_is_judged_by_its_whole_interval(above, below, verdict):
+    condition = Condition('', [0.1, 0.2, 0.3], above, below)
+    assert condition.over_seeds.half == pytest.approx(0.2484, abs=1e-4)
+    assert condition.verdict == verdict
+
+
+def test_one_seed_proves_nothing():
+    assert Condition('', [5.0], above=0).verdict == 'inconclusive at this scale'
+
+
+def test_a_claim_is_as_good_as_its_worst_condition():
+    good, bad = Condition('', [1, 1, 1], above=0), Condition('', [-1, -1, -1], above=0)
+    open_ = Condition('', [1, -1, 0], above=0)
+    claim = Claim('C0', 'says', 'paper', lambda evidence: [])
+
+    def verdict(*conditions):
+        return Finding(claim, list(conditions)).verdict
+
+    assert verdict(good, good) == 'reproduced'
+    assert verdict(good, open_) == 'inconclusive at this scale'
+    assert verdict(open_, bad, good) == 'not reproduced'
+
+
+def test_a_claim_whose_runs_are_not_there_stays_in_the_table():
+    def test(evidence):
+        raise NotRun('cpp-s17 in runs')
+
+    (finding,) = judge([Claim('C0', 'says', 'paper', test)], None)
+    assert finding.verdict == 'not run'
+    assert 'not run: cpp-s17 in runs' in claims.markdown([finding])
+
+
+# A world of made-up losses, in the folders that the sequences would make
+
+
+def constant_run(average, share):
+    """An average that is worse at first, and then gains."""
+    gain = {'': 0.0, 'lawa': 0.12, claims.PAPERS_EMA: 0.05}.get(average, 0.121)
+    return 4 - 0.5 * share - (gain if share > 0.1 else -0.1)
+
+
+def spiking(average, share):
+    return constant_run(average, share) + (0.625 <= share < 0.66) * (1.0 if not average else 0.2)
+
+
+def cosine(average, share):
+    return 4 - share - (0.1 * (1 - share) if average else 0.0)
+
+
+AVERAGING = {
+    'python-constant': constant_run,
+    'python-constant-anneal': lambda average, share: 2.87,
+    'python-constant-merge': lambda average, share: 2.88,
+    'python-constant_a_tenth': lambda average, share: 5 - share - (0.01 if average else 0.0),
+    'python-cosine_to_zero': cosine,
+    'python-spike': spiking,
+}
+# (D0, D1, the highest loss on D0 in the beginning)
+WEAK = {
+    'python': (3.0, 3.8, 3.0),
+    'stdlib': (3.3, 3.0, 3.5),
+    'stdlib-replay_1pct': (3.12, 3.004, 3.5),
+    'stdlib-replay_5pct': (3.05, 3.008, 3.5),
+    'stdlib-replay_10pct': (3.02, 3.012, 3.5),
+    'stdlib-replay_50pct': (2.9, 3.05, 3.5),
+    'single_stdlib-from_scratch': (3.6, 3.1, 3.6),
+    'union_stdlib': (2.99, 3.04, 3.0),
+}
+STRONG = {
+    'python': (3.0, 6.0, 3.0),
+    'cpp': (4.2, 2.0, 4.3),
+    'cpp-replay_1pct': (3.5, 2.004, 4.3),
+    'cpp-replay_5pct': (3.3, 2.01, 4.3),
+    'cpp-replay_10pct': (3.2, 2.02, 4.3),
+    'cpp-replay_25pct': (3.05, 2.04, 4.3),
+    'cpp-replay_50pct': (2.9, 2.1, 4.3),
+    'cpp-constant_eta_min': (3.6, 2.5, 3.6),
+    'cpp-constant_eta_max': (4.4, 2.2, 4.5),
+    'cpp-half_eta_max': (4.0, 2.1, 4.1),
+    'cpp-double_eta_max': (4.4, 1.9, 4.6),
+    'cpp-warm_up_0pct': (4.203, 2.0, 4.3),
+    'cpp-warm_up_0.5pct': (4.2, 2.0, 4.3),
+    'cpp-warm_up_2pct': (4.198, 2.0, 4.3),
+    'cpp-same_data': (2.9, 6.0, 3.1),
+    'cpp-same_data_double_eta_max': (2.9, 6.0, 3.2),
+    'single_cpp-from_scratch': (6.0, 2.3, 6.0),
+    'union_cpp': (3.0, 2.1, 3.0),
+}
+INFINITE = {
+    'split_1': (3.0, 3.0, 3.0),
+    'split_2': (2.9, 2.9, 3.2),
+    'split_3': (2.8, 2.8, 3.1),
+    'split_1-infinite': (3.1, 3.1, 3.1),
+    'split_2-infinite': (3.0, 3.0, 3.11),
+    'split_3-infinite': (2.9, 2.9, 3.01),
+    'split_1-infinite-anneal': (3.0, 3.0, 3.0),
+    'split_2-infinite-anneal': (2.9, 2.9, 2.9),
+    'split_3-infinite-anneal': (2.8, 2.8, 2.8),
+}
+
+
+class Kept:
+    """A trajectory along which spans of about twenty checkpoints are best, and linear weights early."""
+
+    batches = list(range(1, 129))
+    best, linear = 20, 1
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def loss(self, weights):
+        span = max(weights) - min(weights) + 1
+        early = 1 / max(weights)
+        newest = weights[max(weights)]
+        swa = 0.2 if len(weights) > 20 else 0.0
+        return (
+            3 - 0.1 * np.exp(-(np.log(span / self.best) ** 2)) + swa - self.linear * early * newest + 1e-3 * self.seed
+        )
+
+
+class BestAtOnce(Kept):
+    best = 1
+
+
+class UniformFirst(Kept):
+    linear = -1
+
+
+@pytest.fixture(scope='module')
+def plans():
+    """Of each sequence: its YAML and runs."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sequence, 'resolve', lambda config: config)  # it would look for the tokenizer
+        for name in claims.SEQUENCES:
+            words = [f'variables.{key}={value}' for key, value in claims.variables(name, 524288).items()]
+            found[name] = sequence.read(sequence.parse([f'yamls/claims/{name}.yaml', *words]))
+    return found
+
+
+def world(folder, plans, monkeypatch, run='', losses=None, kept=Kept):
+    """All claims hold in it, but for what a changed run shows."""
+    for name, table in zip(claims.SEQUENCES, (WEAK, STRONG, INFINITE, AVERAGING), strict=True):
+        spec, runs = plans[name]
+        sequence.write_sequence({**spec, 'folder': str(folder / name)}, runs, keep=False)
+        assert {each.name.removesuffix(f'-s{each.seed}') for each in runs} == set(table)
+        for each in runs:
+            kind = each.name.removesuffix(f'-s{each.seed}')
+            made_up = losses if (name, kind) == tuple(run.split('/')) else table[kind]
+            write(folder / name / each.name, list(spec['data']), made_up, each)
+    monkeypatch.setattr(claims.Evidence, 'kept', [kept(seed) for seed in SEEDS])
+    return claims.Evidence(folder)
+
+
+def write(folder, data, made_up, run):
+    shares = np.arange(1, 129) / 128
+    losses, final = {}, {}
+    averages = ('', 'lawa', *claims.EMAS, claims.PAPERS_EMA) if callable(made_up) else ('',)
+    for average in averages:
+        for index, dataset in enumerate(data):
+            label = f'{dataset}/{average}' if average else dataset
+            if callable(made_up):
+                curve = [made_up(average, share) for share in shares]
+            else:
+                end = made_up[0] if len(data) == 3 else made_up[index]
+                curve = [made_up[2] if share < 0.1 else end for share in shares]
+            noise = 1e-4 * (run.seed - 18)
+            losses[label] = [[128 * share, 0, loss + noise] for share, loss in zip(shares, curve, strict=True)]
+            final[label] = {'mean': losses[label][-1][2]}
+    folder.mkdir(parents=True)
+    (folder / 'stage.json').write_text(json.dumps({'parent': None, 'config': run.config}))
+    (folder / 'losses.json').write_text(json.dumps({'losses': losses, 'final': final, 'cost': {'parameters': 1}}))
+    (folder / 'done.json').write_text('{}')
+
+
+def test_every_claim_is_reproduced_where_it_holds(tmp_path, plans, monkeypatch):
+    found = judge(claims.CLAIMS, world(tmp_path, plans, monkeypatch))
+    assert [finding.claim.name for finding in found] == [f'C{i}' for i in range(1, 12)] + [
+        f'W{i}' for i in range(1, 11)
+    ]
+    assert {finding.claim.name: finding.conditions for finding in found if finding.verdict != 'reproduced'} == {}
+
+
+def worse(average, share):
+    return constant_run('', share) + (0.05 if average else 0)
+
+
+FALSE = {
+    'C1': ('weak_shift/stdlib', (2.9, 3.0, 3.5)),
+    'C2': ('strong_shift/cpp-replay_1pct', (4.0, 2.004, 4.3)),
+    'C3': ('strong_shift/cpp-replay_10pct', (3.2, 2.04, 4.3)),
+    'C4': ('weak_shift/stdlib-replay_10pct', (3.2, 3.012, 3.5)),
+    'C5': ('strong_shift/union_cpp', (2.9, 2.05, 3.0)),
+    'C6': ('strong_shift/single_cpp-from_scratch', (6.0, 1.9, 6.0)),
+    'C7': ('strong_shift/cpp-constant_eta_min', (3.6, 1.9, 3.6)),
+    'C8': ('strong_shift/cpp-half_eta_max', (4.3, 2.1, 4.1)),
+    'C9': ('strong_shift/cpp-warm_up_2pct', (4.3, 2.0, 4.3)),
+    'C10': ('strong_shift/cpp-same_data', (2.9, 6.0, 2.99)),
+    'C11': ('infinite/split_3-infinite-anneal', (2.9, 2.9, 2.9)),
+    'W1': ('averaging/python-constant', worse),
+    'W2': ('averaging/python-constant_a_tenth', lambda average, share: 5 - share - (0.5 if average else 0)),
+    'W4': ('averaging/python-constant', lambda average, share: 4 - share - (0.05 if average else 0)),
+    'W5': ('averaging/python-constant', lambda average, share: constant_run(average.replace('lawa', 'ema'), share) - 0.1 * (average == claims.PAPERS_EMA)),
+    'W6': ('averaging/python-cosine_to_zero', lambda average, share: 4 - share - (0.1 * share if average else 0)),
+    'W7': ('averaging/python-spike', lambda average, share: constant_run('', share) + (0.625 <= share < 0.66) * (1.5 if average else 1)),
+    'W8': ('averaging/python-constant', worse),
+    'W9': ('averaging/python-constant-merge', lambda average, share: 2.95),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', FALSE)
+def test_a_claim_is_not_reproduced_where_it_does_not_hold(name, tmp_path, plans, monkeypatch):
+    found = {each.claim.name: each for each in judge(claims.CLAIMS, world(tmp_path, plans, monkeypatch, *FALSE[name]))}
+    assert found[name].verdict == 'not reproduced', found[name].conditions
+
+
+@pytest.mark.parametrize(('name', 'kept'), [('W3', BestAtOnce), ('W10', UniformFirst)])
+def test_a_claim_about_windows_is_not_reproduced_either(name, kept, tmp_path, plans, monkeypatch):
+    found = {each.claim.name: each for each in judge(claims.CLAIMS, world(tmp_path, plans, monkeypatch, kept=kept))}
+    assert found[name].verdict != 'reproduced', found[name].conditions
+
+
+def test_a_run_that_is_missing_or_unfinished_is_named(tmp_path, plans, monkeypatch):
+    evidence = world(tmp_path, plans, monkeypatch)
+    assert evidence.strong.seeds == list(SEEDS)
+    (tmp_path / 'strong_shift' / 'cpp-same_data-s18' / 'done.json').unlink()
+    found = {finding.claim.name: finding for finding in judge(claims.CLAIMS, claims.Evidence(tmp_path))}
+    assert found['C10'].verdict == 'not run'
+    assert 'cpp-same_data-s18' in found['C10'].missing
+    assert found['C7'].verdict == 'reproduced'
+
+
+def test_the_trend_with_tokens_is_drawn(tmp_path, plans, monkeypatch):
+    evidence = world(tmp_path, plans, monkeypatch)
+    claims.draw({1000: evidence, 8000: evidence}, tmp_path / 'claims.png')
+    assert (tmp_path / 'claims.png').stat().st_size > 10_000
