@@ -42,8 +42,8 @@ from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, preflight, resolve, total_batches
 from cpt_algorithms.stage.cost_tables import print_costs
 from cpt_algorithms.stage.launching import Handle, LaunchError, Layout, Start, command, layout_of, starter
-from cpt_algorithms.stage.plan import Run, heirs, plan, stage_tokens, tokens_per_stream
-from cpt_algorithms.stage.scale import scaled
+from cpt_algorithms.stage.plan import Run, checkpoint_after, heirs, plan, stage_tokens, tokens_per_stream
+from cpt_algorithms.stage.scale import load_scaled
 from cpt_algorithms.stage.sweep import plan_trials, sequence_of, trials_of
 
 RECIPES = Path(__file__).resolve().parent
@@ -109,7 +109,12 @@ def check(spec: dict[str, Any], runs: list[Run], is_plan: bool = False) -> list[
         saved = folder(run) / 'run.yaml'
         if not (saved.exists() and (folder(run) / 'stage.json').exists()):  # written, perhaps, and not begun
             continue
-        if changed := differences(of_training(OmegaConf.load(saved)), of_training(run.config)):
+        before, now = of_training(OmegaConf.load(saved)), of_training(run.config)
+        added = points_of(now) - points_of(before)
+        if all((folder(run) / checkpoint_after(run.config, batch)).exists() for batch in added):
+            for config in (before, now):  # a new branch begins where a checkpoint was kept
+                config['callbacks'].pop('branch_points', None)
+        if changed := differences(before, now):
             invalid = [name for name in heirs(runs, run.name) if (Path(spec['folder']) / name / 'stage.json').exists()]
             problems.append(
                 f'{run.name} was trained with other settings ({"; ".join(changed[:4])}). Put them back, use another '
@@ -122,6 +127,11 @@ def check(spec: dict[str, Any], runs: list[Run], is_plan: bool = False) -> list[
     if problems:
         raise PreflightError(problems)
     return list(dict.fromkeys(unseen))
+
+
+def points_of(config: dict[str, Any]) -> set[int]:
+    """Batches of a run whose checkpoints are kept for branches."""
+    return set((config['callbacks'].get('branch_points') or {}).get('at', ()))
 
 
 def of_training(config: Any) -> dict[str, Any]:
@@ -356,26 +366,6 @@ def parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
-def scale_file(name: str) -> Path:
-    """``tiny`` or a path.
-
-    Raises:
-        ValueError: If there is no such file.
-    """
-    folder = RECIPES.parent / 'yamls' / 'scales'
-    path = Path(name) if name.endswith('.yaml') else folder / f'{name}.yaml'
-    if not path.exists():
-        known = ', '.join(sorted(file.stem for file in folder.glob('*.yaml')))
-        raise ValueError(f'scale={name}: there is no {path}; use {known}, or the path of a YAML like these')
-    return path
-
-
-def unresolved(config: Any) -> dict[str, Any]:
-    """A YAML as it was written."""
-    plain: Any = OmegaConf.to_container(config)
-    return plain
-
-
 def read(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Run]]:
     """The sequence, and all its runs.
 
@@ -390,12 +380,7 @@ def read(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Run]]:
             words, trials = [*sequence_of(sweep), *words], trials_of(sweep)
         if not words:
             raise ValueError('a sequence YAML is missing, or --sweep FILE')
-        given, changes = OmegaConf.load(words[0]), OmegaConf.from_cli(words[1:])
-        if scale := OmegaConf.merge(given, changes).get('scale'):
-            # what the command line says is said of the result
-            given = OmegaConf.create(scaled(unresolved(given), unresolved(OmegaConf.load(scale_file(scale)))))
-        spec: Any = OmegaConf.to_container(OmegaConf.merge(given, changes), resolve=True)
-        spec.pop('scale', None)
+        spec = load_scaled(words)
     except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f'{arguments.sweep or words[0]} cannot be read: {error}') from error
     if is_remote(spec.get('folder') or ''):

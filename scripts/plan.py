@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
@@ -25,6 +24,7 @@ from cpt_algorithms.stage.cost import GPUS, tokens_of_streams
 from cpt_algorithms.stage.cost_tables import print_costs, print_phases
 from cpt_algorithms.stage.launching import layout_of
 from cpt_algorithms.stage.plan import plan, stage_tokens
+from cpt_algorithms.stage.scale import load_scaled
 
 NEEDED = ('model', 'optimizer', 'scheduler', 'train_loader', 'max_duration', 'max_seq_len', 'global_train_batch_size')
 
@@ -39,8 +39,7 @@ def read(words: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, int] | 
         ValueError: If it cannot be read, or is not right.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(words[1:]))
-        given: Any = OmegaConf.to_container(merged, resolve=True)
+        given = load_scaled(words)
     except (OSError, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f'cannot be read: {error}') from None
     is_sequence = 'stages' in given

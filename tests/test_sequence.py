@@ -87,10 +87,22 @@ def results(spec):
     return {str(path.relative_to(folder)): without_times(json.loads(path.read_text())) for path in sorted(files)}
 
 
-def wait_until_gone(words):
+def holders(folder):
+    """Processes that have files of a folder open, as a run has its log."""
+    found = set()
+    for link in Path('/proc').glob('[0-9]*/fd/*'):
+        try:
+            if os.readlink(link).startswith(f'{folder}/'):
+                found.add(link.parts[2])
+        except OSError:  # it has ended, or is another user's
+            pass
+    return found
+
+
+def wait_until_gone(folder):
     """Its runs die with a sequence."""
     deadline = time.monotonic() + 10
-    while subprocess.run(['pgrep', '-f', words], capture_output=True, check=False).stdout:
+    while holders(folder):
         assert time.monotonic() < deadline, 'a killed sequence must not leave runs behind'
         time.sleep(0.1)
 
@@ -233,3 +245,32 @@ def test_a_bad_arm_is_refused_before_anything_is_trained(spec, tmp_path, monkeyp
     with pytest.raises(SystemExit, match='cannot be read'):
         call(monkeypatch, tmp_path / 'nowhere.yaml')
     assert not (tmp_path / 'runs').exists()
+
+
+def test_a_branch_is_added_where_a_checkpoint_was_kept(spec):
+    """And refused where there is none, because the trunk would have to be trained again."""
+    spec['common']['scheduler'] = {
+        'name': 'infinite',
+        't_warmup': '2ba',
+        't_cooldown': '2ba',
+        'alpha_const': 0.5,
+        't_anneal': '0ba',
+    }
+    spec['stages']['new']['branches'] = {'short': {'t_anneal': '4ba'}}
+    spec['arms'] = {'only': {}}
+    trunk = Path(spec['folder']) / 'new-s17'
+
+    def runs():
+        return sequence.read(sequence.parse([str(write(spec, Path(spec['folder']).parent))]))[1]
+
+    for run in runs()[:2]:
+        (Path(spec['folder']) / run.name).mkdir(parents=True)
+        (Path(spec['folder']) / run.name / 'stage.json').write_text(json.dumps({'run_name': run.name, 'config': {}}))
+        sequence.write_yaml(run)
+    spec['stages']['new']['branches']['long'] = {'t_anneal': '6ba'}
+    with pytest.raises(sequence.PreflightError, match=r'new-s17 was .*branch_points: None -> .*10'):
+        sequence.check(spec, runs())
+    (trunk / 'ep0-ba10-rank0.pt').touch()
+    sequence.check(spec, runs())
+    del spec['stages']['new']['branches']['long']
+    sequence.check(spec, runs())

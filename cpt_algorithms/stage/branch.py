@@ -54,11 +54,16 @@ def constant_alpha(cfg: Config, batch: int) -> float:
     Raises:
         ValueError: If the schedule is not constant there, with the phases; or is not one of this library.
     """
-    section = dict(cfg['scheduler'])
-    name = section.pop('name')
-    scheduler = build_scheduler(name, section)
+    section = dict(cfg.get('scheduler') or {})
+    name = section.pop('name', None)
+    if name is None:
+        raise ValueError('scheduler.name is missing: a branch starts where the learning rate is constant')
+    try:
+        scheduler = build_scheduler(name, section)
+    except TypeError as error:  # an argument that is missing, or unknown
+        raise ValueError(f'scheduler {name}: {error}') from None
     if not isinstance(scheduler, PhaseScheduler):
-        raise ValueError(f'scheduler {name} has no phases that can be looked at; a trunk wants infinite or wsd')
+        raise ValueError(f'scheduler {name} has no phases that can be looked at; a trunk wants infinite')
     schedule, unit = scheduler.schedule(cfg['max_duration'])
     samples = int(cfg['global_train_batch_size'])
     per_batch = {TimeUnit.BATCH: 1, TimeUnit.SAMPLE: samples, TimeUnit.TOKEN: samples * int(cfg['max_seq_len'])}[unit]
@@ -72,6 +77,7 @@ def constant_alpha(cfg: Config, batch: int) -> float:
     raise ValueError(
         f'batch {batch} is in the phase {inside!r} of {name}: a branch starts where the learning rate is constant, '
         + (' or '.join(constant) if constant else 'and this schedule never is')
+        + '. A trunk that only warms up is {name: infinite, t_cooldown: 0tok, alpha_const: 1.0, ...}'
     )
 
 
@@ -106,6 +112,8 @@ def anneal_branch(
     Source: Ibrahim et al. 2024, section 7.2.
     """
     alpha = constant_alpha(trunk, batch)
+    if not isinstance(alpha_f, (int, float)) or isinstance(alpha_f, bool):
+        raise ValueError(f'alpha_f={alpha_f!r} must be a number')
     if alpha <= alpha_f:
         raise ValueError(f'alpha_f={alpha_f}, and the trunk is at {alpha:g} times the learning rate: nothing to anneal')
     nothing = f'0{Time.from_timestring(t_anneal).unit.value}'

@@ -20,7 +20,7 @@ from cpt_algorithms.stage.preflight import resolve
 from cpt_algorithms.stage.stage_start import budget_in_samples
 from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS
 
-__all__ = ['BASELINES', 'Run', 'heirs', 'plan', 'stage_tokens', 'tokens_per_stream']
+__all__ = ['BASELINES', 'Run', 'checkpoint_after', 'heirs', 'plan', 'stage_tokens', 'tokens_per_stream']
 
 Config = dict[str, Any]
 
@@ -327,6 +327,8 @@ def _check_form(spec: Config) -> None:
         if isinstance((section or {}).get('eval_loader'), list):
             raise ValueError(f'{where}.eval_loader is a list; in a sequence it is one template, for every dataset')
         branches = (section or {}).get('branches') or {}
+        if not isinstance(branches, dict) or not all(isinstance(each or {}, dict) for each in branches.values()):
+            raise ValueError(f'{where}.branches={branches!r} must be a mapping, such as {{long: {{t_anneal: 1000ba}}}}')
         for place, keys in ((where, section or {}), *((f'{where}.branches.{n}', b or {}) for n, b in branches.items())):
             if clash := [key for key in _DERIVED if key in keys]:
                 raise ValueError(f'{place}.{clash[0]} is set by the sequence for each run; leave it out')
@@ -362,7 +364,7 @@ def _plan_arm(spec: Config, arm: str, overrides: Config, seed: int, runs: dict[s
                 else:
                     run = make_branch.anneal(trunk, [*words, branch], start, settings, given, [*earlier, *new], read_by)
             except ValueError as error:
-                raise ValueError(f'{where}: {error}') from None
+                raise ValueError(f'{where}, in the arm {arm}: {error}') from None
             _added(run, runs, is_new=is_last)
         parent, earlier = trunk, [*earlier, *new]
         if len(new) == 1:
@@ -419,7 +421,7 @@ class _Maker:
     ) -> Run:
         """A branch of it that is trained."""
         own = {key: value for key, value in given.items() if key not in ANNEAL_KEYS}
-        checkpoint = f'{trunk.config["save_folder"]}/{_checkpoint(trunk.config, start)}'
+        checkpoint = f'{trunk.config["save_folder"]}/{checkpoint_after(trunk.config, start)}'
         new = _names(settings['new'])
         read_by = {**read_by, **({new[0]: checkpoint} if len(new) == 1 else {})}
         config = _train_config(self.spec, _merge(settings, own), earlier, read_by)
@@ -443,7 +445,7 @@ class _Maker:
         variables = config.get('variables') or {}
         config['variables'] = {**variables, 'merge': {'of': trunk.config['save_folder'], 'batch': end, **how}}
         config['max_duration'] = '0ba'
-        config['load_path'] = f'{trunk.config["save_folder"]}/{_checkpoint(trunk.config, end)}'
+        config['load_path'] = f'{trunk.config["save_folder"]}/{checkpoint_after(trunk.config, end)}'
         return self._run(config, words, trunk, script='merge.py', trunk=_read_until(trunk.config, end))
 
     def _run(self, config: Config, words: Sequence[str], parent: Run | None, **how: Any) -> Run:
@@ -481,7 +483,10 @@ def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, C
     """A stage without its branches, as long as they need it, and the batch at which each branch starts."""
     branches = {name: dict(given or {}) for name, given in (settings.get('branches') or {}).items()}
     scheduler = settings.get('scheduler') or {}
-    if scheduler.get('name') == 'infinite' and Time.from_timestring(scheduler.get('t_anneal', '0tok')).value:
+    if branches and scheduler.get('name') == 'infinite' and 't_anneal' not in scheduler:  # theirs is enough
+        scheduler = {**scheduler, 't_anneal': _zero(settings['max_duration'])}
+        settings = {**settings, 'scheduler': scheduler}
+    if scheduler.get('name') == 'infinite' and _length(scheduler.get('t_anneal', '0tok'), where):
         how = {key: scheduler[key] for key in ANNEAL_KEYS if key in scheduler}
         branches = {'anneal': {**how, **branches.pop('anneal', {})}, **branches}
         constant = {key: value for key, value in scheduler.items() if key not in ANNEAL_KEYS}
@@ -529,6 +534,13 @@ def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, C
     return {key: value for key, value in trunk.items() if key != 'branches'}, starts
 
 
+def _length(t_anneal: str, where: str) -> float:
+    try:
+        return Time.from_timestring(t_anneal).value
+    except (TypeError, ValueError):
+        raise ValueError(f'{where}.scheduler.t_anneal={t_anneal!r} must be a time, such as 1000ba') from None
+
+
 def _merged(merge: Config, end: int, settings: Config, where: str) -> list[int]:
     """The batches whose checkpoints are averaged."""
     check_keys(where, merge or {}, MERGE_KEYS)
@@ -570,8 +582,8 @@ def _latest(config: Config) -> str:
     return 'latest-sharded-rank0' if _is_sharded(config) else 'latest-rank0.pt'
 
 
-def _checkpoint(config: Config, batch: int) -> str:
-    """A run's checkpoint after a batch."""
+def checkpoint_after(config: Config, batch: int) -> str:
+    """Name of a run's checkpoint after a batch; of the last one, that of the link to it."""
     if batch == in_batches(config['max_duration'], config):
         return _latest(config)
     return f'ep0-ba{batch}' if _is_sharded(config) else f'ep0-ba{batch}-rank0.pt'

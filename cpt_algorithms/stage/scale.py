@@ -3,21 +3,60 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from cpt_algorithms.keys import check_keys
 from cpt_algorithms.stage.branch import in_batches
 from cpt_algorithms.stage.plan import stage_tokens
 
-__all__ = ['scaled']
+__all__ = ['load_scaled', 'scaled']
 
 Config = dict[str, Any]
 
 SCALE_KEYS = ('name', 'folder', 'data', 'longest_stage', 'lr', 'sequence', 'common')
+
+
+def load_scaled(words: Sequence[str]) -> Config:
+    """A YAML with overrides; of a sequence that says ``scale``, at that size.
+
+    Args:
+        words: Its path, and ``key=value``; what these say is said of the result. ``scale`` is the path of a scale file,
+            or ``tiny`` for ``yamls/scales/tiny.yaml``, looked for in the folders above the YAML.
+
+    Raises:
+        ValueError: If there is no such scale; see :func:`scaled`.
+        OSError: If a file cannot be read; OmegaConf's errors and YAML's if it is not right.
+    """
+    given, changes = OmegaConf.load(words[0]), OmegaConf.from_cli(list(words[1:]))
+    if scale := _unresolved(OmegaConf.merge(given, changes)).get('scale'):
+        then, now = (_unresolved(each) for each in (given, OmegaConf.load(_scale_file(str(scale), Path(words[0])))))
+        given = OmegaConf.create(scaled(then, now))
+    spec: Any = OmegaConf.to_container(OmegaConf.merge(given, changes), resolve=True)
+    spec.pop('scale', None)
+    return spec
+
+
+def _unresolved(config: Any) -> Config:
+    plain: Any = OmegaConf.to_container(config)
+    return plain
+
+
+def _scale_file(name: str, sequence: Path) -> Path:
+    folders = [above / 'scales' for above in (*sequence.resolve().parents, Path.cwd() / 'yamls')]
+    files = [Path(name)] if name.endswith('.yaml') else [folder / f'{name}.yaml' for folder in folders]
+    found = [path for path in files if path.exists()]
+    if not found:
+        known = sorted({path.stem for folder in folders for path in folder.glob('*.yaml')})
+        raise ValueError(
+            f'scale={name}: there is no {files[0].name}; use {", ".join(known)}, or the path of a YAML like these'
+        )
+    return found[0]
 
 
 def scaled(spec: Config, scale: Config) -> Config:

@@ -458,6 +458,11 @@ def test_the_command_plans_a_sequence(tmp_path, capsys):
     assert costs['python-s1']['size']['parameters'] == 873_600
 
 
+def test_the_command_plans_a_paper_at_a_laptops_size(capsys):
+    plan_script.main([str(tiny.ROOT / 'yamls' / 'sequence' / 'lawa_335m.yaml'), 'scale=tiny'])
+    assert 'rewarm_cosine, 120 batches' in capsys.readouterr().out
+
+
 def test_the_command_plans_a_stage_and_knows_its_parents(tmp_path, data, capsys):
     parent = paper(run_name='base', max_duration='100ba')
     (tmp_path / 'base').mkdir()

@@ -260,7 +260,10 @@ def test_branches_start_where_their_length_says(infinite):
         ({}, r'stages\.cpp\.branches\.x\.t_anneal is missing'),
         ({'t_anneal': '130ba'}, r'x\.t_anneal=130ba must be longer than 0 and shorter than the stage, 130ba'),
         ({'t_anneal': '2ep'}, r"x\.t_anneal='2ep' must be in tok, ba or sp"),
-        ({'t_anneal': '2ba', 'anneal': 'linear', 'alpha_f': 0.5}, r'branches\.x: alpha_f=0.5, and the trunk is at 0.5'),
+        (
+            {'t_anneal': '2ba', 'anneal': 'linear', 'alpha_f': 0.5},
+            r'branches\.x, in the arm only: alpha_f=0.5, and the trunk is at 0.5',
+        ),
         ({'t_anneal': '2ba', 'seed': 3}, r'stages\.cpp\.branches\.x\.seed is set by the sequence'),
         ({'t_anneal': '2ba', 'scheduler': {'alpha_f': 0}}, r'x\.scheduler: a branch has this from its trunk; t_anneal'),
         ({'t_anneal': '2ba', 'global_train_batch_size': 64}, r'x\.global_train_batch_size: a branch has this from'),
@@ -273,6 +276,8 @@ def test_branches_start_where_their_length_says(infinite):
         ({'merge': {'last': 1, 'every': '2ba'}}, r'last=1 checkpoints \(at least 2\)'),
         ({'merge': {'last': 14, 'every': '10ba'}}, 'must fit into the stage of 130 batches'),
         ({'merge': {'last': 3, 'every': '2ba'}, 'alpha_f': 0.1}, r'branches\.x\.alpha_f is not a key'),
+        ({'t_anneal': '2ba', 'alpha_f': 'low'}, r"x, in the arm only: alpha_f='low' must be a number"),
+        ('2ba', r'stages\.cpp\.branches=.* must be a mapping, such as'),
     ],
 )
 def test_bad_branches_are_named(infinite, branch, message):
@@ -281,9 +286,33 @@ def test_bad_branches_are_named(infinite, branch, message):
         plan(infinite)
 
 
+@pytest.mark.parametrize(
+    ('scheduler', 'message'),
+    [
+        (None, r'scheduler\.name is missing'),
+        ({'name': 'wsd', 't_warmup': '1ba'}, r"scheduler wsd: .*missing .*'t_decay'"),
+        ({'name': 'wsd', 't_warmup': '1ba', 't_decay': '26ba'}, r'batches 1 to 78\. A trunk that only warms up is'),
+        ({'name': 'cosine_with_warmup', 't_warmup': '1ba'}, 'cosine_with_warmup has no phases'),
+        ({'name': 'infinite', 't_anneal': 'late'}, r"stages\.cpp\.scheduler\.t_anneal='late' must be a time"),
+    ],
+)
+def test_a_schedule_that_no_branch_can_leave_is_named(infinite, scheduler, message):
+    infinite['stages']['cpp'] |= {'scheduler': scheduler, 'branches': {'x': {'t_anneal': '26ba'}}}
+    with pytest.raises(ValueError, match=message):
+        plan(infinite)
+
+
+def test_a_trunk_needs_no_anneal_of_its_own(infinite):
+    constant = {'name': 'infinite', 't_warmup': '0ba', 't_cooldown': '0ba', 'alpha_const': 0.5}
+    infinite['stages']['cpp'] |= {'scheduler': constant, 'branches': {'x': {'t_anneal': '26ba'}}}
+    trunk, branch = (run.config['scheduler'] for run in plan(infinite) if run.stage == 'cpp')
+    assert trunk == {**constant, 't_anneal': '0ba'}
+    assert branch == {**constant, 't_anneal': '26ba', 'anneal': 'exponential', 'alpha_f': 0.1}
+
+
 def test_an_anneal_before_the_constant_phase_is_refused(infinite):
     infinite['stages']['python']['branches'] = {'early': {'t_anneal': '215ba'}}
-    with pytest.raises(ValueError, match=r"branches\.early: batch 5 is in the phase 'cooldown'"):
+    with pytest.raises(ValueError, match=r"branches\.early, in the arm only: batch 5 is in the phase 'cooldown'"):
         plan(infinite)
 
 
