@@ -61,11 +61,14 @@ style: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/installed
-	$(BIN)/python scripts/benchmarks/replay_loader.py
-	$(BIN)/python scripts/benchmarks/preparation.py
-	$(BIN)/python scripts/benchmarks/weight_averages.py
-	$(BIN)/python scripts/benchmarks/average_checkpoints.py --gigabytes 0.5
+# Each part against the stock one, in turns; then one table. The numbers stay in runs/bench.
+bench: data
+	$(BIN)/python scripts/benchmarks/training_step.py --json runs/bench/training_step.json
+	$(BIN)/python scripts/benchmarks/replay_loader.py --json runs/bench/replay_loader.json
+	$(BIN)/python scripts/benchmarks/preparation.py --json runs/bench/preparation.json
+	$(BIN)/python scripts/benchmarks/weight_averages.py --json runs/bench/weight_averages.json
+	$(BIN)/python scripts/benchmarks/average_checkpoints.py --gigabytes 0.5 --json runs/bench/average_checkpoints.json
+	$(BIN)/python scripts/benchmarks/summary.py runs/bench
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), f"Python 3.10-3.12 is needed, this is {sys.version}"'

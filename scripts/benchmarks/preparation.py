@@ -152,6 +152,7 @@ def main() -> None:
     for name, (seconds, memory) in sizes.items():
         console.print(f'the script on {name} the text: {seconds:.1f} s, at most {memory:.2f} GB in all processes')
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({'taken': taken, 'sizes': sizes}, indent=2))
 
 

@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument('--samples', type=int, default=20_000)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--sizes', type=int, nargs='*', default=OUR_SIZES)
-    parser.add_argument('--out', type=Path, default=Path('runs/bench_replay_loader.json'))
+    parser.add_argument('--json', type=Path, help='also write the numbers there')
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     results: dict[str, dict] = {}
@@ -253,8 +253,9 @@ def main() -> None:
                 console.print(locality(root, results))
             else:
                 console.print(order(results))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == '__main__':

@@ -133,6 +133,7 @@ def main() -> None:
         console.print(f'EMA every batch costs {share:.2%} of a training step of GPT-2 (124M, 16 x 1024 tokens)')
         result['share of a step'] = share
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1))
 
 
