@@ -241,11 +241,13 @@ def _frame(axis: Axes, lines: Sequence[_Line], name: str) -> None:
         axis.set_ylim(min(shown) - margin, max(shown) + margin)
 
 
-def _from_parent(run: RunRecord, name: str, label: str) -> list[list[float]]:
+def _from_parent(study: Study, run: RunRecord, name: str) -> list[list[float]]:
     """Its losses; a stage starts where its parent ended."""
-    points = run.losses.get(label, [])
-    starts_there = name in run.at_start and (not points or points[0][1] > 0)
-    return [[0, 0, run.at_start[name]], *points] if starts_there else points
+    points = run.losses.get(name, [])
+    # on the data that its parent learned, it is not compared with that
+    parents = study.runs[run.parent].losses.get(name) if run.parent and not run.trunk else None
+    start = run.at_start.get(name, parents[-1][2] if parents else None)
+    return [[0, 0, start], *points] if start is not None and (not points or points[0][1] > 0) else points
 
 
 def _role(study: Study, arms: Sequence[Arm], name: str) -> str:
@@ -256,7 +258,7 @@ def _role(study: Study, arms: Sequence[Arm], name: str) -> str:
 
 
 def _loss(study: Study, arms: Sequence[Arm], name: str) -> Plot | None:
-    lines = _lines(study, arms, lambda run: _from_parent(run, name, name))
+    lines = _lines(study, arms, lambda run: _from_parent(study, run, name))
     if not any(len(points) > 1 for line in lines for points in line.seeds):
         return None
     figure, axis = _figure()
@@ -279,7 +281,7 @@ def _averages(study: Study, arms: Sequence[Arm], name: str) -> Plot | None:
         labelled = f'{name}/{average}'
         found = _lines(study, arms, lambda run, label=labelled: run.losses.get(label, []))
         averaged += [replace(line, style=style, label=f'_{line.label}') for line in found if line.style == '-']
-    lines = _lines(study, arms, lambda run: _from_parent(run, name, name))
+    lines = _lines(study, arms, lambda run: _from_parent(study, run, name))
     lines = [line for line in lines if line.style == '-' and f'_{line.label}' in {each.label for each in averaged}]
     if not lines:
         return None

@@ -412,6 +412,18 @@ def test_only_seeds_are_drawn_as_seeds(tmp_path):
     assert ends == pytest.approx([3.0, 3.1, 3.2, 4.0, 4.1, 4.2])
 
 
+def test_a_stage_on_its_parents_own_data_is_drawn_from_where_that_ended(tmp_path):
+    folder = write_sequence(tmp_path, seeds=(1,), union=False) / 'new-none-s1'
+    (folder / 'forgetting.json').unlink()
+    measured = json.loads((folder / 'losses.json').read_text())
+    measured['losses'] = {label: curve[1:] for label, curve in measured['losses'].items()}
+    write(folder / 'losses.json', measured)
+    study = read_study([tmp_path])
+    (axis,) = (plot.figure.axes[0] for plot in plots_of(study, rows_of(study)) if plot.name == 'loss-old')
+    (line,) = (line for line in axis.lines if line.get_label() == 'none')
+    assert (line.get_xdata()[0], line.get_ydata()[0]) == (1000, 3.0)
+
+
 def test_a_validation_set_that_was_not_evaluated_is_said(tmp_path):
     folder = write_sequence(tmp_path, seeds=(1,))
     write_run(folder / 'new-none-s1', {'old': 4.0}, f'{folder}/old-s1/latest-rank0.pt')
