@@ -47,8 +47,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from streaming.base.shared import prefix
+from torch.distributed.checkpoint.api import CheckpointException
 
-from cpt_algorithms.checkpoints import follow, newest_remote
+from cpt_algorithms.checkpoints import CheckpointError, follow, guard_loading, newest_remote
 from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
 from cpt_algorithms.exports import base_of, folder_of_base, models_of, parent_of
 from cpt_algorithms.files import StorageError, exists, is_remote, read_json, write_json, write_whole
@@ -337,12 +338,23 @@ def check_and_run(cfg: dict[str, Any], what: str, dry_run: bool) -> None:
         return
     try:
         run(cfg, world_size, rank_zero)
-    except (StorageError, StreamError) as error:
-        sys.exit(f'{cfg["run_name"]}: {error}')
+    except (StorageError, StreamError, CheckpointError) as error:
+        sys.exit(f'{cfg["run_name"]}: {error}{copy_of(cfg)}')
+    except CheckpointException as failures:  # torch's, of all ranks
+        for error, _ in failures.failures.values():
+            if isinstance(error, CheckpointError):
+                sys.exit(f'{cfg["run_name"]}: {error}{copy_of(cfg)}')
+        raise
+
+
+def copy_of(cfg: dict[str, Any]) -> str:
+    """Where a checkpoint comes from that Composer has downloaded, for messages that name the copy."""
+    return f' (copied from load_path={cfg["load_path"]})' if is_remote(cfg.get('load_path') or '') else ''
 
 
 def run(cfg: dict[str, Any], world_size: int, rank_zero: bool) -> None:
     """Train and export what passed preflight, unless that is done already."""
+    guard_loading()  # stage_start may say otherwise
     suite = (cfg.get('variables') or {}).get('lm_eval')
     cfg['save_folder'] = folder = cfg['save_folder'].format(run_name=cfg['run_name'])
     total = total_batches(cfg)

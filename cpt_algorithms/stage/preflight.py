@@ -27,7 +27,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from yaml import YAMLError
 
-from cpt_algorithms.checkpoints import follow, newest_remote, open_checkpoint, read_metadata, safe_globals
+from cpt_algorithms.checkpoints import (
+    TRUST,
+    UnsafeCheckpointError,
+    follow,
+    newest_remote,
+    open_checkpoint,
+    read_metadata,
+    read_without_data,
+)
 from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
 from cpt_algorithms.exports import base_of
 from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names, read_json, size_of
@@ -80,6 +88,7 @@ def resolve(cfg: Config) -> Config:
     * ``save_folder`` of ``callbacks.final_loss``, ``forgetting`` and ``hf_checkpointer`` (export at the end).
     * ``eval_first: true`` for ``callbacks.forgetting``, which wants the parent's losses.
     * ``model.pretrained: false`` with ``load_path``: the checkpoint's weights would replace those that were read.
+    * ``model.trust_remote_code: false`` for ``hf_causal_lm``: llm-foundry runs code that a model brings along.
     * ``stream_name: resilient`` for evaluators that read one remote stream.
 
     Args:
@@ -106,8 +115,8 @@ def resolve(cfg: Config) -> Config:
         if keep:
             cfg.setdefault('load_ignore_keys', list(KEEP_OPTIMIZER_IGNORE_KEYS))
     model = cfg.get('model') or {}
-    if cfg.get('load_path') and model.get('name') == 'hf_causal_lm':
-        cfg['model'] = {**model, 'pretrained': False}
+    if model.get('name') == 'hf_causal_lm':
+        cfg['model'] = {'trust_remote_code': False, **model, **({'pretrained': False} if cfg.get('load_path') else {})}
     for name in ('final_loss', 'forgetting'):
         if name in callbacks:
             callbacks[name] = {'save_folder': folder, **(callbacks[name] or {})}
@@ -499,9 +508,7 @@ def _parent_shapes(path: str) -> Shapes:
             for key, value in metadata.items()
             if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
         }
-    with torch.serialization.safe_globals(safe_globals()):
-        checkpoint = torch.load(path, map_location='meta', mmap=True, weights_only=True)
-    return {key: tuple(value.shape) for key, value in checkpoint['state']['model'].items()}
+    return {key: tuple(value.shape) for key, value in read_without_data(path)['state']['model'].items()}
 
 
 def _remote_parent_shapes(path: str) -> Shapes | None:
@@ -560,9 +567,12 @@ def _check_parent(cfg: Config) -> None:
             return
     except StorageError:  # which is said of save_folder
         return
+    trusted = (cfg['callbacks'].get('stage_start') or {}).get('trust_checkpoint')
     try:
         if is_remote(path):
             parent = _remote_parent_shapes(path)
+        elif trusted and Path(path).exists():  # it may be readable in no safe way
+            return
         elif Path(path).exists():
             parent = _parent_shapes(path)
         else:
@@ -571,6 +581,8 @@ def _check_parent(cfg: Config) -> None:
         raise ValueError(f'load_path={path} does not exist{hint}') from None
     except StorageError as error:
         raise ValueError(f'load_path: {error}') from None
+    except UnsafeCheckpointError as error:
+        raise ValueError(f'load_path={path}: {error}; {TRUST}') from None
     except Exception as error:
         raise ValueError(f'load_path={path} cannot be read as a Composer checkpoint: {error}') from None
     if parent is None:

@@ -14,6 +14,7 @@ from composer.optim import ComposerScheduler
 from composer.utils import format_name_with_dist
 from streaming import StreamingDataset
 
+from cpt_algorithms.checkpoints import guard_loading
 from cpt_algorithms.replay import ReplayTextDataset
 from cpt_algorithms.replay.functional import differences
 from cpt_algorithms.schedulers import PhaseScheduler
@@ -77,6 +78,9 @@ class StageStart(Callback):
         optimizer: ``reset`` drops the parent's optimizer state (the papers' setting; ``load_weights_only: true`` in the
             YAML), ``keep`` goes on with it (``load_ignore_keys`` as in ``KEEP_OPTIMIZER_IGNORE_KEYS``).
             Default: ``reset``.
+        trust_checkpoint: Whether checkpoints may run code of their own when they are loaded, the parent's as well as
+            those that the run resumes from. Otherwise one that could is refused, and so is a damaged one. Default:
+            ``False``.
 
     Raises:
         ValueError: On any of the above, with the YAML lines that are right.
@@ -84,10 +88,15 @@ class StageStart(Callback):
     Cost: none after the first batch.
     """
 
-    def __init__(self, optimizer: str = 'reset') -> None:
+    def __init__(self, optimizer: str = 'reset', trust_checkpoint: bool = False) -> None:
         if optimizer not in _LOAD_LINES:
             raise ValueError(f"callbacks.stage_start.optimizer={optimizer!r} is not possible; use 'reset' or 'keep'")
+        if not isinstance(trust_checkpoint, bool):
+            raise ValueError(
+                f'callbacks.stage_start.trust_checkpoint={trust_checkpoint!r} is not possible; use true or false'
+            )
         self.optimizer = optimizer
+        self.trust_checkpoint = trust_checkpoint
         self._hyperparameters: list[list[dict[str, Any]]] = []
         self._loaded: dict[str, Any] | None = None
         self._state: State | None = None
@@ -109,8 +118,9 @@ class StageStart(Callback):
         self._loaded = json.loads(state['stage'])
 
     def init(self, state: State, logger: Logger) -> None:
-        """Keep the state, which ``state_dict`` is not given."""
+        """Keep the state, which ``state_dict`` is not given, and have checkpoints looked at before they are loaded."""
         self._state = state
+        guard_loading(self.trust_checkpoint)
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Note what the YAML says of every parameter group."""
