@@ -29,6 +29,7 @@ from llmfoundry.command_utils import evaluate as evaluate_losses
 from llmfoundry.utils.config_utils import EVAL_CONFIG_KEYS
 from omegaconf import OmegaConf
 
+from cpt_algorithms.checkpoints import guard_loading
 from cpt_algorithms.files import read_json, write_json
 
 AVERAGE = Path(__file__).parents[1] / 'scripts' / 'average_checkpoints.py'
@@ -92,6 +93,7 @@ def main() -> None:
         average(merge, checkpoint, 'pt')
         average(merge, folder / 'huggingface' / f'ba{merge["batch"]}', 'hf')
     dist.barrier()
+    guard_loading()
     if not done:
         losses_of(cfg, checkpoint)
     if rank_zero:
