@@ -47,7 +47,7 @@ def spec(data, write_mds, tmp_path):
         },
         'arms': {
             'infinite': {},
-            'union': {'baseline': 'union', 'common': {'scheduler': {'name': 'rewarm_cosine', 't_warmup': '256tok'}}},
+            'union': {'baseline': 'union', 'common': {'scheduler': {'name': 'rewarm_cosine', 't_warmup': '2ba'}}},
         },
         'common': common,
     }
