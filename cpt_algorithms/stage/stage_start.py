@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """``stage_start``: a stage obeys its own YAML from its first optimizer step; a restart inside it changes nothing."""
 
+import inspect
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.optim import ComposerScheduler
-from composer.utils import format_name_with_dist
+from composer.utils import dist, format_name_with_dist
 from streaming import StreamingDataset
+from torch.distributed.fsdp import FSDPModule
 
 from cpt_algorithms.checkpoints import guard_loading
 from cpt_algorithms.replay import ReplayTextDataset
@@ -68,7 +71,10 @@ class StageStart(Callback):
     what the YAML says after loading, and compared once more as the first batch starts, which a log line reports.
 
     A *restart* of the stage (``autoresume: true``) must change nothing: other optimizer hyperparameters, another
-    schedule, another data mix, or a checkpoint of another run are refused.
+    schedule, another data mix, another precision, other algorithms (such as gradient clipping), or a checkpoint of
+    another run are refused.
+
+    FSDP2 on CPU sums the gradients of the ranks; here it averages them, as it does on GPUs.
 
     It also refuses, before the first batch: a budget that needs more data than there is; training from batch 0 into a
     folder that holds checkpoints; algorithms that keep tensors in their state under FSDP (every rank would be given
@@ -110,6 +116,7 @@ class StageStart(Callback):
             'run_name': self._state.run_name,
             'data': _describe_stock_data(self._state),
             'schedule': _describe_schedule(self._state),
+            'training': _describe_training(self._state),
         }
         return {'stage': json.dumps(stage)}
 
@@ -172,6 +179,8 @@ class StageStart(Callback):
         ]
         changed += differences(self._loaded['data'], _describe_stock_data(state))
         changed += differences(self._loaded['schedule'], _describe_schedule(state))
+        if 'training' in self._loaded:  # which an earlier version of this library did not save
+            changed += differences(self._loaded['training'], _describe_training(state))
         if any(isinstance(callback, PhaseScheduler) for callback in state.callbacks) and not changed:
             # stock schedulers lag one batch behind, so that only ours can be compared with the time
             for scheduler in state.schedulers:
@@ -189,6 +198,7 @@ class StageStart(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse what would only show after hours."""
         _refuse_rank0_tensors(state)
+        _average_gradients(state)
         dataset = _train_dataset(state)
         if isinstance(dataset, ReplayTextDataset) and state.max_duration is not None:
             samples = budget_in_samples(state.max_duration, dataset.global_batch_size, dataset.max_seq_len)
@@ -269,6 +279,37 @@ def _describe_schedule(state: State) -> str:
         if any('dur' in str(value) for value in described.values()):
             described['max_duration'] = str(state.max_duration)
     return json.dumps(described)
+
+
+def _describe_training(state: State) -> str:
+    """What else shapes every step: precision, and the arguments of algorithms such as gradient clipping."""
+    described: dict[str, Any] = {'precision': state.precision.value}
+    for algorithm in state.algorithms:
+        arguments = {key: vars(algorithm).get(key) for key in inspect.signature(type(algorithm)).parameters}
+        plain = {key: value for key, value in arguments.items() if isinstance(value, str | int | float)}
+        described[type(algorithm).__name__] = str(plain)
+    return json.dumps(described)
+
+
+def _average_gradients(state: State) -> None:
+    """Divide what FSDP2 takes for a mean of gradients by the number of ranks, where the backend gives their sum.
+
+    torch asks for a mean, which gloo (on CPU) answers with the sum in torch 2.7. Adam hides it, but not from gradient
+    clipping, ``eps``, or another number of ranks.
+    """
+    if not state.fsdp_enabled or state.device.name != 'cpu' or dist.get_world_size() == 1:
+        return
+    mean = torch.empty(1)
+    ones = torch.ones(dist.get_world_size())
+    torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
+    if (factor := mean.item()) != 1:
+
+        def divide(gradients: torch.Tensor) -> None:
+            gradients.div_(factor)
+
+        for module in state.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_all_reduce_hook(divide)
 
 
 def _refuse_rank0_tensors(state: State) -> None:
