@@ -46,7 +46,6 @@ from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from streaming.base.shared import prefix
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cpt_algorithms.checkpoints import CheckpointError, follow, guard_loading, newest_remote
@@ -54,6 +53,7 @@ from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print
 from cpt_algorithms.exports import base_of, folder_of_base, models_of, parent_of
 from cpt_algorithms.files import StorageError, exists, is_remote, read_json, write_json, write_whole
 from cpt_algorithms.replay import StreamError
+from cpt_algorithms.replay.dataset_numbers import safe_numbers
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
 from cpt_algorithms.stage.cost_tables import print_costs
@@ -63,21 +63,7 @@ DATASETS_LOCK = FileLock(Path(tempfile.gettempdir()) / f'cpt_algorithms_datasets
 STACK = ('cpt-algorithms', 'llm-foundry', 'mosaicml', 'mosaicml-streaming', 'torch', 'transformers')
 
 
-def agree_on_numbers() -> None:
-    """Number datasets alike on all ranks of a machine.
-
-    Streaming lets each rank look for a free number. If another run ends at that moment, its number is free to the ranks
-    that look later, and the run dies.
-    """
-    find = prefix._check_and_find_retrying
-
-    def find_the_leaders(*args: Any, **kwargs: Any) -> int:
-        return dist.all_gather_object(find(*args, **kwargs))[dist.get_global_rank() - dist.get_local_rank()]
-
-    prefix._check_and_find_retrying = find_the_leaders
-
-
-agree_on_numbers()
+safe_numbers()
 
 
 class DatasetsBuilt(Callback):

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.keys import check_keys
+from cpt_algorithms.keys import check_keys, check_place, check_type
 from cpt_algorithms.replay.consumed import read_consumed, read_positions
+from cpt_algorithms.replay.dataset_numbers import safe_numbers
 from cpt_algorithms.replay.functional import (
     DEFAULT_BLOCK_SIZE,
     Interleaving,
@@ -41,6 +42,14 @@ from cpt_algorithms.replay.streams import ResilientStream, StreamError
 __all__ = ['ReplayTextDataset', 'build_replay_text_dataloader']
 
 STREAM_KEYS = ('remote', 'local', 'split', 'download_retry', 'download_timeout', 'validate_hash', 'keep_zip')
+_STREAM_TYPES: dict[str, Any] = {
+    **dict.fromkeys(('remote', 'local', 'split', 'consumed_by', 'stand_in_for'), str),
+    'download_retry': int,
+    'download_timeout': float | str,  # such as 1m 30s
+    'validate_hash': str | bool,
+    'keep_zip': bool,
+    'weight': int | float | str,
+}
 # Of old streams.
 OLD_STREAM_KEYS = (*STREAM_KEYS, 'weight', 'consumed_by', 'stand_in_for')
 # Added to the seed of old streams read in an order of their own: any constant that is not 0 will do.
@@ -87,6 +96,25 @@ class Mix:
     interleaving: Interleaving
 
 
+def check_stream(where: str, stream: Mapping[str, Any]) -> None:
+    """Refuse a stream whose values have other types than theirs.
+
+    Args:
+        where: Its key in the YAML.
+        stream: Its keywords.
+
+    Raises:
+        ValueError: Naming the key, its value and the right type.
+    """
+    for key, value in stream.items():
+        if key in _STREAM_TYPES:
+            check_type(f'{where}.{key}', value, _STREAM_TYPES[key] | None)
+        if key in ('remote', 'local', 'split') and value:
+            check_place(f'{where}.{key}', value)
+    if not (stream.get('remote') or stream.get('local')):
+        raise ValueError(f'{where} has neither remote nor local: say where the data lies')
+
+
 def read_mix(new: Mapping[str, Any] | None, replay: Mapping[str, Any] | None) -> Mix:
     """Read what :class:`ReplayTextDataset` calls ``new`` and ``replay``.
 
@@ -95,7 +123,10 @@ def read_mix(new: Mapping[str, Any] | None, replay: Mapping[str, Any] | None) ->
             streams share a name.
     """
     where = 'train_loader.dataset'
+    check_type(f'{where}.new', new, Mapping[str, Any] | None)
+    check_type(f'{where}.replay', replay, Mapping[str, Any] | None)
     replay = dict(replay or {})
+    check_type(f'{where}.replay.streams', replay.get('streams'), Mapping[str, Any] | None)
     check_keys(f'{where}.replay', replay, ('fraction', 'streams', 'order'))
     order = replay.get('order', 'pretraining')
     if order not in ('pretraining', 'shuffled'):
@@ -109,6 +140,7 @@ def read_mix(new: Mapping[str, Any] | None, replay: Mapping[str, Any] | None) ->
     for section, named, keys in (('new', new_streams, STREAM_KEYS), ('replay.streams', old_streams, OLD_STREAM_KEYS)):
         for name, stream in named.items():
             check_keys(f'{where}.{section}.{name}', stream, keys)
+            check_stream(f'{where}.{section}.{name}', stream)
     weights = {name: stream.pop('weight', 1) for name, stream in old_streams.items()}
     consumed, stand_ins = (
         {name: str(stream.pop(key)) for name, stream in old_streams.items() if stream.get(key)}
@@ -438,6 +470,7 @@ def build_replay_text_dataloader(
     Raises:
         ValueError: As :class:`ReplayTextDataset`.
     """
+    safe_numbers()
     check_keys('train_loader.dataset', dataset, DATASET_KEYS | COLLATOR_KEYS)
     if tokenizer is None:
         raise ValueError('tokenizer is missing: train_loader replay_text needs one to collate batches')
