@@ -6,6 +6,7 @@ import mmap
 from itertools import count
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
+from random import randrange
 
 import pytest
 from streaming import StreamingDataset
@@ -22,35 +23,38 @@ def rows(data):
 
 
 @pytest.fixture
-def leftover():
-    """Of the lowest free number, a position: the last that a killed run's clean-up has not come to yet."""
-    number = prefix._check_and_find(['nowhere'], [None], LOCALS)
-    left = SharedMemory(prefix._get_path(number, RESUME), create=True, size=mmap.PAGESIZE)
-    state = {
-        'epoch': 0,
-        'sample_in_epoch': 5,
-        'num_canonical_nodes': 1,
-        'shuffle_seed': 9176,
-        'initial_physical_nodes': 1,
+def leftover(monkeypatch):
+    """A number of which only a position is left, the last that a killed run's clean-up comes to; one before is in use."""
+    used = randrange(500_000, 900_000)  # far from those of the processes of this machine
+    monkeypatch.setattr(prefix, '_each_prefix_int', lambda: count(used))
+    monkeypatch.setattr(dataset_numbers, 'count', lambda: count(used))
+    number = used + 1
+    shared = {
+        prefix._get_path(used, LOCALS): prefix._pack_locals(['nowhere'], used),
+        prefix._get_path(number, RESUME): json.dumps(
+            {'epoch': 0, 'sample_in_epoch': 5, 'num_canonical_nodes': 1, 'shuffle_seed': 0, 'initial_physical_nodes': 1}
+        ).encode(),
     }
-    position = json.dumps(state).encode()
-    left.buf[: len(position)] = position
+    made = [SharedMemory(name, create=True, size=mmap.PAGESIZE) for name in shared]
+    for memory, value in zip(made, shared.values(), strict=True):
+        memory.buf[: len(value)] = value
     yield number
-    left.close()
-    left.unlink()
+    for memory in made:
+        memory.close()
+        memory.unlink()
 
 
-def test_stock_evaluates_a_part_of_the_data_without_an_error(data, leftover, monkeypatch):
-    monkeypatch.setattr(prefix, '_each_prefix_int', count)
+def test_stock_evaluates_a_part_of_the_data_without_an_error(data, leftover):
     read, there, number = rows(data)
     assert (read, number) == (there - 5, leftover)
 
 
-def test_a_number_is_free_once_nothing_is_left_of_it(data, leftover):
+def test_a_number_is_free_once_nothing_is_left_of_it(data, leftover, monkeypatch):
+    monkeypatch.setattr(prefix, '_check_and_find_retrying', prefix._check_and_find_retrying)  # put back afterwards
     safe_numbers()
     read, there, number = rows(data)
     assert read == there
-    assert number > leftover
+    assert number == leftover + 1
 
 
 def test_looking_is_not_taking(leftover):
