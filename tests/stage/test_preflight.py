@@ -125,7 +125,8 @@ def test_a_parent_with_a_malicious_pickle_is_refused(data, tmp_path):
 
     torch.save({'state': {'model': Evil()}}, tmp_path / 'evil.pt')
     found = problems(tiny.config(tmp_path, data, 'child', load_path=str(tmp_path / 'evil.pt')))
-    assert 'cannot be read as a Composer checkpoint' in found[0]
+    assert 'evil.pt is not safe to read: it asks to import' in found[0]
+    assert 'trust_checkpoint: true' in found[0]
     assert not (tmp_path / 'owned').exists()
 
 
