@@ -381,7 +381,7 @@ def read(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Run]]:
         if not words:
             raise ValueError('a sequence YAML is missing, or --sweep FILE')
         spec = load_scaled(words)
-    except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f'{arguments.sweep or words[0]} cannot be read: {error}') from error
     if is_remote(spec.get('folder') or ''):
         raise ValueError(
@@ -390,7 +390,7 @@ def read(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Run]]:
         )
     runs = plan_trials(spec, trials) if trials else plan(spec)
     runs = [replace(run, config=resolve(run.config)) for run in runs]
-    return spec, [cached_apart(run) for run in runs] if int(spec.get('jobs') or 1) > 1 else runs
+    return spec, [cached_apart(run) for run in runs] if (spec.get('jobs') or 1) > 1 else runs
 
 
 def main() -> None:
@@ -400,11 +400,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         spec, runs = read(arguments)
-        layout, jobs = layout_of(spec), int(spec.get('jobs') or 1)
+        layout, jobs = layout_of(spec), spec.get('jobs') or 1
         is_plan = arguments.dry_run or arguments.write
         unseen = check(spec, runs, is_plan)
         start = None if is_plan else starter(layout, jobs)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f'{arguments.sweep or " ".join(arguments.words[:1])} was refused before training:\n{error}')
     print_plan(spec, runs)
     for each in unseen:

@@ -89,10 +89,14 @@ class FinalLoss(Callback):
         interval: str = '10ba',
         metric: str = 'LanguageCrossEntropy',
     ) -> None:
-        times = {'window': Time.from_input(window), 'interval': Time.from_input(interval)}
-        for key, time in times.items():
-            if time.unit != TimeUnit.BATCH or time.value < 1:
-                raise ValueError(f'callbacks.final_loss.{key}={time.to_timestring()} must be in batches, such as 100ba')
+        times: dict[str, Time] = {}
+        for key, value in (('window', window), ('interval', interval)):
+            try:
+                times[key] = Time.from_input(value)
+            except (ValueError, TypeError, ArithmeticError, RuntimeError):
+                times[key] = Time(0, TimeUnit.BATCH)
+            if times[key].unit != TimeUnit.BATCH or times[key].value < 1:
+                raise ValueError(f'callbacks.final_loss.{key}={value} must be in batches, such as 100ba')
         self.window, self.interval = (int(time.value) for time in times.values())
         if self.interval > self.window:
             raise ValueError(f'callbacks.final_loss.interval={interval} is longer than window={window}')

@@ -6,13 +6,15 @@ array (8 bytes per sample): 1.2 GB and 5 s at 146 M samples, in every process, a
 bytes, and a sample nothing.
 """
 
+import codecs
+import copy
 import hashlib
 import io
 import json
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import Reader
+from streaming.base.format.mds.encodings import is_mds_encoding
 
 from cpt_algorithms.files import write_whole
+from cpt_algorithms.keys import shown
 
 __all__ = ['ShardIndex', 'ShardOfSample', 'Shards']
 
@@ -34,15 +38,26 @@ WINDOW = 1 << 20  # bytes of index.json looked at together
 LARGE = 16 << 20
 COLUMNS = ('samples', 'bytes', 'start', 'length', 'name')
 # What shards have in common, for checks that need not look at each.
-KIND = ('format', 'version', 'column_names', 'column_encodings', 'column_sizes', 'compression', 'hashes')
+KIND = ('format', 'version', 'column_names', 'column_encodings', 'column_sizes', 'compression', 'hashes', 'size_limit')
+FILES = ('raw_data', 'raw_meta', 'zip_data', 'zip_meta')
+# MDS counts samples in 32 bits; no file is as large as this.
+_MOST_SAMPLES, _MOST_BYTES = 1 << 32, 1 << 48
+_MALFORMED = (ValueError, KeyError, IndexError, AttributeError, TypeError)
 
 
 def _scan(file: BinaryIO) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(start, length, content) of each shard's JSON object in an index.json, a window at a time."""
     # structure is ASCII, and one character per byte keeps offsets right in any UTF-8 text
     text, base = '', 0
+    utf8 = codecs.getincrementaldecoder('utf-8')()
+
+    def read(size: int = -1) -> str:
+        more = file.read(size)
+        utf8.decode(more, final=size < 0 or len(more) < size)  # or a shard could not be read later
+        return more.decode('latin-1')
+
     while not (begin := re.search(r'"shards"\s*:\s*\[', text)):
-        more = file.read(WINDOW).decode('latin-1')
+        more = read(WINDOW)
         if not more:
             raise ValueError('it has no list of shards')
         text += more
@@ -58,7 +73,7 @@ def _scan(file: BinaryIO) -> Iterator[tuple[int, int, dict[str, Any]]]:
         try:
             content, end = decode(text, position)
         except ValueError:
-            more = file.read(max(WINDOW, len(text) - position)).decode('latin-1')
+            more = read(max(WINDOW, len(text) - position))
             if not more:
                 raise ValueError('it is cut off') from None
             base += position
@@ -66,10 +81,45 @@ def _scan(file: BinaryIO) -> Iterator[tuple[int, int, dict[str, Any]]]:
             continue
         yield base + position, end - position, content
         position = end
-    tail = text[position + 1 :] + file.read().decode('latin-1')
+    tail = text[position + 1 :] + read()
     version = json.loads(f'{head}"shards": []{tail}').get('version')
     if version != 2:
         raise ValueError(f'its version is {version}, and Streaming reads 2')
+
+
+def _whole(what: str, value: Any, below: int) -> int:
+    if type(value) is not int or not 0 <= value < below:
+        raise ValueError(f'{what}={shown(value)} must be a whole number of at least 0, below {below}')
+    return value
+
+
+def _files_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Descriptions of a shard's files, each of which must lie in the dataset's folder."""
+    files = [info[key] for key in FILES if info.get(key) is not None]
+    _whole('samples', info['samples'], _MOST_SAMPLES)
+    for file in files:
+        name = file['basename']
+        _whole(f'bytes of {shown(name)}', file['bytes'], _MOST_BYTES)
+        if not isinstance(name, str) or not name or name[0] == '/' or '\0' in name or '..' in name.split('/'):
+            raise ValueError(f'basename={shown(name)} does not name a file in the folder of the index')
+        if not all(isinstance(value, str) for value in file['hashes'].values()):
+            raise ValueError(f'hashes of {shown(name)} must be text')
+    return files
+
+
+def _check_kind(info: dict[str, Any]) -> None:
+    """Refuse shards that Streaming has no reader for."""
+    reader_from_json('', '', copy.deepcopy(info))
+    if info['format'] != 'mds':
+        return
+    columns = [info['column_names'], info['column_encodings'], info['column_sizes']]
+    if not all(isinstance(column, list) for column in columns) or len({len(column) for column in columns}) != 1:
+        raise ValueError('column_names, column_encodings and column_sizes must be lists of one length')
+    for name, encoding, size in zip(*columns, strict=True):
+        if not isinstance(name, str) or not isinstance(encoding, str) or not is_mds_encoding(encoding):
+            raise ValueError(f'column {shown(name)}: Streaming has no encoding {shown(encoding)}')
+        if size is not None:
+            _whole(f'column_sizes of {name}', size, _MOST_BYTES)
 
 
 def _unspoilt(text: str) -> str:
@@ -125,7 +175,7 @@ class ShardIndex:
         try:
             with path.open('rb') as file:
                 for start, length, info in _scan(file):
-                    files = [value for value in info.values() if isinstance(value, dict) and 'bytes' in value]
+                    files = _files_of(info)
                     raw = [info[key] for key in ('raw_data', 'raw_meta') if info.get(key)]
                     row = (
                         info['samples'],
@@ -139,9 +189,13 @@ class ShardIndex:
                     content = [(each['bytes'], sorted(each['hashes'].items())) for each in raw]
                     hasher.update(repr((info['samples'], content)).encode())
                     kind = {key: info.get(key) for key in KIND}
-                    kinds.setdefault(repr(kind), kind)
-        except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-            raise ValueError(f'{path} is not the index of a Streaming dataset: {error}') from None
+                    known_as = repr((kind, [(key, info[key] is None) for key in info]))
+                    if known_as not in kinds:
+                        _check_kind(info)
+                        kinds[known_as] = kind
+        except (*_MALFORMED, ArithmeticError, AssertionError, RecursionError) as error:
+            what = f'{type(error).__name__} {error}' if isinstance(error, KeyError) else error
+            raise ValueError(f'{path} is not the index of a Streaming dataset: {what}') from None
         values = np.array([np.frombuffer(column, np.int64) for column in columns.values()]).reshape(len(COLUMNS), -1)
         index = cls(path, values, list(kinds.values()), hasher.hexdigest())
         if stat.st_size > LARGE and os.access(path.parent, os.W_OK):

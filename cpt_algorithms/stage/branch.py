@@ -2,17 +2,17 @@
 """Branches: runs that start from a checkpoint of a *trunk* in its constant phase, which stays as it is."""
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, Event, State, Time, TimeUnit
+from composer.core import Callback, Event, State, TimeUnit
 from composer.loggers import Logger
 from llmfoundry.utils.builders import build_scheduler
 
 from cpt_algorithms.schedulers import PhaseScheduler
 from cpt_algorithms.schedulers.functional import multiplier
+from cpt_algorithms.stage.form import parse_time
 
 __all__ = ['BranchPoints', 'anneal_branch', 'constant_alpha', 'in_batches']
 
@@ -33,15 +33,15 @@ def in_batches(time: str, cfg: Mapping[str, Any], key: str = 'max_duration') -> 
     Raises:
         ValueError: If it is in another unit.
     """
-    try:
-        given = Time.from_timestring(str(time))
-    except ValueError as error:
-        raise ValueError(f'{key}={time!r}: {error}') from None
+    given = parse_time(key, time)
+    for needed in ('global_train_batch_size', 'max_seq_len'):
+        if not isinstance(cfg.get(needed), int):
+            raise ValueError(f'{needed}={cfg.get(needed)!r} must be a whole number: {key} is counted with it')
     samples = int(cfg['global_train_batch_size'])
     per_batch = {TimeUnit.BATCH: 1, TimeUnit.SAMPLE: samples, TimeUnit.TOKEN: samples * int(cfg['max_seq_len'])}
     if given.unit not in per_batch:
         raise ValueError(f'{key}={time!r} must be in tok, ba or sp')
-    return math.ceil(given.value / per_batch[given.unit])
+    return -(-int(given.value) // per_batch[given.unit])
 
 
 def constant_alpha(cfg: Config, batch: int) -> float:
@@ -60,7 +60,7 @@ def constant_alpha(cfg: Config, batch: int) -> float:
         raise ValueError('scheduler.name is missing: a branch starts where the learning rate is constant')
     try:
         scheduler = build_scheduler(name, section)
-    except TypeError as error:  # an argument that is missing, or unknown
+    except (TypeError, ValueError) as error:  # a name or an argument that is missing, or unknown
         raise ValueError(f'scheduler {name}: {error}') from None
     if not isinstance(scheduler, PhaseScheduler):
         raise ValueError(f'scheduler {name} has no phases that can be looked at; a trunk wants infinite')
@@ -116,7 +116,7 @@ def anneal_branch(
         raise ValueError(f'alpha_f={alpha_f!r} must be a number')
     if alpha <= alpha_f:
         raise ValueError(f'alpha_f={alpha_f}, and the trunk is at {alpha:g} times the learning rate: nothing to anneal')
-    nothing = f'0{Time.from_timestring(t_anneal).unit.value}'
+    nothing = f'0{parse_time("t_anneal", t_anneal).unit.value}'
     folder = trunk.get('save_folder')
     callbacks = {name: dict(given or {}) for name, given in copy.deepcopy(trunk.get('callbacks') or {}).items()}
     callbacks.pop('branch_points', None)

@@ -26,6 +26,7 @@ from torch import nn
 
 from cpt_algorithms.files import is_remote
 from cpt_algorithms.replay.replay_text import read_mix
+from cpt_algorithms.stage.form import parse_time
 from cpt_algorithms.stage.preflight import model_on_meta, total_batches
 from cpt_algorithms.stage.stage_start import budget_in_samples
 
@@ -172,6 +173,8 @@ def measure(model: Any) -> ModelSize:
         for found in (every, embeddings):
             found.pop(id(outputs), None)
             found[id(inputs)] = inputs
+    if not len(blocks):
+        raise ValueError('model: it has no layers')
     hidden = inputs.shape[1]
     attention = getattr(config, 'attn_config', None)
     if attention is not None:  # MPT
@@ -547,7 +550,8 @@ def disk(
         averages: Averages that are exported beside the weights. Default: ``0``.
         points: Batches of ``branch_points``, saved and kept besides. Default: none.
     """
-    in_turn = len({*range(every, batches + 1, every), batches} - {*points, 0})
+    ends = batches // every + (1 if batches % every else 0)
+    in_turn = ends - sum(1 for point in {*points} if 0 < point <= batches and (point % every == 0 or point == batches))
     kept = in_turn if keep < 0 else min(in_turn, keep)
     return Disk(
         checkpoint=checkpoint,
@@ -755,7 +759,7 @@ def _batches(config: Config) -> int:
 
 def _interval(key: str, interval: Any, config: Config, batches: int) -> int:
     """Batches between two events; epochs come to their end with the run."""
-    time = Time.from_input(interval, TimeUnit.EPOCH)
+    time = Time(interval, TimeUnit.EPOCH) if isinstance(interval, int) else parse_time(key, interval)
     if time.unit == TimeUnit.EPOCH:
         return batches
     if time.unit == TimeUnit.DURATION:

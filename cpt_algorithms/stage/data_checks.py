@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cpt_algorithms.exports import base_of, exports, folder_of_base
 from cpt_algorithms.files import StorageError, fetch, is_remote, list_names, read_json
+from cpt_algorithms.keys import check_type
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer
 from cpt_algorithms.replay.replay_text import read_mix
 
@@ -252,18 +253,24 @@ def _read(where: str, folder: str, known: dict[str, Any]) -> _Prepared | None:
         manifest = known[root]
         if name not in manifest['datasets']:
             raise KeyError(name)
-        request = manifest['request']
-        return _Prepared(
+        request, earlier = manifest['request'], manifest.get('earlier', {})
+        prepared = _Prepared(
             root,
             manifest['tokenizer']['hash'] if request['format'] >= 3 else None,
             request['max_seq_len'],
             request['val_fraction'],
             request['datasets'],
-            list(manifest.get('earlier', {}).values()),
+            list(earlier.values()) if isinstance(earlier, Mapping) else earlier,
         )
     except (StorageError, KeyError, TypeError) as error:
         log.info('%s: how it was prepared is not known, %s/manifest.json does not say it (%r)', where, root, error)
         return None
+    place = f'{where}: {root}/manifest.json'
+    check_type(f'{place}: tokenizer.hash', prepared.tokenizer, str | None)
+    check_type(f'{place}: request.max_seq_len', prepared.max_seq_len, int)
+    check_type(f'{place}: request.val_fraction', prepared.val_fraction, float)
+    check_type(f'{place}: earlier', earlier, Mapping[str, Any])
+    return prepared
 
 
 def _tokenizer_mistakes(cfg: Config, ours: Callable[[], str | None], streams: list[_Stream]) -> Iterator[str]:

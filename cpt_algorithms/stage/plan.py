@@ -10,17 +10,26 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from composer.core import Time
-
 from cpt_algorithms.exports import base_of
-from cpt_algorithms.keys import check_keys
+from cpt_algorithms.keys import check_keys, check_place, check_plain, check_type, shown
 from cpt_algorithms.replay.functional import Interleaving, shares_of
+from cpt_algorithms.replay.replay_text import STREAM_KEYS, check_stream
 from cpt_algorithms.stage.branch import anneal_branch, in_batches
+from cpt_algorithms.stage.form import check_form, parse_time
 from cpt_algorithms.stage.preflight import resolve
 from cpt_algorithms.stage.stage_start import budget_in_samples
 from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS
 
-__all__ = ['BASELINES', 'Run', 'checkpoint_after', 'heirs', 'plan', 'stage_tokens', 'tokens_per_stream']
+__all__ = [
+    'BASELINES',
+    'Run',
+    'check_sequence',
+    'checkpoint_after',
+    'heirs',
+    'plan',
+    'stage_tokens',
+    'tokens_per_stream',
+]
 
 Config = dict[str, Any]
 
@@ -35,6 +44,23 @@ ANNEAL_KEYS = ('t_anneal', 'anneal', 'alpha_f')
 NOT_OF_A_BRANCH = (
     'scheduler', 'max_duration', 'optimizer_state', 'branches', 'global_train_batch_size', 'max_seq_len',
 )  # fmt: skip
+_TYPES: dict[str, Any] = {
+    'name': str,
+    'folder': str,
+    'seeds': list[int],
+    'jobs': int,
+    'data': dict[str, dict[str, Any]],
+    'common': dict[str, Any],
+    'stages': dict[str, dict[str, Any] | None],
+    'arms': dict[str, dict[str, Any] | None],
+    'variables': dict[str, Any],
+    'lm_eval': str | list[str],
+}
+_STAGE_TYPES: dict[str, Any] = {
+    'new': str | list[str],
+    'replay': dict[str, Any],
+    'optimizer_state': str,
+}
 MERGE_KEYS = ('last', 'every', 'weights')
 FROM_SCRATCH = ('union', 'single')
 BASELINES = {
@@ -102,6 +128,8 @@ def _train_config(spec: Config, stage: Config, earlier: list[str], read_by: Mapp
     replay = dict(stage.get('replay') or {})
     check_keys('replay', replay, ('fraction', 'order', 'weights', 'consumed_only'))
     consumed_only = replay.pop('consumed_only', False)
+    check_type('replay.consumed_only', consumed_only, bool)
+    check_type('replay.weights', replay.get('weights', {}), dict[str, float | str])
     if replay.get('fraction'):
         weights = replay.pop('weights', {})
         check_keys('replay.weights', weights, earlier)
@@ -130,7 +158,7 @@ def _train_config(spec: Config, stage: Config, earlier: list[str], read_by: Mapp
     config['eval_loader'] = [
         _merge({**template, 'label': name}, {'dataset': {**stream, 'split': 'val'}}) for name, stream in data.items()
     ]
-    config.setdefault('callbacks', {})
+    config['callbacks'] = config.get('callbacks') or {}
     config['callbacks'] = {
         **config['callbacks'],
         'stage_start': {'optimizer': stage.get('optimizer_state', 'reset')},
@@ -160,6 +188,7 @@ def _stages_of(spec: Config, arm: str, overrides: Config) -> dict[str, Config]:
         name: _merge({'new': name, **(spec.get('common') or {})}, stage or {}) for name, stage in spec['stages'].items()
     }
     if baseline is not None:
+        check_type(f'arms.{arm}.baseline', baseline, str)
         if baseline not in BASELINES:
             known = ', '.join(f'{name} ({what})' for name, what in BASELINES.items())
             raise ValueError(f'arms.{arm}.baseline={baseline!r} is not possible; use {known}')
@@ -181,14 +210,18 @@ def _continued(stages: dict[str, Config]) -> dict[str, Config]:
         scheduler = stage.get('scheduler') or {}
         schedule = {key: value for key, value in scheduler.items() if key not in ANNEAL_KEYS}
         if scheduler.get('name') == 'infinite' and schedule == before:
-            nothing = {key: _zero(scheduler[key]) for key in ('t_warmup', 't_cooldown') if key in scheduler}
+            nothing = {
+                key: _zero(scheduler[key], f'stages.{name}.scheduler.{key}')
+                for key in ('t_warmup', 't_cooldown')
+                if key in scheduler
+            }
             stage = {**stage, 'scheduler': {**scheduler, **nothing}}
         continued[name], before = stage, schedule
     return continued
 
 
-def _zero(time: str) -> str:
-    return f'0{Time.from_timestring(time).unit.value}'
+def _zero(time: str, key: str = 'max_duration') -> str:
+    return f'0{parse_time(key, time).unit.value}'
 
 
 def _baseline(spec: Config, arm: str, baseline: str, stages: dict[str, Config]) -> dict[str, Config]:
@@ -217,7 +250,9 @@ def _baseline(spec: Config, arm: str, baseline: str, stages: dict[str, Config]) 
             is_min = baseline == 'constant_eta_min'
             stage['scheduler'] = {
                 'name': 'rewarm_constant',
-                't_warmup': _zero(scheduler['t_warmup']) if is_min else scheduler['t_warmup'],
+                't_warmup': _zero(scheduler['t_warmup'], f'stages.{name}.scheduler.t_warmup')
+                if is_min
+                else scheduler['t_warmup'],
                 'alpha': _end_of(first, stage) if is_min else 1.0,
             }
     return changed
@@ -226,7 +261,9 @@ def _baseline(spec: Config, arm: str, baseline: str, stages: dict[str, Config]) 
 def _end_of(first: Config, stage: Config) -> float:
     """The learning rate that a stage ended with, as a multiplier of a later one's; a trunk's is constant."""
     scheduler = first.get('scheduler') or {}
-    end = float(scheduler['alpha_const'] if scheduler.get('name') == 'infinite' else scheduler.get('alpha_f', 0.1))
+    key = 'alpha_const' if scheduler.get('name') == 'infinite' else 'alpha_f'
+    end = scheduler.get(key, 0.1 if key == 'alpha_f' else None)
+    check_type(f'scheduler.{key}', end, float)
     was, now = ((each.get('optimizer') or {}).get('lr', 1.0) for each in (first, stage))
     return end if was == now else end * was / now
 
@@ -241,7 +278,7 @@ def _union(spec: Config, arm: str, stages: dict[str, Config]) -> Config:
         tokens[dataset] = tokens.get(dataset, 0) + budget
     total, last = sum(tokens.values()), list(stages.values())[-1]['new']
     first = next(iter(stages.values()))
-    unit = Time.from_timestring(first['max_duration']).unit.value  # that of the schedule's times
+    unit = parse_time('max_duration', first['max_duration']).unit.value  # that of the schedule's times
     per = {'ba': first['global_train_batch_size'] * first['max_seq_len'], 'sp': first['max_seq_len'], 'tok': 1}[unit]
     union = {**first, 'new': last, 'max_duration': f'{-(-total // per)}{unit}', 'replay': {}}
     if others := {name: budget for name, budget in tokens.items() if name != last}:
@@ -259,10 +296,10 @@ def stage_tokens(spec: Config) -> dict[str, int]:
     for name, stage in spec['stages'].items():
         config = _merge(spec.get('common') or {}, stage or {})
         for key in ('max_duration', 'global_train_batch_size', 'max_seq_len'):
-            if key not in config:
+            if config.get(key) is None:
                 raise ValueError(f'stages.{name}.{key} is missing (or common.{key} for all stages)')
         batch, length = config['global_train_batch_size'], config['max_seq_len']
-        samples = budget_in_samples(Time.from_timestring(config['max_duration']), batch, length)
+        samples = budget_in_samples(parse_time(f'stages.{name}.max_duration', config['max_duration']), batch, length)
         if samples is None:
             raise ValueError(f'stages.{name}.max_duration={config["max_duration"]} must be in tok, ba or sp')
         budgets[name] = samples * length
@@ -292,7 +329,7 @@ def plan(spec: Config) -> list[Run]:
     Raises:
         ValueError: On an unknown key or name, with the nearest right one.
     """
-    _check_form(spec)
+    check_sequence(spec)
     runs: dict[str, Run] = {}
     for seed in spec.get('seeds') or [17]:
         for arm, overrides in (spec.get('arms') or {'default': {}}).items():
@@ -303,17 +340,38 @@ def plan(spec: Config) -> list[Run]:
     return list(runs.values())
 
 
-def _check_form(spec: Config) -> None:
+def check_sequence(spec: Config) -> None:
+    """Refuse a sequence YAML whose keys and values are not those of one.
+
+    Args:
+        spec: See :func:`plan`.
+
+    Raises:
+        ValueError: Naming the key, its value, and what would be right.
+    """
+    check_type('the sequence', spec, dict)
+    check_plain(spec)
     check_keys('', spec, SEQUENCE_KEYS)
     for key in ('name', 'folder', 'data', 'stages'):
         if not spec.get(key):
             raise ValueError(f'{key} is missing from the sequence')
-    for key in ('data', 'common', 'stages', 'arms'):
-        if not isinstance(spec.get(key) or {}, dict):
-            raise ValueError(f'{key} must be a mapping with a name for each entry')
+    for key, hint in _TYPES.items():
+        if spec.get(key) is not None:
+            check_type(key, spec[key], hint)
+    check_place('folder', spec['folder'])
+    if '{' in spec['folder']:
+        raise ValueError(f'folder={shown(spec["folder"])} must be a path without braces')
+    if spec.get('jobs') is not None and spec['jobs'] < 1:
+        raise ValueError(f'jobs={spec["jobs"]} must be at least 1')
+    for seed in spec.get('seeds') or []:
+        check_form({'seed': seed}, 'seeds')
+        if spec['seeds'].count(seed) > 1:
+            raise ValueError(f'seeds: {seed} is there twice')
+    for name, stream in spec['data'].items():
+        check_keys(f'data.{name}', stream, (*STREAM_KEYS, 'stand_in_for'))
+        check_stream(f'data.{name}', stream)
     if taken := [name for name in ('common', 'baseline') if name in spec['stages']]:
         raise ValueError(f'stages.{taken[0]}: a stage cannot have this name, which means something else in arms')
-    stage_tokens(spec)
     for where, section in (
         ('common', spec.get('common') or {}),
         *((f'stages.{name}', stage) for name, stage in spec['stages'].items()),
@@ -321,17 +379,26 @@ def _check_form(spec: Config) -> None:
             (f'arms.{arm}.{name}', stage)
             for arm, stages in (spec.get('arms') or {}).items()
             for name, stage in (stages or {}).items()
-            if isinstance(stage, dict)
+            if name != 'baseline'
         ),
     ):
-        if isinstance((section or {}).get('eval_loader'), list):
-            raise ValueError(f'{where}.eval_loader is a list; in a sequence it is one template, for every dataset')
+        if section is not None:
+            check_form(section, where)
         branches = (section or {}).get('branches') or {}
         if not isinstance(branches, dict) or not all(isinstance(each or {}, dict) for each in branches.values()):
-            raise ValueError(f'{where}.branches={branches!r} must be a mapping, such as {{long: {{t_anneal: 1000ba}}}}')
+            raise ValueError(
+                f'{where}.branches={shown(branches)} must be a mapping, such as {{long: {{t_anneal: 1000ba}}}}'
+            )
         for place, keys in ((where, section or {}), *((f'{where}.branches.{n}', b or {}) for n, b in branches.items())):
             if clash := [key for key in _DERIVED if key in keys]:
                 raise ValueError(f'{place}.{clash[0]} is set by the sequence for each run; leave it out')
+            check_form(keys, place)
+            for key, hint in _STAGE_TYPES.items():
+                if keys.get(key) is not None:
+                    check_type(f'{place}.{key}', keys[key], hint)
+            if isinstance(keys.get('eval_loader'), list):
+                raise ValueError(f'{place}.eval_loader is a list; in a sequence it is one template, for every dataset')
+    stage_tokens(spec)
 
 
 def _plan_arm(spec: Config, arm: str, overrides: Config, seed: int, runs: dict[str, Run]) -> None:
@@ -486,11 +553,17 @@ def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, C
     if branches and scheduler.get('name') == 'infinite' and 't_anneal' not in scheduler:  # theirs is enough
         scheduler = {**scheduler, 't_anneal': _zero(settings['max_duration'])}
         settings = {**settings, 'scheduler': scheduler}
-    if scheduler.get('name') == 'infinite' and _length(scheduler.get('t_anneal', '0tok'), where):
+    if (
+        scheduler.get('name') == 'infinite'
+        and parse_time(f'{where}.scheduler.t_anneal', scheduler.get('t_anneal', '0tok')).value
+    ):
         how = {key: scheduler[key] for key in ANNEAL_KEYS if key in scheduler}
         branches = {'anneal': {**how, **branches.pop('anneal', {})}, **branches}
         constant = {key: value for key, value in scheduler.items() if key not in ANNEAL_KEYS}
-        settings = {**settings, 'scheduler': {**constant, 't_anneal': _zero(scheduler['t_anneal'])}}
+        settings = {
+            **settings,
+            'scheduler': {**constant, 't_anneal': _zero(scheduler['t_anneal'], f'{where}.scheduler.t_anneal')},
+        }
     if not branches:
         return settings, {}
     total = in_batches(settings['max_duration'], settings)
@@ -524,7 +597,7 @@ def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, C
             f'{where}: max_passes={passes}, and after a pass the checkpoint that a branch needs has a name that '
             'depends on the data; use one branch, or recipes/anneal.py'
         )
-    unit = Time.from_timestring(settings['max_duration']).unit.value
+    unit = parse_time(f'{where}.max_duration', settings['max_duration']).unit.value
     samples = settings['global_train_batch_size']
     per_batch = {'ba': 1, 'sp': samples, 'tok': samples * settings['max_seq_len']}[unit]
     callbacks = dict(settings.get('callbacks') or {})
@@ -532,13 +605,6 @@ def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, C
         callbacks['branch_points'] = {'at': sorted(points - {end})}
     trunk = {**settings, 'max_duration': f'{end * per_batch}{unit}', 'callbacks': callbacks}
     return {key: value for key, value in trunk.items() if key != 'branches'}, starts
-
-
-def _length(t_anneal: str, where: str) -> float:
-    try:
-        return Time.from_timestring(t_anneal).value
-    except (TypeError, ValueError):
-        raise ValueError(f'{where}.scheduler.t_anneal={t_anneal!r} must be a time, such as 1000ba') from None
 
 
 def _merged(merge: Config, end: int, settings: Config, where: str) -> list[int]:
@@ -596,7 +662,7 @@ def tokens_per_stream(config: Config) -> dict[str, int]:
     weights = {name: stream.get('weight', 1) for name, stream in (replay.get('streams') or {}).items()}
     interleaving = Interleaving(shares_of(replay.get('fraction', 0), weights))
     samples = budget_in_samples(
-        Time.from_timestring(config['max_duration']), config['global_train_batch_size'], config['max_seq_len']
+        parse_time('max_duration', config['max_duration']), config['global_train_batch_size'], config['max_seq_len']
     )
     if samples is None:
         raise ValueError(f'max_duration={config["max_duration"]} must be in tok, ba or sp in a sequence')

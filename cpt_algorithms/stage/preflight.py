@@ -9,14 +9,15 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from accelerate import init_empty_weights
-from composer.core import Time, TimeUnit
+from composer.core import TimeUnit
 from composer.models import ComposerModel
 from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
+from llmfoundry.models.mpt import ComposerMPTCausalLM, MPTConfig
 from llmfoundry.utils.builders import build_callback, build_composer_model, build_scheduler, build_tokenizer
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from llmfoundry.utils.registry_utils import import_file
@@ -39,14 +40,23 @@ from cpt_algorithms.checkpoints import (
 from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
 from cpt_algorithms.exports import base_of
 from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names, read_json, size_of
-from cpt_algorithms.keys import check_keys
+from cpt_algorithms.keys import check_keys, check_place, check_type, shown
 from cpt_algorithms.replay.consumed import read_consumed
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
-from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, read_mix, row_length
+from cpt_algorithms.replay.replay_text import (
+    COLLATOR_KEYS,
+    DATASET_KEYS,
+    STREAM_KEYS,
+    ReplayTextDataset,
+    check_stream,
+    read_mix,
+    row_length,
+)
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.replay.streams import DOWNLOAD_RETRY
 from cpt_algorithms.schedulers import PhaseScheduler
 from cpt_algorithms.stage.data_checks import data_mistakes
+from cpt_algorithms.stage.form import check_form, parse_time
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS, budget_in_samples
 
 __all__ = ['PreflightError', 'latest_batch', 'model_on_meta', 'preflight', 'resolve', 'total_batches']
@@ -96,13 +106,27 @@ def resolve(cfg: Config) -> Config:
 
     Returns:
         A new mapping, which ``llmfoundry train`` takes as it is.
+
+    Raises:
+        PreflightError: If a value has not the type that it must have.
+        ValueError: If the model's file cannot be read.
     """
+    try:
+        check_form(cfg)
+    except ValueError as error:
+        raise PreflightError([str(error)]) from None
     cfg = {'autoresume': True, **cfg, 'callbacks': {**(cfg.get('callbacks') or {})}}
     if isinstance(cfg.get('model'), str):
         try:
-            cfg['model'] = OmegaConf.to_container(OmegaConf.load(cfg['model']), resolve=True)
-        except (OSError, OmegaConfBaseException, YAMLError) as error:
-            raise ValueError(f'model={cfg["model"]} cannot be read: {error}') from None
+            model: Any = OmegaConf.to_container(OmegaConf.load(cfg['model']), resolve=True)
+        except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f'model={shown(cfg["model"])} cannot be read: {error}') from None
+        try:
+            check_form({'model': model})
+        except ValueError as error:
+            raise ValueError(f'{cfg["model"]}: {error}') from None
+        check_type(f'model={cfg["model"]}, which', model, dict)
+        cfg['model'] = model
     if cfg.get('eval_loader'):
         evals = cfg['eval_loader']
         cfg['eval_loader'] = [_resilient(each) for each in (evals if isinstance(evals, list) else [evals])]
@@ -151,9 +175,13 @@ def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) ->
     there is a parent.
     """
     for path in cfg.get('code_paths') or []:
-        if not Path(path).exists():
-            raise PreflightError([f'code_paths: {path} does not exist'])
-        import_file(path)  # as llm-foundry will: it may register names
+        check_place('code_paths', path)
+        if not Path(path).is_file():
+            raise PreflightError([f'code_paths: {path} does not exist, or is a folder'])
+        try:
+            import_file(path)  # as llm-foundry will: it may register names
+        except Exception as error:  # of any kind: it is the user's
+            raise PreflightError([f'code_paths: {path} cannot be imported: {error!r}']) from error
     problems: list[str] = []
     checks: list[Callable[[], None]] = [
         lambda: _check_top_level(cfg),
@@ -210,7 +238,11 @@ def _check_arguments(where: str, kind: Any, name: str, arguments: Mapping[str, A
             f'{where}: nothing is registered as {name!r}; '
             + (f'did you mean {near[0]!r}?' if near else f'one of {", ".join(sorted(known))} is possible')
         )
+    hints = _hints_of(known[name])
     parameters = inspect.signature(known[name]).parameters
+    for key, value in (arguments or {}).items():
+        if key in hints and value is not None:  # which annotations often forget
+            check_type(f'{where}.{key}', value, hints[key])
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         check_keys(where, arguments or {}, parameters.keys() - _IMPLICIT_ARGUMENTS)
     required = {key for key, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
@@ -218,11 +250,23 @@ def _check_arguments(where: str, kind: Any, name: str, arguments: Mapping[str, A
         raise ValueError(f'{where}.{missing[0]} is missing')
 
 
+def _hints_of(kind: Any) -> dict[str, Any]:
+    """Types of what a registered class or function takes, as far as they can be known."""
+    # MPT takes them as they come
+    kind = MPTConfig if kind is ComposerMPTCausalLM else kind
+    try:
+        return get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
+    except (NameError, TypeError, AttributeError):  # written for a type checker alone
+        return {}
+
+
 def _check_named(section: str, cfg: Config) -> None:
     given = dict(cfg.get(section) or {})
     kinds = {'scheduler': registry.schedulers, 'optimizer': registry.optimizers, 'model': registry.models}
     if 'name' not in given:
         raise ValueError(f'{section}.name is missing')
+    if section == 'optimizer' and given.get('lr') is None:
+        raise ValueError('optimizer.lr is missing')
     given.pop('master_weights_dtype', None)
     _check_arguments(section, kinds[section], given.pop('name'), given)
 
@@ -240,6 +284,10 @@ def _check_loader(where: str, loader: Config) -> None:
     given = {key: value for key, value in loader.items() if key not in ('name', 'label')}
     _check_arguments(where, registry.dataloaders, loader.get('name', ''), given)
     dataset = given.get('dataset') or {}
+    hints = _hints_of(StreamingDataset) | _hints_of(StreamingTextDataset) | _hints_of(ReplayTextDataset)
+    for key, value in dataset.items():
+        if key in hints and key != 'streams' and value is not None:
+            check_type(f'{where}.dataset.{key}', value, hints[key])
     if loader['name'] == 'replay_text':
         check_keys(f'{where}.dataset', dataset, DATASET_KEYS | COLLATOR_KEYS)
     elif loader['name'] == 'text':
@@ -251,13 +299,16 @@ def _check_loader(where: str, loader: Config) -> None:
                 'train_loader.name=text mixes several streams without saving the mix and may leave data unread; '
                 'use name: replay_text with the same streams under dataset.new'
             )
-        _sizes_of(where, dataset.get('streams') or {'stream': dataset})
+        streams = dataset.get('streams') or {'stream': dataset}
+        for name, stream in streams.items():
+            check_stream(f'{where}.{name}', {key: value for key, value in stream.items() if key in STREAM_KEYS})
+        _sizes_of(where, streams)
 
 
 def _check_scheduler(cfg: Config) -> None:
     section = dict(cfg['scheduler'])
     name = section.pop('name')
-    duration = Time.from_timestring(str(cfg['max_duration'])) if isinstance(cfg['max_duration'], str) else None
+    duration = parse_time('max_duration', cfg['max_duration']) if isinstance(cfg['max_duration'], str) else None
     if duration is None or duration.value <= 0:
         raise ValueError(
             f"max_duration={cfg['max_duration']!r} must be a positive time such as '1000000tok' or '200ba'"
@@ -278,6 +329,9 @@ def _check_callbacks(cfg: Config) -> None:
                 build_callback(name, dict(cfg['callbacks'][name] or {}))
             except TypeError:
                 continue  # an unknown or missing key, which has been named
+            except ValueError as error:
+                where = '' if f'callbacks.{name}' in str(error) else f'callbacks.{name}: '
+                raise ValueError(f'{where}{error}') from None
 
 
 def _check_tokenizer(cfg: Config) -> None:
@@ -340,8 +394,14 @@ def _check_lm_eval(cfg: Config) -> None:
             f'variables.lm_eval={given} wants the export in a local save_folder, which is {cfg["save_folder"]}; '
             'copy the export and use scripts/evaluate.py'
         )
-    if given and (problems := check_suite(load_suite_of(given))):
-        raise ValueError(f'variables.lm_eval={given}: {"; ".join(problems)}')
+    if not given:
+        return
+    try:
+        problems = check_suite(load_suite_of(given))
+    except ValueError as error:
+        problems = [str(error)]
+    if problems:
+        raise ValueError(f'variables.lm_eval={shown(given)}: {"; ".join(problems)}')
 
 
 def _check_loading(cfg: Config) -> None:
@@ -405,7 +465,11 @@ def _check_saving(cfg: Config) -> None:
 
 
 def _folder_of(cfg: Config) -> str:
-    return str(cfg.get('save_folder') or '').format(run_name=cfg.get('run_name'))
+    folder = str(cfg.get('save_folder') or '')
+    try:
+        return folder.format(run_name=cfg.get('run_name'))
+    except (KeyError, IndexError, ValueError, AttributeError):
+        raise ValueError(f'save_folder={shown(folder)}: only {{run_name}} can stand in braces') from None
 
 
 def _index_of(stream: Config) -> tuple[int, set[str]] | None:
@@ -487,7 +551,7 @@ def _check_data(cfg: Config, parent_is_there: bool) -> None:
             sizes[name] = min(sizes[name], _consumed_of(where, checkpoint, index))
         elif not is_remote(checkpoint) and parent_is_there and not Path(checkpoint).exists():
             raise ValueError(f'train_loader.dataset.replay.streams.{name}.consumed_by={checkpoint} does not exist')
-    duration = Time.from_timestring(cfg['max_duration'])
+    duration = parse_time('max_duration', cfg['max_duration'])
     samples = budget_in_samples(duration, cfg['global_train_batch_size'], cfg['max_seq_len'])
     if samples is None:
         samples = int(duration.value) * mix.interleaving.slots_in_one_pass(sizes['new'])
@@ -647,7 +711,7 @@ def _check_weights(base: str, model: Any) -> None:
 def total_batches(cfg: Config) -> int | None:
     """Batches of the whole stage; None if it is given in epochs."""
     samples = budget_in_samples(
-        Time.from_timestring(cfg['max_duration']), cfg['global_train_batch_size'], cfg['max_seq_len']
+        parse_time('max_duration', cfg['max_duration']), cfg['global_train_batch_size'], cfg['max_seq_len']
     )
     return None if samples is None else samples // cfg['global_train_batch_size']
 

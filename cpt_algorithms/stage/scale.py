@@ -11,14 +11,21 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cpt_algorithms.keys import check_keys
+from cpt_algorithms.keys import check_keys, check_type
 from cpt_algorithms.stage.branch import in_batches
-from cpt_algorithms.stage.plan import stage_tokens
+from cpt_algorithms.stage.form import check_form
+from cpt_algorithms.stage.plan import check_sequence, stage_tokens
 
 __all__ = ['load_scaled', 'scaled']
 
 Config = dict[str, Any]
 
+_SCALE_TYPES: dict[str, Any] = {
+    **dict.fromkeys(('name', 'folder', 'data', 'longest_stage'), str),
+    'lr': float,
+    'sequence': dict[str, Any],
+    'common': dict[str, Any],
+}
 SCALE_KEYS = ('name', 'folder', 'data', 'longest_stage', 'lr', 'sequence', 'common')
 
 
@@ -35,6 +42,9 @@ def load_scaled(words: Sequence[str]) -> Config:
     """
     given, changes = OmegaConf.load(words[0]), OmegaConf.from_cli(list(words[1:]))
     if scale := _unresolved(OmegaConf.merge(given, changes)).get('scale'):
+        whole: Any = OmegaConf.to_container(given, resolve=True)
+        whole.pop('scale', None)
+        check_sequence(whole)
         then, now = (_unresolved(each) for each in (given, OmegaConf.load(_scale_file(str(scale), Path(words[0])))))
         given = OmegaConf.create(scaled(then, now))
     spec: Any = OmegaConf.to_container(OmegaConf.merge(given, changes), resolve=True)
@@ -83,6 +93,9 @@ def scaled(spec: Config, scale: Config) -> Config:
     check_keys('scale', scale, SCALE_KEYS)
     if missing := [key for key in SCALE_KEYS if key not in scale]:
         raise ValueError(f'scale.{missing[0]} is missing')
+    for key, hint in _SCALE_TYPES.items():
+        check_type(f'scale.{key}', scale[key], hint)
+    check_form({key: value for key, value in scale['common'].items() if value is not None}, 'scale.common')
     common, small = spec.get('common') or {}, scale['common']
     if 'lr' not in (common.get('optimizer') or {}):
         raise ValueError('common.optimizer.lr is missing: a scale keeps the ratios of learning rates to it')

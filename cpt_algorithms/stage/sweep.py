@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cpt_algorithms.keys import check_keys
+from cpt_algorithms.keys import check_keys, check_plain, check_type, shown
 from cpt_algorithms.stage.plan import Run, plan
 
 __all__ = ['plan_trials', 'sequence_of', 'trials_of']
@@ -36,6 +36,7 @@ SWEEP_KEYS = (
 # What decides the tokens of a stage and the operations per token.
 _COMPUTE = ('max_duration', 'global_train_batch_size', 'max_seq_len')
 _COMMAND = ['${env}', '${interpreter}', '${program}', 'SEQUENCE.yaml', '--trial', '${args_no_hyphens}']
+_MOST_TRIALS = 10_000
 _GRID = ('constant', 'categorical', 'int_uniform')
 _RANDOM = (*_GRID, 'categorical_w_probabilities', 'uniform', 'q_uniform', 'log_uniform_values')
 
@@ -51,7 +52,9 @@ def sequence_of(sweep: Mapping[str, Any]) -> list[str]:
     """
     if not isinstance(sweep, Mapping):
         raise ValueError('a sweep is a mapping with the keys program, command, method, metric and parameters')
-    command = [str(word) for word in sweep.get('command') or []]
+    check_plain(sweep)
+    check_type('command', sweep.get('command') or [], list[str])
+    command = sweep.get('command') or []
     words = command[command.index('${program}') + 1 : -2] if '${program}' in command else []
     if command[-2:] != _COMMAND[-2:] or not words:
         raise ValueError(f'command={command} hands no trial to a sequence; use {_COMMAND}')
@@ -78,12 +81,14 @@ def trials_of(sweep: Mapping[str, Any]) -> list[list[str]]:
     parameters = sweep.get('parameters') or {}
     if not parameters or not isinstance(parameters, Mapping):
         raise ValueError('parameters is missing from the sweep, or is not a mapping')
-    if cap is not None and (not isinstance(cap, int) or cap < 1):
-        raise ValueError(f'run_cap={cap!r} must be a whole number of at least 1')
+    if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or not 1 <= cap <= _MOST_TRIALS):
+        raise ValueError(f'run_cap={shown(cap)} must be a whole number from 1 to {_MOST_TRIALS}')
     for name, parameter in parameters.items():
         _check_parameter(f'parameters.{name}', parameter, _GRID if method == 'grid' else _RANDOM, method)
     if method == 'grid':
         values = [_grid(parameters[name]) for name in sorted(parameters)]
+        if (count := math.prod(map(len, values))) > _MOST_TRIALS:
+            raise ValueError(f'parameters: a grid of {count} trials, and at most {_MOST_TRIALS} are possible')
         drawn: Iterator[tuple[Any, ...]] = itertools.product(*values)
     else:
         if cap is None:
@@ -111,6 +116,7 @@ def _check_parameter(where: str, parameter: Any, possible: Sequence[str], method
     if not isinstance(parameter, Mapping) or 'parameters' in parameter:
         raise ValueError(f'{where} must be one parameter; write nested keys with dots, as in cpp.replay.fraction')
     distribution = _distribution(parameter)
+    check_type(f'{where}.distribution', distribution, str)
     if distribution not in possible:
         raise ValueError(
             f'{where}: distribution {distribution} with method={method} needs wandb agent; '
@@ -124,6 +130,15 @@ def _check_parameter(where: str, parameter: Any, possible: Sequence[str], method
             raise ValueError(f"{where}.{key}={parameter[key]!r} is text in W&B's YAML; write a number as 3.0e-4")
         if key == 'values' and (not isinstance(parameter[key], list) or not parameter[key]):
             raise ValueError(f'{where}.values={parameter[key]!r} must be a list of at least one')
+    for key, hint in {'probabilities': list[float], 'q': float}.items():
+        if key in parameter:
+            check_type(f'{where}.{key}', parameter[key], hint)
+    if 'probabilities' in parameter and (
+        min(parameter['probabilities'], default=0) < 0 or not sum(parameter['probabilities'])
+    ):
+        raise ValueError(f'{where}.probabilities={parameter["probabilities"]} must be at least 0, and not all 0')
+    if parameter.get('q', 1) <= 0:
+        raise ValueError(f'{where}.q={parameter["q"]} must be above 0')
     if 'min' in parameter and parameter['min'] > parameter.get('max', parameter['min']):
         raise ValueError(f'{where}: min={parameter["min"]} is above max={parameter["max"]}')
     if distribution.startswith('log') and parameter['min'] <= 0:

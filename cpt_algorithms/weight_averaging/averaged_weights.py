@@ -45,7 +45,7 @@ def parse_time(key: str, value: Any, at_least: float) -> Time:
     """
     try:
         time = Time.from_input(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, ArithmeticError, RuntimeError):
         time = None
     if time is None or time.unit not in _UNITS or time.value < (0 if time.unit == TimeUnit.DURATION else at_least):
         raise ValueError(f"{key}={value!r} must be a time in ba, tok, sp or dur, such as '100ba' or '0.01dur'")

@@ -320,7 +320,7 @@ def test_a_stage_that_is_added_changes_no_other_run(infinite):
     infinite['arms'] = {
         'only': {},
         'more': {'cpp': {'replay': {'fraction': 0.1}}},
-        'hot': {'common': {'precision': 'x'}},
+        'hot': {'common': {'precision': 'amp_bf16'}},
     }
     before = {run.name: run.config for run in plan(infinite)}
     infinite['data']['english'] = {'local': 'data/english'}
@@ -412,7 +412,7 @@ def test_a_baseline_shares_a_first_stage_that_has_branches(infinite):
 
 
 def test_constant_eta_min_is_where_the_first_stage_ended(spec, infinite):
-    arms = {'cold': {'baseline': 'constant_eta_min', 'cpp': {'precision': 'x'}}}
+    arms = {'cold': {'baseline': 'constant_eta_min', 'cpp': {'precision': 'amp_bf16'}}}
     assert plan({**infinite, 'arms': arms})[-1].config['scheduler']['alpha'] == 0.5, "a trunk's"
     spec['stages']['cpp']['optimizer'] = {'lr': 6.0e-3}
     assert plan({**spec, 'arms': arms})[-1].config['scheduler']['alpha'] == pytest.approx(0.05)

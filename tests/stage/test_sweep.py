@@ -275,7 +275,7 @@ def test_bad_trials_are_named(spec, trial, message):
         ({'parameters': {'cpp.a': {'values': []}}}, r'cpp\.a\.values=\[\] must be a list of at least one'),
         ({'parameters': {'cpp.a': {'values': 3}}}, r'cpp\.a\.values=3 must be a list'),
         ({'parameters': {'cpp.a': {'min': 3, 'max': 1}}}, 'min=3 is above max=1'),
-        ({'run_cap': 0}, 'run_cap=0 must be a whole number of at least 1'),
+        ({'run_cap': 0}, 'run_cap=0 must be a whole number from 1 to 10000'),
         ({'run_cap': '2', 'method': 'random'}, "run_cap='2' must be a whole number"),
         (
             {
