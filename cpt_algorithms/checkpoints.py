@@ -498,7 +498,16 @@ def guard_loading(trust: bool = False) -> None:
         os.environ.pop(HOOK, None)
     else:
         os.environ[HOOK] = ours
-        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # pyright: ignore
+        if hasattr(tarfile, 'data_filter'):
+            tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # pyright: ignore
+        else:  # Python below 3.10.12 and 3.11.4
+            tarfile.TarFile.extractall = _leave_packed  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _leave_packed(archive: tarfile.TarFile, *_: Any, **__: Any) -> None:
+    raise UnsafeCheckpointError(
+        f'{archive.name} is an archive, which this Python cannot unpack safely: unpack it first'
+    )
 
 
 class _Slice(io.RawIOBase):

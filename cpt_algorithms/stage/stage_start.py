@@ -179,8 +179,7 @@ class StageStart(Callback):
         ]
         changed += differences(self._loaded['data'], _describe_stock_data(state))
         changed += differences(self._loaded['schedule'], _describe_schedule(state))
-        if 'training' in self._loaded:  # which an earlier version of this library did not save
-            changed += differences(self._loaded['training'], _describe_training(state))
+        changed += differences(self._loaded['training'], _describe_training(state))
         if any(isinstance(callback, PhaseScheduler) for callback in state.callbacks) and not changed:
             # stock schedulers lag one batch behind, so that only ours can be compared with the time
             for scheduler in state.schedulers:
