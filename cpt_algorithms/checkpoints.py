@@ -61,6 +61,7 @@ DTYPES = {
 
 
 HOOK = 'CHECKPOINT_VALIDATION_FUNCTION'  # what Composer calls with every file that it is about to load
+_EXTRACTALL = tarfile.TarFile.extractall
 TRUST = 'set callbacks.stage_start.trust_checkpoint: true if you trust whoever made it'
 
 
@@ -496,6 +497,7 @@ def guard_loading(trust: bool = False) -> None:
             raise ValueError(f'{HOOK}={given} in the environment takes the place of our check; unset it, or {TRUST}')
     elif trust:
         os.environ.pop(HOOK, None)
+        tarfile.TarFile.extractall = _EXTRACTALL
     else:
         os.environ[HOOK] = ours
         if hasattr(tarfile, 'data_filter'):
@@ -505,9 +507,7 @@ def guard_loading(trust: bool = False) -> None:
 
 
 def _leave_packed(archive: tarfile.TarFile, *_: Any, **__: Any) -> None:
-    raise UnsafeCheckpointError(
-        f'{archive.name} is an archive, which this Python cannot unpack safely: unpack it first'
-    )
+    raise UnsafeCheckpointError(f'{archive.name}: this Python cannot unpack an archive safely; unpack it yourself')
 
 
 class _Slice(io.RawIOBase):

@@ -6,7 +6,7 @@ import mmap
 from itertools import count
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
-from random import randrange
+from secrets import randbelow
 
 import pytest
 from streaming import StreamingDataset
@@ -25,7 +25,7 @@ def rows(data):
 @pytest.fixture
 def leftover(monkeypatch):
     """A number of which only a position is left, the last that a killed run's clean-up comes to; one before is in use."""
-    used = randrange(500_000, 900_000)  # far from those of the processes of this machine
+    used = 500_000 + randbelow(400_000)  # far from those of the processes of this machine
     monkeypatch.setattr(prefix, '_each_prefix_int', lambda: count(used))
     monkeypatch.setattr(dataset_numbers, 'count', lambda: count(used))
     number = used + 1
