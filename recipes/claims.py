@@ -57,11 +57,11 @@ def variables(sequence: str, tokens: int) -> dict[str, int]:
         return {'tokens': batches * 4096, **{key: round(share * batches) * 4096 for key, share in shares.items()}}
     if sequence == 'averaging':
         batches = tokens // 1024
-        every = batches // 128
+        every = batches // 64
         return {
             'tokens': batches * 1024,
             'warmup': round(0.02 * batches) * 1024,
-            'anneal': batches * 1024 * 19 // 128,
+            'anneal': batches * 1024 * 10 // 64,
             'spike': batches * 5 // 8 + every // 2 - 4,  # the evaluation comes after some of it has healed
             'every': every,
         }
@@ -322,7 +322,7 @@ def w2(of: Evidence) -> list[Condition]:
 @claim('')
 def w3(of: Evidence) -> list[Condition]:
     """Wider spacing gains more, up to a limit."""
-    spacings = (1, 2, 4, 8, 12)  # the widest still fits into half of the run
+    spacings = (1, 2, 4, 6)  # the widest still fits into half of the run
     gains = {nu: of.window_gain(5, nu) for nu in spacings}
     best = max(gains, key=lambda nu: gains[nu].mean())
     first, last = min(gains), max(gains)
