@@ -32,7 +32,7 @@ data-claims: $(VENV)/installed
 		--dataset cpp=installed:cpp --dataset split_1=installed:python --dataset split_2=installed:python \
 		--dataset split_3=installed:python
 
-# The papers' claims, each with its verdict: hours; with QUICK=--quick, minutes.
+# The papers' claims, each with its verdict: hours; with QUICK=--quick, an eighth of the tokens.
 claims: data-claims
 	$(BIN)/python recipes/claims.py $(QUICK)
 

@@ -3,7 +3,7 @@
 
     make data-claims
     python recipes/claims.py             # everything, hours on a laptop
-    python recipes/claims.py --quick     # an eighth of the tokens, in minutes: the machinery, and what shows at once
+    python recipes/claims.py --quick     # an eighth of the tokens: the machinery, and what shows at once
 
 Trains the sequences of yamls/claims/ (recipes/sequence.py; run the same command again after any interruption), at the
 full and at an eighth of the tokens, and holds what came out against bounds that stand in this file. A claim is
