@@ -5,8 +5,9 @@
     python recipes/claims.py             # everything, hours on a laptop
     python recipes/claims.py --quick     # an eighth of the tokens: the machinery, and what shows at once
 
-Trains the sequences of yamls/claims/ (recipes/sequence.py; run the same command again after any interruption), at the
-full and at an eighth of the tokens, and holds what came out against bounds that stand in this file. A claim is
+Trains the sequences of yamls/claims/ (recipes/sequence.py; run the same command again after any interruption), and what
+is compared with union also at other numbers of tokens; holds what came out, of the longest stages that a claim is
+about, against bounds that stand in this file. A claim is
 *reproduced* if the 95 % intervals over seeds (Student's t) of all its quantities lie within their bounds, *not
 reproduced* if one lies outside, and *inconclusive at this scale* otherwise.
 Ends with FOLDER/claims.json, claims.md and claims.png.
@@ -27,6 +28,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -40,7 +42,11 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL, QUICK = 4_194_304, 524_288
+FULL, QUICK = 1_048_576, 131_072
+# How near union an update comes changes with the tokens of its stages: also measured at these.
+TREND = (FULL // 4, 2 * FULL)
+# What the paper recommends: percent of replay under each shift.
+RECOMMENDED = {'weak': 5, 'strong': 25}
 SEQUENCES = ('weak_shift', 'strong_shift', 'infinite', 'averaging')
 EMAS = ('ema_0.012dur', 'ema_0.035dur', 'ema_0.1dur')
 PAPERS_EMA = 'ema_6738tok'  # 0.9 at each batch of 1024 tokens
@@ -50,13 +56,9 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def variables(sequence: str, tokens: int) -> dict[str, int]:
-    """Times of a sequence with ``tokens`` in its longest stage, in whole batches."""
-    if sequence == 'infinite':
-        batches = tokens // 2 // 4096
-        shares = {'warmup': 0.01, 'cooldown': 0.6, 'anneal': 0.15}
-        return {'tokens': batches * 4096, **{key: round(share * batches) * 4096 for key, share in shares.items()}}
+    """Times of a sequence whose stages have ``tokens`` if it is about shifts, in whole batches of 1024 tokens."""
     if sequence == 'averaging':
-        batches = tokens // 1024
+        batches = 2 * tokens // 1024
         every = batches // 64
         return {
             'tokens': batches * 1024,
@@ -64,8 +66,15 @@ def variables(sequence: str, tokens: int) -> dict[str, int]:
             'anneal': batches * 1024 * 10 // 64,
             'spike': batches * 5 // 8 + every // 2 - 4,  # the evaluation comes after some of it has healed
             'every': every,
+            'window': 4 * every,
         }
-    return {'tokens': tokens}
+    batches = tokens // 1024 // (2 if sequence == 'infinite' else 1)
+    window = min(100, batches // 10)
+    times = {'tokens': batches * 1024, 'window': window, 'interval': max(1, window // 5)}
+    if sequence == 'infinite':
+        shares = {'warmup': 0.01, 'cooldown': 0.6, 'anneal': 0.15}
+        times |= {key: max(1, round(share * batches)) * 1024 for key, share in shares.items()}
+    return times
 
 
 class Evidence:
@@ -73,9 +82,11 @@ class Evidence:
 
     Args:
         folder: Where their folders are.
+        longest: What there is at the most tokens; of both shifts, as far as union needs it. Default: this.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, longest: 'Evidence | None' = None) -> None:
+        self.longest = longest or self
         self.weak, self.strong, self.infinite, self.averaging = (Runs(folder / name) for name in SEQUENCES)
         self.shifts = {'weak': (self.weak, 'stdlib'), 'strong': (self.strong, 'cpp')}
 
@@ -100,8 +111,9 @@ class Evidence:
 
     def gap(self, shift: str) -> np.ndarray:
         """Average loss minus union's, of the replay fraction that the paper recommends for the shift."""
-        percent = {'weak': 5, 'strong': 25}[shift]
-        return self.average(shift, self.after(shift, percent)) - self.average(shift, f'union_{self.shifts[shift][1]}')
+        return self.average(shift, self.after(shift, RECOMMENDED[shift])) - self.average(
+            shift, f'union_{self.shifts[shift][1]}'
+        )
 
     def spike(self, run: str) -> np.ndarray:
         """How far the loss on Python rises in the first tenth of an update."""
@@ -202,8 +214,8 @@ def c4(of: Evidence) -> list[Condition]:
 def c5(of: Evidence) -> list[Condition]:
     """Re-warming, re-decaying and replay are as good as union."""
     return [
-        Condition('average loss minus union, weak, 5 %', of.gap('weak'), below=0.03),
-        Condition('average loss minus union, strong, 25 %', of.gap('strong'), below=0.03),
+        Condition('average loss minus union, weak, 5 %', of.longest.gap('weak'), below=0.03),
+        Condition('average loss minus union, strong, 25 %', of.longest.gap('strong'), below=0.03),
     ]
 
 
@@ -211,9 +223,9 @@ def c5(of: Evidence) -> list[Condition]:
 def c6(of: Evidence) -> list[Condition]:
     """The update is better on D1 than union and than from scratch."""
     conditions = []
-    for shift, percent in (('weak', 5), ('strong', 25)):
-        runs, new = of.shifts[shift]
-        update = of.on_new(shift, percent)
+    for shift, percent in RECOMMENDED.items():
+        runs, new = of.longest.shifts[shift]
+        update = of.longest.on_new(shift, percent)
         conditions += [
             Condition(
                 f'D1: union minus {percent} % replay, {shift}', runs.final(f'union_{new}', new) - update, above=0
@@ -430,12 +442,25 @@ def w10(of: Evidence) -> list[Condition]:
     ]
 
 
-def train(folder: Path, tokens: int) -> None:
-    """Run the sequences; one that fails does not stop the others."""
-    for name in SEQUENCES:
+def train(folder: Path, tokens: int, against_union: bool = False) -> None:
+    """Run the sequences; one that fails does not stop the others.
+
+    Args:
+        folder: Where their folders are.
+        tokens: See :func:`variables`.
+        against_union: Only what is compared with union. Default: ``False``.
+    """
+    for name in ('weak_shift', 'strong_shift') if against_union else SEQUENCES:
+        path = ROOT / 'yamls' / 'claims' / f'{name}.yaml'
+        if against_union:
+            spec = yaml.safe_load(path.read_text(encoding='utf-8'))
+            percent = RECOMMENDED[name.removesuffix('_shift')]
+            spec['arms'] = {arm: spec['arms'][arm] for arm in (f'replay {percent} %', 'from scratch', 'union')}
+            path = folder / f'{name}.yaml'
+            write_whole(path, yaml.safe_dump(spec, sort_keys=False).encode())
         settings = [f'variables.{key}={value}' for key, value in variables(name, tokens).items()]
-        words = [f'yamls/claims/{name}.yaml', f'folder={(folder / name).resolve()}', *settings]
-        console.print(f'\n{name}, {tokens:,} tokens in the longest stage', style='bold')
+        words = [str(path), f'folder={(folder / name).resolve()}', *settings]
+        console.print(f'\n{name}, stages of {tokens:,} tokens', style='bold')
         code = subprocess.run([sys.executable, str(ROOT / 'recipes' / 'sequence.py'), *words], cwd=ROOT).returncode
         if code:
             console.print(f'{name} ended with {code}: what it lacks is in the table as not run')
@@ -482,6 +507,20 @@ def markdown(findings: list[Finding]) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def as_data(finding: Finding) -> dict[str, Any]:
+    """The same, with the number of each seed."""
+    conditions = [
+        {'what': each.what, 'must be': each.bounds, 'values': [*map(float, each.values)], 'verdict': each.verdict}
+        for each in finding.conditions
+    ]
+    return {
+        'claim': finding.claim.name,
+        'verdict': finding.verdict,
+        'missing': finding.missing,
+        'conditions': conditions,
+    }
+
+
 def draw(by_tokens: dict[int, Evidence], path: Path) -> None:
     """How the gap to union changes with the tokens of a stage."""
     figure, axes = plt.subplots(figsize=(5, 3.4), layout='constrained')
@@ -519,37 +558,24 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     """Train, judge, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true', help=f'only {QUICK:,} tokens a stage')
+    parser.add_argument('--quick', action='store_true', help=f'stages of {QUICK:,} tokens, and no others')
     parser.add_argument('--folder', type=Path, default=Path('runs/claims'))
     arguments = parser.parse_args()
     started = time.monotonic()
-    by_tokens: dict[int, Evidence] = {}
-    results: dict[str, Any] = machine()
-    for tokens in (QUICK,) if arguments.quick else (QUICK, FULL):
-        folder = arguments.folder / f'{tokens}tok'
-        train(folder, tokens)
-        by_tokens[tokens] = evidence = Evidence(folder)
-        findings = judge(CLAIMS, evidence)
-        print_findings(findings, f'{tokens:,} tokens a stage')
-        results[str(tokens)] = [
-            {
-                'claim': finding.claim.name,
-                'verdict': finding.verdict,
-                'missing': finding.missing,
-                'conditions': [
-                    {
-                        'what': each.what,
-                        'must be': each.bounds,
-                        'values': [float(x) for x in each.values],
-                        'verdict': each.verdict,
-                    }
-                    for each in finding.conditions
-                ],
-            }
-            for finding in findings
-        ]
-        write_json(arguments.folder / 'claims.json', results)
-        write_whole(arguments.folder / 'claims.md', markdown(findings).encode())
+
+    def place(tokens: int) -> Path:
+        return arguments.folder / f'{tokens}tok'
+
+    full = QUICK if arguments.quick else FULL
+    train(place(full), full)
+    by_tokens = {full: Evidence(place(full))}
+    for tokens in () if arguments.quick else TREND:
+        train(place(tokens), tokens, against_union=True)
+        by_tokens[tokens] = Evidence(place(tokens))
+    findings = judge(CLAIMS, Evidence(place(full), by_tokens[max(by_tokens)]))
+    print_findings(findings, f'stages of {full:,} tokens, C5 and C6 of {max(by_tokens):,}')
+    write_json(arguments.folder / 'claims.json', {**machine(), 'findings': [as_data(each) for each in findings]})
+    write_whole(arguments.folder / 'claims.md', markdown(findings).encode())
     draw(by_tokens, arguments.folder / 'claims.png')
     console.print(f'{arguments.folder}/claims.json, claims.md and claims.png ({time.monotonic() - started:.0f} s)')
 

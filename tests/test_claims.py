@@ -167,7 +167,7 @@ def plans():
         patch.chdir(ROOT)
         patch.setattr(sequence, 'resolve', lambda config: config)  # it would look for the tokenizer
         for name in claims.SEQUENCES:
-            words = [f'variables.{key}={value}' for key, value in claims.variables(name, 524288).items()]
+            words = [f'variables.{key}={value}' for key, value in claims.variables(name, 131072).items()]
             found[name] = sequence.read(sequence.parse([f'yamls/claims/{name}.yaml', *words]))
     return found
 

@@ -85,9 +85,13 @@ class ForkServer:
 def _serve() -> None:
     """Fork a process for each line of standard input; returns in those."""
     import llmfoundry.command_utils  # noqa: F401
+    import transformers
 
     import cpt_algorithms.evaluation.lm_eval  # noqa: F401
     import cpt_algorithms.stage.cost_tables  # noqa: F401
+
+    # Composer asks for every class in it when it builds a model: seconds of imports, here once
+    transformers.MODEL_FOR_CAUSAL_LM_MAPPING.values()
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C is for those whom it interrupts
