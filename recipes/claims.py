@@ -442,12 +442,13 @@ def w10(of: Evidence) -> list[Condition]:
     ]
 
 
-def train(folder: Path, tokens: int, against_union: bool = False) -> None:
+def train(folder: Path, tokens: int, jobs: int, against_union: bool = False) -> None:
     """Run the sequences; one that fails does not stop the others.
 
     Args:
         folder: Where their folders are.
         tokens: See :func:`variables`.
+        jobs: Runs at a time.
         against_union: Only what is compared with union. Default: ``False``.
     """
     for name in ('weak_shift', 'strong_shift') if against_union else SEQUENCES:
@@ -459,7 +460,7 @@ def train(folder: Path, tokens: int, against_union: bool = False) -> None:
             path = folder / f'{name}.yaml'
             write_whole(path, yaml.safe_dump(spec, sort_keys=False).encode())
         settings = [f'variables.{key}={value}' for key, value in variables(name, tokens).items()]
-        words = [str(path), f'folder={(folder / name).resolve()}', *settings]
+        words = [str(path), f'folder={(folder / name).resolve()}', f'jobs={jobs}', *settings]
         console.print(f'\n{name}, stages of {tokens:,} tokens', style='bold')
         code = subprocess.run([sys.executable, str(ROOT / 'recipes' / 'sequence.py'), *words], cwd=ROOT).returncode
         if code:
@@ -560,6 +561,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', action='store_true', help=f'stages of {QUICK:,} tokens, and no others')
     parser.add_argument('--folder', type=Path, default=Path('runs/claims'))
+    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='runs at a time; default: one for each core')
     arguments = parser.parse_args()
     started = time.monotonic()
 
@@ -567,10 +569,10 @@ def main() -> None:
         return arguments.folder / f'{tokens}tok'
 
     full = QUICK if arguments.quick else FULL
-    train(place(full), full)
+    train(place(full), full, arguments.jobs)
     by_tokens = {full: Evidence(place(full))}
     for tokens in () if arguments.quick else TREND:
-        train(place(tokens), tokens, against_union=True)
+        train(place(tokens), tokens, arguments.jobs, against_union=True)
         by_tokens[tokens] = Evidence(place(tokens))
     findings = judge(CLAIMS, Evidence(place(full), by_tokens[max(by_tokens)]))
     print_findings(findings, f'stages of {full:,} tokens, C5 and C6 of {max(by_tokens):,}')
