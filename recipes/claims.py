@@ -29,6 +29,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import yaml
+from composer.utils.collect_env import get_cpu_model
 from rich.console import Console
 from rich.table import Table
 
@@ -467,10 +468,11 @@ def train(folder: Path, tokens: int, jobs: int, against_union: bool = False) -> 
             console.print(f'{name} ended with {code}: what it lacks is in the table as not run')
 
 
-def number(condition: Condition) -> str:
-    """Mean and half-width."""
+def measured(condition: Condition) -> str:
+    """Mean and half-width, and what they mean if not that the claim holds."""
     mean = condition.over_seeds
-    return f'{mean.mean:+.3f}' + ('' if mean.half is None else f' ± {mean.half:.3f}')
+    number = f'{mean.mean:+.3f}' + ('' if mean.half is None else f' ± {mean.half:.3f}')
+    return number if condition.verdict == 'reproduced' else f'{number} ({condition.verdict})'
 
 
 def print_findings(findings: list[Finding], title: str) -> None:
@@ -480,32 +482,29 @@ def print_findings(findings: list[Finding], title: str) -> None:
         shown.add_column(column, overflow='fold')
     for finding in findings:
         first = [f'{finding.claim.name} {finding.claim.says}', finding.verdict]
-        for condition in finding.conditions or [Condition(finding.missing, [0.0])]:
-            measured = number(condition) if finding.conditions else ''
-            mark = '' if condition.verdict == 'reproduced' or not finding.conditions else f' ({condition.verdict})'
-            shown.add_row(*first, condition.what, condition.bounds if finding.conditions else '', measured + mark)
+        for condition in finding.conditions:
+            shown.add_row(*first, condition.what, condition.bounds, measured(condition))
             first = ['', '']
+        if finding.missing:
+            shown.add_row(*first, finding.missing)
         shown.add_section()
     console.print(shown)
 
 
-def markdown(findings: list[Finding]) -> str:
-    """The same for a document."""
-    lines = [
-        '| claim | the paper | quantity (nats/token) | must be | measured | verdict |',
-        '|---|---|---|---|---|---|',
-    ]
+def page(findings: list[Finding], made: dict[str, Any]) -> str:
+    """For documents: a line for each claim, with the quantity that decides, and a table of all quantities."""
+    versions = ', '.join(f'{name} {number}' for name, number in made['versions'].items())
+    short = ['| claim | the paper | here, 95 % interval | verdict |', '|---|---|---|---|']
+    whole = ['| claim | quantity (nats/token) | must be | measured |', '|---|---|---|---|']
     for finding in findings:
-        first = [f'{finding.claim.name}: {finding.claim.says}', finding.claim.paper]
+        claim, decides = finding.claim, finding.missing
         for condition in finding.conditions:
-            verdict = f'**{finding.verdict}**' if first[0] else ''
-            lines.append(
-                f'| {first[0]} | {first[1]} | {condition.what} | {condition.bounds} | {number(condition)} | {verdict} |'
-            )
-            first = ['', '']
-        if not finding.conditions:
-            lines.append(f'| {first[0]} | {first[1]} | | | | {finding.verdict}: {finding.missing} |')
-    return '\n'.join(lines) + '\n'
+            if not decides and condition.verdict == finding.verdict:
+                decides = f'{condition.what}: {measured(condition).partition(" (")[0]}'
+            whole.append(f'| {claim.name} | {condition.what} | {condition.bounds} | {measured(condition)} |')
+        short.append(f'| {claim.name} {claim.says} | {claim.paper} | {decides} | {finding.verdict} |')
+    about = f'{made["date"]}, {made["cores"]} cores ({made["processor"]}), Python {made["python"]}, {versions}'
+    return '\n'.join([about, '', *short, '', *whole, ''])
 
 
 def as_data(finding: Finding) -> dict[str, Any]:
@@ -550,7 +549,7 @@ def machine() -> dict[str, Any]:
     return {
         'date': date.today().isoformat(),
         'cores': os.cpu_count(),
-        'machine': platform.machine(),
+        'processor': get_cpu_model(),
         'python': platform.python_version(),
         'versions': {name: version(name) for name in packages},
     }
@@ -576,8 +575,9 @@ def main() -> None:
         by_tokens[tokens] = Evidence(place(tokens))
     findings = judge(CLAIMS, Evidence(place(full), by_tokens[max(by_tokens)]))
     print_findings(findings, f'stages of {full:,} tokens, C5 and C6 of {max(by_tokens):,}')
-    write_json(arguments.folder / 'claims.json', {**machine(), 'findings': [as_data(each) for each in findings]})
-    write_whole(arguments.folder / 'claims.md', markdown(findings).encode())
+    made = machine()
+    write_json(arguments.folder / 'claims.json', {**made, 'findings': [as_data(each) for each in findings]})
+    write_whole(arguments.folder / 'claims.md', page(findings, made).encode())
     draw(by_tokens, arguments.folder / 'claims.png')
     console.print(f'{arguments.folder}/claims.json, claims.md and claims.png ({time.monotonic() - started:.0f} s)')
 
