@@ -15,27 +15,24 @@ Ends with FOLDER/claims.json, claims.md and claims.png.
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import yaml
-from composer.utils.collect_env import get_cpu_model
 from rich.console import Console
 from rich.table import Table
 
 from cpt_algorithms.evaluation.claims import Claim, Condition, Finding, NotRun, Runs, judge
 from cpt_algorithms.evaluation.functional import steps_saved
 from cpt_algorithms.evaluation.kept_checkpoints import KeptCheckpoints
+from cpt_algorithms.evaluation.made_with import made_with
 from cpt_algorithms.files import write_json, write_whole
 from cpt_algorithms.weight_averaging import window_weights
 
@@ -491,9 +488,8 @@ def print_findings(findings: list[Finding], title: str) -> None:
     console.print(shown)
 
 
-def page(findings: list[Finding], made: dict[str, Any]) -> str:
+def page(findings: list[Finding], made: str) -> str:
     """For documents: a line for each claim, with the quantity that decides, and a table of all quantities."""
-    versions = ', '.join(f'{name} {number}' for name, number in made['versions'].items())
     short = ['| claim | the paper | here, 95 % interval | verdict |', '|---|---|---|---|']
     whole = ['| claim | quantity (nats/token) | must be | measured |', '|---|---|---|---|']
     for finding in findings:
@@ -503,8 +499,7 @@ def page(findings: list[Finding], made: dict[str, Any]) -> str:
                 decides = f'{condition.what}: {measured(condition).partition(" (")[0]}'
             whole.append(f'| {claim.name} | {condition.what} | {condition.bounds} | {measured(condition)} |')
         short.append(f'| {claim.name} {claim.says} | {claim.paper} | {decides} | {finding.verdict} |')
-    about = f'{made["date"]}, {made["cores"]} cores ({made["processor"]}), Python {made["python"]}, {versions}'
-    return '\n'.join([about, '', *short, '', *whole, ''])
+    return '\n'.join([made, '', *short, '', *whole, ''])
 
 
 def as_data(finding: Finding) -> dict[str, Any]:
@@ -543,18 +538,6 @@ def draw(by_tokens: dict[int, Evidence], path: Path) -> None:
     plt.close(figure)
 
 
-def machine() -> dict[str, Any]:
-    """Where and when."""
-    packages = ('torch', 'mosaicml', 'llm-foundry', 'mosaicml-streaming', 'transformers')
-    return {
-        'date': date.today().isoformat(),
-        'cores': os.cpu_count(),
-        'processor': get_cpu_model(),
-        'python': platform.python_version(),
-        'versions': {name: version(name) for name in packages},
-    }
-
-
 def main() -> None:
     """Train, judge, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -575,8 +558,8 @@ def main() -> None:
         by_tokens[tokens] = Evidence(place(tokens))
     findings = judge(CLAIMS, Evidence(place(full), by_tokens[max(by_tokens)]))
     print_findings(findings, f'stages of {full:,} tokens, C5 and C6 of {max(by_tokens):,}')
-    made = machine()
-    write_json(arguments.folder / 'claims.json', {**made, 'findings': [as_data(each) for each in findings]})
+    made = made_with()
+    write_json(arguments.folder / 'claims.json', {'made': made, 'findings': [as_data(each) for each in findings]})
     write_whole(arguments.folder / 'claims.md', page(findings, made).encode())
     draw(by_tokens, arguments.folder / 'claims.png')
     console.print(f'{arguments.folder}/claims.json, claims.md and claims.png ({time.monotonic() - started:.0f} s)')

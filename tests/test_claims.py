@@ -60,13 +60,13 @@ def test_a_claim_whose_runs_are_not_there_stays_in_the_table():
 
     (finding,) = judge([Claim('C0', 'says', 'paper', test)], None)
     assert finding.verdict == 'not run'
-    assert '| cpp-s17 in runs | not run |' in claims.page([finding], claims.machine())
+    assert '| cpp-s17 in runs | not run |' in claims.page([finding], 'made here')
 
 
 def test_a_page_says_what_decided():
     good, bad = Condition('a', [1, 1.1, 0.9], above=0), Condition('b', [-1, -1.1, -0.9], above=0)
     finding = Finding(Claim('C0', 'says', 'paper', lambda evidence: []), [good, bad])
-    lines = claims.page([finding], claims.machine()).splitlines()
+    lines = claims.page([finding], 'made here').splitlines()
     assert '| C0 says | paper | b: -1.000 ± 0.248 | not reproduced |' in lines
     assert '| C0 | a | > 0 | +1.000 ± 0.248 |' in lines
     assert '| C0 | b | > 0 | -1.000 ± 0.248 (not reproduced) |' in lines

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table of what the benchmarks beside this file have written: ours, stock, floor, ratio, spread.
+"""One table of what the benchmarks beside this file have written: ours, stock, floor, ratio, spread; also as bench.md.
 
     make bench                                              # runs them all, then this
     python scripts/benchmarks/summary.py runs/bench         # what is there already
@@ -18,6 +18,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from cpt_algorithms.evaluation.made_with import made_with
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,32 @@ PARTS: dict[str, Callable[[dict[str, Any]], list[Line]]] = {
 }
 
 
+COLUMNS = ('part', 'what', 'ours', 'stock', 'floor', 'ratio', 'range')
+TITLE = 'ratio: ours / stock (ours / floor where there is no stock); median of rounds, and their range'
+
+
+def cells(line: Line) -> list[str]:
+    """A line as people read it."""
+    numbers = ['' if value is None else f'{value:,.4g}' for value in (line.ours, line.stock, line.floor)]
+    ratio = f'{statistics.median(line.ratios):.3f}' if line.ratios else ''
+    spread = f'{min(line.ratios):.2f} to {max(line.ratios):.2f}' if len(line.ratios) > 1 else ''
+    return [line.part, line.what, *numbers, ratio, spread]
+
+
 def table(lines: Sequence[Line]) -> Table:
-    """As people read it."""
-    shown = Table(title='ratio: ours / stock (ours / floor where there is no stock); median of rounds, and their range')
-    for column in ('part', 'what', 'ours', 'stock', 'floor', 'ratio', 'range'):
+    """For the terminal."""
+    shown = Table(title=TITLE)
+    for column in COLUMNS:
         shown.add_column(column, justify='left' if column in ('part', 'what') else 'right')
     for line in lines:
-        numbers = ['' if value is None else f'{value:,.4g}' for value in (line.ours, line.stock, line.floor)]
-        ratio = f'{statistics.median(line.ratios):.3f}' if line.ratios else ''
-        spread = f'{min(line.ratios):.2f} to {max(line.ratios):.2f}' if len(line.ratios) > 1 else ''
-        shown.add_row(line.part, line.what, *numbers, ratio, spread)
+        shown.add_row(*cells(line))
     return shown
+
+
+def page(lines: Sequence[Line]) -> str:
+    """For documents."""
+    rows = [COLUMNS, ['---'] * 2 + ['---:'] * 5, *map(cells, lines)]
+    return '\n'.join([made_with(), '', f'{TITLE}.', '', *(f'| {" | ".join(row)} |' for row in rows), ''])
 
 
 def main() -> None:
@@ -148,6 +165,7 @@ def main() -> None:
             lines += read(json.loads((folder / f'{name}.json').read_text()))
         else:
             sys.stderr.write(f'{name}: not run, there is no {folder / name}.json\n')
+    (folder / 'bench.md').write_text(page(lines), encoding='utf-8')
     Console(width=None if sys.stdout.isatty() else 140).print(table(lines))
 
 

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When and with what numbers were made that documents show."""
+
+import os
+import platform
+from datetime import date
+from importlib.metadata import version
+
+from composer.utils.collect_env import get_cpu_model
+
+__all__ = ['made_with']
+
+_STACK = ('torch', 'mosaicml', 'llm-foundry', 'mosaicml-streaming', 'transformers')
+
+
+def made_with() -> str:
+    """A line: the date, the processor and its cores, Python and the stack."""
+    versions = [f'{name} {version(name)}' for name in _STACK]
+    python = f'Python {platform.python_version()}'
+    return ', '.join([date.today().isoformat(), f'{os.cpu_count()} cores of {get_cpu_model()}', python, *versions])
