@@ -321,7 +321,9 @@ class StreamOrder:
             return read
         # whole blocks of what was read take the part of shards: their rows lie in the same few shards
         blocks = np.diff(np.r_[np.arange(0, self.size, self.block_size), self.size])
-        again = ShuffledOrder(blocks, self.fresh_seed or seed or 0, number, self.block_size)
+        again = ShuffledOrder(
+            blocks, (seed or 0) if self.fresh_seed is None else self.fresh_seed, number, self.block_size
+        )
         return lambda places: read(again(places))
 
 
@@ -361,7 +363,7 @@ class MixedSequence:
         return {key: value for key, value in self.__dict__.items() if key != '_order'}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
+        self.__dict__.update(state)
         self._remember_orders()
 
     def __call__(self, slots: Ints) -> Ints:
@@ -427,8 +429,6 @@ def differences(saved: str, current: str) -> list[str]:
         current: JSON object as it is now.
     """
     old, new = json.loads(saved), json.loads(current)
-    return [
-        f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'
-        for key in [*new, *(k for k in old if k not in new)]
-        if old.get(key, 'absent') != new.get(key, 'absent')
-    ]
+    absent = dict.fromkeys([*new, *old], 'absent')
+    old, new = absent | old, absent | new
+    return [f'{key}: {old[key]} -> {new[key]}' for key in absent if old[key] != new[key]]
