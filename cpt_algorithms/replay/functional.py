@@ -109,13 +109,12 @@ def _tijdeman(numerators: Sequence[int], period: int) -> NDArray[np.uint8]:
     counts = [0] * num_streams
     pattern = np.empty(period, np.uint8)
     for slot in range(period):
-        best, best_key = -1, (0.0, 0)
-        for stream, numerator in enumerate(numerators):
-            owed = scale * (numerator * (slot + 1) - period * counts[stream])
-            if numerator and owed >= period:
-                deadline = (scale * period - period - owed) / numerator
-                if best < 0 or (deadline, stream) < best_key:
-                    best, best_key = stream, (deadline, stream)
+        deadlines = [
+            ((scale * period - period - owed) / numerator, stream)
+            for stream, numerator in enumerate(numerators)
+            if numerator and (owed := scale * (numerator * (slot + 1) - period * counts[stream])) >= period
+        ]
+        _, best = min(deadlines)
         counts[best] += 1
         pattern[slot] = best
     return pattern
@@ -264,7 +263,7 @@ class ShuffledOrder:
         todo = np.ones(len(positions), bool)
         while todo.any():
             position = int(positions[np.argmax(todo)])
-            block = min(position // self.block_size, self._num_blocks - 1)
+            block = position // self.block_size
             while (found := self._block(block))[0] > position:
                 block -= 1
             while found[0] + len(found[1]) <= position:

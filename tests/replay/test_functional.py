@@ -40,6 +40,7 @@ def test_one_old_stream_by_hand():
 def test_two_old_streams_by_hand():
     # shares 2/4, 1/4, 1/4: each period of four gives two, one and one
     interleaving = Interleaving(shares_of(0.5, {'a': 1, 'b': 1}))
+    assert interleaving.pattern.tolist() == [0, 1, 2, 0]
     assert interleaving.counts(4) == [2, 1, 1]
     assert interleaving.counts(10**10) == [5 * 10**9, 25 * 10**8, 25 * 10**8]
 
@@ -133,7 +134,9 @@ def test_passes_and_seeds_differ():
 def test_the_order_is_the_same_in_every_version():
     # a run that goes on after an update must find what it has not read yet
     order = ShuffledOrder(np.array([3, 4, 2, 4]), seed=7, pass_index=1, block_size=5)
-    assert order(np.arange(13)).tolist() == [0, 7, 8, 1, 2, 9, 10, 11, 12, 3, 5, 4, 6]
+    ids = order(np.arange(13))
+    assert ids.dtype == np.int64
+    assert ids.tolist() == [0, 7, 8, 1, 2, 9, 10, 11, 12, 3, 5, 4, 6]
 
 
 def test_samples_stay_within_a_block_of_their_shard():
