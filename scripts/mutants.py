@@ -16,6 +16,7 @@ EXPLAINED = Path('tests/equivalent_mutants.txt')
 
 
 def mutmut(*arguments: str) -> str:
+    """What mutmut prints."""
     return subprocess.run([MUTMUT, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -27,6 +28,7 @@ def changed_lines(mutant: str) -> str:
 
 
 def main(names: list[str]) -> None:
+    """Test the mutants, and compare the survivors with those that are explained."""
     shutil.rmtree('mutants', ignore_errors=True)
     subprocess.run([MUTMUT, 'run', *names], check=True)
     results = dict(line.strip().split(': ') for line in mutmut('results').splitlines())
