@@ -189,6 +189,13 @@ def test_later_passes_over_a_part_shuffle_blocks_of_it():
         assert order.one_pass(number)(places).tolist() == expected.tolist()
 
 
+def test_passes_over_everything_are_orders_of_their_own():
+    sizes, places = np.array([20, 13, 20, 7, 20]), np.arange(80)
+    expected = ShuffledOrder(sizes, 3, 1, 16)(places)
+    assert StreamOrder(sizes, 3, 16).one_pass(1)(places).tolist() == expected.tolist()
+    assert StreamOrder(sizes, None, 16).one_pass(1)(places).tolist() == places.tolist()
+
+
 def test_a_sequence_goes_to_a_spawned_worker():
     sequence = MixedSequence(Interleaving(shares_of(0, {})), [StreamOrder(np.full(5, 20), 9, 50)])
     slots = np.arange(150)
