@@ -6,7 +6,7 @@ DATA ?= data/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart data data-tiny data-claims claims test slow faults spark lint bench style clean
+.PHONY: quickstart data data-tiny data-claims claims test slow faults mutants spark lint bench style clean
 
 # Pre-train a small model, continue it in several ways, print and draw what was forgotten, learned and spent.
 quickstart: data
@@ -47,6 +47,10 @@ slow: $(VENV)/installed
 faults: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/replay/test_faults.py -s
 
+# Do the tests notice when the code is wrong? Every small change of the functional cores and of what a resumed run rests on.
+mutants: $(VENV)/installed
+	$(BIN)/python scripts/mutants.py
+
 # The same preparation on Spark (needs Java 8 to 17).
 spark: $(VENV)/installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[spark]'
@@ -78,4 +82,4 @@ $(VENV)/installed: setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) data runs
+	rm -rf $(VENV) data runs mutants

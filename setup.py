@@ -40,6 +40,7 @@ TEST = [
     'hypothesis>=6.100',
     'jsonschema>=4',
     'jsonref>=1',
+    'mutmut>=3.8,<4',
     'ruff>=0.9',
     'pyright[nodejs]>=1.1.390',
 ]

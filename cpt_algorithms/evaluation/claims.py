@@ -46,13 +46,7 @@ class Condition:
     @property
     def verdict(self) -> str:
         """``reproduced`` if the whole interval lies within the bounds, ``not reproduced`` if none of it does."""
-        mean = self.over_seeds
-        if mean.half is None:
-            return INCONCLUSIVE
-        low, high = mean.mean - mean.half, mean.mean + mean.half
-        if self.above < low and high < self.below:
-            return REPRODUCED
-        return NOT_REPRODUCED if high <= self.above or self.below <= low else INCONCLUSIVE
+        return _place(self.over_seeds, self.above, self.below)
 
     @property
     def bounds(self) -> str:
@@ -60,6 +54,15 @@ class Condition:
         if self.above == -inf:
             return f'< {self.below:g}'
         return f'> {self.above:g}' if self.below == inf else f'{self.above:g} to {self.below:g}'
+
+
+def _place(mean: OverSeeds, above: float, below: float) -> str:
+    if mean.half is None:
+        return INCONCLUSIVE
+    low, high = mean.mean - mean.half, mean.mean + mean.half
+    if above < low and high < below:
+        return REPRODUCED
+    return NOT_REPRODUCED if high <= above or below <= low else INCONCLUSIVE
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,11 @@ class Finding:
     @property
     def verdict(self) -> str:
         """``reproduced`` if every condition is, ``not reproduced`` if one is not, and else inconclusive."""
-        if self.missing:
-            return NOT_RUN
-        verdicts = {condition.verdict for condition in self.conditions}
-        return next((each for each in (NOT_REPRODUCED, INCONCLUSIVE) if each in verdicts), REPRODUCED)
+        return NOT_RUN if self.missing else _worst([condition.verdict for condition in self.conditions])
+
+
+def _worst(verdicts: Sequence[str]) -> str:
+    return next((each for each in (NOT_REPRODUCED, INCONCLUSIVE) if each in verdicts), REPRODUCED)
 
 
 def judge(claims: Sequence[Claim], evidence: Any) -> list[Finding]:

@@ -93,10 +93,10 @@ def by_average(losses: Mapping[str, float], datasets: Iterable[str]) -> dict[str
         losses: ``{label: loss}``; a label is a dataset, or ``<dataset>/<average>`` for averaged weights.
         datasets: Those wanted; others are left out.
     """
-    longest_first = sorted(datasets, key=len, reverse=True)
+    backwards = sorted(datasets, reverse=True)  # of several that a label begins with, the longest comes first
     result: dict[str, dict[str, float]] = {}
     for label, loss in losses.items():
-        if found := [name for name in longest_first if label == name or label.startswith(f'{name}/')]:
+        if found := [name for name in backwards if label == name or label.startswith(f'{name}/')]:
             result.setdefault(label[len(found[0]) + 1 :], {})[found[0]] = loss
     return result
 
@@ -136,7 +136,7 @@ def steps_saved(raw: Sequence[Sequence[float]], averaged: Sequence[Sequence[floa
 
     The loss to reach is the mean of the raw losses in the last ``window`` batches, which the raw weights have had since
     the middle of these: ``1 - (first batch at which the average is that good) / (last - window / 2)``. The first batch
-    is taken on a straight line between evaluations.
+    is taken on a straight line between evaluations; before the first evaluation of the average nothing is assumed.
 
     Args:
         raw: ``[[batch, loss], ...]`` of the training weights; instead of batches, shares of the run will do.
@@ -148,10 +148,12 @@ def steps_saved(raw: Sequence[Sequence[float]], averaged: Sequence[Sequence[floa
     """
     last = raw[-1][0]
     target = final_loss([loss for batch, loss in raw if batch > last - window]).value
-    for (batch, loss), (next_batch, next_loss) in zip(averaged, averaged[1:], strict=False):
-        if next_loss <= target < loss:
-            reached = batch + (loss - target) / (loss - next_loss) * (next_batch - batch)
-            return 1 - reached / (last - window / 2)
+    for index, (batch, loss) in enumerate(averaged):
+        if loss <= target:
+            if index:
+                before, higher = averaged[index - 1]
+                batch = before + (higher - target) / (higher - loss) * (batch - before)
+            return 1 - batch / (last - window / 2)
     return None
 
 

@@ -109,13 +109,12 @@ def _tijdeman(numerators: Sequence[int], period: int) -> NDArray[np.uint8]:
     counts = [0] * num_streams
     pattern = np.empty(period, np.uint8)
     for slot in range(period):
-        best, best_key = -1, (0.0, 0)
-        for stream, numerator in enumerate(numerators):
-            owed = scale * (numerator * (slot + 1) - period * counts[stream])
-            if numerator and owed >= period:
-                deadline = (scale * period - period - owed) / numerator
-                if best < 0 or (deadline, stream) < best_key:
-                    best, best_key = stream, (deadline, stream)
+        deadlines = [
+            ((scale * period - period - owed) / numerator, stream)
+            for stream, numerator in enumerate(numerators)
+            if numerator and (owed := scale * (numerator * (slot + 1) - period * counts[stream])) >= period
+        ]
+        _, best = min(deadlines)
         counts[best] += 1
         pattern[slot] = best
     return pattern
@@ -264,7 +263,7 @@ class ShuffledOrder:
         todo = np.ones(len(positions), bool)
         while todo.any():
             position = int(positions[np.argmax(todo)])
-            block = min(position // self.block_size, self._num_blocks - 1)
+            block = position // self.block_size
             while (found := self._block(block))[0] > position:
                 block -= 1
             while found[0] + len(found[1]) <= position:
@@ -321,7 +320,9 @@ class StreamOrder:
             return read
         # whole blocks of what was read take the part of shards: their rows lie in the same few shards
         blocks = np.diff(np.r_[np.arange(0, self.size, self.block_size), self.size])
-        again = ShuffledOrder(blocks, self.fresh_seed or seed or 0, number, self.block_size)
+        again = ShuffledOrder(
+            blocks, (seed or 0) if self.fresh_seed is None else self.fresh_seed, number, self.block_size
+        )
         return lambda places: read(again(places))
 
 
@@ -361,7 +362,7 @@ class MixedSequence:
         return {key: value for key, value in self.__dict__.items() if key != '_order'}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
+        self.__dict__.update(state)
         self._remember_orders()
 
     def __call__(self, slots: Ints) -> Ints:
@@ -427,8 +428,6 @@ def differences(saved: str, current: str) -> list[str]:
         current: JSON object as it is now.
     """
     old, new = json.loads(saved), json.loads(current)
-    return [
-        f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'
-        for key in [*new, *(k for k in old if k not in new)]
-        if old.get(key, 'absent') != new.get(key, 'absent')
-    ]
+    absent = dict.fromkeys([*new, *old], 'absent')
+    old, new = absent | old, absent | new
+    return [f'{key}: {old[key]} -> {new[key]}' for key in absent if old[key] != new[key]]

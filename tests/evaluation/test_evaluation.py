@@ -17,7 +17,7 @@ def test_final_loss_by_hand():
     assert mean.value == pytest.approx(2.2)
     assert mean.stderr == pytest.approx(0.2 / 3**0.5)  # sample deviation 0.2
     assert final_loss([2.5]).stderr == 0
-    with pytest.raises(ValueError, match='no loss was evaluated'):
+    with pytest.raises(ValueError, match='^no loss was evaluated .* is max_duration reached.$'):
         final_loss([])
 
 
@@ -107,3 +107,6 @@ def test_steps_saved_by_hand():
     averaged = [[100, 5.5], [200, 3.1], [300, 2.7], [400, 2.6], [500, 2.6]]
     assert steps_saved(raw, averaged, window=200) == pytest.approx(1 - 250 / 400)
     assert steps_saved(raw, [[100, 5.0], [500, 3.0]], window=200) is None
+    # as good at an evaluation; at its first one
+    assert steps_saved(raw, [[100, 5.0], [200, 2.9], [300, 2.9]], window=200) == 1 - 200 / 400
+    assert steps_saved(raw, [[300, 2.8], [400, 2.85], [500, 2.8]], window=200) == 1 - 300 / 400

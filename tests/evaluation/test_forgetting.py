@@ -62,6 +62,19 @@ def test_a_curve_is_thinned_evenly():
     assert points[0] == [0, 0]
     assert len(points) == 32
     assert points[-1] == [992, 496]
+    assert len(thinned([[batch] for batch in range(2000)], [2000])) == 1001
+    assert len(thinned([[batch] for batch in range(8000)], [8000], most=8000)) == 4001
+
+
+def test_a_curve_of_three_points_by_hand():
+    points: list[list[float]] = []
+    seen = []
+    for batch in range(11, 20):
+        points = thinned(points, [batch, 7], most=3)
+        seen.append([batch for batch, _ in points])
+    assert seen == [
+        [11], [11, 12], [11, 12, 13], [11, 13], [11, 13, 15], [11, 13, 15], [11, 15], [11, 15], [11, 15, 19],
+    ]  # fmt: skip
 
 
 def byte_level():

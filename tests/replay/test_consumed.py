@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import recorder
 import tiny
+import torch
 import torch.distributed.checkpoint as dcp
 from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 
 from cpt_algorithms.checkpoints import dataset_state_of
 from cpt_algorithms.replay import ReplayTextDataset
+from cpt_algorithms.replay.consumed import Consumed, consumed_by, positions_behind, read_consumed, read_positions
 from cpt_algorithms.replay.functional import ShuffledOrder, StreamOrder
 from cpt_algorithms.stage import PreflightError, preflight, resolve
 
@@ -38,6 +40,79 @@ def test_passes_over_a_part_stay_in_it():
     assert StreamOrder(sizes, 3, 16, 500).one_pass(1)(np.arange(80)).tolist() == (
         ShuffledOrder(sizes, 3, 1, 16)(np.arange(80)).tolist()
     )
+
+
+# What a dataset says of itself, and what it had read.
+MIX = {
+    'shuffle': True,
+    'shuffle_seed': 5,
+    'shuffle_block_size': 40,
+    'order': 'as first read',
+    'new.web': '400 samples (abc)',
+    'replay.pile': '300 samples (def), weight 3',
+    'replay.code': '200 samples (123), weight 1',
+}
+READ = {'new': 96, 'pile': 24, 'code': 8}
+
+
+def state_of(**over):
+    return {'mix': json.dumps({**MIX, **over}), 'consumed': json.dumps(READ)}
+
+
+def test_what_was_consumed_by_hand():
+    assert consumed_by(state_of(), 'abc') == Consumed(96, 5, 40)
+    assert consumed_by(state_of(shuffle=False), 'abc') == Consumed(96, None, 40)
+    with pytest.raises(ValueError, match=r'^its train loader was not replay_text, or an older one, so what it read is'):
+        consumed_by({'mix': json.dumps(MIX)}, 'abc')
+    with pytest.raises(
+        ValueError,
+        match=r'^it learned another dataset \(web: 400 samples \(abc\); this one is ab\): name the run that read it$',
+    ):
+        consumed_by(state_of(), 'ab')
+    with pytest.raises(
+        ValueError,
+        match=r'^it read several new datasets shuffled together \(web: 400 samples \(abc\), more: 1 samples \(9\)\); one by',
+    ):
+        consumed_by(state_of(**{'new.more': '1 samples (9)'}), 'abc')
+
+
+def test_positions_behind_by_hand():
+    def behind(**over):
+        return positions_behind(state_of(), json.dumps({**MIX, **over}))
+
+    assert behind() == READ
+    # other weights and limits are another mix of the same data
+    assert behind(**{'replay.pile': '300 samples (def), weight 9, only the first 7 of seed 1, block 2'}) == READ
+    # what is not the same data in the same role begins at 0
+    assert behind(**{'new.web': '400 samples (abd)'}) == {'pile': 24, 'code': 8}
+    assert behind(**{'new.more': '1 samples (9)'}) == {'pile': 24, 'code': 8}
+    assert behind(**{'replay.pile': '300 samples (dee)', 'replay.web': '400 samples (abc)'}) == {'new': 96, 'code': 8}
+    for key, value in (('shuffle', False), ('shuffle_seed', 6), ('shuffle_block_size', 41), ('order', 'shuffled')):
+        with pytest.raises(
+            ValueError,
+            match=rf'^it read in another order \({key}: {MIX[key]} -> {value}\), and this run would not know what is left$',
+        ):
+            behind(**{key: value})
+    with pytest.raises(ValueError, match='shuffle: True -> False; shuffle_seed: 5 -> 6'):
+        behind(shuffle=False, shuffle_seed=6)
+    with pytest.raises(ValueError, match=r'^its train loader was not replay_text, or an older one, so what it read is'):
+        positions_behind({'mix': json.dumps(MIX)}, json.dumps(MIX))
+    # the order of old data is nothing to a run that had none, or reads none of it again; nor is any if all is new
+    others = {'replay.pile': '1 samples (1)', 'replay.code': '1 samples (2)'}
+    assert behind(order='shuffled', **others) == {'new': 96}
+    assert behind(shuffle_seed=6, **others, **{'new.web': '1 samples (3)'}) == {}
+
+
+@pytest.mark.parametrize('together', [True, False])
+def test_positions_come_from_a_checkpoint(tmp_path, together):
+    path = str(tmp_path / 'ep0-ba12-rank0.pt')
+    torch.save({'state': {'dataset_state': {'train': state_of()}}}, path)
+    assert read_positions('key', path, json.dumps(MIX), together) == READ
+    assert read_consumed('key', path, 'abc', together) == Consumed(96, 5, 40)
+    with pytest.raises(ValueError, match=rf'^key={path}: it learned another dataset '):
+        read_consumed('key', path, 'x', together)
+    with pytest.raises(ValueError, match=rf'^key={path}: KeyError: .shuffle'):
+        read_positions('key', path, json.dumps({'new.web': MIX['new.web']}), together)
 
 
 def ids_of(rows):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replay arithmetic against numbers one can check by hand, and against its guarantees."""
 
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -16,6 +17,7 @@ from cpt_algorithms.replay.functional import (
     StreamOrder,
     check_budget,
     differences,
+    row_shift,
     shares_of,
     worker_slots,
 )
@@ -38,6 +40,7 @@ def test_one_old_stream_by_hand():
 def test_two_old_streams_by_hand():
     # shares 2/4, 1/4, 1/4: each period of four gives two, one and one
     interleaving = Interleaving(shares_of(0.5, {'a': 1, 'b': 1}))
+    assert interleaving.pattern.tolist() == [0, 1, 2, 0]
     assert interleaving.counts(4) == [2, 1, 1]
     assert interleaving.counts(10**10) == [5 * 10**9, 25 * 10**8, 25 * 10**8]
 
@@ -128,6 +131,14 @@ def test_passes_and_seeds_differ():
     assert order(1, 0) != order(2, 0)
 
 
+def test_the_order_is_the_same_in_every_version():
+    # a run that goes on after an update must find what it has not read yet
+    order = ShuffledOrder(np.array([3, 4, 2, 4]), seed=7, pass_index=1, block_size=5)
+    ids = order(np.arange(13))
+    assert ids.dtype == np.int64
+    assert ids.tolist() == [0, 7, 8, 1, 2, 9, 10, 11, 12, 3, 5, 4, 6]
+
+
 def test_samples_stay_within_a_block_of_their_shard():
     sizes, block = np.full(200, 50), 500
     order = ShuffledOrder(sizes, 5, 0, block)
@@ -143,7 +154,7 @@ def test_samples_stay_within_a_block_of_their_shard():
 
 
 def test_start_does_not_depend_on_the_dataset_size():
-    order = ShuffledOrder(np.full(10**10 // 8192, 8192), 1, 0)
+    order = ShuffledOrder(np.full(10**10 // 8192, 8192, np.int32), 1, 0)
     assert len(set(order(np.arange(5) + 7 * 10**9).tolist())) == 5
 
 
@@ -161,6 +172,49 @@ def test_second_pass_is_another_order_of_the_same_samples():
     first, second = sequence(np.arange(100)), sequence(np.arange(100, 200))
     assert sorted(first) == sorted(second)
     assert first.tolist() != second.tolist()
+
+
+def test_later_passes_over_a_part_shuffle_blocks_of_it():
+    # 50 of 80 samples in blocks of 16 are blocks of 16, 16, 16 and 2
+    sizes, blocks, places = np.array([20, 13, 20, 7, 20]), np.array([16, 16, 16, 2]), np.arange(50)
+    for seed, fresh_seed, number, seed_of_blocks in (
+        (3, None, 1, 3),
+        (3, 8, 0, 8),
+        (3, 0, 0, 0),
+        (None, None, 2, 0),
+    ):
+        read = np.arange(80) if seed is None else ShuffledOrder(sizes, seed, 0, 16)(np.arange(80))
+        expected = read[ShuffledOrder(blocks, seed_of_blocks, number, 16)(places)]
+        order = StreamOrder(sizes, seed, 16, limit=50, fresh_seed=fresh_seed)
+        assert order.one_pass(number)(places).tolist() == expected.tolist()
+
+
+def test_passes_over_everything_are_orders_of_their_own():
+    sizes, places = np.array([20, 13, 20, 7, 20]), np.arange(80)
+    expected = ShuffledOrder(sizes, 3, 1, 16)(places)
+    assert StreamOrder(sizes, 3, 16).one_pass(1)(places).tolist() == expected.tolist()
+    assert StreamOrder(sizes, None, 16).one_pass(1)(places).tolist() == places.tolist()
+
+
+def test_a_sequence_goes_to_a_spawned_worker():
+    sequence = MixedSequence(Interleaving(shares_of(0, {})), [StreamOrder(np.full(5, 20), 9, 50)])
+    slots = np.arange(150)
+    ids = sequence(slots)
+    assert ids.dtype == np.int64, 'and not a float, which has no room for them all'
+    assert pickle.loads(pickle.dumps(sequence))(slots).tolist() == ids.tolist()
+
+
+def test_a_sequence_goes_on_behind_what_was_read():
+    orders = [StreamOrder(np.full(5, 20), 9, 50)]
+    whole, rest = (MixedSequence(Interleaving(shares_of(0, {})), orders, starts) for starts in (None, [30]))
+    assert rest(np.arange(170)).tolist() == whole(np.arange(30, 200)).tolist()
+
+
+def test_rows_are_turned_by_the_golden_ratio():
+    # fractional parts of k * 0.618...: 0, 0.618, 0.236, 0.854, 0.472; and of the 32-bit integers 1/2 at 2^31
+    assert row_shift(np.array([0, 1, 2, 3, 4, 2**31]), 16).tolist() == [0, 9, 3, 13, 7, 8]
+    slots = worker_slots(np.arange(32), 0, 16, 0, 1, 0, 1)
+    assert slots.tolist() == [*range(16), *range(25, 32), *range(16, 25)]
 
 
 @pytest.mark.parametrize('num_ranks', [1, 2, 4, 8])
@@ -212,6 +266,19 @@ def test_too_small_data_is_said_with_numbers():
     with pytest.raises(ValueError, match=r"replay stream 'pile', which has 800 \(2\.00 passes; max_passes is 1\)"):
         check_budget(200, interleaving, {'new': 100, 'pile': 50}, 1, 16)
     check_budget(200, interleaving, {'new': 100, 'pile': 50}, 2, 16)
+    with pytest.raises(ValueError, match=r'\(100\.00 passes; .* raise train_loader\.dataset\.max_passes$'):
+        check_budget(200, interleaving, {'new': 1, 'pile': 100}, 1, 16)
+    with pytest.raises(ValueError, match=r'which has 0 \(100\.00 passes'):
+        check_budget(200, interleaving, {'new': 100, 'pile': 0}, 1, 16)
+    with pytest.raises(ValueError, match='zip'):
+        check_budget(200, interleaving, {'new': 100}, 1, 16)
+
+
+def test_what_was_read_before_counts():
+    interleaving, sizes = Interleaving(shares_of(0.5, {'pile': 1})), {'new': 101, 'pile': 101}
+    check_budget(200, interleaving, sizes, 1, 16, {'new': 1, 'pile': 1})
+    with pytest.raises(ValueError, match=r'reads 1,632 tokens of the new data \(32 of them before it begins\), which'):
+        check_budget(200, interleaving, sizes, 1, 16, {'new': 2})
 
 
 def test_differences_name_what_changed():

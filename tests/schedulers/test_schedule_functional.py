@@ -93,6 +93,32 @@ def test_spans_leave_out_jumps_and_show_the_tail() -> None:
     assert [(s.until, s.end) for s in cut] == [(10, pytest.approx(0.5))]
 
 
+def test_phases_are_called_what_they_do() -> None:
+    assert list(rewarm_constant(4, alpha=0.5).spans(8)) == [
+        Span('warm-up', 0, 4, 0.0, 0.5, 'linear'),
+        Span('flat', 4, 8, 0.5, 0.5, 'constant'),
+    ]
+    assert list(rewarm_cosine(4, 8).spans()) == [
+        Span('warm-up', 0, 4, 0.0, 1.0, 'linear'),
+        Span('decay', 4, 8, 1.0, 0.1, 'cosine'),
+    ]
+    assert list(infinite(1, 2, 3, 8, alpha_const=0.5).spans()) == [
+        Span('warm-up', 0, 1, 0.0, 1.0, 'linear'),
+        Span('cooldown', 1, 3, 1.0, 0.5, 'cosine'),
+        Span('constant', 3, 5, 0.5, 0.5, 'constant'),
+        Span('anneal', 5, 8, 0.5, 0.1, 'exponential'),
+    ]
+    assert list(wsd(1, 2, 5).spans()) == [
+        Span('warm-up', 0, 1, 0.0, 1.0, 'linear'),
+        Span('stable', 1, 3, 1.0, 1.0, 'constant'),
+        Span('decay', 3, 5, 1.0, 0.1, '1-sqrt'),
+    ]
+    assert [span.name for span in wsd(1, 1, 6, num_cycles=2).spans()] == [
+        *('warm-up 1', 'stable 1', 'decay 1'),
+        *('warm-up 2', 'stable 2', 'decay 2'),
+    ]
+
+
 def test_a_span_before_a_jump_ends_at_its_own_end() -> None:
     spans = list(wsd(0, 2, 4, alpha_f=0.25, decay='linear', num_cycles=2).spans())
     assert [(s.name, s.start, s.end) for s in spans] == [('decay 1', 1.0, 0.25), ('decay 2', 1.0, 0.25)]
@@ -199,6 +225,7 @@ ERRORS = [
     (lambda: rewarm_cosine(1, 10, alpha_f='1e-1'), ["alpha_f='1e-1'", 'number']),
     (lambda: rewarm_constant(math.inf), ['t_warmup=inf']),
     (lambda: rewarm_constant(1, alpha=True), ['alpha=True']),
+    (lambda: rewarm_constant(1, alpha_i=-2), ['alpha_i=-2']),
     (
         lambda: infinite(3_000_000_000, 20, 5, 30, alpha_const=0.5),
         ['t_warmup (3000000000) + t_cooldown (20) + t_anneal (5) = 3000000025 is longer than the run (30)'],

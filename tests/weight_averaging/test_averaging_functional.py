@@ -65,6 +65,8 @@ def test_window_weights_by_hand():
         [1 / 2, (sqrt(2) - 1) / 2, (sqrt(3) - sqrt(2)) / 2, (2 - sqrt(3)) / 2]
     )
     assert window_weights([0.5, 0.75, -0.25], 3) == [0.5, 0.75, -0.25]
+    assert window_weights('ema', 3, decay=1.0) == pytest.approx([1 / 3] * 3)
+    assert window_weights('ema', 2) == pytest.approx([9 / 19, 10 / 19])
     for kind in ('uniform', 'linear', 'ema', 'one_minus_sqrt'):
         assert window_weights(kind, 1) == [1.0]
         assert sum(window_weights(kind, 7)) == pytest.approx(1)
@@ -83,6 +85,7 @@ def test_merging_weighs_the_updates_as_the_decay_would(kind, decay):
         ('unifrom', 3, 0.9, "weights='unifrom' is unknown; one of uniform, linear, ema, one_minus_sqrt"),
         ('uniform', 0, 0.9, 'nothing to average'),
         ('ema', 3, 0.0, 'decay=0.0 must be above 0'),
+        ('ema', 3, 1.5, 'decay=1.5 must be above 0 and at most 1'),
         ([0.5, 0.5], 3, 0.9, '2 weights for 3 checkpoints'),
         ([0.5, 0.6], 2, 0.9, 'their sum is 1.1'),
         ([float('nan'), 1.0], 2, 0.9, 'finite'),
@@ -99,3 +102,12 @@ def test_weighted_mean_accumulates_in_float32():
     assert mean.dtype == torch.float32
     assert mean.tolist() == [2.0, 128.5]  # 128.5 is no bfloat16
     assert tensors[0].tolist() == [1.0, 256.0], 'inputs are left alone'
+
+
+def test_weighted_mean_leaves_float32_alone_too():
+    tensors = [torch.tensor([4.0]), torch.tensor([8.0])]
+    assert weighted_mean(tensors, [0.25, 0.75], torch.device('cpu')).tolist() == [7.0]
+    assert [tensor.tolist() for tensor in tensors] == [[4.0], [8.0]]
+    assert weighted_mean(tensors, [0.25, 0.75], torch.device('meta')).device.type == 'meta'
+    with pytest.raises(ValueError, match='zip'):
+        weighted_mean(tensors, [1.0], torch.device('cpu'))

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judge of claims, on verdicts and runs small enough to work out by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cpt_algorithms.evaluation.claims import Claim, Condition, Finding, NotRun, Runs, judge
+
+# Of one seed: [batch, token, loss]; the average is also evaluated at batch 6, and not at 0.
+RAW = [[0, 0, 3.0], [2, 8, 5.0], [4, 16, 4.0], [8, 32, 6.0]]
+EMA = [[2, 8, 5.5], [4, 16, 3.5], [6, 24, 1.0], [8, 32, 5.75]]
+
+
+def write(folder, seeds=(2, 1), finished=(1, 2)):
+    planned = {'arm': 'a', 'stage': 'x', 'parent': None, 'tokens': {'new': 32}, 'trunk': {}, 'batches': 8}
+    runs = [{**planned, 'name': f'a-s{seed}', 'seed': seed} for seed in seeds]
+    (folder / 'sequence.json').write_text(json.dumps({'name': 'q', 'data': ['d', 'e'], 'stages': {}, 'runs': runs}))
+    for seed in seeds:
+        run = folder / f'a-s{seed}'
+        run.mkdir()
+        losses = {'d': RAW, 'd/ema': EMA, 'e': [[8, 32, 1.0]]}
+        losses = {label: [[*at, loss + seed] for *at, loss in rows] for label, rows in losses.items()}
+        final = {'d': {'mean': 10.0 + seed}, 'd/ema': {'mean': 8.0 * seed}, 'e': {'mean': 2.0}}
+        (run / 'losses.json').write_text(json.dumps({'losses': losses, 'final': final}))
+        if seed in finished:
+            (run / 'done.json').write_text('{}')
+    return Runs(folder)
+
+
+def test_runs_are_given_seed_by_seed(tmp_path):
+    runs = write(tmp_path)
+    assert runs.seeds == [1, 2]
+    assert [run.name for run in runs.named('a')] == ['a-s1', 'a-s2']
+    assert runs.final('a', 'd').tolist() == [11, 12]
+    assert runs.final('a', 'd', 'ema').tolist() == [8, 16]
+    assert runs.average_final('a', ['d', 'e']).tolist() == [6.5, 7.0]
+    assert runs.last('a', 'd').tolist() == [7, 8]
+    assert runs.last('a', 'd', 'ema').tolist() == [6.75, 7.75]
+
+
+def test_curves_are_over_the_share_of_the_run(tmp_path):
+    first, second = write(tmp_path).curves('a', 'd', 'ema')
+    assert first.tolist() == [[0.25, 6.5], [0.5, 4.5], [0.75, 2.0], [1.0, 6.75]]
+    assert second[:, 1].tolist() == [7.5, 5.5, 3.0, 7.75]
+
+
+def test_gain_is_a_mean_over_evaluations_of_both(tmp_path):
+    runs = write(tmp_path)
+    # raw minus average: -0.5 at 0.25, 0.5 at 0.5, 0.25 at 1
+    assert runs.gain('a', 'd', 'ema', 0.25, 0.5).tolist() == [0.0, 0.0]
+    assert runs.gain('a', 'd', 'ema', 0.26, 1.0).tolist() == [0.375, 0.375]
+    assert runs.gain('a', 'd', 'ema', 0.6, 1.0).tolist() == [0.25, 0.25]
+
+
+def test_rise_is_to_the_highest_loss_of_the_beginning(tmp_path):
+    runs = write(tmp_path)
+    before = np.array([1.0, 3.0])
+    assert runs.rise('a', 'd', before, 0.25).tolist() == [5.0, 4.0]
+    assert runs.rise('a', 'd', before, 0.2).tolist() == [3.0, 2.0]
+    assert runs.rise('a', 'd', before, 1.0).tolist() == [6.0, 5.0]
+
+
+def test_what_was_not_run_is_named(tmp_path):
+    runs = write(tmp_path, seeds=(1, 2, 3), finished=(2,))
+    with pytest.raises(NotRun) as error:
+        runs.named('a')
+    assert str(error.value) == f'a-s1, a-s3 in {tmp_path}'
+    with pytest.raises(NotRun, match='^b-s1, b-s2, b-s3 in '):
+        runs.named('b')
+    nothing = Runs(tmp_path / 'nowhere')
+    assert nothing.seeds == []
+    with pytest.raises(NotRun, match='^a in .*nowhere$'):
+        nothing.named('a')
+
+
+@pytest.mark.parametrize(
+    ('above', 'below', 'verdict', 'bounds'),
+    [
+        (0.5, np.inf, 'reproduced', '> 0.5'),
+        (0.5, 1.5, 'reproduced', '0.5 to 1.5'),
+        (1, np.inf, 'not reproduced', '> 1'),
+        (-np.inf, 1, 'not reproduced', '< 1'),
+        (-np.inf, 1.5, 'reproduced', '< 1.5'),
+    ],
+)
+def test_a_bound_itself_is_outside(above, below, verdict, bounds):
+    # seeds that agree: an interval of no width, at 1
+    condition = Condition('', [1, 1, 1], above, below)
+    assert condition.verdict == verdict
+    assert condition.bounds == bounds
+
+
+def test_every_claim_has_a_finding():
+    def missing(evidence):
+        raise NotRun(f'nothing in {evidence}')
+
+    claims = [
+        Claim('C1', '', '', lambda evidence: [Condition(evidence, [2, 2], above=1)]),
+        Claim('C2', '', '', missing),
+    ]
+    run, not_run = judge(claims, 'runs')
+    assert (run.claim, run.conditions[0].what, run.missing, run.verdict) == (claims[0], 'runs', '', 'reproduced')
+    assert not_run == Finding(claims[1], [], 'nothing in runs')
+    assert not_run.verdict == 'not run'

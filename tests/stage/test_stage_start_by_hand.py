@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``stage_start`` event by event, on a model of one number: what it puts back, what it refuses, and in which words."""
+
+import json
+import logging
+
+import pytest
+import torch
+from composer.algorithms import GradientClipping
+from composer.core import Precision, State, Time
+from composer.devices import DeviceCPU
+from composer.loggers import Logger
+from composer.models import ComposerModel
+from composer.optim import ConstantScheduler, LinearScheduler, compile_composer_scheduler
+
+from cpt_algorithms.schedulers import RewarmConstantScheduler
+from cpt_algorithms.stage import StageStart
+from cpt_algorithms.stage.stage_start import budget_in_samples
+
+
+class Number(ComposerModel):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, batch):
+        return self.weight * batch
+
+    def loss(self, outputs, batch):
+        return outputs.sum()
+
+
+class Run:
+    """What Composer's trainer does with the callback."""
+
+    def __init__(
+        self, optimizer='reset', run_name='run', lr=0.5, betas=(0.9, 0.99), scheduler=None, ours=None, max_duration='8ba',
+        precision=Precision.FP32, algorithms=(),
+    ):  # fmt: skip
+        self.callback = StageStart(optimizer)
+        model = Number()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=0.25)
+        self.state = State(
+            model=model, rank_zero_seed=0, run_name=run_name, device=DeviceCPU(), max_duration=max_duration,
+            optimizers=self.optimizer, callbacks=[self.callback, *([ours] if ours else [])], precision=precision,
+            algorithms=list(algorithms),
+        )  # fmt: skip
+        self.logger = Logger(self.state)
+        if scheduler is not None:
+            self.state.schedulers = [compile_composer_scheduler(scheduler, self.state)]
+        self.callback.init(self.state, self.logger)
+        self.callback.before_load(self.state, self.logger)
+
+    def step(self):
+        self.state.model.weight.grad = torch.ones(1)
+        self.optimizer.step()
+
+    def load(self, parent='parent.pt', at=0, saved=None, **group):
+        """As if the parent's checkpoint had brought these hyperparameters."""
+        self.state.load_path = parent
+        self.state.timestamp = self.state.timestamp.copy(batch=at)
+        self.optimizer.param_groups[0].update(group)
+        if saved is not None:
+            self.callback.load_state_dict(saved)
+        self.callback.after_load(self.state, self.logger)
+        return self
+
+    def saved(self):
+        return self.callback.state_dict()
+
+    @property
+    def group(self):
+        return {key: value for key, value in self.optimizer.param_groups[0].items() if key != 'params'}
+
+
+def test_budgets_by_hand():
+    # global batches of 4 samples of 8 tokens
+    for duration, samples in {
+        '3ba': 12, '12sp': 12, '13sp': 16, '96tok': 12, '97tok': 16, '65tok': 12, '1tok': 4, '2ep': None,
+    }.items():  # fmt: skip
+        assert budget_in_samples(Time.from_timestring(duration), 4, 8) == samples, duration
+    with pytest.raises(ValueError, match='^max_duration=30sec must be in tok, ba, sp or ep$'):
+        budget_in_samples(Time.from_timestring('30sec'), 4, 8)
+
+
+def test_a_stage_takes_back_what_its_yaml_says():
+    run = Run(scheduler=ConstantScheduler())
+    yaml = run.group
+    run.step()
+    run.state.schedulers[0].base_lrs = []
+    run.load(lr=7.0, initial_lr=8.0, weight_decay=0.0, betas=[0.1, 0.2], eps=1.0)
+    assert run.group == yaml
+    assert yaml['betas'] == (0.9, 0.99)
+    assert run.state.schedulers[0].base_lrs == [0.5]
+    assert not run.optimizer.state, 'the optimizer starts afresh'
+
+
+def test_kept_optimizers_keep_their_moments():
+    run = Run('keep')
+    run.step()
+    run.load(lr=7.0)
+    assert run.group['lr'] == 0.5
+    assert run.optimizer.state[run.state.model.weight]['exp_avg'].item() == pytest.approx(0.1)
+    with pytest.raises(
+        ValueError,
+        match="^callbacks.stage_start.optimizer is keep, but the parent's optimizer state was not loaded; set load_weights_only: false, load_ignore_keys: .state/schedulers, ",
+    ):
+        Run('keep').load()
+    # a sharded load leaves zero moments behind, and a step
+    run = Run('keep')
+    run.optimizer.state[run.state.model.weight] = {'step': torch.ones(1), 'exp_avg': torch.zeros(1)}
+    with pytest.raises(ValueError, match='optimizer state was not loaded'):
+        run.load()
+    run.optimizer.state[run.state.model.weight] = {'step': torch.ones(1), 'exp_avg': -torch.ones(1)}
+    run.load()
+    with pytest.raises(
+        ValueError, match='^callbacks.stage_start.optimizer is keep, but there is no load_path to keep one from$'
+    ):
+        Run('keep').load(parent=None)
+
+
+def test_bad_options_are_named():
+    with pytest.raises(
+        ValueError, match="^callbacks.stage_start.optimizer='x' is not possible; use 'reset' or 'keep'$"
+    ):
+        StageStart('x')
+    with pytest.raises(
+        ValueError, match='^callbacks.stage_start.trust_checkpoint=1 is not possible; use true or false$'
+    ):
+        StageStart(trust_checkpoint=1)
+    assert StageStart().optimizer == 'reset'
+    assert StageStart().trust_checkpoint is False
+
+
+def test_a_checkpoint_says_which_run_it_is_of():
+    scheduler = RewarmConstantScheduler('2ba', alpha_i=0.25, alpha=0.5)
+    clipping = GradientClipping(clipping_type='norm', clipping_threshold=1.5)
+    run = Run(scheduler=scheduler, precision=Precision.FP32, algorithms=[clipping])
+    saved = json.loads(run.saved()['stage'])
+    assert saved.keys() == {'run_name', 'data', 'schedule', 'training'}
+    assert saved['run_name'] == 'run'
+    assert saved['data'] == '{}'
+    schedule = json.loads(saved['schedule'])
+    assert schedule['scheduler'] == 'RewarmConstantScheduler'
+    assert schedule['alpha_i'] == '0.25' and schedule['alpha'] == '0.5'
+    assert schedule['t_warmup'] == str(Time.from_timestring('2ba'))
+    assert 'max_duration' not in schedule, 'it shapes nothing'
+    assert json.loads(saved['training']) == {
+        'precision': 'fp32',
+        'GradientClipping': "{'clipping_type': 'norm', 'clipping_threshold': 1.5}",
+    }
+    of_share = json.loads(json.loads(Run(scheduler=RewarmConstantScheduler('0.5dur')).saved()['stage'])['schedule'])
+    assert of_share['max_duration'] == str(Time.from_timestring('8ba'))
+
+
+def test_a_restart_that_changes_nothing_goes_on():
+    saved = Run(scheduler=LinearScheduler()).saved()
+    run = Run(scheduler=LinearScheduler())
+    run.step()
+    run.load(at=4, saved=saved, lr=0.25, betas=[0.9, 0.99])
+    assert run.group['lr'] == 0.25, 'the learning rate is where it was'
+    assert run.optimizer.state, 'and so is the optimizer'
+
+
+@pytest.mark.parametrize(
+    ('change', 'loaded', 'message'),
+    [
+        ({}, {'weight_decay': 0.5}, 'weight_decay: 0.5 -> 0.25'),
+        ({}, {'betas': [0.8, 0.99]}, r'betas: \[0.8, 0.99\] -> \(0.9, 0.99\)'),
+        ({}, {'initial_lr': 1.0, 'eps': 1.0}, 'initial_lr: 1.0 -> 0.5; eps: 1.0 -> 1e-08|eps: 1.0 -> 1e-08; initial_lr: 1.0 -> 0.5'),
+        ({'scheduler': LinearScheduler(alpha_f=0.5)}, {}, 'alpha_f: 0.0 -> 0.5'),
+        ({'precision': Precision.AMP_BF16}, {}, 'precision: fp32 -> amp_bf16'),
+        ({'algorithms': [GradientClipping('norm', 1.0)]}, {}, 'GradientClipping: absent -> .*'),
+    ],
+)  # fmt: skip
+def test_a_restart_that_changes_something_is_refused(change, loaded, message):
+    saved = Run(scheduler=LinearScheduler()).saved()
+    with pytest.raises(
+        ValueError,
+        match=rf"^run 'run' was saved with other settings \(({message})\)\. A restart changes nothing: restore",
+    ):
+        Run(**{'scheduler': LinearScheduler(), **change}).load(at=4, saved=saved, **{'lr': 0.25, **loaded})
+
+
+def test_our_schedules_are_compared_with_the_time():
+    def resumed(lr):
+        scheduler = RewarmConstantScheduler('4ba')
+        return Run(scheduler=scheduler, ours=scheduler).load(at=2, saved=Run(scheduler=scheduler).saved(), lr=lr)
+
+    assert resumed(0.25).group['lr'] == 0.25  # half of the warm-up
+    for lr in (0.25 + 1e-6, 0.25 - 1e-6, 0.5):
+        with pytest.raises(ValueError, match=rf'\(lr of batch 2: {lr:g} -> 0.25\)'):
+            resumed(lr)
+
+
+def test_another_runs_checkpoint_is_not_gone_on_with():
+    saved = Run(run_name='other').saved()
+    with pytest.raises(
+        ValueError,
+        match="^p.pt was loaded whole, at batch 3 of run 'other': its learning rate, time and data position would go on in 'run'. To start a stage from it, set load_weights_only: true, and",
+    ):
+        Run().load('p.pt', at=3, saved=saved)
+    with pytest.raises(
+        ValueError, match='at batch 3 of a run without stage_start: .* set load_weights_only: false, load_i'
+    ):
+        Run('keep').load('p.pt', at=3)
+
+
+def test_the_first_batch_is_checked_once(caplog):
+    run = Run(scheduler=ConstantScheduler(alpha=0.5)).load()
+    run.optimizer.param_groups[0]['lr'] = 0.25
+    with caplog.at_level(logging.INFO):
+        run.callback.batch_start(run.state, run.logger)
+    (record,) = [each for each in caplog.records if each.name.startswith('cpt_algorithms')]
+    assert record.getMessage() == (
+        'stage start: first step at lr=0.25 (base 0.5), weight_decay=0.25, optimizer state fresh, parent parent.pt'
+    )
+    run.optimizer.param_groups[0]['lr'] = 1.0
+    run.callback.batch_start(run.state, run.logger)
+
+    run = Run('keep', scheduler=ConstantScheduler())
+    run.step()
+    run.load()
+    with caplog.at_level(logging.INFO):
+        run.callback.batch_start(run.state, run.logger)
+    assert 'optimizer state kept, parent parent.pt' in caplog.text
+    run = Run(scheduler=ConstantScheduler()).load(None)
+    with caplog.at_level(logging.INFO):
+        run.callback.batch_start(run.state, run.logger)
+    assert caplog.messages[-1].endswith('optimizer state fresh, no checkpoint loaded')
+
+    run = Run(scheduler=ConstantScheduler()).load()
+    run.optimizer.param_groups[0].update(lr=1.0, weight_decay=0.5)
+    with pytest.raises(
+        RuntimeError,
+        match='^the first optimizer step would not obey the YAML: (lr=1.0 instead of 0.5; weight_decay=0.5 instead of 0.25)$',
+    ):
+        run.callback.batch_start(run.state, run.logger)
+    # of a restart that has been judged
+    run = Run(scheduler=ConstantScheduler()).load(at=3, saved=Run(scheduler=ConstantScheduler()).saved())
+    run.optimizer.param_groups[0]['weight_decay'] = 0.5
+    run.callback.batch_start(run.state, run.logger)

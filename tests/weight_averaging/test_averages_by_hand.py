@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ema`` and ``lawa`` event by event, on a model of one number that is 1 after the first batch, 2 after the second, ..."""
+
+import json
+import logging
+
+import pytest
+import torch
+from composer.core import State
+from composer.devices import DeviceCPU
+from composer.loggers import Logger
+from composer.models import ComposerModel
+
+from cpt_algorithms.weight_averaging import EMA, LAWA
+from cpt_algorithms.weight_averaging.averaged_weights import parse_time
+
+
+class Number(ComposerModel):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch):
+        return self.weight * batch
+
+    def loss(self, outputs, batch):
+        return outputs.sum()
+
+
+class Run:
+    """What Composer's trainer does with a callback."""
+
+    def __init__(self, callback, max_duration='8ba', loaded=None, at=0):
+        self.callback = callback
+        self.state = State(
+            model=Number(), rank_zero_seed=0, run_name='run', device=DeviceCPU(), max_duration=max_duration,
+            callbacks=[callback],
+        )  # fmt: skip
+        self.logger = Logger(self.state)
+        self.train(at, quietly=True)
+        callback.init(self.state, self.logger)
+        callback.before_load(self.state, self.logger)
+        if loaded is not None:
+            callback.load_state_dict(loaded)
+        callback.after_load(self.state, self.logger)
+
+    def train(self, batches, quietly=False):
+        for _ in range(batches):
+            self.state.previous_timestamp = self.state.timestamp
+            self.state.timestamp = self.state.timestamp.to_next_batch(samples=4, tokens=32)
+            with torch.no_grad():
+                self.state.model.weight.fill_(float(self.state.timestamp.batch.value))
+            if not quietly:
+                self.callback.batch_end(self.state, self.logger)
+        return self
+
+    def averages(self):
+        found = {name: self.callback.average(name)[0].item() for name in self.callback.names()}
+        self.callback.forget()
+        return found
+
+    def saved(self):
+        return self.callback.state_dict()
+
+
+def test_ema_counts_halves():
+    # a half-life of a batch: 1, (1/2 + 2) / (3/2), (1/4 + 2/2 + 3) / (7/4)
+    run = Run(EMA('1ba'))
+    assert run.averages() == {}
+    found = [run.train(1).averages()['ema_1ba'] for _ in range(3)]
+    assert found == pytest.approx([1, 5 / 3, 17 / 7], rel=1e-6)
+
+
+def test_half_lives_in_other_units_are_as_long():
+    run = Run(EMA(['32tok', '4sp', '0.125dur']), max_duration='8ba').train(3)
+    assert run.averages() == {
+        name: pytest.approx(17 / 7, rel=1e-6) for name in ('ema_32tok', 'ema_4sp', 'ema_0.125dur')
+    }
+
+
+def test_ema_looks_every_interval_from_its_start_on():
+    # at batches 4 and 6, two batches apart; a half-life of two
+    run = Run(EMA('2ba', start='3ba', interval='2ba'))
+    assert run.train(3).averages() == {}
+    assert run.train(1).averages() == {'ema_2ba': 4.0}
+    # began at batch 3: weights 1/2 of the 2 batches until 6, over 1 - 2^(-3/2) of the 3 since
+    weight = (1 / 2) / (1 - 2**-1.5)
+    assert run.train(2).averages() == {'ema_2ba': pytest.approx(4 + weight * 2, rel=1e-6)}
+
+
+def test_lawa_keeps_the_latest():
+    run = Run(LAWA('2ba', k=2))
+    assert run.train(1).averages() == {}
+    assert [run.train(1).averages().get('lawa') for _ in range(6)] == [2.0, 2.0, 3.0, 3.0, 5.0, 5.0]
+    assert run.saved()['window'].keys() == {'0', '1'}
+    assert Run(LAWA('1ba', k=2, weights='linear')).train(2).averages() == {'lawa': pytest.approx(5 / 3)}
+
+
+MADE = {'ema': lambda: EMA(['1ba', '96tok']), 'lawa': lambda: LAWA('1ba', k=3)}
+
+
+@pytest.mark.parametrize('name', MADE)
+@pytest.mark.parametrize('at', [1, 2, 5])
+def test_a_resumed_run_has_the_same_averages(name, at):
+    straight = Run(MADE[name]()).train(8)
+    saved = Run(MADE[name]()).train(at).saved()
+    saved = {**saved, 'meta': json.loads(json.dumps(saved['meta']))}
+    resumed = Run(MADE[name](), loaded=saved, at=at)
+    before = Run(MADE[name]()).train(at)
+    assert resumed.averages() == before.averages()
+    assert resumed.train(8 - at).averages() == straight.averages()
+    if name == 'ema':
+        # in its own memory: what was loaded is not written to
+        assert all(value.item() <= at for group in saved['averages'].values() for value in group.values())
+
+
+def test_what_starts_afresh_is_said(caplog):
+    saved = Run(EMA(['1ba', '2ba'])).train(2).saved()
+    with caplog.at_level(logging.INFO):
+        run = Run(EMA(['2ba', '3ba']), loaded=saved, at=2)
+    assert list(run.averages()) == ['ema_2ba']
+    assert [record.getMessage() for record in caplog.records if record.name.startswith('cpt_algorithms')] == [
+        'ema: ema_1ba of the checkpoint is not asked for any more',
+        'ema: the checkpoint holds no ema_3ba in ba; it starts afresh from here',
+        'ema: restored ema_2ba at batch 2',
+    ]
+    # (2 + 2 3) / 3 = 8 / 3 would be of an average that began at the resumed batch
+    assert run.train(1).averages()['ema_3ba'] == 3.0
+
+
+def test_a_share_of_another_run_is_another_half_life(caplog):
+    saved = Run(EMA('0.5dur'), max_duration='8ba').train(2).saved()
+    run = Run(EMA('0.5dur'), max_duration='256tok', loaded=saved, at=2)
+    assert run.averages() == {}
+    assert 'the checkpoint holds no ema_0.5dur in tok; it starts afresh from here' in caplog.text
+
+
+def test_a_window_of_another_interval_starts_afresh(caplog):
+    saved = Run(LAWA('1ba', k=3)).train(4).saved()
+    assert Run(LAWA('2ba', k=3), loaded=saved, at=4).averages() == {}
+    assert 'lawa: the window was taken every 1ba, now every 2ba; it starts afresh from here' in caplog.text
+    assert Run(LAWA('1ba', k=2), loaded=saved, at=4).averages() == {'lawa': 3.5}, 'the newest stay'
+    longer = Run(LAWA('1ba', k=4), loaded=saved, at=4)
+    assert longer.train(1).averages() == {'lawa': 3.5}
+
+
+def test_a_checkpoint_without_averages_is_said(caplog):
+    Run(EMA('1ba'), at=3)
+    assert 'ema: the checkpoint at batch 3 holds no average; it starts afresh from here' in caplog.text
+
+
+@pytest.mark.parametrize('name', MADE)
+def test_a_damaged_average_is_refused(name):
+    saved = Run(MADE[name]()).train(1).saved()
+    group = saved[MADE[name]().group]
+    first = next(iter(group))
+    group[first] = {key: tensor + 1 for key, tensor in group[first].items()}
+    with pytest.raises(
+        RuntimeError, match=rf'{name} \({first}\) was saved with the sum of squares 1\.0 and loaded with 4\.0'
+    ):
+        Run(MADE[name](), loaded=saved, at=1)
+
+
+def test_averages_that_are_lost_are_refused():
+    saved = Run(EMA('1ba')).train(2).saved()
+    del saved['averages']
+    with pytest.raises(ValueError, match=r'ema \(ema_1ba\) was saved for other trainable parameters .*: weight is not'):
+        Run(EMA('1ba'), loaded=saved, at=2)
+
+
+def test_averages_of_a_diverged_model_go_on():
+    run = Run(EMA('1ba'))
+    run.train(1)
+    run.callback.average('ema_1ba')[0].fill_(float('nan'))
+    assert Run(EMA('1ba'), loaded=run.saved(), at=1).callback.average('ema_1ba')[0].isnan().all()
+
+
+@pytest.mark.parametrize('name', MADE)
+def test_the_model_holds_the_average_only_inside(name):
+    run = Run(MADE[name]()).train(3)
+    label, expected = next(iter(run.averages().items()))
+    with run.callback.swapped_in(label):
+        assert run.state.model.weight.item() == pytest.approx(expected)
+        with pytest.raises(AssertionError, match='the model holds an average'):
+            run.saved()
+    assert run.state.model.weight.item() == 3.0
+    with pytest.raises(KeyboardInterrupt), run.callback.swapped_in(label):
+        raise KeyboardInterrupt
+    assert run.state.model.weight.item() == 3.0
+
+
+@pytest.mark.parametrize(
+    ('value', 'at_least', 'message'),
+    [
+        ('2ep', 1, r"^k='2ep' must be a time in ba, tok, sp or dur, such as '100ba' or '0\.01dur'$"),
+        ('soon', 0, "^k='soon' must be a time"),
+        (None, 0, '^k=None must be a time'),
+        ('0ba', 1, "^k='0ba' must be a time"),
+        ('-1ba', 0, "^k='-1ba' must be a time"),
+        ('-0.5dur', 1, r"^k='-0\.5dur' must be a time"),
+        ('0dur', 1, "^k='0dur' must be more than nothing$"),
+    ],
+)
+def test_bad_times_are_named(value, at_least, message):
+    with pytest.raises(ValueError, match=message):
+        parse_time('k', value, at_least)
+
+
+def test_good_times():
+    for value, at_least in (('0ba', 0), ('1ba', 1), ('3tok', 1), ('3sp', 1), ('0.5dur', 1), ('0.0dur', 0)):
+        assert parse_time('k', value, at_least).to_timestring() == value
