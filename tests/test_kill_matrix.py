@@ -7,10 +7,12 @@ Whatever is killed, the same command ends as if nothing had happened, and what i
 import json
 import os
 import random
+import secrets
 import signal
 import socket
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import average_checkpoints
 import pytest
@@ -36,6 +38,7 @@ SCRIPTS = tiny.ROOT / 'scripts'
 # A recipe or script, as a process that was started for it alone; a fork of what has made the imports.
 PROCESS = """
 import json, os, runpy, sys
+from pathlib import Path
 given = json.loads((Path(sys.argv[1]).parent / 'process.json').read_text())
 os.environ.update(given['environment'])
 sys.argv, sys.path[:0] = given['words'], given['path']
@@ -74,7 +77,7 @@ def tally():
 
 def seeded(what):
     """Random numbers, and their seed in the output; the moments also depend on how fast the machine is."""
-    seed = random.randrange(10**6)
+    seed = secrets.randbelow(10**6)  # Composer has set that of `random`
     print(f'\n{what}: seed {seed}')  # noqa: T201
     return random.Random(seed)
 
@@ -106,12 +109,23 @@ class Process:
         self.start()
         assert self.end() == 0, self.said()
 
-    def kill(self):
-        """Whether it was still at work."""
+    def send(self, what):
         try:
-            os.kill(self.process, signal.SIGKILL)
+            os.kill(self.process, what)
         except ProcessLookupError:
             pass
+
+    def stand_still(self):
+        self.send(signal.SIGSTOP)
+        try:
+            while Path(f'/proc/{self.process}/stat').read_text().rpartition(') ')[2][0] not in 'TXZ':
+                time.sleep(0.0001)
+        except (FileNotFoundError, ProcessLookupError):  # it is over
+            pass
+
+    def kill(self):
+        """Whether it was still at work."""
+        self.send(signal.SIGKILL)
         return self.end() == -signal.SIGKILL
 
     def wait_for(self, begun):
@@ -160,10 +174,19 @@ def exported_by(run):
     return {folder.name: ({file.name for file in folder.iterdir()}, weights_of(folder)) for folder in found}
 
 
+def half_saved(run):
+    """Checkpoints of which a part is there."""
+    return {path for path in run.glob('ep*-ba*') if not is_whole(path)}
+
+
+def half_exported(run):
+    """Exports of which a part is there."""
+    return set(run.glob('huggingface/.ba*'))
+
+
 def half_written(run):
-    """What is there of a run that was not finished."""
-    checkpoints = {path for path in run.glob('ep*-ba*') if not is_whole(path)}
-    return checkpoints | set(run.glob('huggingface/.ba*')) | set(run.glob('.*.json.*'))
+    """The same of everything."""
+    return half_saved(run) | half_exported(run) | set(run.glob('.*.json.*'))
 
 
 class Stage:
@@ -179,7 +202,7 @@ class Stage:
             'moments': {'path': str(folder / f'{name}.moments')},
         }  # fmt: skip
         cfg = tiny.config(
-            folder, data, name, load_path=str(parent), max_duration='60ba', save_interval='3ba', eval_interval='4ba',
+            folder, data, name, load_path=str(parent), max_duration='36ba', save_interval='3ba', eval_interval='4ba',
             train_loader={'dataset': {'replay': replay}}, callbacks=callbacks, save_num_checkpoints_to_keep=2,
             eval_loader=[tiny.eval_loader(label, data[label]) for label in ('old', 'new')],
             fsdp_config={'state_dict_type': 'sharded'} if ranks > 1 else None,
@@ -210,6 +233,7 @@ class Stage:
         """Kill all at once, or one, and the others a little later, as a launcher does; whether one was at work."""
         first, *others = chance.sample(self.ranks, len(self.ranks))
         at_work = first.kill()
+        self.ranks[0].send(signal.SIGCONT)
         time.sleep(chance.choice([0, chance.uniform(0, 1)]) if others else 0)
         for process in others:
             process.kill()
@@ -238,6 +262,18 @@ class Stage:
         }[phase]
         self.ranks[0].wait_for(begun)
 
+    def get_into(self, phase, chance, longest):
+        """Wait until it is anywhere in a phase, and have the first process stand still in what takes a short time."""
+        while True:
+            self.reach(phase, chance)
+            time.sleep(chance.uniform(0, longest))
+            if phase in {'start', 'training'} or self.ranks[0].code() is not None:
+                return
+            self.ranks[0].stand_still()
+            if self.is_half_way(phase):
+                return
+            self.ranks[0].send(signal.SIGCONT)
+
     def durations(self, chance):
         """Run it to its end, and say how long each phase took."""
         begun = time.monotonic()
@@ -262,8 +298,11 @@ class Stage:
             'export': done - export,
         }
 
-    def half_written(self, phase):
-        return self.moment() in {'t', 'e'} if phase == 'average' else bool(half_written(self.run))
+    def is_half_way(self, phase):
+        return {
+            'average': lambda: self.moment() in {'t', 'e'},
+            'export': lambda: half_exported(self.run),
+        }.get(phase, lambda: half_saved(self.run))()
 
     def results(self):
         exported = exported_by(self.run)
@@ -273,7 +312,7 @@ class Stage:
         }
         del written['losses']['cost']['seconds']
         lines = [recorder.read(self.folder / f'{self.name}.jsonl', rank) for rank in range(len(self.ranks))]
-        assert not half_written(self.run)
+        assert not half_saved(self.run) and not half_exported(self.run)
         return {'exports': exported, 'written': written, 'lines': lines}
 
 
@@ -294,20 +333,21 @@ def test_a_stage(ranks, rounds, data, tmp_path, tally):
         return Stage(tmp_path, data, checkpoint, name, servers)
 
     chance = seeded(f'a stage, processes: {ranks}')
+    (tmp_path / 'nothing.py').touch()
+    for rank, server in enumerate(servers):  # which import now
+        Process(tmp_path / f'import-{rank}', server, [tmp_path / 'nothing.py']).finish()
     straight = stage('straight')
-    straight.finish()  # the servers import meanwhile
+    longest = straight.durations(chance)
     expected = straight.results()
-    longest = stage('timed').durations(chance)
     for phase in PHASES:
         tally.same[phase, ranks] = (0, rounds)
     for number in range(rounds):
         killed = stage(f'killed-{number}')
         for phase in PHASES:
             killed.start()
-            killed.reach(phase, chance)
-            time.sleep(chance.uniform(0, longest[phase]))
+            killed.get_into(phase, chance, longest[phase])
             at_work = killed.kill(chance)
-            tally.add(phase, ranks, at_work, killed.half_written(phase))
+            tally.add(phase, ranks, at_work, bool(killed.is_half_way(phase)))
             check_whole(killed.run, expected['exports'])
         killed.finish()
         assert killed.results() == expected, number
