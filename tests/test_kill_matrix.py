@@ -141,7 +141,7 @@ def load(path):
     """Everything in a checkpoint."""
     if path.is_dir():
         state = {}
-        _load_state_dict(state, FileSystemReader(path), _EmptyStateDictLoadPlanner(), no_dist=True)
+        _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
         return state
     with torch.serialization.safe_globals(safe_globals()):
         return torch.load(path, weights_only=True)

@@ -134,7 +134,7 @@ class StageStart(Callback):
         guard_loading(self.trust_checkpoint)
         for exporter in state.callbacks:
             if isinstance(exporter, HuggingFaceCheckpointer):
-                exporter._save_checkpoint = partial(export_whole, exporter)
+                exporter._save_checkpoint = partial(export_whole, exporter)  # pyright: ignore[reportAttributeAccessIssue]
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Note what the YAML says of every parameter group."""
