@@ -128,8 +128,8 @@ def parent_of(given: Path) -> Path | Base | None:
 def export_whole(exporter: 'HuggingFaceCheckpointer', state: 'State', logger: 'Logger', **how: bool) -> None:
     """Export as LLM Foundry does, but so that the folder appears whole or not at all; it writes ``config.json`` first.
 
-    Made in a hidden folder beside, which is then renamed. Not so in object storage, where nothing can be renamed, nor if
-    the export goes to MLflow, which reads it in another process.
+    Made in a hidden folder beside, which is then renamed. Not so in object storage, where nothing can be renamed, nor
+    if the export goes to MLflow, which reads it in another process.
 
     Args:
         exporter: The run's ``hf_checkpointer``.

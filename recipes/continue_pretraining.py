@@ -235,9 +235,9 @@ def evaluate(folder: Path, given: str | list[str]) -> tuple[dict[str, float], bo
 def mend(folder: Path) -> None:
     """Undo what a kill in the middle of saving leaves behind.
 
-    Composer writes a checkpoint under its final name, then replaces the ``latest`` link by removing it, then deletes the
-    oldest checkpoint. What is half written or half deleted is deleted, and ``latest`` made to point at the newest whole
-    checkpoint, if there is one.
+    Composer writes a checkpoint under its final name, then replaces the ``latest`` link by removing it, then deletes
+    the oldest checkpoint. What is half written or half deleted is deleted, and ``latest`` made to point at the newest
+    whole checkpoint, if there is one.
     """
     whole: dict[int, Path] = {}
     for path in folder.glob('ep*-ba*'):
