@@ -98,7 +98,7 @@ class Process:
             self.place / 'process.py', self.place / 'run.yaml', self.place / 'log.txt'
         )
 
-    def end(self, seconds=300):
+    def end(self, seconds=600):
         deadline = time.monotonic() + seconds
         while self.code() is None:
             assert time.monotonic() < deadline, f'it hangs: {self.said()}'
@@ -192,24 +192,12 @@ def half_written(run):
 class Stage:
     """The processes of a stage."""
 
-    def __init__(self, folder, data, parent, name, servers):
-        self.folder, self.name, self.run = folder, name, folder / name
-        ranks = len(servers)
-        replay = {'fraction': 0.25, 'streams': {'old': {'local': str(data['old']), 'split': 'train'}}}
-        callbacks = {
-            'final_loss': {'window': '6ba', 'interval': '3ba'}, 'forgetting': {'new': ['new'], 'old': ['old']},
-            'ema': {'half_life': '4ba'}, 'lawa': {'k': 3, 'interval': '2ba'},
-            'moments': {'path': str(folder / f'{name}.moments')},
-        }  # fmt: skip
-        cfg = tiny.config(
-            folder, data, name, load_path=str(parent), max_duration='36ba', save_interval='3ba', eval_interval='4ba',
-            train_loader={'dataset': {'replay': replay}}, callbacks=callbacks, save_num_checkpoints_to_keep=2,
-            eval_loader=[tiny.eval_loader(label, data[label]) for label in ('old', 'new')],
-            fsdp_config={'state_dict_type': 'sharded'} if ranks > 1 else None,
-        )  # fmt: skip
-        OmegaConf.save(OmegaConf.create(cfg), folder / f'{name}.yaml')
-        words = [tiny.ROOT / 'recipes' / 'continue_pretraining.py', folder / f'{name}.yaml']
-        self.ranks = [Process(folder / f'{name}-rank{rank}', server, words) for rank, server in enumerate(servers)]
+    def __init__(self, folder, cfg, servers):
+        self.folder, self.name, self.run = folder, cfg['run_name'], folder / cfg['run_name']
+        yaml = folder / f'{self.name}.yaml'
+        OmegaConf.save(OmegaConf.create(cfg), yaml)
+        words = [tiny.ROOT / 'recipes' / 'continue_pretraining.py', yaml]
+        self.ranks = [Process(folder / f'{self.name}-rank{rank}', server, words) for rank, server in enumerate(servers)]
 
     def start(self):
         with socket.socket() as free:
@@ -320,22 +308,26 @@ class Stage:
 @pytest.mark.parametrize(('ranks', 'rounds'), [(1, 10), (2, 5)])
 def test_a_stage(ranks, rounds, data, tmp_path, tally):
     servers = [ForkServer({**os.environ, 'OMP_NUM_THREADS': '1', 'FSDP_VERSION': '2'}) for _ in range(ranks)]
-    sharded = {'fsdp_config': {'state_dict_type': 'sharded'}} if ranks > 1 else {}
-    parent = tiny.config(tmp_path, data, 'parent', max_duration='4ba', save_interval='4ba', **sharded)
-    OmegaConf.save(OmegaConf.create(parent), tmp_path / 'parent.yaml')
-    if ranks > 1:
-        tiny.launch(tiny.ROOT / 'recipes' / 'continue_pretraining.py', tmp_path / 'parent.yaml')
-    else:
-        tiny.recipe_here(parent, tmp_path)
-    checkpoint = tmp_path / 'parent' / ('ep0-ba4' if ranks > 1 else 'ep0-ba4-rank0.pt')
+    sharded = {'state_dict_type': 'sharded'} if ranks > 1 else None
+    over = {'max_duration': '4ba', 'save_interval': '4ba', 'fsdp_config': sharded}
+    Stage(tmp_path, tiny.config(tmp_path, data, 'parent', **over), servers).finish()  # the servers import meanwhile
+    replay = {'fraction': 0.25, 'streams': {'old': {'local': str(data['old']), 'split': 'train'}}}
 
     def stage(name):
-        return Stage(tmp_path, data, checkpoint, name, servers)
+        callbacks = {
+            'final_loss': {'window': '6ba', 'interval': '3ba'}, 'forgetting': {'new': ['new'], 'old': ['old']},
+            'ema': {'half_life': '4ba'}, 'lawa': {'k': 3, 'interval': '2ba'},
+            'moments': {'path': str(tmp_path / f'{name}.moments')},
+        }  # fmt: skip
+        cfg = tiny.config(
+            tmp_path, data, name, load_path=str(tmp_path / 'parent' / ('ep0-ba4' if ranks > 1 else 'ep0-ba4-rank0.pt')),
+            max_duration='36ba', save_interval='3ba', eval_interval='4ba', save_num_checkpoints_to_keep=2,
+            train_loader={'dataset': {'replay': replay}}, callbacks=callbacks, fsdp_config=sharded,
+            eval_loader=[tiny.eval_loader(label, data[label]) for label in ('old', 'new')],
+        )  # fmt: skip
+        return Stage(tmp_path, cfg, servers)
 
     chance = seeded(f'a stage, processes: {ranks}')
-    (tmp_path / 'nothing.py').touch()
-    for rank, server in enumerate(servers):  # which import now
-        Process(tmp_path / f'import-{rank}', server, [tmp_path / 'nothing.py']).finish()
     straight = stage('straight')
     longest = straight.durations(chance)
     expected = straight.results()
@@ -365,7 +357,7 @@ BETWEEN = {
     'parent is exported': (lambda runs: any(runs.glob('old-s17/huggingface/.ba*')), 0.3),
     'parent is done': (lambda runs: any(runs.glob('old-s17/*done.json*')), 0.6),
     'child starts': (lambda runs: any(runs.glob('new-s17/*run.yaml')), 1.5),
-    'report is written': (lambda runs: any(runs.glob('new-s17/done.json')), 1.0),
+    'report is written': (lambda runs: any(runs.glob('new-s17/done.json')), 2.0),
 }
 
 
@@ -468,7 +460,7 @@ def test_averaging_offline(to, kept, tmp_path, tally, offline, rounds=4):
         out, partial, process = averaging(f'killed-{number}')
         process.start()
         process.wait_for(partial.exists)
-        time.sleep(chance.uniform(0, took))
+        time.sleep(chance.uniform(0, took / 2))
         at_work = process.kill()
         tally.add(*key, at_work, partial.exists() and not out.exists())
         if out.exists():
@@ -479,6 +471,7 @@ def test_averaging_offline(to, kept, tmp_path, tally, offline, rounds=4):
         assert weights_of(out) == expected
         assert not partial.exists()
         tally.same[key] = (number + 1, rounds)
+    assert tally.half[key], 'no kill hit the middle of it'
 
 
 @pytest.fixture(scope='module')
@@ -527,3 +520,4 @@ def test_merge(kept, data, tmp_path, tally, offline, rounds=2):
         process.finish()
         assert results(folder) == expected
         tally.same[key] = (number + 1, rounds)
+    assert tally.half[key], 'no kill hit the middle of it'
