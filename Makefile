@@ -6,7 +6,7 @@ DATA ?= data/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart data data-tiny data-claims claims test slow faults mutants spark lint bench style clean
+.PHONY: quickstart data data-tiny data-claims claims test slow kills faults mutants spark lint bench style clean
 
 # Pre-train a small model, continue it in several ways, print and draw what was forgotten, learned and spent.
 quickstart: data
@@ -43,11 +43,15 @@ test: $(VENV)/installed
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
 
+# SIGKILL more than a hundred times, at random moments; prints a table of what was killed and how it ended.
+kills: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow tests/test_kill_matrix.py -s
+
 # Training through a network that fails, against a real S3 server; prints what happened under each fault.
 faults: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/replay/test_faults.py -s
 
-# Do the tests notice when the code is wrong? Every small change of the functional cores and of what a resumed run rests on.
+# Do the tests notice when the code is wrong? Every small change of the functional cores and of the judge of claims.
 mutants: $(VENV)/installed
 	$(BIN)/python scripts/mutants.py
 

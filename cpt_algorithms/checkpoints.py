@@ -41,6 +41,7 @@ __all__ = [
     'follow',
     'guard_loading',
     'is_safe',
+    'is_whole',
     'newest_remote',
     'open_checkpoint',
     'read_metadata',
@@ -632,6 +633,30 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
     if checkpoint.kind == 'sharded':
         return sorted(file for file in checkpoint.path.iterdir() if file.is_file())
     return sorted({piece.path for one in checkpoint.tensors.values() for piece in one.pieces})
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether a local Composer checkpoint was written to its end, and its deletion has not begun.
+
+    A zip's directory stands at its end. A sharded folder's ``.metadata`` is written last, and says how long its other
+    files are, some of which may be deleted before it.
+
+    Args:
+        path: A ``.pt`` file, or a sharded folder.
+
+    Raises:
+        CheckpointError: If ``.metadata``, which is there whole or not at all, cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return zipfile.is_zipfile(path)
+    if not (path / '.metadata').exists():
+        return False
+    ends: dict[str, int] = {}
+    for info in read_metadata(path).storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    return all(sizes.get(name, -1) >= end for name, end in ends.items())
 
 
 def newest_remote(folder: str) -> tuple[int, str | None]:

@@ -4,14 +4,20 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpt_algorithms.files import is_remote
 
-__all__ = ['Base', 'base_of', 'exports', 'folder_of_base', 'models_of', 'parent_of']
+if TYPE_CHECKING:
+    from composer.core import State
+    from composer.loggers import Logger
+    from llmfoundry.callbacks import HuggingFaceCheckpointer
+
+__all__ = ['Base', 'base_of', 'export_whole', 'exports', 'folder_of_base', 'models_of', 'parent_of']
 
 
 @dataclass(frozen=True)
@@ -117,3 +123,48 @@ def parent_of(given: Path) -> Path | Base | None:
             '--parent names another'
         )
     return found[wanted]
+
+
+def export_whole(exporter: 'HuggingFaceCheckpointer', state: 'State', logger: 'Logger', **how: bool) -> None:
+    """Export as LLM Foundry does, but so that the folder appears whole or not at all; it writes ``config.json`` first.
+
+    Made in a hidden folder beside, which is then renamed. Not so in object storage, where nothing can be renamed, nor
+    if the export goes to MLflow, which reads it in another process.
+
+    Args:
+        exporter: The run's ``hf_checkpointer``.
+        state: Of the run.
+        logger: Of the run.
+        **how: Further arguments of its ``_save_checkpoint``.
+    """
+    from composer.utils import dist, format_name_with_dist_and_time  # Composer takes seconds to import
+    from llmfoundry.callbacks import HuggingFaceCheckpointer
+
+    def place(name: Path) -> Path:
+        full = str(Path(exporter.save_dir_format_str) / name)
+        return Path(format_name_with_dist_and_time(full, state.run_name, state.timestamp))
+
+    def save() -> None:
+        HuggingFaceCheckpointer._save_checkpoint(exporter, state, logger, **how)
+
+    # a run that is exported once more says so in any case, and would get a second model in `register_save`
+    how['register_to_mlflow'] &= exporter.mlflow_registered_model_name is not None
+    if exporter.remote_ud is not None or how['register_to_mlflow']:
+        save()
+        return
+    name = exporter.huggingface_folder_name_fstr
+    hidden = Path(name).with_name(f'.{Path(name).name}')
+    out, partial, replaced = place(Path(name)), place(hidden), place(hidden.with_name(f'{hidden.name}.replaced'))
+    if dist.get_global_rank() == 0:
+        for left in (partial, replaced):  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+    exporter.huggingface_folder_name_fstr = str(hidden)
+    try:
+        save()
+    finally:
+        exporter.huggingface_folder_name_fstr = name
+    if dist.get_global_rank() == 0 and partial.exists():
+        if out.exists():
+            out.rename(replaced)
+        partial.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)

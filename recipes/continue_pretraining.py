@@ -22,7 +22,6 @@ import shutil
 import sys
 import tempfile
 import time
-import zipfile
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +47,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cpt_algorithms.checkpoints import CheckpointError, follow, guard_loading, newest_remote
+from cpt_algorithms.checkpoints import CheckpointError, follow, guard_loading, is_whole, newest_remote
 from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
 from cpt_algorithms.exports import base_of, folder_of_base, models_of, parent_of
 from cpt_algorithms.files import StorageError, exists, is_remote, read_json, write_json, write_whole
@@ -236,15 +235,14 @@ def evaluate(folder: Path, given: str | list[str]) -> tuple[dict[str, float], bo
 def mend(folder: Path) -> None:
     """Undo what a kill in the middle of saving leaves behind.
 
-    Composer writes a checkpoint under its final name and then replaces the ``latest`` link by removing it. Whatever was
-    half written is deleted, and ``latest`` made to point at the newest whole checkpoint, if there is one.
+    Composer writes a checkpoint under its final name, then replaces the ``latest`` link by removing it, then deletes
+    the oldest checkpoint. What is half written or half deleted is deleted, and ``latest`` made to point at the newest
+    whole checkpoint, if there is one.
     """
     whole: dict[int, Path] = {}
     for path in folder.glob('ep*-ba*'):
         batch = re.search(r'-ba(\d+)', path.name)
-        # a zip's directory stands at its end, and a sharded folder's .metadata is written last
-        complete = (path / '.metadata').exists() if path.is_dir() else zipfile.is_zipfile(path)
-        if complete and batch:
+        if is_whole(path) and batch:
             whole[int(batch.group(1))] = path
         elif path.is_dir():
             shutil.rmtree(path)

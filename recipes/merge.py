@@ -45,7 +45,8 @@ def average(merge: dict[str, Any], out: Path, kind: str) -> None:
         return
     how = ['--last', str(merge['last']), '--every', str(merge['every']), '--weights', str(merge['weights'])]
     command = [sys.executable, str(AVERAGE), str(merge['of']), *how, '--to', kind, '--out', str(out)]
-    if subprocess.run(command, check=False).returncode:
+    # left alone, it would have a restart refused, which makes the same
+    if subprocess.run(command, check=False, preexec_fn=die_with_parent).returncode:
         sys.exit(f'the checkpoints of {merge["of"]} could not be averaged')
 
 

@@ -410,7 +410,10 @@ def refuse_existing(out: str, options: argparse.Namespace) -> None:
         if there:
             raise AverageError(f'{out} exists; choose another --out or delete it')
         return
-    for path in (Path(out), *([companion(Path(out))] if options.to == 'pt' else [])):
+    result = Path(out)
+    # killed between the two, it has left the companion of a result that it had in its hidden folder
+    was_killed = result.with_name(f'.{result.name}.partial').exists()
+    for path in (result, *([companion(result)] if options.to == 'pt' and not was_killed else [])):
         if path.exists() or path.is_symlink():
             raise AverageError(f'{path} exists; choose another --out or delete it')
 

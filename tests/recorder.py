@@ -13,6 +13,8 @@ from composer.utils import dist
 from llmfoundry import registry
 from torch.distributed.tensor import DTensor
 
+from cpt_algorithms.weight_averaging.averaged_weights import AveragedWeights
+
 
 class Recorder(Callback):
     """Writes ``path.rank<r>``: learning rate, weight decay, rows and loss of every batch; can SIGKILL its process.
@@ -78,6 +80,32 @@ class Stop(Callback):
             raise RuntimeError('stopped')
 
 
+class Moments(Callback):
+    """Says in the one byte of ``path.rank<r>`` what ``ema`` and ``lawa`` are at: ``t``ake weights into account, ``e``valuate.
+
+    Args:
+        path: The file; ``-`` stands in it otherwise.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.file = os.open(f'{path}.rank{dist.get_global_rank()}', os.O_WRONLY | os.O_CREAT)
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        def says(method, before: bytes, after: bytes):
+            def said(*args):
+                os.pwrite(self.file, before, 0)
+                result = method(*args)
+                os.pwrite(self.file, after, 0)
+                return result
+
+            return said
+
+        for average in (each for each in state.callbacks if isinstance(each, AveragedWeights)):
+            average.observe = says(average.observe, b't', b'-')
+            average._copy_in = says(average._copy_in, b'e', b'e')
+            average._copy_out = says(average._copy_out, b'e', b'-')
+
+
 def read(path: Path | str, rank: int = 0) -> dict[int, dict]:
     """Lines by batch; a batch trained twice (after a kill) must have been trained identically."""
     lines: dict[int, dict] = {}
@@ -92,3 +120,4 @@ def read(path: Path | str, rank: int = 0) -> dict[int, dict]:
 if 'recorder' not in registry.callbacks:
     registry.callbacks.register('recorder', func=Recorder)
     registry.callbacks.register('stop', func=Stop)
+    registry.callbacks.register('moments', func=Moments)

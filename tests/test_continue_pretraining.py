@@ -6,11 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import continue_pretraining
 import pytest
 import tiny
+import torch
 from omegaconf import OmegaConf
+from torch.distributed.checkpoint import save
+
+from cpt_algorithms.exports import exports
 
 RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
 
@@ -65,9 +70,14 @@ def state_of(case, folder):
         latest.unlink()
         latest.symlink_to('ep0-ba6-rank0.pt')
     elif case == 'during the export':
-        (folder / 'huggingface' / 'ba8' / 'model.safetensors').unlink()
+        models = folder / 'huggingface'
+        (models / 'ba8').rename(models / '.ba8')
+        (models / '.ba8' / 'model.safetensors').unlink()
         for average in ('ema_2ba', 'lawa'):
-            shutil.rmtree(folder / 'huggingface' / f'ba8-{average}')
+            shutil.rmtree(models / f'ba8-{average}')
+        assert not exports(folder), 'nothing takes it for a model'
+    elif case == 'while an export is replaced':
+        (folder / 'huggingface' / 'ba8').rename(folder / 'huggingface' / '.ba8.replaced')
 
 
 @pytest.mark.parametrize(
@@ -78,11 +88,13 @@ def state_of(case, folder):
         'between a checkpoint and its link',
         'before the link was replaced',
         'during the export',
+        'while an export is replaced',
     ],
 )
 def test_killed_while_saving(case, finished, tmp_path):
     cfg, folder, recorded = finished
     exported = {path.parent.name: path.read_bytes() for path in folder.glob('huggingface/*/model.safetensors')}
+    files = sorted(folder.glob('huggingface/**/*'))
     assert sorted(exported) == ['ba8', 'ba8-ema_2ba', 'ba8-lawa']
     state_of(case, folder)
     tiny.recipe_here(cfg, tmp_path)
@@ -94,6 +106,7 @@ def test_killed_while_saving(case, finished, tmp_path):
     assert json.loads((folder / 'done.json').read_text())['batch'] == 8
     for name, weights in exported.items():
         assert (folder / 'huggingface' / name / 'model.safetensors').read_bytes() == weights, 'averages too'
+    assert sorted(folder.glob('huggingface/**/*')) == files, 'nothing is left behind, and nothing more is made'
     assert (folder / 'latest-rank0.pt').resolve().name == 'ep0-ba8-rank0.pt'
 
 
@@ -134,14 +147,19 @@ def test_an_extended_stage_says_so(data, tmp_path):
 
 
 def test_mend_takes_whole_sharded_folders_only(tmp_path):
-    for batch, whole in ((2, True), (4, True), (6, False)):
-        (tmp_path / f'ep0-ba{batch}').mkdir()
-        (tmp_path / f'ep0-ba{batch}' / '__0_0.distcp').write_text('x')
-        if whole:
-            (tmp_path / f'ep0-ba{batch}' / '.metadata').write_text('x')
+    """Neither those whose saving was killed nor those whose deletion was, in whatever order their files went."""
+    for batch in (2, 4, 6, 8, 10):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            save({'weight': torch.ones(3)}, checkpoint_id=tmp_path / f'ep0-ba{batch}', no_dist=True)
+    (data,) = (tmp_path / 'ep0-ba2').glob('*.distcp')
+    data.unlink()
+    (tmp_path / 'ep0-ba8' / '.metadata').unlink()
+    (cut_off,) = (tmp_path / 'ep0-ba10').glob('*.distcp')
+    os.truncate(cut_off, cut_off.stat().st_size // 2)
     continue_pretraining.mend(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['ep0-ba2', 'ep0-ba4', 'latest-sharded-rank0']
-    assert (tmp_path / 'latest-sharded-rank0').resolve().name == 'ep0-ba4'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['ep0-ba4', 'ep0-ba6', 'latest-sharded-rank0']
+    assert (tmp_path / 'latest-sharded-rank0').resolve().name == 'ep0-ba6'
 
 
 def test_bad_files_are_named(data, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@
 import inspect
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.optim import ComposerScheduler
 from composer.utils import dist, format_name_with_dist
+from llmfoundry.callbacks import HuggingFaceCheckpointer
 from streaming import StreamingDataset
 from torch.distributed.fsdp import FSDPModule
 
 from cpt_algorithms.checkpoints import guard_loading
+from cpt_algorithms.exports import export_whole
 from cpt_algorithms.replay import ReplayTextDataset
 from cpt_algorithms.replay.functional import differences
 from cpt_algorithms.schedulers import PhaseScheduler
@@ -74,6 +77,7 @@ class StageStart(Callback):
     schedule, another data mix, another precision, other algorithms (such as gradient clipping), or a checkpoint of
     another run are refused.
 
+    Checkpoints are looked at before they are loaded, and exports of ``hf_checkpointer`` appear whole or not at all.
     FSDP2 on CPU sums the gradients of the ranks; here it averages them, as it does on GPUs.
 
     It also refuses, before the first batch: a budget that needs more data than there is; training from batch 0 into a
@@ -125,9 +129,12 @@ class StageStart(Callback):
         self._loaded = json.loads(state['stage'])
 
     def init(self, state: State, logger: Logger) -> None:
-        """Keep the state, which ``state_dict`` is not given, and have checkpoints looked at before they are loaded."""
+        """Keep the state, which ``state_dict`` is not given; have loading and exporting done with care."""
         self._state = state
         guard_loading(self.trust_checkpoint)
+        for exporter in state.callbacks:
+            if isinstance(exporter, HuggingFaceCheckpointer):
+                exporter._save_checkpoint = partial(export_whole, exporter)  # pyright: ignore[reportAttributeAccessIssue]
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Note what the YAML says of every parameter group."""

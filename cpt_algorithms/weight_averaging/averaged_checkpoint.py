@@ -151,7 +151,7 @@ def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, P
     """
     own = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     exports = own.parent if checkpoint.kind == 'sharded' else own
-    found = sorted(exports.glob('huggingface/*/config.json'), key=lambda path: batch_of(path.parent.name) or -1)
+    found = sorted(exports.glob('huggingface/[!.]*/config.json'), key=lambda path: batch_of(path.parent.name) or -1)
     folder = config or (own if checkpoint.kind == 'hf' else found[-1].parent if found else None)
     if folder is None:
         return _files_of_state(checkpoint)

@@ -795,6 +795,18 @@ def test_killed_half_way_leaves_nothing_that_looks_finished(to, good):
     assert out.exists() and not (good / '.out.pt.partial').exists()
 
 
+def test_killed_between_a_result_and_its_companion_it_can_be_run_again(good, capsys):
+    """Two renames make them appear, the companion's first."""
+    out, partial = good / 'out.pt', good / '.out.pt.partial'
+    average(out, f'{good}/ba*', '--to', 'pt')
+    partial.mkdir()
+    out.rename(partial / out.name)
+    average(out, f'{good}/ba*', '--to', 'pt')
+    assert out.exists() and not partial.exists()
+    out.unlink()
+    assert 'out.pt.average.json exists' in error_of(capsys, out, f'{good}/ba*', '--to', 'pt'), "somebody else's"
+
+
 def test_two_runs_at_once(tmp_path):
     with averaged_checkpoint.appearing_whole(tmp_path / 'out') as partial:
         (partial / 'out').touch()
