@@ -671,7 +671,7 @@ def good(tmp_path) -> Path:
         (['nowhere*'], 'nowhere*: no checkpoint found'),
         (['ba1', 'empty'], 'empty is no checkpoint; expected'),
         (['ba1', 'unfinished'], 'unfinished is no checkpoint: .metadata is missing, so it was not saved to the end'),
-        (['ba1', 'text.pt'], 'text.pt is no checkpoint, or a compressed or old one'),
+        (['ba1', 'text.pt'], 'text.pt is damaged: it is cut off, compressed, or no file of torch.save'),
         (['ba1', 'bin/pytorch_model.bin'], 'pytorch_model.bin holds no state.model, so it is not from Composer; expected'),
         (['ba1', 'deflated.pt'], 'deflated.pt is compressed inside'),
         (['ba1', 'short.pt'], 'short.pt is no checkpoint'),
