@@ -250,6 +250,8 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:  # whose directory stands at the end
             records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+            for record in records:
+                archive.open(record).close()  # looks at its own header
     except Exception as error:
         raise CheckpointError(
             f'{where} is damaged: it is cut off, compressed, or no file of torch.save ({error})'
@@ -275,7 +277,7 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
         if begin is None:
             continue
         end = begin + _span(tuple(tensor.shape), tuple(tensor.stride())) * tensor.dtype.itemsize
-        if end > ends[bisect_right(begins, begin) - 1]:
+        if begin < begins[0] or min(tensor.stride(), default=0) < 0 or end > ends[bisect_right(begins, begin) - 1]:
             raise CheckpointError(f'{where} is damaged: a tensor reaches beyond its storage')
     return loaded
 
