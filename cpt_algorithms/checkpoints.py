@@ -211,6 +211,9 @@ def _read_hugging_face(path: Path) -> dict[str, Stored]:
         raise CheckpointError(f'{path}: {absent[0]} is not in {places[absent[0]]}')
     if unnamed := [(key, name) for name in files for key in files[name] if places.get(key) != name]:
         raise CheckpointError(f'{path} does not name {unnamed[0][0]}, which is in {unnamed[0][1]}')
+    parts = {file.name for file in path.parent.glob('model-*-of-*.safetensors')}
+    if stray := sorted(parts - files.keys()):
+        raise CheckpointError(f'{path} does not name {stray[0]}, which is beside it')
     return {key: files[name][key] for key, name in places.items()}
 
 

@@ -209,7 +209,7 @@ def test_what_was_found_in_scales_is_refused(root, monkeypatch, place, value):
     path = root.parent / f'{root.name}-scale.yaml'
     path.write_text(yaml.safe_dump(scale), encoding='utf-8')
     with pytest.raises(ValueError, match=place[-1]):
-        sequence.read(sequence.parse(['yamls/sequence/pile_german.yaml', f'scale={path}']))
+        sequence.layout_of(sequence.read(sequence.parse(['yamls/sequence/pile_german.yaml', f'scale={path}']))[0])
 
 
 def test_sweeps(root, sequence_spec):

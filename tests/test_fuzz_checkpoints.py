@@ -125,7 +125,9 @@ def as_composer_does(path: Path) -> None:
     """Ask our check, and if it finds nothing unpickle it as Composer does, which must be harmless."""
     if path.is_file():
         is_safe(path)
-        with suppress(RuntimeError, TypeError):  # torch's own refusal: a storage of -1 numbers, or too small for its tensor
+        with suppress(
+            RuntimeError, TypeError
+        ):  # torch's own refusal: a storage of -1 numbers, or too small for its tensor
             torch.load(path, map_location='cpu', weights_only=False)
         return
     is_safe(path / '.metadata')
