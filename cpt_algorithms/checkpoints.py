@@ -503,7 +503,7 @@ def is_safe(path: str | Path, specs: list[tuple[int, int]] | None = None) -> boo
         CheckpointError: If it is cut off or damaged.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f'{path} is no file')
+        raise CheckpointError(f'{path} is missing, or no file')
     path = Path(os.path.realpath(path))  # what Composer calls rank0_checkpoint is a link to it
     try:
         if specs is not None:

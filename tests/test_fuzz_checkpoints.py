@@ -151,7 +151,7 @@ def preflight_of(data):
 
 
 KINDS = {'pt': PT, 'sharded': SHARDED, 'hf': SAFETENSORS}
-SIZES = [pytest.param(25, False, id='few'), pytest.param(2000, True, id='many', marks=pytest.mark.slow)]
+SIZES = [pytest.param(12, False, id='few'), pytest.param(2000, True, id='many', marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -674,7 +674,7 @@ def good(tmp_path) -> Path:
         (['ba1', 'text.pt'], 'text.pt is damaged: it is cut off, compressed, or no file of torch.save'),
         (['ba1', 'bin/pytorch_model.bin'], 'pytorch_model.bin holds no state.model, so it is not from Composer; expected'),
         (['ba1', 'deflated.pt'], 'deflated.pt is compressed inside'),
-        (['ba1', 'short.pt'], 'short.pt is no checkpoint'),
+        (['ba1', 'short.pt'], 'short.pt is damaged: it is cut off, compressed, or no file of torch.save'),
         (['ba1', 'short.safetensors'], 'short.safetensors is damaged, or no safetensors file'),
         (['ba1', 'index'], 'index/model.safetensors.index.json names model-2.safetensors, which is missing'),
         (['ba1', 'outside'], "names the file '../ba1/model.safetensors', which is not beside it"),
