@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import zipfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -193,21 +193,28 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _read_hugging_face(path: Path) -> dict[str, Stored]:
+    if not path.is_file():
+        raise CheckpointError(f'{path} is no file')
     if path.suffix == '.safetensors':
         return _read_safetensors(path)
     try:
         places = dict(json.loads(path.read_text(encoding='utf-8'))['weight_map'])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f'{path} is no safetensors index: {error!r}') from None
+    if wrong := [name for name in places.values() if not isinstance(name, str) or Path(name).name != name]:
+        raise CheckpointError(f'{path} names the file {wrong[0]!r}, which is not beside it')
     files = {}
     for name in sorted(set(places.values())):
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f'{path} names the file {name!r}, which is not beside it')
-        if not (path.parent / name).exists():
+        if not (path.parent / name).is_file():
             raise CheckpointError(f'{path} names {name}, which is missing')
         files[name] = _read_safetensors(path.parent / name)
     if absent := [key for key, name in places.items() if key not in files[name]]:
         raise CheckpointError(f'{path}: {absent[0]} is not in {places[absent[0]]}')
+    if unnamed := [(key, name) for name in files for key in files[name] if places.get(key) != name]:
+        raise CheckpointError(f'{path} does not name {unnamed[0][0]}, which is in {unnamed[0][1]}')
+    parts = {file.name for file in path.parent.glob('model-*-of-*.safetensors')}
+    if stray := sorted(parts - files.keys()):
+        raise CheckpointError(f'{path} does not name {stray[0]}, which is beside it')
     return {key: files[name][key] for key, name in places.items()}
 
 
@@ -242,22 +249,72 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
     """What ``torch.load`` gives, with tensors that only know where their bytes are in the file."""
+    if isinstance(file, Path) and not file.is_file():  # a device can be read without end
+        raise CheckpointError(f'{where} is no file')
+    try:
+        with zipfile.ZipFile(file) as archive:  # whose directory stands at the end
+            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+            for record in records:
+                archive.open(record).close()  # looks at its own header
+    except Exception as error:
+        raise CheckpointError(
+            f'{where} is damaged: it is cut off, compressed, or no file of torch.save ({error})'
+        ) from None
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise CheckpointError(f'{where} is compressed inside; save it again with torch.save')
+    if not isinstance(file, Path):
+        file.seek(0)
     try:
         # cpu: a checkpoint of a GPU run is read where there is none
         with torch.serialization.safe_globals(safe_globals()), FakeTensorMode():
-            return torch.load(file, map_location='cpu', weights_only=True)
+            loaded = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL (\S+)', str(error))
-        what = f'it asks to import {found.group(1)}' if found else str(error).strip().splitlines()[0]
+        what = f'it asks to import {found.group(1)}' if found else _first_line(error)
         raise UnsafeCheckpointError(f'{where} is not safe to read: {what}, which no weights need') from None
-    except (RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
-        raise CheckpointError(f'{where} is damaged: {str(error).strip().splitlines()[0]}') from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(f'{where} is damaged: {_first_line(error)}') from None
+    ends = [*(record.header_offset for record in records[1:]), max(_size_of(file), 1)]
+    begins = [record.header_offset for record in records]
+    for tensor in _tensors_in(loaded):
+        begin = _place_of(tensor)
+        if begin is None:
+            continue
+        end = begin + _span(tuple(tensor.shape), tuple(tensor.stride())) * tensor.dtype.itemsize
+        if begin < begins[0] or min(tensor.stride(), default=0) < 0 or end > ends[bisect_right(begins, begin) - 1]:
+            raise CheckpointError(f'{where} is damaged: a tensor reaches beyond its storage')
+    return loaded
 
 
-def _place_of(tensor: torch.Tensor) -> int:
-    """Byte of a fake tensor's first element in the file it was loaded from."""
-    start: Any = tensor.untyped_storage()._checkpoint_offset  # pyright: ignore[reportAttributeAccessIssue]
-    return start + int(tensor.storage_offset()) * tensor.dtype.itemsize
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0][:500]
+
+
+def _size_of(file: Path | BinaryIO) -> int:
+    return file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested mappings and lists, once."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:  # a few lists can be nested in each other a thousand million times
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            yield one
+        elif isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list | tuple | set):
+            waiting += one
+
+
+def _place_of(tensor: torch.Tensor) -> int | None:
+    """Byte of a fake tensor's first element in the file it was loaded from; None if it is no array with data."""
+    start = getattr(tensor.untyped_storage(), '_checkpoint_offset', None) if tensor.layout == torch.strided else None
+    return None if start is None else start + int(tensor.storage_offset()) * tensor.dtype.itemsize
 
 
 def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
@@ -266,30 +323,19 @@ def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def _open_monolithic(path: Path) -> Checkpoint:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-    except zipfile.BadZipFile:
-        raise CheckpointError(f'{path} is no checkpoint, or a compressed or old one; expected {SUPPORTED}') from None
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise CheckpointError(f'{path} is compressed inside; save it again with torch.save')
     loaded = _load_without_data(path, str(path))
     state = loaded.get('state') if isinstance(loaded, dict) else None
     model = state.get('model') if isinstance(state, dict) else None
     if not isinstance(state, dict) or not isinstance(model, dict):
         raise CheckpointError(f'{path} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
-    begins = [record.header_offset for record in records]
     prefix = _prefix_of(model)
 
     def stored(tensors: dict[str, torch.Tensor]) -> dict[str, Stored]:
         found = {}
         for key, tensor in tensors.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise CheckpointError(f'{path}: {key} is a {type(tensor).__name__}, not a tensor')
-            shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), _place_of(tensor)
-            record = records[bisect_right(begins, offset) - 1]
-            if offset + _span(shape, stride) * tensor.dtype.itemsize > _end(record, begins, path):
-                raise CheckpointError(f'{path} is damaged: {key} reaches beyond its storage')
+            if not isinstance(tensor, torch.Tensor) or (offset := _place_of(tensor)) is None:
+                raise CheckpointError(f'{path}: {key} is a {type(tensor).__name__}, not a tensor with data')
+            shape, stride = tuple(tensor.shape), tuple(tensor.stride())
             piece = Piece(path, offset, (0,) * len(shape), shape, stride)
             found[key.removeprefix(prefix)] = Stored(tensor.dtype, shape, lambda piece=piece: [piece])
         return found
@@ -310,12 +356,6 @@ def _open_monolithic(path: Path) -> Checkpoint:
     if 'torch_version' in carried.get('metadata', {}):
         carried['metadata']['torch_version'] = str(carried['metadata']['torch_version'])  # a class of its own
     return Checkpoint(path, 'pt', tensors, prefix, aliases, averages, carried)
-
-
-def _end(record: zipfile.ZipInfo, begins: list[int], path: Path) -> int:
-    """First byte behind a record of a zip file."""
-    after = bisect_right(begins, record.header_offset)
-    return begins[after] if after < len(begins) else path.stat().st_size
 
 
 def _prefix_of(names: Iterable[str]) -> str:
@@ -375,6 +415,8 @@ def read_metadata(folder: str | Path) -> metadata.Metadata:
         CheckpointError: If it asks for anything but metadata, or is damaged.
     """
     path = Path(folder) / '.metadata'
+    if not path.is_file():
+        raise CheckpointError(f'{path} is no file')
     try:
         with open(path, 'rb') as file:
             found = _MetadataUnpickler(file).load()
@@ -402,8 +444,6 @@ def read_without_data(path: str | Path) -> dict[str, Any]:
         CheckpointError: If it is cut off, damaged, or no checkpoint of Composer.
     """
     path = Path(path)
-    if not zipfile.is_zipfile(path):  # whose directory stands at the end
-        raise CheckpointError(f'{path} is damaged: it is cut off, compressed, or no file of torch.save')
     loaded = _load_without_data(path, str(path))
     state = loaded.get('state') if isinstance(loaded, dict) else None
     if not isinstance(state, dict):
@@ -438,7 +478,7 @@ def _check_algorithms(value: Any, where: str) -> None:
 
 def _check_entries(path: Path, specs: list[tuple[int, int]]) -> None:
     """Refuse entries of a sharded checkpoint's file that are cut off or could run code."""
-    if not path.exists():
+    if not path.is_file():
         raise CheckpointError(f'{path} is missing, or not of this checkpoint')
     size, end = path.stat().st_size, max((offset + length for offset, length in specs), default=0)
     if size < end:
@@ -463,6 +503,8 @@ def is_safe(path: str | Path, specs: list[tuple[int, int]] | None = None) -> boo
         UnsafeCheckpointError: If loading it could run code, naming the file, what it wanted, and what to do.
         CheckpointError: If it is cut off or damaged.
     """
+    if not Path(path).is_file():
+        raise CheckpointError(f'{path} is missing, or no file')
     path = Path(os.path.realpath(path))  # what Composer calls rank0_checkpoint is a link to it
     try:
         if specs is not None:
@@ -540,7 +582,7 @@ def _read_slice(folder: Path, info: Any, where: str) -> tuple[Path, Any]:
     path = folder / info.relative_path
     if getattr(info, 'transform_descriptors', None):
         raise CheckpointError(f'{where} is compressed ({", ".join(info.transform_descriptors)})')
-    if not path.exists():
+    if not path.is_file():
         raise CheckpointError(f'{path} is missing, or not of this checkpoint')
     if path.stat().st_size < info.offset + info.length:
         raise CheckpointError(f'{path} is damaged: {path.stat().st_size:,} bytes, and {where} ends behind them')
@@ -575,8 +617,8 @@ def _open_sharded(folder: Path) -> Checkpoint:
                     )
                 at, sizes, stride = tuple(chunk.offsets), tuple(chunk.sizes), tuple(value.stride())
                 place = _place_of(value)
-                if place + _span(sizes, stride) * dtype.itemsize > info.length:
-                    raise CheckpointError(f'{path} is damaged: {key} reaches beyond its storage')
+                if place is None:
+                    raise CheckpointError(f'{path}: {key} has no data')
                 pieces.append(Piece(path, info.offset + place, at, sizes, stride))
             if sum(prod(piece.shape) for piece in pieces) != prod(shape):
                 raise CheckpointError(f'{folder} does not hold all of {key}, or some of it twice')

@@ -92,6 +92,7 @@ def spoilt(draw: st.DrawFn, whole: Any, most: int = 2, values: list[Any] = VALUE
             extra = draw(st.sampled_from(values))
         elif how == 'rename':
             extra = draw(st.sampled_from([f'{place[-1]}x', str(place[-1])[1:], 'größe', '', 5, True]))
+            where.append((*place[:-1], str(extra)))
         elif how == 'swap':
             extra = draw(st.sampled_from(there))
             where.append(extra)

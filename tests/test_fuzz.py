@@ -34,7 +34,8 @@ from cpt_algorithms.stage.plan import stage_tokens
 from cpt_algorithms.stage.scale import load_scaled
 from cpt_algorithms.stage.sweep import plan_trials, sequence_of, trials_of
 
-SECONDS = 20  # for one input, on a busy machine
+SECONDS = 20  # of computing, for one input
+MINUTES = 5  # of waiting, on a busy machine
 FEW = settings(
     derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
@@ -42,20 +43,27 @@ MANY = settings(FEW, derandomize=False)
 ALL = VALUES + INTERPOLATIONS
 
 
+class Hang(BaseException):
+    """Nobody takes it for a mistake in a file."""
+
+
 @contextlib.contextmanager
 def in_time():
     """A hang is a failure."""
 
     def give_up(*_):
-        raise TimeoutError(f'no answer in {SECONDS} s')
+        raise Hang(f'no answer after {SECONDS} s of computing, or {MINUTES} min')
 
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(SECONDS)
+    before = [(name, signal.signal(name, give_up)) for name in (signal.SIGALRM, signal.SIGPROF)]
+    signal.alarm(60 * MINUTES)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for name, handler in before:
+            signal.signal(name, handler)
 
 
 def files(folder):
@@ -192,6 +200,18 @@ def test_scales(root, monkeypatch, many, slow):
     cases(spoilt(both, values=ALL), read, root, 2000 if slow else 60, slow)
 
 
+@pytest.mark.parametrize(('place', 'value'), [(('nproc',), {'a': 1}), (('common', 'global_train_batch_size'), {})])
+def test_what_was_found_in_scales_is_refused(root, monkeypatch, place, value):
+    """A mapping where the sequence has none."""
+    monkeypatch.chdir(tiny.ROOT)
+    scale = yaml.safe_load(Path('yamls/scales/tiny.yaml').read_text(encoding='utf-8'))
+    spoil(scale, 'put', place if place[0] == 'common' else ('sequence', *place), value)
+    path = root.parent / f'{root.name}-scale.yaml'
+    path.write_text(yaml.safe_dump(scale), encoding='utf-8')
+    with pytest.raises(ValueError, match=place[-1]):
+        sequence.layout_of(sequence.read(sequence.parse(['yamls/sequence/pile_german.yaml', f'scale={path}']))[0])
+
+
 def test_sweeps(root, sequence_spec):
     sweep = yaml.safe_load((tiny.ROOT / 'yamls/sweeps/eta_max.yaml').read_text(encoding='utf-8'))
     sweep['parameters'] = {
@@ -298,6 +318,36 @@ FOUND_IN_STAGES = [
     ('code_paths', None),
     ('variables', {'lm_eval': -1}),
     ('variables', {'lm_eval': [[]]}),
+    ('global_train_batch_size', 10**18),
+    # what would have trained nothing, or failed only when the trainer was made
+    ('device_train_microbatch_size', 2.5),
+    ('device_eval_batch_size', 2.5),
+    ('model.n_layers', 0),
+    ('model.d_model', 0),
+    ('model.d_model', 15),
+    ('model.n_heads', 0),
+    ('model.expansion_ratio', 0),
+    ('model.loss_fn', '/dev/null'),
+    ('model.attn_config.attn_impl', '1/3'),
+    ('model.init_device', ''),
+    ('optimizer.lr', -1e-3),
+    ('optimizer.lr', 0),
+    ('optimizer.lr', float('nan')),
+    ('optimizer.eps', 0),
+    ('optimizer.betas', [0.9]),
+    ('optimizer.betas.0', 2.5),
+    ('optimizer.betas.1', -0.1),
+    ('optimizer.betas', [0.9, 0.95, 0.9, 0.95]),
+    ('optimizer.weight_decay', -1),
+    ('optimizer.weight_decay', 10**18),
+    ('algorithms.gradient_clipping.clipping_type', '%s{}'),
+    ('algorithms.gradient_clipping.clipping_threshold', 0),
+    ('algorithms.gradient_clipping.clipping_threshold', -1),
+    ('train_loader.num_workers', -1),
+    ('eval_loader.0.num_workers', -1),
+    ('eval_loader.0.prefetch_factor', 2),
+    ('eval_loader.0.persistent_workers', True),
+    ('tokenizer.kwargs.model_max_length', '1dur'),
 ]
 
 
@@ -339,6 +389,8 @@ FOUND_IN_SEQUENCES = [
     ('common.callbacks.final_loss', '1/3'),
     ('common.eval_loader', 2.5),
     ('common.max_seq_len', 0),
+    ('common.optimizer.lr', -1),
+    ('arms.infinite.new.branches.merge.merge', 2.5),
 ]
 
 

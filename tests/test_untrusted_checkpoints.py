@@ -339,7 +339,8 @@ def test_a_pretrained_model_that_brings_code_along(data, tmp_path):
     with pytest.raises(PreflightError, match='trust_remote_code=True'):
         preflight(resolve(cfg))
     assert not sign.exists()
-    preflight(resolve({**cfg, 'model': {**model, 'trust_remote_code': True}}))
+    with pytest.raises(PreflightError, match='model cannot be built'):  # it is no model
+        preflight(resolve({**cfg, 'model': {**model, 'trust_remote_code': True}}))
     assert sign.exists()
 
 

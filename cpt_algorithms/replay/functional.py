@@ -200,8 +200,8 @@ def check_budget(
             raise ValueError(
                 f'too little data: a budget of {num_samples * max_seq_len:,} tokens reads {needed * max_seq_len:,} '
                 f'tokens of the {what}, which has {size * max_seq_len:,} ({needed / max(size, 1):.2f} passes; '
-                f'max_passes is {float(max_passes):g}): lower max_duration, prepare more data, or '
-                'raise train_loader.dataset.max_passes'
+                f'max_passes is {float(max_passes):g}): lower max_duration or '
+                'global_train_batch_size, prepare more data, or raise train_loader.dataset.max_passes'
             )
 
 

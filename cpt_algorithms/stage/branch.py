@@ -115,7 +115,10 @@ def anneal_branch(
     if not isinstance(alpha_f, (int, float)) or isinstance(alpha_f, bool):
         raise ValueError(f'alpha_f={alpha_f!r} must be a number')
     if alpha <= alpha_f:
-        raise ValueError(f'alpha_f={alpha_f}, and the trunk is at {alpha:g} times the learning rate: nothing to anneal')
+        raise ValueError(
+            f'alpha_f={alpha_f}, and the scheduler of the trunk is at {alpha:g} times the learning rate: nothing to '
+            'anneal'
+        )
     nothing = f'0{parse_time("t_anneal", t_anneal).unit.value}'
     folder = trunk.get('save_folder')
     callbacks = {name: dict(given or {}) for name, given in copy.deepcopy(trunk.get('callbacks') or {}).items()}

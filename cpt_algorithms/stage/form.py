@@ -2,9 +2,10 @@
 """Of what form a train YAML is, whole or in part: checked before anything looks into it."""
 
 import math
+import operator
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from composer.core import Precision, Time, TimeUnit
 from llmfoundry.command_utils.train import TrainConfig
@@ -21,6 +22,9 @@ _TYPES = {
     'model': dict[str, Any] | str,  # or the path of a YAML
     'eval_loader': dict[str, Any] | list[dict[str, Any]] | None,
     'code_paths': list[str],
+    # Composer cannot split a batch of text into parts of 2.5 rows
+    'device_train_microbatch_size': int | Literal['auto'],
+    'device_eval_batch_size': int,
 }
 # Of these, null is like nothing, and what is missing is said elsewhere.
 _REQUIRED = ('model', 'tokenizer', 'optimizer', 'scheduler', 'train_loader', 'max_duration', 'max_seq_len')
@@ -28,13 +32,16 @@ _NAMED = ('callbacks', 'algorithms', 'loggers')
 # Parts of sections that are looked into.
 _INSIDE: dict[str, Any] = {
     'model.name': str,
+    'model.init_device': Literal['cpu', 'meta', 'mixed'],
     'model.pretrained': bool,
     'model.pretrained_model_name_or_path': str,
     'model.config_overrides': dict[str, Any] | None,
     'tokenizer.name': str,
     'tokenizer.kwargs': dict[str, Any] | None,
+    'tokenizer.kwargs.model_max_length': int,
     'optimizer.name': str,
     'optimizer.lr': float,
+    'optimizer.betas': list[float],
     'scheduler.name': str,
     'fsdp_config.state_dict_type': str,
     'fsdp_config.sharding_strategy': str,
@@ -62,7 +69,25 @@ _AT_LEAST = {
     'train_subset_num_batches': -1,
     'save_num_checkpoints_to_keep': -1,
     'dist_timeout': 1,
+    'tokenizer.kwargs.model_max_length': 1,
+    # the models are made without any of these, and without a word
+    'model.d_model': 1,
+    'model.n_layers': 1,
+    'model.vocab_size': 1,
+    'model.max_seq_len': 1,
+    'model.config_overrides.num_hidden_layers': 1,
+    'optimizer.weight_decay': 0,
 }
+# An optimizer that divides by nothing, or does nothing.
+_ABOVE = {
+    'device_train_microbatch_size': 0,
+    'model.expansion_ratio': 0,
+    'optimizer.lr': 0,
+    'optimizer.eps': 0,
+    'algorithms.gradient_clipping.clipping_threshold': 0,
+}
+_BELOW = {'optimizer.weight_decay': 1}  # decoupled: a share of the weights, times the learning rate's own
+_BOUNDS = ((_AT_LEAST, operator.ge, 'at least'), (_ABOVE, operator.gt, 'above'), (_BELOW, operator.lt, 'below'))
 _LARGEST_SEED = 2**32 - 1  # numpy's
 _INTERVALS = ('eval_interval', 'save_interval', 'console_log_interval', 'callbacks.hf_checkpointer.save_interval')
 _CHOICES = {
@@ -133,16 +158,13 @@ def _find(config: Config, path: str) -> tuple[bool, Any]:
 
 
 def _check_ranges(config: Config, inside: str) -> None:
-    for key, least in _AT_LEAST.items():
-        if config.get(key) is not None and config[key] < least:
-            raise ValueError(f'{inside}{key}={shown(config[key])} must be at least {least}')
+    for bounds, is_right, words in _BOUNDS:
+        for path, bound in bounds.items():
+            value = _find(config, path)[1]
+            if isinstance(value, int | float) and not is_right(value, bound):
+                raise ValueError(f'{inside}{path}={shown(value)} must be {words} {bound}')
     if config.get('seed', 0) > _LARGEST_SEED:
         raise ValueError(f'{inside}seed={config["seed"]} must be at most {_LARGEST_SEED}')
-    microbatch = config.get('device_train_microbatch_size', 'auto')
-    if microbatch != 'auto' and (isinstance(microbatch, str) or microbatch <= 0):
-        raise ValueError(
-            f"{inside}device_train_microbatch_size={shown(microbatch)} must be a number above 0, or 'auto'"
-        )
     for path in _INTERVALS:
         found, value = _find(config, path)
         if found and not isinstance(value, int):  # a number counts epochs, or batches

@@ -149,8 +149,8 @@ def _train_config(spec: Config, stage: Config, earlier: list[str], read_by: Mapp
                 )
         if not replay['streams']:
             raise ValueError(
-                f'replay.fraction={replay["fraction"]} for {", ".join(new)}, and no earlier stage has read other data: '
-                'there is nothing to replay'
+                f'replay.fraction={replay["fraction"]} for {", ".join(new)}, and none of the earlier stages has read '
+                'other data: there is nothing to replay'
             )
         dataset['replay'] = replay
     config['train_loader'] = loader
@@ -609,6 +609,7 @@ def _trunk(settings: Config, where: str) -> tuple[Config, dict[str, tuple[int, C
 
 def _merged(merge: Config, end: int, settings: Config, where: str) -> list[int]:
     """The batches whose checkpoints are averaged."""
+    check_type(where, merge, dict | None)
     check_keys(where, merge or {}, MERGE_KEYS)
     if missing := [key for key in ('last', 'every') if key not in (merge or {})]:
         raise ValueError(f'{where}.{missing[0]} is missing: how many checkpoints are averaged, and how far apart')

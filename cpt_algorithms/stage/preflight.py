@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every check of a stage's YAML that needs no training: all problems at once, before anything expensive starts."""
 
+import copy
 import inspect
+import json
 import logging
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,13 +21,21 @@ from composer.models import ComposerModel
 from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
 from llmfoundry.models.mpt import ComposerMPTCausalLM, MPTConfig
-from llmfoundry.utils.builders import build_callback, build_composer_model, build_scheduler, build_tokenizer
+from llmfoundry.utils.builders import (
+    build_algorithm,
+    build_callback,
+    build_composer_model,
+    build_optimizer,
+    build_scheduler,
+    build_tokenizer,
+)
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from llmfoundry.utils.registry_utils import import_file
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from streaming import StreamingDataset
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from yaml import YAMLError
 
@@ -183,14 +194,14 @@ def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) ->
         except Exception as error:  # of any kind: it is the user's
             raise PreflightError([f'code_paths: {path} cannot be imported: {error!r}']) from error
     problems: list[str] = []
-    checks: list[Callable[[], None]] = [
+    checks: list[Callable[[], object]] = [
         lambda: _check_top_level(cfg),
         *(lambda section=section: _check_named(section, cfg) for section in ('scheduler', 'optimizer', 'model')),
         *(lambda section=section: _check_mapping(section, cfg) for section in ('callbacks', 'algorithms', 'loggers')),
         *(lambda where=where, loader=loader: _check_loader(where, loader) for where, loader in _loaders(cfg)),
         lambda: _check_scheduler(cfg),
         lambda: _check_callbacks(cfg),
-        lambda: _check_tokenizer(cfg),
+        lambda: _tokenizer_of(cfg),
         lambda: _check_batch_size(cfg, world_size),
         lambda: _check_averages(cfg, world_size),
         lambda: _check_forgetting(cfg),
@@ -201,6 +212,14 @@ def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) ->
         lambda: problems.extend(data_mistakes(cfg, _loaders(cfg), parent_is_there)),
         lambda: _check_hugging_face(cfg),
         *([lambda: _check_parent(cfg)] if parent_is_there else []),
+        # whose own words are not as clear as those of the checks above
+        *(
+            lambda where=where, loader=loader: problems or _check_workers(where, loader)
+            for where, loader in _loaders(cfg)
+        ),
+        *(lambda name=name: problems or _check_algorithm(name, cfg) for name in cfg.get('algorithms') or {}),
+        lambda: problems or _check_optimizer(cfg),
+        lambda: problems or _check_model(json.dumps(cfg['model'])),
     ]
     unreadable: list[str] = []  # what a check stumbled over is mostly what another has named
     unseen: list[str] = []
@@ -305,6 +324,20 @@ def _check_loader(where: str, loader: Config) -> None:
         _sizes_of(where, streams)
 
 
+def _check_workers(where: str, loader: Config) -> None:
+    """Ask torch's DataLoader whether it can be had so, with the defaults of what makes it."""
+    parameters = inspect.signature(registry.dataloaders.get(loader['name'])).parameters
+    keys = parameters.keys() & {'num_workers', 'prefetch_factor', 'persistent_workers', 'timeout'}
+    workers = {key: loader.get(key, parameters[key].default) for key in keys}
+    if loader['name'] == 'replay_text' and not workers['num_workers']:  # and takes these away
+        workers = {'num_workers': 0}
+    try:
+        DataLoader([], **workers)  # pyright: ignore[reportArgumentType]
+    except (ValueError, TypeError) as error:
+        said = ', '.join(f'{key}={shown(workers[key])}' for key in sorted(keys & workers.keys()))
+        raise ValueError(f'{where}: {said} is refused by the DataLoader: {error}') from None
+
+
 def _check_scheduler(cfg: Config) -> None:
     section = dict(cfg['scheduler'])
     name = section.pop('name')
@@ -334,13 +367,49 @@ def _check_callbacks(cfg: Config) -> None:
                 raise ValueError(f'{where}{error}') from None
 
 
-def _check_tokenizer(cfg: Config) -> None:
+def _tokenizer_of(cfg: Config) -> PreTrainedTokenizerBase:
     try:
-        build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer'].get('kwargs') or {}))
+        return build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer'].get('kwargs') or {}))
     except Exception as error:
         first_line = ' '.join(str(error).strip().splitlines()[:1])
         kind = StorageError if "couldn't connect" in first_line else ValueError
         raise kind(f'tokenizer={cfg.get("tokenizer")} cannot be loaded: {first_line}') from None
+
+
+@lru_cache  # the runs of a sequence have mostly the same
+def _check_model(section: str) -> None:
+    """Ask the model itself."""
+    model_on_meta({'model': json.loads(section)})  # without the tokenizer: embeddings cannot grow without memory
+
+
+def _check_optimizer(cfg: Config) -> None:
+    """Ask the optimizer itself, with a step of a small layer."""
+    given = copy.deepcopy(cfg['optimizer'])
+    name = given.pop('name')
+    layer = torch.nn.Linear(1, 1)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    try:
+        build_optimizer(layer, name, given).step()
+    except RuntimeError:  # of a kernel that only a GPU has
+        return
+    except Exception as error:  # some raise no more than that
+        raise ValueError(f'optimizer={shown(cfg["optimizer"])} is refused by {name}: {error!r}') from None
+
+
+def _check_algorithm(name: str, cfg: Config) -> None:
+    """Ask the algorithm itself."""
+    given = dict(cfg['algorithms'][name] or {})
+    if name == 'gradient_clipping':  # which looks at it after the first backward pass
+        kinds = ('norm', 'value') if cfg.get('fsdp_config') else ('norm', 'value', 'adaptive')
+        if given.get('clipping_type') not in kinds:
+            raise ValueError(
+                f'algorithms.{name}.clipping_type={shown(given.get("clipping_type"))} is not possible; use '
+                f'{" or ".join(kinds)}'
+            )
+    try:
+        build_algorithm(name, given)
+    except Exception as error:
+        raise ValueError(f'algorithms.{name}={shown(given)} is refused: {error!r}') from None
 
 
 def _check_batch_size(cfg: Config, world_size: int) -> None:
@@ -615,13 +684,14 @@ def model_on_meta(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = None)
     try:
         return build_composer_model(name, section, tokenizer, init_context=init_empty_weights(include_buffers=False))
     except Exception as error:
-        raise ValueError(f'model cannot be built: {error}') from None
+        # of a package that only a machine with a GPU has, or of the hub
+        kind = StorageError if re.search("is not installed|couldn't connect", str(error)) else ValueError
+        raise kind(f'model cannot be built: {" ".join(str(error).split())}') from None
 
 
 def _model_shapes(cfg: Config) -> Shapes:
     """Shape of every tensor of the model that a YAML describes."""
-    tokenizer = build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer'].get('kwargs') or {}))
-    return {key: tuple(value.shape) for key, value in model_on_meta(cfg, tokenizer).state_dict().items()}
+    return {key: tuple(value.shape) for key, value in model_on_meta(cfg, _tokenizer_of(cfg)).state_dict().items()}
 
 
 def _check_parent(cfg: Config) -> None:

@@ -180,7 +180,8 @@ def _with(section: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
         if value is None:
             merged.pop(key, None)
         elif isinstance(value, Mapping) and 'name' not in value:
-            merged[key] = _with(merged.get(key) or {}, value)
+            before = merged.get(key)
+            merged[key] = _with(before if isinstance(before, Mapping) else {}, value)
         else:
             merged[key] = copy.deepcopy(value)
     return merged

@@ -65,7 +65,9 @@ def test_where_it_is_not(scheduler, batch, message):
 
 def test_nothing_to_anneal():
     cfg = {**SMALL, 'scheduler': {'name': 'rewarm_constant', 't_warmup': '0ba', 'alpha': 0.1}, 'max_duration': '8ba'}
-    with pytest.raises(ValueError, match='alpha_f=0.1, and the trunk is at 0.1 times the learning rate'):
+    with pytest.raises(
+        ValueError, match='alpha_f=0.1, and the scheduler of the trunk is at 0.1 times the learning rate'
+    ):
         anneal_branch(cfg, 'branch', 'runs/branch', 'x.pt', 4, '2ba')
 
 

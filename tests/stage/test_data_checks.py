@@ -258,7 +258,8 @@ def test_rows_that_an_evaluator_would_cut(roots, tmp_path):
 
 def stock(root, length):
     dataset = {**stream(root), 'max_seq_len': length}
-    return {'name': 'text', 'drop_last': True, 'num_workers': 0, 'dataset': dataset}
+    workers = {'num_workers': 0, 'prefetch_factor': None, 'persistent_workers': False}
+    return {'name': 'text', 'drop_last': True, **workers, 'dataset': dataset}
 
 
 def test_rows_of_another_length_in_the_stock_loader(roots, tmp_path):

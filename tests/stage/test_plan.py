@@ -98,7 +98,10 @@ def test_three_stages_replay_everything_earlier(spec):
         ),
         ({'stages': {'cpp': {'seed': 5}}}, r'stages\.cpp\.seed is set by the sequence'),
         ({'stages': {'cpp': {'new': 'german'}}}, "no dataset is called 'german'; data has python, cpp"),
-        ({'stages': {'python': {'replay': {'fraction': 0.1}}}}, 'for python, and no earlier stage has read other data'),
+        (
+            {'stages': {'python': {'replay': {'fraction': 0.1}}}},
+            'for python, and none of the earlier stages has read other data',
+        ),
         ({'common': {'eval_loader': []}}, 'common.eval_loader is a list; in a sequence it is one template'),
         ({'data': None}, 'data is missing'),
         ({'arms': {'x': {'cpp': {'seed': 3}}}}, r'arms\.x\.cpp\.seed is set by the sequence'),
@@ -262,7 +265,7 @@ def test_branches_start_where_their_length_says(infinite):
         ({'t_anneal': '2ep'}, r"x\.t_anneal='2ep' must be in tok, ba or sp"),
         (
             {'t_anneal': '2ba', 'anneal': 'linear', 'alpha_f': 0.5},
-            r'branches\.x, in the arm only: alpha_f=0.5, and the trunk is at 0.5',
+            r'branches\.x, in the arm only: alpha_f=0.5, and the scheduler of the trunk is at 0.5',
         ),
         ({'t_anneal': '2ba', 'seed': 3}, r'stages\.cpp\.branches\.x\.seed is set by the sequence'),
         ({'t_anneal': '2ba', 'scheduler': {'alpha_f': 0}}, r'x\.scheduler: a branch has this from its trunk; t_anneal'),
@@ -386,7 +389,7 @@ def test_the_first_stage_may_update_a_base_model_whose_data_has_a_stand_in(spec)
     assert list(first['train_loader']['dataset']['replay']['streams']) == ['web']
     assert second['callbacks']['forgetting'] == {'new': ['cpp'], 'old': ['web', 'python']}
     spec['common']['model']['pretrained'] = False
-    with pytest.raises(ValueError, match='no earlier stage has read other data'):
+    with pytest.raises(ValueError, match='none of the earlier stages has read other data'):
         plan({**spec, 'arms': {'only': {}}})
 
 
