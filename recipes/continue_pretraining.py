@@ -57,6 +57,7 @@ from cpt_algorithms.replay.dataset_numbers import safe_numbers
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
 from cpt_algorithms.stage.cost_tables import print_costs
+from cpt_algorithms.stage.saving import StoppedError, disk_problem
 
 # Streaming numbers the datasets of a machine, and two runs that start at the same moment can pick the same number.
 DATASETS_LOCK = FileLock(Path(tempfile.gettempdir()) / f'cpt_algorithms_datasets_{os.getuid()}.lock')
@@ -324,13 +325,17 @@ def check_and_run(cfg: dict[str, Any], what: str, dry_run: bool) -> None:
         return
     try:
         run(cfg, world_size, rank_zero)
-    except (StorageError, StreamError, CheckpointError) as error:
-        sys.exit(f'{cfg["run_name"]}: {error}{copy_of(cfg)}')
+    except (StorageError, StreamError, CheckpointError, StoppedError) as error:
+        sys.exit(f'{cfg["run_name"]} stopped: {error}{copy_of(cfg)}')
     except CheckpointException as failures:  # torch's, of all ranks
         for error, _ in failures.failures.values():
             if isinstance(error, CheckpointError):
-                sys.exit(f'{cfg["run_name"]}: {error}{copy_of(cfg)}')
+                sys.exit(f'{cfg["run_name"]} stopped: {error}{copy_of(cfg)}')
         raise
+    except OSError as error:
+        if (reason := disk_problem(error)) is None:
+            raise
+        sys.exit(f'{cfg["run_name"]} stopped: {error.filename or cfg["save_folder"]}: {reason}')
 
 
 def copy_of(cfg: dict[str, Any]) -> str:

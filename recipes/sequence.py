@@ -271,6 +271,20 @@ def _chain(run: Run, runs: list[Run]) -> int:
     return batches(run) + max((_chain(child, runs) for child in runs if child.parent == run.name), default=0)
 
 
+def say_failed(run: Run, returncode: int) -> None:
+    """Note and print why: the one line that the run has ended with, or else the end of its log."""
+    log = folder(run) / 'log.txt'
+    tail = log.read_text(errors='replace').splitlines()[-40:]
+    stopped = [line for line in tail if line.startswith(f'{run.name} stopped: ')]
+    tail = stopped[-1:] or tail[-12:]
+    try:
+        write_json(folder(run) / 'failed.json', {'returncode': returncode, 'log': tail})
+    except OSError as error:
+        console.print(f'{error.filename}: {error.strerror}; the report cannot say why it failed', markup=False)
+    console.print(f'[red]{run.name}: failed[/red] ({log}):')
+    console.print('\n'.join(tail), markup=False, highlight=False, soft_wrap=True)
+
+
 def run_all(jobs: int, runs: list[Run], start: Start) -> list[str]:
     """Train what is not done yet, as many at a time as ``jobs`` says. Returns the names of runs that failed."""
     done = {run.name for run in runs if is_done(run)}
@@ -325,10 +339,7 @@ def run_all(jobs: int, runs: list[Run], start: Start) -> list[str]:
                     console.print(f'{each.run.name}: done in {time.monotonic() - each.started:.0f} s')
                 else:
                     failed.append(each.run.name)
-                    tail = (folder(each.run) / 'log.txt').read_text(errors='replace').splitlines()[-12:]
-                    write_json(folder(each.run) / 'failed.json', {'returncode': returncode, 'log': tail})
-                    console.print(f'[red]{each.run.name}: failed[/red] ({folder(each.run) / "log.txt"}):')
-                    console.print('\n'.join(tail), markup=False, highlight=False)
+                    say_failed(each.run, returncode)
                 each.lock.release()
             bars.update(overall, completed=finished + sum(progress_of(x.run) for x in running))
             if not console.is_terminal and time.monotonic() - said > 15:
