@@ -31,7 +31,7 @@ __all__ = [
 
 
 class StorageError(ValueError):
-    """Object storage that cannot be reached or does not let us in; what is merely not there is no such error."""
+    """Storage that cannot be reached or does not let us in; what is merely not there is no such error."""
 
 
 def is_remote(place: str | Path) -> bool:
@@ -184,11 +184,15 @@ def write_whole(place: str | Path, content: bytes) -> None:
     path = Path(place)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
-    with open(partial, 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:  # a full disk says neither which file nor leaves room for half of it
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(place: str | Path, value: Any) -> None:

@@ -159,15 +159,16 @@ def print_phases(cfg: dict[str, Any]) -> None:
         print(format_phases(schedule, unit, duration.value), flush=True)
 
 
-def parent_is_older(cfg: dict[str, Any], losses: Path) -> bool:
-    """Whether the model that a stage starts from is there, and as it was when its losses were written."""
+def parent_files(cfg: dict[str, Any]) -> dict[str, list[int]] | None:
+    """Size and time of the files of the model that a stage starts from; None if they are not here."""
     base = base_of(cfg)
     try:
         parent = folder_of_base(base) if base else Path(cfg.get('load_path') or '')
-        files = [parent, *(parent.iterdir() if base else ())]  # one of them may have been replaced
-        return max(file.stat().st_mtime for file in files) < losses.stat().st_mtime
+        stats = {file.name: file.stat() for file in (sorted(parent.iterdir()) if parent.is_dir() else [parent])}
     except (OSError, ValueError):
-        return False
+        return None
+    # to be compared for equality: which of two is older is a matter of the clock, which may have been set
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def note_lineage(cfg: dict[str, Any], folder: str, resumes: bool) -> None:
@@ -188,11 +189,12 @@ def note_lineage(cfg: dict[str, Any], folder: str, resumes: bool) -> None:
         'max_duration': cfg['max_duration'],
         'config': cfg,
         'versions': {name: version(name) for name in STACK},
+        'parent_files': parent_files(cfg),
     }
     if resumes and before.get('max_duration') == cfg['max_duration']:
         return
     if not is_remote(folder) and losses.exists() and not resumes:
-        if before != lineage or not parent_is_older(cfg, losses):
+        if before != lineage or lineage['parent_files'] is None:
             losses.unlink()
     write_json(known, {**lineage, 'wandb_id': wandb_id})
 

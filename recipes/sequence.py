@@ -315,7 +315,12 @@ def run_all(jobs: int, runs: list[Run], start: Start) -> list[str]:
                     done.add(run.name)
                     finished += batches(run)
                 elif len(running) < jobs and (run.parent is None or run.parent in done):
-                    launched = launch(run, start)
+                    try:
+                        launched = launch(run, start)
+                    except OSError as error:
+                        failed.append(run.name)
+                        console.print(f'{run.name}: failed: {error.filename}: {error.strerror}', markup=False)
+                        continue
                     if launched is not None:
                         launched.task = bars.add_task(run.name, total=batches(run))
                         running.append(launched)
@@ -434,12 +439,14 @@ def main() -> None:
             console.print(f'what it will cost is not known: {error}', highlight=False, markup=False)
         return
     with trial_run({'sequence': spec['name'], 'arm': runs[-1].arm}) as summary:
-        write_sequence(spec, runs, keep=bool(arguments.trial))
         try:
+            write_sequence(spec, runs, keep=bool(arguments.trial))
             failed = run_all(jobs, runs, start)
+            report = write_report([Path(spec['folder'])], Path(spec['folder']))
         except LaunchError as error:
             sys.exit(f'{error}; jobs that were submitted go on, and the same command waits for them')
-        report = write_report([Path(spec['folder'])], Path(spec['folder']))
+        except OSError as error:
+            sys.exit(f'{error.filename}: {error.strerror}; what was trained is kept, and the same command goes on')
         print_report(report, console)
         console.print(f'({time.monotonic() - started:.0f} s)')
         if arguments.trial:

@@ -170,7 +170,7 @@ def progress(run: RunRecord) -> str:
         return run.state
     batches = 'an unknown number' if run.batches is None else f'{run.batches:,}'
     at = f'at batch {run.cost.get("batch", 0):,} of {batches}'
-    return f'failed {at}' if run.state == 'failed' else at
+    return f'failed, last evaluated {at}' if run.state == 'failed' else at
 
 
 def _columns(run: RunRecord, average: str, study: Study, union_hours: float | None) -> dict[str, float]:

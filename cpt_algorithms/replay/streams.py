@@ -105,6 +105,8 @@ def _advice(error: BaseException) -> str | None:
         return 'it is not there: check path and split'
     if isinstance(error, PermissionError):
         return f'access to {error.filename} is denied'
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f'{error.filename} is on a read-only file system: set local to a folder that can be written to'
     return None
 
 

@@ -441,6 +441,7 @@ def _check_saving(cfg: Config) -> None:
     if not cfg.get('save_folder'):
         return
     folder = _folder_of(cfg)
+    _check_writable('save_folder', folder, 'choose another')
     try:
         names = list_names(folder) if is_remote(folder) else [path.name for path in Path(folder).glob('ep*-ba*')]
     except StorageError as error:
@@ -462,6 +463,19 @@ def _check_saving(cfg: Config) -> None:
                 f'save_folder={folder} holds the checkpoints of {held_by}, and run_name is {cfg.get("run_name")!r}: '
                 'they would be resumed from or overwritten; choose another save_folder'
             )
+
+
+def _check_writable(key: str, folder: str, advice: str) -> None:
+    """Refuse a local folder that cannot be written to, or made; elsewhere there may be another."""
+    if is_remote(folder):
+        return
+    there = os.path.abspath(folder)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise StorageError(f'{key}: {there} is no folder; {advice}')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(f'{key}: {there} cannot be written to; {advice}')
 
 
 def _folder_of(cfg: Config) -> str:
@@ -504,6 +518,13 @@ def _sizes_of(where: str, streams: Mapping[str, Config], max_seq_len: int | None
     """Samples of each stream; None if that is not known here."""
     sizes: dict[str, int | None] = {}
     for name, stream in streams.items():
+        if stream.get('remote') and stream.get('local') not in (None, stream['remote']):
+            _check_writable(
+                f'{where}.{name}.local',
+                os.path.join(stream['local'], stream.get('split') or ''),
+                f'what is read from remote={stream["remote"]} is kept there. Name a folder on a disk of this machine, '
+                'or, if all of the data is there already, leave remote out',
+            )
         try:
             sizes[name], encodings = _index_of(stream) or (None, set())
         except FileNotFoundError as error:

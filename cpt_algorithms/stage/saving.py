@@ -80,10 +80,12 @@ def _guarded(
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             if (reason := disk_problem(error)) is None:
                 raise
-            what, folder = _remove_half(saver, state)
+            path = _remove_half(saver, state)
+            what = 'checkpoint' if isinstance(saver, CheckpointSaver) else 'export'
+            free = shutil.disk_usage(next(each for each in path.parents if each.exists())).free
             raise StoppedError(
-                f'the {what} of batch {batch} could not be written to {folder}: {reason}. {_left(state)}. Make room '
-                'there, or mend it, and run the same command: it goes on from there'
+                f'the {what} of batch {batch} could not be written to {path.parent}, where {free:,} bytes are free: '
+                f'{reason}. {_left(state)}. Make room, and run the same command: it goes on from there'
             ) from error
 
     return look_and_save
@@ -114,8 +116,8 @@ def _saved(saver: CheckpointSaver) -> dict[str, Timestamp]:
     return saver.all_saved_checkpoints_to_timestamp
 
 
-def _remove_half(saver: CheckpointSaver | HuggingFaceCheckpointer, state: State) -> tuple[str, str]:
-    """Remove what was not written whole. What it is, and where it should have been."""
+def _remove_half(saver: CheckpointSaver | HuggingFaceCheckpointer, state: State) -> Path:
+    """Remove what was not written whole, and say what it was."""
     is_ours = dist.get_global_rank() == 0
     if isinstance(saver, CheckpointSaver):
         path = Path(next(reversed(_saved(saver))))  # noted before it is written
@@ -129,7 +131,7 @@ def _remove_half(saver: CheckpointSaver | HuggingFaceCheckpointer, state: State)
         halves = [path, *path.parent.glob(f'{path.name}-*')]  # of averages
     for half in halves if is_ours else ():
         shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
-    return 'checkpoint' if isinstance(saver, CheckpointSaver) else 'export', str(path.parent)
+    return path
 
 
 def disk_problem(error: BaseException) -> str | None:
