@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 
 __all__ = [
     'StorageError',
+    'check_writable',
     'exists',
     'fetch',
     'hidden_sibling',
@@ -206,6 +207,28 @@ def write_json(place: str | Path, value: Any) -> None:
         StorageError: If object storage cannot be reached.
     """
     write_whole(place, json.dumps(value, indent=1).encode())
+
+
+def check_writable(key: str, folder: str, advice: str) -> None:
+    """Refuse a local folder that cannot be written to, or made; object storage is not asked.
+
+    Args:
+        key: What it is called in the error.
+        folder: Its path or URI.
+        advice: What would be right.
+
+    Raises:
+        StorageError: If it cannot.
+    """
+    if is_remote(folder):
+        return
+    there = os.path.abspath(folder)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise StorageError(f'{key}: {there} is no folder; {advice}')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(f'{key}: {there} cannot be written to; {advice}')
 
 
 @contextmanager

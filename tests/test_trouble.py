@@ -4,9 +4,9 @@
 import gc
 import json
 import resource
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ import tiny
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+
+from cpt_algorithms.stage import PreflightError, preflight, resolve
 
 PATHS = [str(tiny.ROOT / 'tests' / f'{file}.py') for file in ('recorder', 'trouble')]
 LARGEST = 30_000  # bytes, of which a checkpoint of these stages has more
@@ -105,35 +107,91 @@ def results(cfg, folder, ranks=1):
     return weights, [recorder.read(folder / f'{cfg["run_name"]}.jsonl', rank) for rank in range(ranks)]
 
 
+def read_only(folder, *command, expect=0):
+    """What a command prints for which a folder lies on a file system that is mounted read-only."""
+    mounted = f'mount --bind {folder} {folder} && mount -o remount,ro,bind {folder} && exec "$@"'
+    done = subprocess.run(
+        ['unshare', '-rm', 'sh', '-c', mounted, 'sh', sys.executable, *map(str, command)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    if 'unshare:' in done.stderr or 'mount:' in done.stderr:
+        pytest.skip(f'nothing can be mounted here: {done.stderr.strip()}')
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_by_its_key(stage, data, tmp_path):
+    (tmp_path / 'file').touch()
+    new = {'remote': str(data['new']), 'local': str(tmp_path / 'file' / 'cache'), 'split': 'train'}
+    evaluated = {'dataset': {'remote': str(data['old']), 'local': str(tmp_path / 'file')}}
+    over = {
+        'save_folder': str(tmp_path / 'file' / 'run'), 'train_loader': {'dataset': {'new': new}},
+        'eval_loader': [tiny.merge(tiny.eval_loader('old', data['old']), evaluated)],
+    }  # fmt: skip
+    with pytest.raises(PreflightError) as refused:
+        preflight(resolve(stage('run', over=over)))
+    assert refused.value.problems == refused.value.unseen, 'another machine may have such folders'
+    blamed = [problem.partition(f': {tmp_path}/file is no folder; ')[0] for problem in refused.value.problems]
+    assert sorted(set(blamed)) == ['eval_loader[0].stream.local', 'save_folder', 'train_loader.dataset.new.new.local']
+    assert any('if all of the data is there already, leave remote out' in line for line in refused.value.problems)
+    (tmp_path / 'mine').mkdir()
+    code = f"from cpt_algorithms.files import check_writable; check_writable('key', '{tmp_path}/mine/run', 'advice')"
+    assert read_only(tmp_path, '-c', code, expect=1).endswith(
+        f'StorageError: key: {tmp_path}/mine cannot be written to; advice\n'
+    )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('trouble', 'said'),
-    [
-        ({'nan_at': 4}, 'the weights after batch 4 are not finite. The latest checkpoint is that of batch 2. '),
-        ({'nan_at': 5}, 'the loss of batch 6 is nan. The latest checkpoint is that of batch 4. '),
-        ({'full_at': 5, 'largest_file': LARGEST}, 'File too large. The latest checkpoint is that of batch 4. '),
-    ],
-    ids=['weights', 'loss', 'disk'],
-)
-def test_two_ranks_stop_together(trouble, said, stage, tmp_path):
+def test_data_on_a_read_only_disk(data, stage, tmp_path):
+    """Is read as it is; but nothing can be cached there."""
+    (tmp_path / 'runs').mkdir()
+    disk = tmp_path / 'disk'
+    for name in ('new', 'old'):
+        shutil.copytree(data[name], disk / name)
+    recipe = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
+    here, cached = (
+        {'local': str(disk / 'new'), 'split': 'train', **each} for each in ({}, {'remote': str(data['new'])})
+    )
+    for name, new, status in (('here', here, 0), ('cached', cached, 1)):
+        over = {
+            'eval_loader': [tiny.eval_loader('old', disk / 'old')], 'train_loader': {'dataset': {'new': new}},
+            'save_folder': str(tmp_path / 'runs' / name),
+        }  # fmt: skip
+        OmegaConf.save(OmegaConf.create(stage(name, over=over)), tmp_path / f'{name}.yaml')
+        printed = read_only(disk, recipe, tmp_path / f'{name}.yaml', expect=status)
+        assert (tmp_path / 'runs' / name / 'done.json').exists() == (status == 0)
+    assert f'1. train_loader.dataset.new.new.local: {disk}/new/train cannot be written to; ' in printed
+    assert 'Traceback' not in printed
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together(stage, tmp_path):
     """What only one of them has met."""
     recipe, sharded = tiny.ROOT / 'recipes' / 'continue_pretraining.py', {'fsdp_config': {'state_dict_type': 'sharded'}}
-    straight, cfg = stage('straight', over=sharded), stage('spoilt', over=sharded, **trouble)
-    for each in (straight, cfg):
-        OmegaConf.save(OmegaConf.create(each), tmp_path / f'{each["run_name"]}.yaml')
-    began = time.monotonic()
-    printed = tiny.launch(recipe, tmp_path / 'spoilt.yaml', expect=1)
-    assert time.monotonic() - began < 200
-    lines = [line for line in printed.splitlines() if line.startswith('spoilt stopped: ') and said in line]
-    assert len(lines) == 2, printed
-    assert 'Traceback' not in printed
-    folder, last = Path(cfg['save_folder']), 2 if trouble.get('nan_at') == 4 else 4
-    assert {path.name for path in folder.glob('ep*')} == {f'ep0-ba{batch}' for batch in range(2, last + 1, 2)}
-    assert (folder / 'latest-sharded-rank0').resolve().name == f'ep0-ba{last}'
+    cases = {
+        'straight': ({}, None, 0),
+        'weights': ({'nan_at': 4}, 'the weights after batch 4 are not finite. The latest checkpoint is that of ', 2),
+        'loss': ({'nan_at': 5}, 'the loss of batch 6 is nan. The latest checkpoint is that of ', 4),
+        'disk': ({'full_at': 5, 'largest_file': LARGEST}, 'File too large. The latest checkpoint is that of ', 4),
+    }
+    cfgs = {name: stage(name, over=sharded, **trouble) for name, (trouble, *_) in cases.items()}
+    for name, (_, said, last) in cases.items():
+        OmegaConf.save(OmegaConf.create(cfgs[name]), tmp_path / f'{name}.yaml')
+        if said is None:
+            continue
+        printed = tiny.launch(recipe, tmp_path / f'{name}.yaml', expect=1)
+        stopped = [line for line in printed.splitlines() if line.startswith(f'{name} stopped: ')]
+        assert len(stopped) == 2 and all(f'{said}batch {last}. ' in line for line in stopped), printed
+        assert 'Traceback' not in printed
+        folder = Path(cfgs[name]['save_folder'])
+        assert {path.name for path in folder.glob('ep*')} == {f'ep0-ba{batch}' for batch in range(2, last + 1, 2)}
+        assert (folder / 'latest-sharded-rank0').resolve().name == f'ep0-ba{last}'
     (tmp_path / 'trouble').unlink()  # it was the machine
-    for each in (straight, cfg):
-        tiny.launch(recipe, tmp_path / f'{each["run_name"]}.yaml')
-    assert results(cfg, tmp_path, 2) == results(straight, tmp_path, 2)
+    found = {}
+    for name, cfg in cfgs.items():
+        tiny.launch(recipe, tmp_path / f'{name}.yaml')
+        found[name] = results(cfg, tmp_path, 2)
+        assert found[name] == found['straight'], name
 
 
 def sequence(spec, folder):

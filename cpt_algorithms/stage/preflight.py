@@ -39,7 +39,7 @@ from cpt_algorithms.checkpoints import (
 )
 from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
 from cpt_algorithms.exports import base_of
-from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names, read_json, size_of
+from cpt_algorithms.files import StorageError, check_writable, exists, fetch, is_remote, list_names, read_json, size_of
 from cpt_algorithms.keys import check_keys, check_place, check_type, shown
 from cpt_algorithms.replay.consumed import read_consumed
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
@@ -441,7 +441,7 @@ def _check_saving(cfg: Config) -> None:
     if not cfg.get('save_folder'):
         return
     folder = _folder_of(cfg)
-    _check_writable('save_folder', folder, 'choose another')
+    check_writable('save_folder', folder, 'choose another')
     try:
         names = list_names(folder) if is_remote(folder) else [path.name for path in Path(folder).glob('ep*-ba*')]
     except StorageError as error:
@@ -463,19 +463,6 @@ def _check_saving(cfg: Config) -> None:
                 f'save_folder={folder} holds the checkpoints of {held_by}, and run_name is {cfg.get("run_name")!r}: '
                 'they would be resumed from or overwritten; choose another save_folder'
             )
-
-
-def _check_writable(key: str, folder: str, advice: str) -> None:
-    """Refuse a local folder that cannot be written to, or made; elsewhere there may be another."""
-    if is_remote(folder):
-        return
-    there = os.path.abspath(folder)
-    while not os.path.exists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there):
-        raise StorageError(f'{key}: {there} is no folder; {advice}')
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise StorageError(f'{key}: {there} cannot be written to; {advice}')
 
 
 def _folder_of(cfg: Config) -> str:
@@ -519,7 +506,7 @@ def _sizes_of(where: str, streams: Mapping[str, Config], max_seq_len: int | None
     sizes: dict[str, int | None] = {}
     for name, stream in streams.items():
         if stream.get('remote') and stream.get('local') not in (None, stream['remote']):
-            _check_writable(
+            check_writable(
                 f'{where}.{name}.local',
                 os.path.join(stream['local'], stream.get('split') or ''),
                 f'what is read from remote={stream["remote"]} is kept there. Name a folder on a disk of this machine, '
