@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 
 __all__ = [
     'StorageError',
+    'check_writable',
     'exists',
     'fetch',
     'hidden_sibling',
@@ -31,7 +32,7 @@ __all__ = [
 
 
 class StorageError(ValueError):
-    """Object storage that cannot be reached or does not let us in; what is merely not there is no such error."""
+    """Storage that cannot be reached or does not let us in; what is merely not there is no such error."""
 
 
 def is_remote(place: str | Path) -> bool:
@@ -184,11 +185,15 @@ def write_whole(place: str | Path, content: bytes) -> None:
     path = Path(place)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
-    with open(partial, 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:  # a full disk says neither which file nor leaves room for half of it
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(place: str | Path, value: Any) -> None:
@@ -202,6 +207,28 @@ def write_json(place: str | Path, value: Any) -> None:
         StorageError: If object storage cannot be reached.
     """
     write_whole(place, json.dumps(value, indent=1).encode())
+
+
+def check_writable(key: str, folder: str, advice: str) -> None:
+    """Refuse a local folder that cannot be written to, or made; object storage is not asked.
+
+    Args:
+        key: What it is called in the error.
+        folder: Its path or URI.
+        advice: What would be right.
+
+    Raises:
+        StorageError: If it cannot.
+    """
+    if is_remote(folder):
+        return
+    there = os.path.abspath(folder)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise StorageError(f'{key}: {there} is no folder; {advice}')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(f'{key}: {there} cannot be written to; {advice}')
 
 
 @contextmanager

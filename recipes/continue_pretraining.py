@@ -56,6 +56,7 @@ from cpt_algorithms.replay.dataset_numbers import safe_numbers
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
 from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
 from cpt_algorithms.stage.cost_tables import print_costs
+from cpt_algorithms.stage.saving import StoppedError, disk_problem
 
 # Streaming numbers the datasets of a machine, and two runs that start at the same moment can pick the same number.
 DATASETS_LOCK = FileLock(Path(tempfile.gettempdir()) / f'cpt_algorithms_datasets_{os.getuid()}.lock')
@@ -157,15 +158,16 @@ def print_phases(cfg: dict[str, Any]) -> None:
         print(format_phases(schedule, unit, duration.value), flush=True)
 
 
-def parent_is_older(cfg: dict[str, Any], losses: Path) -> bool:
-    """Whether the model that a stage starts from is there, and as it was when its losses were written."""
+def parent_files(cfg: dict[str, Any]) -> dict[str, list[int]] | None:
+    """Size and time of the files of the model that a stage starts from; None if they are not here."""
     base = base_of(cfg)
     try:
         parent = folder_of_base(base) if base else Path(cfg.get('load_path') or '')
-        files = [parent, *(parent.iterdir() if base else ())]  # one of them may have been replaced
-        return max(file.stat().st_mtime for file in files) < losses.stat().st_mtime
+        stats = {file.name: file.stat() for file in (sorted(parent.iterdir()) if parent.is_dir() else [parent])}
     except (OSError, ValueError):
-        return False
+        return None
+    # to be compared for equality: which of two is older is a matter of the clock, which may have been set
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def note_lineage(cfg: dict[str, Any], folder: str, resumes: bool) -> None:
@@ -186,11 +188,12 @@ def note_lineage(cfg: dict[str, Any], folder: str, resumes: bool) -> None:
         'max_duration': cfg['max_duration'],
         'config': cfg,
         'versions': {name: version(name) for name in STACK},
+        'parent_files': parent_files(cfg),
     }
     if resumes and before.get('max_duration') == cfg['max_duration']:
         return
     if not is_remote(folder) and losses.exists() and not resumes:
-        if before != lineage or not parent_is_older(cfg, losses):
+        if before != lineage or lineage['parent_files'] is None:
             losses.unlink()
     write_json(known, {**lineage, 'wandb_id': wandb_id})
 
@@ -322,13 +325,17 @@ def check_and_run(cfg: dict[str, Any], what: str, dry_run: bool) -> None:
         return
     try:
         run(cfg, world_size, rank_zero)
-    except (StorageError, StreamError, CheckpointError) as error:
-        sys.exit(f'{cfg["run_name"]}: {error}{copy_of(cfg)}')
+    except (StorageError, StreamError, CheckpointError, StoppedError) as error:
+        sys.exit(f'{cfg["run_name"]} stopped: {error}{copy_of(cfg)}')
     except CheckpointException as failures:  # torch's, of all ranks
         for error, _ in failures.failures.values():
             if isinstance(error, CheckpointError):
-                sys.exit(f'{cfg["run_name"]}: {error}{copy_of(cfg)}')
+                sys.exit(f'{cfg["run_name"]} stopped: {error}{copy_of(cfg)}')
         raise
+    except OSError as error:
+        if (reason := disk_problem(error)) is None:
+            raise
+        sys.exit(f'{cfg["run_name"]} stopped: {error.filename or cfg["save_folder"]}: {reason}')
 
 
 def copy_of(cfg: dict[str, Any]) -> str:

@@ -271,6 +271,20 @@ def _chain(run: Run, runs: list[Run]) -> int:
     return batches(run) + max((_chain(child, runs) for child in runs if child.parent == run.name), default=0)
 
 
+def say_failed(run: Run, returncode: int) -> None:
+    """Note and print why: the one line that the run has ended with, or else the end of its log."""
+    log = folder(run) / 'log.txt'
+    tail = log.read_text(errors='replace').splitlines()[-40:]
+    stopped = [line for line in tail if line.startswith(f'{run.name} stopped: ')]
+    tail = stopped[-1:] or tail[-12:]
+    try:
+        write_json(folder(run) / 'failed.json', {'returncode': returncode, 'log': tail})
+    except OSError as error:
+        console.print(f'{error.filename}: {error.strerror}; the report cannot say why it failed', markup=False)
+    console.print(f'[red]{run.name}: failed[/red] ({log}):')
+    console.print('\n'.join(tail), markup=False, highlight=False, soft_wrap=True)
+
+
 def run_all(jobs: int, runs: list[Run], start: Start) -> list[str]:
     """Train what is not done yet, as many at a time as ``jobs`` says. Returns the names of runs that failed."""
     done = {run.name for run in runs if is_done(run)}
@@ -301,7 +315,12 @@ def run_all(jobs: int, runs: list[Run], start: Start) -> list[str]:
                     done.add(run.name)
                     finished += batches(run)
                 elif len(running) < jobs and (run.parent is None or run.parent in done):
-                    launched = launch(run, start)
+                    try:
+                        launched = launch(run, start)
+                    except OSError as error:
+                        failed.append(run.name)
+                        console.print(f'{run.name}: failed: {error.filename}: {error.strerror}', markup=False)
+                        continue
                     if launched is not None:
                         launched.task = bars.add_task(run.name, total=batches(run))
                         running.append(launched)
@@ -325,10 +344,7 @@ def run_all(jobs: int, runs: list[Run], start: Start) -> list[str]:
                     console.print(f'{each.run.name}: done in {time.monotonic() - each.started:.0f} s')
                 else:
                     failed.append(each.run.name)
-                    tail = (folder(each.run) / 'log.txt').read_text(errors='replace').splitlines()[-12:]
-                    write_json(folder(each.run) / 'failed.json', {'returncode': returncode, 'log': tail})
-                    console.print(f'[red]{each.run.name}: failed[/red] ({folder(each.run) / "log.txt"}):')
-                    console.print('\n'.join(tail), markup=False, highlight=False)
+                    say_failed(each.run, returncode)
                 each.lock.release()
             bars.update(overall, completed=finished + sum(progress_of(x.run) for x in running))
             if not console.is_terminal and time.monotonic() - said > 15:
@@ -423,12 +439,14 @@ def main() -> None:
             console.print(f'what it will cost is not known: {error}', highlight=False, markup=False)
         return
     with trial_run({'sequence': spec['name'], 'arm': runs[-1].arm}) as summary:
-        write_sequence(spec, runs, keep=bool(arguments.trial))
         try:
+            write_sequence(spec, runs, keep=bool(arguments.trial))
             failed = run_all(jobs, runs, start)
+            report = write_report([Path(spec['folder'])], Path(spec['folder']))
         except LaunchError as error:
             sys.exit(f'{error}; jobs that were submitted go on, and the same command waits for them')
-        report = write_report([Path(spec['folder'])], Path(spec['folder']))
+        except OSError as error:
+            sys.exit(f'{error.filename}: {error.strerror}; what was trained is kept, and the same command goes on')
         print_report(report, console)
         console.print(f'({time.monotonic() - started:.0f} s)')
         if arguments.trial:

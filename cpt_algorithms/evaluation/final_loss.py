@@ -2,6 +2,7 @@
 """``final_loss``: the papers' way of saying how good a run ended, as part of the run."""
 
 import json
+import time
 from collections.abc import Callable
 from math import ceil
 from typing import Any
@@ -61,7 +62,7 @@ class FinalLoss(Callback):
     """Validation loss over the last ``window`` of a run, every ``interval``, as mean and standard error.
 
     Adds the evaluations of the final window to whatever ``eval_interval`` asks for, on every evaluation dataset; the
-    YAML needs nothing else. All validation losses of the run, with their batch and token, the learning rate of its
+    YAML needs nothing else. All validation losses of the run, with their batch and token, learning rate and loss of its
     batches and what it has cost are kept in the checkpoint, so a restart neither loses nor repeats one. They are
     written to ``save_folder/losses.json`` after every evaluation. At the end, ``final_loss/<dataset>``, ``..._stderr``,
     ``final_loss/average``, ``cost/tokens``, ``cost/flops`` and ``cost/device_hours`` are logged.
@@ -106,11 +107,16 @@ class FinalLoss(Callback):
         self.losses: dict[str, list[list[float]]] = {}
         # [[batch, token, learning rate], ...]
         self.learning_rate: list[list[float]] = []
+        # [[batch, token, training loss], ...]
+        self.training_loss: list[list[float]] = []
+        self.seconds = 0.0
+        self._since = 0.0
         self._parameters = 0
 
     def state_dict(self) -> dict[str, Any]:
         """All of it so far, as one JSON string: a single leaf in a sharded checkpoint."""
-        return {'losses': json.dumps({'losses': self.losses, 'learning_rate': self.learning_rate})}
+        kept = ('losses', 'learning_rate', 'training_loss', 'seconds')
+        return {'losses': json.dumps({key: getattr(self, key) for key in kept})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what there was up to the checkpoint."""
@@ -138,12 +144,25 @@ class FinalLoss(Callback):
         for evaluator in state.evaluators:
             assert evaluator.eval_interval is not None, 'the trainer has set it'
             evaluator.eval_interval = also_in_final_window(dataset_of(evaluator.label), evaluator.eval_interval)
+        self._since = time.monotonic()
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Note the learning rate that this batch is trained with."""
-        time = state.timestamp
-        point = [int(time.batch.value), int(time.token.value), float(state.optimizers[0].param_groups[0]['lr'])]
+        at = state.timestamp
+        point = [int(at.batch.value), int(at.token.value), float(state.optimizers[0].param_groups[0]['lr'])]
         self.learning_rate = thinned(self.learning_rate, point)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Note the loss of this batch before its step, and the time since the last one."""
+        self._count_time()
+        at = state.previous_timestamp
+        assert at is not None, 'a batch has been trained'
+        if (loss := state.total_loss_dict.get('loss/train/total')) is not None:
+            self.training_loss = thinned(self.training_loss, [int(at.batch.value), int(at.token.value), loss])
+
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        """An evaluation is no training."""
+        self._count_time()
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Note the loss of the dataset that was just evaluated."""
@@ -155,6 +174,7 @@ class FinalLoss(Callback):
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Write the file; log the final losses, before the last checkpoint is saved."""
+        self._since = time.monotonic()
         self._write(state)
         if not batches_left(state):
             final = self.final()
@@ -188,14 +208,18 @@ class FinalLoss(Callback):
         labels = [dataset_of(evaluator.label) for evaluator in state.evaluators]
         return [label for label in labels if not any(label.startswith(f'{other}/') for other in labels)]
 
+    def _count_time(self) -> None:
+        # Composer's own time is that of the wall clock, which may be set
+        self._since, before = time.monotonic(), self._since
+        self.seconds += self._since - before
+
     def _cost(self, state: State) -> dict[str, Any]:
         """Training so far; evaluation is left out."""
-        elapsed = state.timestamp.total_wct
         return {
             'batch': int(state.timestamp.batch.value),
             'tokens': int(state.timestamp.token.value),
             'parameters': self._parameters,
-            'seconds': 0.0 if elapsed is None else elapsed.total_seconds(),
+            'seconds': self.seconds,
             'devices': dist.get_world_size(),
             'device': state.device.name,
         }
@@ -207,6 +231,7 @@ class FinalLoss(Callback):
                 'losses': {label: [row[:3] for row in rows] for label, rows in self.losses.items()},
                 'final': self.final(),
                 'learning_rate': self.learning_rate,
+                'training_loss': self.training_loss,
                 'cost': self._cost(state),
             }
             write_json(f'{folder}/losses.json', written)

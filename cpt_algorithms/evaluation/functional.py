@@ -4,6 +4,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log, sqrt
+from statistics import fmean
 
 __all__ = [
     'Mean',
@@ -13,6 +14,7 @@ __all__ = [
     'changes',
     'final_loss',
     'forgetting',
+    'has_diverged',
     'in_final_window',
     'steps_saved',
     'thinned',
@@ -155,6 +157,22 @@ def steps_saved(raw: Sequence[Sequence[float]], averaged: Sequence[Sequence[floa
                 batch = before + (higher - target) / (higher - loss) * (batch - before)
             return 1 - batch / (last - window / 2)
     return None
+
+
+def has_diverged(losses: Sequence[float]) -> bool:
+    r"""Whether a run's training loss ended more than :math:`\\ln 2` above its lowest: its perplexity has doubled.
+
+    The loss is cut into twenty parts of equal length, of which the means are taken; the first batch, of which the loss
+    is that of the model before any step, is looked at as well. What has few batches is cut less, never below one each.
+
+    Args:
+        losses: Training loss of evenly spaced batches, the first one's first.
+    """
+    if len(losses) < 2:
+        return False
+    count, most = len(losses), min(len(losses), 20)
+    parts = [fmean(losses[part * count // most : (part + 1) * count // most]) for part in range(most)]
+    return parts[-1] > min(losses[0], *parts) + log(2)
 
 
 def thinned(points: list[list[float]], point: list[float], most: int = 2000) -> list[list[float]]:

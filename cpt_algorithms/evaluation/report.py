@@ -182,7 +182,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(sentence, highlight=False, markup=False)
     console.print(rich_table(report))
     for line in report.missing:
-        console.print(f'missing: {line}', highlight=False, markup=False)
+        console.print(f'missing: {line}', highlight=False, markup=False, soft_wrap=True)
     console.print(f'report: {report.path}', highlight=False, markup=False, soft_wrap=True)
 
 

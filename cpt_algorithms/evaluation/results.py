@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cpt_algorithms.evaluation.functional import has_diverged
 from cpt_algorithms.exports import base_of
 from cpt_algorithms.files import is_remote
 from cpt_algorithms.stage import total_batches
 from cpt_algorithms.stage.plan import FROM_SCRATCH, tokens_per_stream
 
-__all__ = ['Arm', 'RunRecord', 'Study', 'read_study']
+__all__ = ['Arm', 'RunRecord', 'Study', 'last_error', 'read_study']
 
 Curve = list[list[float]]
 
@@ -40,6 +41,7 @@ class RunRecord:
         losses: ``{label: [[batch, token, loss], ...]}``; a label is a dataset or ``<dataset>/<average>``.
         final: ``{label: loss}``: final losses, or the latest ones of a run that has not finished.
         learning_rate: ``[[batch, token, learning rate], ...]`` as applied.
+        training_loss: ``[[batch, token, loss], ...]``, before the batch's step.
         cost: ``tokens``, ``seconds``, ``devices``, ``device``, ``parameters``, ``batch``; empty before an evaluation.
         parameters: Size of the model; None if nothing of that size has run.
         old: Datasets learned before this stage.
@@ -69,6 +71,7 @@ class RunRecord:
     losses: dict[str, Curve] = field(default_factory=dict)
     final: dict[str, float] = field(default_factory=dict)
     learning_rate: Curve = field(default_factory=list)
+    training_loss: Curve = field(default_factory=list)
     cost: dict[str, Any] = field(default_factory=dict)
     parameters: int | None = None
     old: list[str] = field(default_factory=list)
@@ -93,6 +96,11 @@ class RunRecord:
         new = sum(next(iter(tokens.values()), 0) for tokens in (self.tokens, self.trunk))
         is_update = (self.load_path or self.parent) and self.stage not in FROM_SCRATCH
         return self.budget - new if is_update else 0
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether its training loss ended far above its lowest."""
+        return has_diverged([loss for _, _, loss in self.training_loss])
 
     @property
     def hours(self) -> float | None:
@@ -186,9 +194,11 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path} cannot be read: {error}') from None
 
 
-def _last_error(lines: Sequence[str]) -> str:
-    """The last line that names an exception, or else the last one."""
+def last_error(lines: Sequence[str]) -> str:
+    """What a log says of how its run ended: the recipe's own line, the last that names an exception, or the last."""
     lines = [line.strip() for line in lines if line.strip()]
+    if stopped := [line for line in lines if re.match(r'\S+ stopped: ', line)]:
+        return stopped[-1].partition(' stopped: ')[2]
     errors = [line for line in lines if re.match(r'(\[rank\d+\]:\s*)?[\w.]+(Error|Exception|Interrupt)\b', line)]
     return (errors or lines or ['it says nothing'])[-1]
 
@@ -217,10 +227,11 @@ def _read_run(folder: Path, planned: Mapping[str, Any]) -> RunRecord:
         folder=folder,
         load_path=stage.get('parent'),
         state=state,
-        error=_last_error(failed.get('log', [])) if state == 'failed' else '',
+        error=last_error(failed.get('log', [])) if state == 'failed' else '',
         losses=losses,
         final={**latest, **final} if is_finished else latest,
         learning_rate=measured.get('learning_rate', []),
+        training_loss=measured.get('training_loss', []),
         cost=cost,
         parameters=cost.get('parameters'),
         old=forgotten.get('old', []),

@@ -98,9 +98,11 @@ class Row:
 
     @property
     def note(self) -> str:
-        """What is not yet as it should be: empty for a row that is finished."""
+        """What is not as it should be: empty for a row that is finished, and has not diverged."""
         notes = [] if self.is_finished else [progress(self.runs[0])]
         notes += [f'{len(self.others)} more not finished'] if self.others else []
+        if diverged := sum(run.has_diverged for run in self.runs):
+            notes += ['diverged' if len(self.runs) == 1 else f'{diverged} of {len(self.runs)} diverged']
         return ', '.join(notes)
 
 
@@ -168,7 +170,7 @@ def progress(run: RunRecord) -> str:
         return run.state
     batches = 'an unknown number' if run.batches is None else f'{run.batches:,}'
     at = f'at batch {run.cost.get("batch", 0):,} of {batches}'
-    return f'failed {at}' if run.state == 'failed' else at
+    return f'failed, last evaluated {at}' if run.state == 'failed' else at
 
 
 def _columns(run: RunRecord, average: str, study: Study, union_hours: float | None) -> dict[str, float]:
@@ -312,10 +314,14 @@ def _is_told_apart(row: Row, other: Row, column: str) -> bool:
 
 
 def contenders(rows: Sequence[Row], size: int | None) -> list[Row]:
-    """Finished rows that are compared with each other: updates of a parent, or without any, runs from scratch."""
+    """Finished rows that are compared with each other: updates of a parent, or without any, runs from scratch.
+
+    Not those that have diverged.
+    """
     of_size = [row for row in rows if row.size == size]
     kind = 'update' if any(row.kind == 'update' for row in of_size) else 'scratch'
     able = [row for row in of_size if row.kind == kind and row.is_finished]
+    able = [row for row in able if not any(run.has_diverged for run in row.runs)]
     return [row for row in able if all(isfinite(value.mean) for value in row.columns.values())]
 
 
@@ -329,6 +335,9 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
         return 'Nothing has finished yet: every number is the latest one.'
     if not updates:
         best = min(able or done, key=lambda row: row.columns['loss average'].mean)
+        tried = [run for row in done if row.kind == 'update' for run in row.runs]
+        if tried and all(run.has_diverged for run in tried):
+            return 'Every update that has finished has diverged.'
         waiting = any(row.kind == 'update' for row in rows)
         text = f'{best.name}: average final loss {best.columns["loss average"].mean:.3f}'
         return f'{text}. No update of a parent has finished yet.' if waiting else f'{text}, the lowest of {len(done)}.'
@@ -373,6 +382,12 @@ def missing(study: Study, rows: Sequence[Row]) -> list[str]:
         for name, folder in study.lost.items()
     ]
     for run in runs:
+        if run.has_diverged:
+            first, *_, last = (loss for _, _, loss in run.training_loss)
+            said.append(
+                f'{run.name}: diverged: its training loss began at {first:.2f} and ended at {last:.2f}, more than '
+                'ln 2 above its lowest; it is compared with no other'
+            )
         if run.losses and (unseen := [name for name in study.data if name not in run.losses]):
             said.append(f'{run.name}: not evaluated on {", ".join(unseen)}')
         if lost := [label for label, loss in run.final.items() if not isfinite(loss)]:

@@ -292,7 +292,9 @@ class LazyStreamingDataset(StreamingDataset):
     def _evict_coldest_shard(self) -> None:
         """Remove from the cache what was used longest ago."""
         candidates = self._evictable()
-        shard_id = int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])])
+        times = self._shard_access_times.numpy()[candidates]
+        # what was used in the future was used before the clock was set back
+        shard_id = int(candidates[np.argmin(np.where(times > time.time_ns(), 0, times))])
         self._shard_states[shard_id] = _ShardState.REMOTE
         # of a failed download there may be more on disk than was counted
         self.cache_usage = max(self.cache_usage - self.shards[shard_id].evict(), 0)

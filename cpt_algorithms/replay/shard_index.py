@@ -15,6 +15,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -198,13 +199,14 @@ class ShardIndex:
             raise ValueError(f'{path} is not the index of a Streaming dataset: {what}') from None
         values = np.array([np.frombuffer(column, np.int64) for column in columns.values()]).reshape(len(COLUMNS), -1)
         index = cls(path, values, list(kinds.values()), hasher.hexdigest())
-        if stat.st_size > LARGE and os.access(path.parent, os.W_OK):
-            buffer = io.BytesIO()
-            np.save(buffer, values)
-            write_whole(table, buffer.getvalue())
-            known = {'made_from': made_from, 'table_bytes': table.stat().st_size}
-            known |= {'kinds': index.kinds, 'digest': index.digest}
-            write_whole(note, json.dumps(known).encode())
+        if stat.st_size > LARGE:
+            with suppress(OSError):  # of a disk that is full or read-only: it will be read again
+                buffer = io.BytesIO()
+                np.save(buffer, values)
+                write_whole(table, buffer.getvalue())
+                known = {'made_from': made_from, 'table_bytes': table.stat().st_size}
+                known |= {'kinds': index.kinds, 'digest': index.digest}
+                write_whole(note, json.dumps(known).encode())
         return index
 
     def __len__(self) -> int:

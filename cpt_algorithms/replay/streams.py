@@ -97,6 +97,8 @@ def _advice(error: BaseException) -> str | None:
         status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode')
         if status == 404:
             return 'it is not there: check bucket, path and split, and that the upload was finished'
+        if error.response.get('Error', {}).get('Code') == 'RequestTimeTooSkewed':
+            return 'the clock of this machine is wrong: set it'
         if status in (401, 403):
             return 'access is denied: check the credentials and what the bucket allows'
     if isinstance(error, NoCredentialsError):
@@ -105,6 +107,8 @@ def _advice(error: BaseException) -> str | None:
         return 'it is not there: check path and split'
     if isinstance(error, PermissionError):
         return f'access to {error.filename} is denied'
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f'{error.filename} is on a read-only file system: set local to a folder that can be written to'
     return None
 
 

@@ -250,7 +250,7 @@ def _living(jobs: Path) -> submitit.Job[Any] | None:
     if not submitted:
         return None
     job = submitit.SlurmJob(folder=jobs, job_id=submitted[-1].name.removesuffix('_submitted.pkl'))
-    is_new = time.time() - submitted[-1].stat().st_mtime < _UNKNOWN_FOR
+    is_new = abs(time.time() - submitted[-1].stat().st_mtime) < _UNKNOWN_FOR  # the clock may have been set back
     ended = returncode_file(jobs, job.job_id)
     is_over = job.watcher.is_done(job.job_id, mode='force')
     if is_over or (job.state == 'UNKNOWN' and (not is_new or ended.exists())):

@@ -50,7 +50,7 @@ from cpt_algorithms.checkpoints import (
 )
 from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
 from cpt_algorithms.exports import base_of
-from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names, read_json, size_of
+from cpt_algorithms.files import StorageError, check_writable, exists, fetch, is_remote, list_names, read_json, size_of
 from cpt_algorithms.keys import check_keys, check_place, check_type, shown
 from cpt_algorithms.replay.consumed import read_consumed
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
@@ -510,6 +510,7 @@ def _check_saving(cfg: Config) -> None:
     if not cfg.get('save_folder'):
         return
     folder = _folder_of(cfg)
+    check_writable('save_folder', folder, 'choose another')
     try:
         names = list_names(folder) if is_remote(folder) else [path.name for path in Path(folder).glob('ep*-ba*')]
     except StorageError as error:
@@ -573,6 +574,13 @@ def _sizes_of(where: str, streams: Mapping[str, Config], max_seq_len: int | None
     """Samples of each stream; None if that is not known here."""
     sizes: dict[str, int | None] = {}
     for name, stream in streams.items():
+        if stream.get('remote') and stream.get('local') not in (None, stream['remote']):
+            check_writable(
+                f'{where}.{name}.local',
+                os.path.join(stream['local'], stream.get('split') or ''),
+                f'what is read from remote={stream["remote"]} is kept there. Name a folder on a disk of this machine, '
+                'or, if all of the data is there already, leave remote out',
+            )
         try:
             sizes[name], encodings = _index_of(stream) or (None, set())
         except FileNotFoundError as error:

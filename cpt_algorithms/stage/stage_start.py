@@ -24,6 +24,7 @@ from cpt_algorithms.exports import export_whole
 from cpt_algorithms.replay import ReplayTextDataset
 from cpt_algorithms.replay.functional import differences
 from cpt_algorithms.schedulers import PhaseScheduler
+from cpt_algorithms.stage.saving import check_loss, guard_saving
 
 __all__ = ['KEEP_OPTIMIZER_IGNORE_KEYS', 'StageStart', 'budget_in_samples']
 
@@ -80,6 +81,8 @@ class StageStart(Callback):
     Checkpoints are looked at before they are loaded, and exports of ``hf_checkpointer`` appear whole or not at all.
     FSDP2 on CPU sums the gradients of the ranks; here it averages them, as it does on GPUs.
 
+    A loss that is not finite stops the run before anything is saved, and so do weights that are not.
+
     It also refuses, before the first batch: a budget that needs more data than there is; training from batch 0 into a
     folder that holds checkpoints; algorithms that keep tensors in their state under FSDP (every rank would be given
     rank 0's shard on resume).
@@ -94,8 +97,9 @@ class StageStart(Callback):
 
     Raises:
         ValueError: On any of the above, with the YAML lines that are right.
+        StoppedError: On a loss or weights that are not finite, and if a checkpoint or export cannot be written.
 
-    Cost: none after the first batch.
+    Cost: a pass over the weights for each checkpoint.
     """
 
     def __init__(self, optimizer: str = 'reset', trust_checkpoint: bool = False) -> None:
@@ -205,6 +209,7 @@ class StageStart(Callback):
         """Refuse what would only show after hours."""
         _refuse_rank0_tensors(state)
         _average_gradients(state)
+        guard_saving(state)
         dataset = _train_dataset(state)
         if isinstance(dataset, ReplayTextDataset) and state.max_duration is not None:
             samples = budget_in_samples(state.max_duration, dataset.global_batch_size, dataset.max_seq_len)
@@ -237,6 +242,10 @@ class StageStart(Callback):
                 + ('kept' if self.optimizer == 'keep' else 'fresh')
                 + (f', parent {state.load_path}' if state.load_path else ', no checkpoint loaded')
             )
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Stop on a loss that is no number."""
+        check_loss(state)
 
 
 def _plain(value: Any) -> Any:

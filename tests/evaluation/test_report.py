@@ -191,7 +191,7 @@ def test_half_finished_failed_and_not_started(tmp_path):
     assert found['union'].note == 'not started, 1 more not finished'
     said = '\n'.join(report.missing)
     assert 'new-r25-s1: unfinished, at batch 5 of 10' in said
-    assert 'new-none-s2: failed at batch 5 of 10: ValueError: no such dataset' in said
+    assert 'new-none-s2: failed, last evaluated at batch 5 of 10: ValueError: no such dataset' in said
     assert 'union-s1: not started' in said
     page = report.path.read_text()
     for text in ('at batch 5 of 10', 'ValueError: no such dataset', '1 run failed', '1 run unfinished'):

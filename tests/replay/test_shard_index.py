@@ -157,6 +157,20 @@ def test_the_cache_of_an_earlier_run_is_used(data, tmp_path):
     assert again.cache_usage == usage
 
 
+def test_a_clock_that_is_set_back_does_not_turn_the_cache_over(data, tmp_path, monkeypatch):
+    """What was used before that is not newer than what is used now, and would never go."""
+    shard = int(ShardIndex.read(data['new'] / 'train' / 'index.json').bytes.max())
+    dataset = cached(data, tmp_path, cache_limit=(data['new'] / 'train' / 'index.json').stat().st_size + 10 * shard)
+    for number in range(10):
+        dataset.prepare_shard(number)
+    tell = time.time_ns
+    monkeypatch.setattr(time, 'time_ns', lambda: tell() - 5 * 3600 * 10**9)
+    for number in range(10, 14):
+        dataset.prepare_shard(number)
+    here = {path.name for path in (tmp_path / 'cache' / 'train').glob('*.mds')}
+    assert {f'shard.{number:05}.mds' for number in range(10, 14)} <= here
+
+
 def test_data_that_is_only_here_is_never_evicted(data, tmp_path):
     """Streaming deletes it: with a cache limit, it makes room among all shards that are on disk."""
     only = tmp_path / 'only'
