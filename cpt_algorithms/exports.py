@@ -161,6 +161,10 @@ def export_whole(exporter: 'HuggingFaceCheckpointer', state: 'State', logger: 'L
     exporter.huggingface_folder_name_fstr = str(hidden)
     try:
         save()
+    except BaseException:
+        if dist.get_global_rank() == 0:  # room again on a disk that is full
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     finally:
         exporter.huggingface_folder_name_fstr = name
     if dist.get_global_rank() == 0 and partial.exists():

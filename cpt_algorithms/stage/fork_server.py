@@ -85,14 +85,14 @@ class ForkServer:
 def _serve() -> None:
     """Fork a process for each line of standard input; returns in those."""
     import llmfoundry.command_utils  # noqa: F401
-    import transformers
     from composer.utils.collect_env import get_cpu_model
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     import cpt_algorithms.evaluation.lm_eval  # noqa: F401
     import cpt_algorithms.stage.cost_tables  # noqa: F401
 
     # what Composer would ask for in each run, of a second or two: every causal model, and the processor's name
-    transformers.MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    MODEL_FOR_CAUSAL_LM_MAPPING.values()
     get_cpu_model()
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them

@@ -117,20 +117,16 @@ def _saved(saver: CheckpointSaver) -> dict[str, Timestamp]:
 
 
 def _remove_half(saver: CheckpointSaver | HuggingFaceCheckpointer, state: State) -> Path:
-    """Remove what was not written whole, and say what it was."""
-    is_ours = dist.get_global_rank() == 0
-    if isinstance(saver, CheckpointSaver):
-        path = Path(next(reversed(_saved(saver))))  # noted before it is written
-        del _saved(saver)[str(path)]
-        if state.fsdp_sharded_state_dict_enabled:
-            path = path.parent
-        halves = [path]
-    else:
+    """Remove a checkpoint that was not written whole (exports appear whole or not at all), and say what it was."""
+    if isinstance(saver, HuggingFaceCheckpointer):
         where = Path(saver.save_dir_format_str) / saver.huggingface_folder_name_fstr
-        path = Path(format_name_with_dist_and_time(str(where), state.run_name, state.timestamp))
-        halves = [path, *path.parent.glob(f'{path.name}-*')]  # of averages
-    for half in halves if is_ours else ():
-        shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
+        return Path(format_name_with_dist_and_time(str(where), state.run_name, state.timestamp))
+    path = Path(next(reversed(_saved(saver))))  # noted before it is written
+    del _saved(saver)[str(path)]
+    if state.fsdp_sharded_state_dict_enabled:
+        path = path.parent
+    if dist.get_global_rank() == 0:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return path
 
 
