@@ -112,7 +112,7 @@ def read_only(folder, *command, expect=0):
     mounted = f'mount --bind {folder} {folder} && mount -o remount,ro,bind {folder} && exec "$@"'
     done = subprocess.run(
         ['unshare', '-rm', 'sh', '-c', mounted, 'sh', sys.executable, *map(str, command)],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     if 'unshare:' in done.stderr or 'mount:' in done.stderr:
         pytest.skip(f'nothing can be mounted here: {done.stderr.strip()}')
