@@ -6,8 +6,8 @@
     python recipes/claims.py --quick     # an eighth of the tokens: the machinery, and what shows at once
 
 Trains the sequences of yamls/claims/ (recipes/sequence.py; run the same command again after any interruption), and what
-is compared with union also at a quarter of the tokens; holds what came out against bounds that stand in this file. A claim is
-*reproduced* if the 95 % intervals over seeds (Student's t) of all its quantities lie within their bounds, *not
+is compared with union also at a quarter of the tokens; holds what came out against bounds that stand in this file. A
+claim is *reproduced* if the 95 % intervals over seeds (Student's t) of all its quantities lie within their bounds, *not
 reproduced* if one lies outside, and *inconclusive at this scale* otherwise.
 Ends with FOLDER/claims.json, claims.md and claims.png.
 """
