@@ -516,7 +516,7 @@ def as_data(finding: Finding) -> dict[str, Any]:
 
 def draw(by_tokens: dict[int, Evidence], path: Path) -> None:
     """How the gap to union changes with the tokens of a stage."""
-    figure, axes = plt.subplots(figsize=(5, 3.4), layout='constrained')
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout='constrained')
     for shift, label in (('weak', 'weak shift, 5 % replay'), ('strong', 'strong shift, 25 % replay')):
         points = []
         for tokens, evidence in sorted(by_tokens.items()):
@@ -531,7 +531,7 @@ def draw(by_tokens: dict[int, Evidence], path: Path) -> None:
     axes.axhline(0, color='black', linewidth=0.8)
     axes.axhline(0.03, color='grey', linewidth=0.8, linestyle='--', label='bound of C5')
     axes.set(xscale='log', xlabel='tokens of each stage', ylabel='average loss minus union, nats/token')
-    axes.legend(frameon=False)
+    figure.legend(loc='outside upper center', ncols=3, fontsize='small', frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

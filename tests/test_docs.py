@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the README, the cards and the YAMLs say is true: they are parsed, built and checked here."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -38,7 +39,10 @@ def test_there_is_a_card_for_every_folder_and_it_is_in_the_readme():
         assert f'(cpt_algorithms/{folder.name}/README.md)' in PAGES[0].read_text()
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.parent.name)
+TABLES = [ROOT / 'yamls' / 'claims' / 'README.md']  # of numbers, beside what they were made with
+
+
+@pytest.mark.parametrize('page', PAGES + TABLES, ids=lambda page: page.parent.name)
 def test_links_and_named_files_exist(page):
     text = page.read_text()
     for target in re.findall(r'\]\((?!http)([^)#]+)\)', text):
@@ -61,6 +65,17 @@ def test_yaml_blocks_build(page):
             build_scheduler(section.pop('name'), section)
         for name, arguments in (cfg.get('callbacks') or {}).items():
             build_callback(name, arguments)
+
+
+@pytest.mark.parametrize('page', [PAGES[0], *TABLES], ids=lambda page: page.parent.name)
+def test_verdicts_are_those_of_the_kept_results(page):
+    found = json.loads((ROOT / 'yamls' / 'claims' / 'results.json').read_text())['findings']
+    rows = {
+        line.split()[1]: line.split('|')[-2].strip()
+        for line in page.read_text().splitlines()
+        if re.match(r'\| [CW]\d+ [A-Z1]', line)
+    }
+    assert rows == {each['claim']: each['verdict'] for each in found}
 
 
 def test_registered_names_are_those_the_readme_lists():
