@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -163,6 +164,19 @@ def safe_globals() -> list[Any]:
     return [datetime.timedelta, TorchVersion, *arrays, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
+@contextmanager
+def _of_its_form(path: Path) -> Iterator[None]:
+    """Let what a checkpoint holds in the wrong places be one error."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (AttributeError, TypeError, LookupError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise CheckpointError(
+            f'{path} is not of the form of a checkpoint: {" ".join(repr(error).split())[:500]}'
+        ) from None
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint of any supported kind.
 
@@ -178,6 +192,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f'{path} does not exist; expected {SUPPORTED}')
+    with _of_its_form(path):
+        return _open(path)
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         if (path / '.metadata').exists():
             return _open_sharded(path)
@@ -352,6 +371,10 @@ def _open_monolithic(path: Path) -> Checkpoint:
     slots = {int(slot): stored(each) for slot, each in (lawa.get('window') or {}).items()}
     averages |= _lawa(slots, lawa.get('meta'))
     carried = {key: state[key] for key in ('integrations', 'metadata') if isinstance(state.get(key), dict)}
+    if any(True for _ in _tensors_in(carried)):
+        raise CheckpointError(
+            f'{path} holds a tensor in state.integrations or state.metadata, where there are only words'
+        )
     if 'torch_version' in carried.get('metadata', {}):
         carried['metadata']['torch_version'] = str(carried['metadata']['torch_version'])  # a class of its own
     return Checkpoint(path, 'pt', tensors, prefix, aliases, averages, carried)
@@ -604,6 +627,10 @@ def _open_sharded(folder: Path) -> Checkpoint:
         dtype, shape = tensor.properties.dtype, tuple(tensor.size)
 
         def find() -> list[Piece]:
+            with _of_its_form(folder):
+                return pieces_of()
+
+        def pieces_of() -> list[Piece]:
             pieces = []
             for chunk in tensor.chunks:
                 if not prod(chunk.sizes):
@@ -739,16 +766,17 @@ def dataset_state_of(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f'{path} does not exist')
     state: Any = {}
-    if path.is_dir():
-        found = read_metadata(path)
-        for key, where in (found.planner_data or {}).items():
-            if tuple(where)[:3] == ('state', 'dataset_state', 'train'):
-                info = found.storage_data[metadata.MetadataIndex(key)]
-                _put(state, tuple(where)[3:], _read_slice(path, info, key)[1])
-    else:
-        loaded = _load_without_data(path, str(path))
-        with_state = loaded.get('state') if isinstance(loaded, dict) else None
-        state = ((with_state or {}).get('dataset_state') or {}).get('train')
+    with _of_its_form(path):
+        if path.is_dir():
+            found = read_metadata(path)
+            for key, where in (found.planner_data or {}).items():
+                if tuple(where)[:3] == ('state', 'dataset_state', 'train'):
+                    info = found.storage_data[metadata.MetadataIndex(key)]
+                    _put(state, tuple(where)[3:], _read_slice(path, info, key)[1])
+        else:
+            loaded = _load_without_data(path, str(path))
+            with_state = loaded.get('state') if isinstance(loaded, dict) else None
+            state = ((with_state or {}).get('dataset_state') or {}).get('train')
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f'{path} holds no dataset state: it was saved with weights only, or from another loader')
     return state
