@@ -446,12 +446,15 @@ def read_metadata(folder: str | Path) -> metadata.Metadata:
         raise UnsafeCheckpointError(f'{path} is not safe to read: {error}') from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f'{path} is damaged: {error!r}') from None
-    if not isinstance(found, metadata.Metadata) or not isinstance(found.storage_data, dict):
+    parts = [getattr(found, name, None) for name in ('storage_data', 'state_dict_metadata')]
+    if not isinstance(found, metadata.Metadata) or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f'{path} is not the metadata of a sharded checkpoint')
     for info in found.storage_data.values():
         name = getattr(info, 'relative_path', None)
         if not isinstance(name, str) or PurePosixPath(name).name != name:  # Composer would download to there
             raise UnsafeCheckpointError(f'{path} is not safe to read: it names {name!r}, outside the folder')
+        if not all(isinstance(at, int) and at >= 0 for at in (getattr(info, k, None) for k in ('offset', 'length'))):
+            raise CheckpointError(f'{path} is damaged: it does not say where in {name} an entry is')
     return found
 
 
