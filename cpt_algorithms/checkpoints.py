@@ -606,7 +606,7 @@ def _read_slice(folder: Path, info: Any, where: str) -> tuple[Path, Any]:
     """The file an entry lies in, and the entry itself without its tensors' data."""
     path = folder / info.relative_path
     if getattr(info, 'transform_descriptors', None):
-        raise CheckpointError(f'{where} is compressed ({", ".join(info.transform_descriptors)})')
+        raise CheckpointError(f'{path}: {where} is compressed ({", ".join(info.transform_descriptors)})')
     if not path.is_file():
         raise CheckpointError(f'{path} is missing, or not of this checkpoint')
     if path.stat().st_size < info.offset + info.length:
