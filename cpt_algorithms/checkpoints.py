@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -164,6 +165,19 @@ def safe_globals() -> list[Any]:
     return [datetime.timedelta, TorchVersion, *arrays, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
+@contextmanager
+def _of_its_form(path: Path) -> Iterator[None]:
+    """Let what a checkpoint holds in the wrong places be one error."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (AttributeError, TypeError, LookupError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise CheckpointError(
+            f'{path} is not of the form of a checkpoint: {" ".join(repr(error).split())[:500]}'
+        ) from None
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint of any supported kind.
 
@@ -179,6 +193,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f'{path} does not exist; expected {SUPPORTED}')
+    with _of_its_form(path):
+        return _open(path)
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         if (path / '.metadata').exists():
             return _open_sharded(path)
@@ -353,6 +372,10 @@ def _open_monolithic(path: Path) -> Checkpoint:
     slots = {int(slot): stored(each) for slot, each in (lawa.get('window') or {}).items()}
     averages |= _lawa(slots, lawa.get('meta'))
     carried = {key: state[key] for key in ('integrations', 'metadata') if isinstance(state.get(key), dict)}
+    if any(True for _ in _tensors_in(carried)):
+        raise CheckpointError(
+            f'{path} holds a tensor in state.integrations or state.metadata, where there are only words'
+        )
     if 'torch_version' in carried.get('metadata', {}):
         carried['metadata']['torch_version'] = str(carried['metadata']['torch_version'])  # a class of its own
     return Checkpoint(path, 'pt', tensors, prefix, aliases, averages, carried)
@@ -424,12 +447,15 @@ def read_metadata(folder: str | Path) -> metadata.Metadata:
         raise UnsafeCheckpointError(f'{path} is not safe to read: {error}') from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f'{path} is damaged: {error!r}') from None
-    if not isinstance(found, metadata.Metadata) or not isinstance(found.storage_data, dict):
+    parts = [getattr(found, name, None) for name in ('storage_data', 'state_dict_metadata')]
+    if not isinstance(found, metadata.Metadata) or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f'{path} is not the metadata of a sharded checkpoint')
     for info in found.storage_data.values():
         name = getattr(info, 'relative_path', None)
         if not isinstance(name, str) or PurePosixPath(name).name != name:  # Composer would download to there
             raise UnsafeCheckpointError(f'{path} is not safe to read: it names {name!r}, outside the folder')
+        if not all(isinstance(at, int) and at >= 0 for at in (getattr(info, k, None) for k in ('offset', 'length'))):
+            raise CheckpointError(f'{path} is damaged: it does not say where in {name} an entry is')
     return found
 
 
@@ -581,7 +607,7 @@ def _read_slice(folder: Path, info: Any, where: str) -> tuple[Path, Any]:
     """The file an entry lies in, and the entry itself without its tensors' data."""
     path = folder / info.relative_path
     if getattr(info, 'transform_descriptors', None):
-        raise CheckpointError(f'{where} is compressed ({", ".join(info.transform_descriptors)})')
+        raise CheckpointError(f'{path}: {where} is compressed ({", ".join(info.transform_descriptors)})')
     if not path.is_file():
         raise CheckpointError(f'{path} is missing, or not of this checkpoint')
     if path.stat().st_size < info.offset + info.length:
@@ -605,6 +631,10 @@ def _open_sharded(folder: Path) -> Checkpoint:
         dtype, shape = tensor.properties.dtype, tuple(tensor.size)
 
         def find() -> list[Piece]:
+            with _of_its_form(folder):
+                return pieces_of()
+
+        def pieces_of() -> list[Piece]:
             pieces = []
             for chunk in tensor.chunks:
                 if not prod(chunk.sizes):
@@ -764,16 +794,17 @@ def dataset_state_of(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f'{path} does not exist')
     state: Any = {}
-    if path.is_dir():
-        found = read_metadata(path)
-        for key, where in (found.planner_data or {}).items():
-            if tuple(where)[:3] == ('state', 'dataset_state', 'train'):
-                info = found.storage_data[metadata.MetadataIndex(key)]
-                _put(state, tuple(where)[3:], _read_slice(path, info, key)[1])
-    else:
-        loaded = _load_without_data(path, str(path))
-        with_state = loaded.get('state') if isinstance(loaded, dict) else None
-        state = ((with_state or {}).get('dataset_state') or {}).get('train')
+    with _of_its_form(path):
+        if path.is_dir():
+            found = read_metadata(path)
+            for key, where in (found.planner_data or {}).items():
+                if tuple(where)[:3] == ('state', 'dataset_state', 'train'):
+                    info = found.storage_data[metadata.MetadataIndex(key)]
+                    _put(state, tuple(where)[3:], _read_slice(path, info, key)[1])
+        else:
+            loaded = _load_without_data(path, str(path))
+            with_state = loaded.get('state') if isinstance(loaded, dict) else None
+            state = ((with_state or {}).get('dataset_state') or {}).get('train')
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f'{path} holds no dataset state: it was saved with weights only, or from another loader')
     return state

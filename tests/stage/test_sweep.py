@@ -297,8 +297,8 @@ def test_what_only_wandb_can_do_is_refused(change, message):
 
 
 def test_trials_that_would_share_a_folder_are_refused(spec):
-    with pytest.raises(ValueError, match=r'two trials would both be kept in the folder cpp-optimizer\.lr_1-s17'):
-        plan_trials(spec, [['cpp.optimizer.lr=1'], ['cpp.optimizer.lr=-1']])
+    with pytest.raises(ValueError, match=r'two trials would both be kept in the folder cpp-optimizer\.name_a_b-s17'):
+        plan_trials(spec, [['cpp.optimizer.name=a b'], ['cpp.optimizer.name=a-b']])
     long = [f'cpp.optimizer.a_parameter_with_a_long_name_{index}=1' for index in range(6)]
     with pytest.raises(ValueError, match='is too long for the name of a folder'):
         plan_trials(spec, [long])
