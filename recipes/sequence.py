@@ -274,7 +274,7 @@ def _chain(run: Run, runs: list[Run]) -> int:
 def say_failed(run: Run, returncode: int) -> None:
     """Note and print why: the one line that the run has ended with, or else the end of its log."""
     log = folder(run) / 'log.txt'
-    tail = log.read_text(errors='replace').splitlines()[-40:]
+    tail = log.read_text(errors='replace').splitlines()[-200:]  # W&B prints many behind it
     stopped = [line for line in tail if line.startswith(f'{run.name} stopped: ')]
     tail = stopped[-1:] or tail[-12:]
     try:

@@ -160,14 +160,16 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(spec, tmp_path, run):
 
 
 def test_a_crashing_arm_does_not_stop_the_others(spec, tmp_path, run, monkeypatch):
-    # what no preflight can foresee: the optimizer is asked for a negative learning rate
-    spec['arms'] = {'none': {}, 'broken': {'new': {'optimizer': {'name': 'decoupled_adamw', 'lr': -1.0}}}}
+    # what no preflight can foresee: a gradient that is no number
+    trouble = {'file': str(tmp_path), 'nan_at': 2}
+    paths = [str(tiny.ROOT / 'tests' / 'trouble.py')]
+    spec['arms'] = {'none': {}, 'broken': {'new': {'code_paths': paths, 'callbacks': {'trouble': trouble}}}}
     spec['common']['loggers'] = {'wandb': {'tags': ['mine']}}
     spec['common']['callbacks'] = {'final_loss': {'window': '4ba', 'interval': '2ba'}}
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
     error, printed = run(write(spec, tmp_path))
     assert 'new-broken-s17: failed' in printed
-    assert 'Invalid learning rate' in printed
+    assert 'the weights after batch 2 are not finite' in printed
     assert '1 of 3 runs failed: new-broken-s17' in error
     page = json.loads((tmp_path / 'runs' / 'report.json').read_text())
     assert {each['name']: each['state'] for each in page['runs']} == {
@@ -175,7 +177,9 @@ def test_a_crashing_arm_does_not_stop_the_others(spec, tmp_path, run, monkeypatc
         'new-s17': 'finished',
         'new-broken-s17': 'failed',
     }
-    assert any('new-broken-s17' in line and 'Invalid learning rate' in line for line in page['missing'])
+    assert any(
+        'new-broken-s17' in line and 'the weights after batch 2 are not finite' in line for line in page['missing']
+    )
 
     # W&B can group them by sequence, stage, arm and seed
     tracked = {written.name: written for written in wandb_files.read(tmp_path)}
