@@ -401,7 +401,7 @@ def test_between_stages(data, tmp_path, tally, rounds=4):
             process.wait_for(lambda begun=begun, runs=runs: begun(runs))
             time.sleep(chance.uniform(0, most))
             at_work = process.kill()
-            wait_until_gone(str(runs))
+            wait_until_gone(str(runs), seconds=60)
             left = {path for each in (runs, *runs.glob('*-s17')) for path in half_written(each)} - before
             tally.add(moment, 'sequence', at_work, bool(left))
             for run in runs.glob('*-s17'):
