@@ -512,7 +512,7 @@ def test_merge(kept, data, tmp_path, tally, offline, rounds=2):
         for made in MERGE:
             process.start()
             process.wait_for(lambda path=folder / made: path.exists())
-            time.sleep(chance.uniform(0, 0.1))
+            time.sleep(chance.uniform(0, 0.01))
             at_work = process.kill()
             tally.add(*key, at_work, any(folder.glob('.merged*')) or any(folder.glob('huggingface/.ba*')))
             assert not (folder / 'merged.pt').exists() or weights_of(folder / 'merged.pt') == expected[1]
