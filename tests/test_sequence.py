@@ -99,9 +99,9 @@ def holders(folder):
     return found
 
 
-def wait_until_gone(folder):
+def wait_until_gone(folder, seconds=10):
     """Its runs die with a sequence."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + seconds
     while holders(folder):
         assert time.monotonic() < deadline, 'a killed sequence must not leave runs behind'
         time.sleep(0.1)
