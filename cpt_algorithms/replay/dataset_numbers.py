@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers by which Streaming tells the datasets of a machine apart in shared memory."""
 
+import os
 from collections.abc import Iterator
 from itertools import count
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
+from tempfile import gettempdir
 from typing import Any
 
 from composer.utils import dist
-from streaming.base.constant import LOCALS, SHM_TO_CLEAN
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
 from streaming.base.shared import prefix
 
 __all__ = ['safe_numbers']
+
+LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
 
 
 def safe_numbers() -> None:
@@ -34,8 +38,14 @@ def safe_numbers() -> None:
 
 
 def _numbers() -> Iterator[int]:
-    """Those in use, and those of which nothing is left."""
+    """Those in use, and those of which nothing is left.
+
+    A run that is killed leaves its lock files for ever, and Streaming passes over their numbers. So do we, before
+    asking for nine kinds of memory: a machine may have thousands of them.
+    """
     for number in count():
+        if any(os.path.exists(os.path.join(gettempdir(), prefix._get_path(number, lock))) for lock in LOCKS):
+            continue
         if _exists(number, LOCALS) or not any(_exists(number, name) for name in SHM_TO_CLEAN):
             yield number
 

@@ -10,7 +10,7 @@ from secrets import randbelow
 
 import pytest
 from streaming import StreamingDataset
-from streaming.base.constant import LOCALS, RESUME
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, RESUME
 from streaming.base.shared import prefix
 
 from cpt_algorithms.replay import dataset_numbers
@@ -66,3 +66,13 @@ def test_looking_is_not_taking(leftover):
     finally:
         resource_tracker.register = register
     assert not seen
+
+
+def test_what_a_thousand_killed_runs_left_costs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_numbers, 'gettempdir', lambda: str(tmp_path))
+    asked = []
+    monkeypatch.setattr(dataset_numbers, '_exists', lambda number, _: asked.append(number))
+    for number in range(1000):
+        (tmp_path / prefix._get_path(number, BARRIER_FILELOCK if number % 2 else CACHE_FILELOCK)).touch()
+    assert next(dataset_numbers._numbers()) == 1000
+    assert set(asked) == {1000}
