@@ -65,6 +65,7 @@ def suite(folder):
     return str(folder / 'suite.yaml')
 
 
+@pytest.mark.slow  # test_sharded_averages.py kills two ranks by default
 def test_a_killed_stage_resumes_identically_from_a_sharded_parent(parent, data, tmp_path):
     evaluated = {'variables': {'lm_eval': suite(tmp_path)}}
     train(tmp_path, stage(tmp_path, data, parent, 'straight', **tiny.merge(judged(data), evaluated)))
