@@ -4,18 +4,24 @@
     make data && python scripts/benchmarks/training_step.py
 
 Ours: replay_text with 5 % replay, stage_start, final_loss, forgetting, ema with two half-lives, lawa. Stock: LLM
-Foundry's own text loader and nothing else. Both sides train in turns in one process, a run each per round: the time of
-a step, of it that spent waiting for data, of the start until the first batch, of a checkpoint, and of resuming.
+Foundry's own text loader and nothing else.
+
+A step, and of it the wait for data: each side trains in a process of its own, and they take turns batch by batch, so
+that what else the machine does slows both. Four batches count together (``lawa`` has work in every second), the first
+not. The start until the first batch, a checkpoint, and resuming: runs of both sides in turns in one process.
 """
 
 import argparse
 import gc
 import json
+import multiprocessing
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +38,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = ('stock', 'ours')
-# Batches of a run; the first ones warm up.
-BATCHES, WARM = 16, 4
+# Batches of a run for start, save and resume; and of what takes turns, counted together.
+BATCHES, TOGETHER = 16, 4
 WHAT = {
     'step': 'a training step, data included',
     'wait': 'of it, waiting for data',
@@ -44,19 +50,26 @@ WHAT = {
 
 
 class Stopwatch(Callback):
-    """Seconds of the steps of a run, and when the first began."""
+    """Seconds of the steps of a run, and when the first began.
+
+    Args:
+        mine, others: For taking turns: whose turn it is.
+    """
 
     latest: 'Stopwatch'
 
-    def __init__(self) -> None:
+    def __init__(self, mine: Semaphore | None = None, others: Semaphore | None = None) -> None:
         Stopwatch.latest = self
         self.began: float | None = None
         self.steps: list[float] = []
         self.waits: list[float] = []
+        self._turns = (mine, others) if mine and others else None
         self._batch = self._before = 0.0
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """A step begins by asking for data."""
+        if self._turns:
+            assert self._turns[0].acquire(timeout=600), 'the other side has ended'
         self._before = time.perf_counter()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
@@ -68,6 +81,8 @@ class Stopwatch(Callback):
         """Callbacks that come before this one, and so all of ours, have done their work for the batch."""
         self.steps.append(time.perf_counter() - self._before)
         self.waits.append(self._batch - self._before)
+        if self._turns:
+            self._turns[1].release()
 
 
 registry.callbacks.register('stopwatch', func=Stopwatch)
@@ -174,11 +189,43 @@ def run(cfg: dict[str, Any]) -> tuple[Stopwatch, float]:
     return Stopwatch.latest, begun
 
 
+TURNS: dict[str, Semaphore] = {}
+
+
+def share(turns: dict[str, Semaphore]) -> None:
+    """Whose turn it is, for a process that begins."""
+    TURNS.update(turns)
+
+
+def in_turns(side: str, cfg: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """A side's own process."""
+    (other,) = TURNS.keys() - {side}
+    registry.callbacks.register('stopwatch', func=lambda: Stopwatch(TURNS[side], TURNS[other]))
+    watch, _ = run(cfg)
+    return watch.steps, watch.waits
+
+
+def steps(configs: dict[str, dict[str, Any]]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """For each side, seconds of a step and of the wait in it, averaged over what counts together."""
+    spawn = multiprocessing.get_context('spawn')  # a fork of torch's threads hangs
+    turns = {side: spawn.Semaphore(number == 0) for number, side in enumerate(SIDES)}
+    taken: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
+    with ProcessPoolExecutor(2, spawn, share, (turns,)) as pool:
+        both = [pool.submit(in_turns, side, configs[side]) for side in SIDES]
+        for side, times in zip(SIDES, both, strict=True):
+            for kind, each in zip(taken, times.result(), strict=True):
+                # the last batch is followed by what a run does at its end
+                groups = range(TOGETHER, len(each) - TOGETHER, TOGETHER)
+                kind[side] = [statistics.mean(each[first : first + TOGETHER]) for first in groups]
+    return taken
+
+
 def main() -> None:
     """Measure, print a table, write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, default=ROOT / 'data' / 'quickstart')
-    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--rounds', type=int, default=5, help='of starting, saving and resuming')
+    parser.add_argument('--batches', type=int, default=104, help='that take turns')
     parser.add_argument('--width', type=int, default=384)
     parser.add_argument('--layers', type=int, default=6)
     parser.add_argument('--json', type=Path, help='also write the numbers there')
@@ -186,6 +233,12 @@ def main() -> None:
     taken: dict[str, dict[str, list[float]]] = {what: {side: [] for side in SIDES} for what in WHAT}
     checkpoints = saves()
     with tempfile.TemporaryDirectory() as name:
+        pair = {
+            side: config(side, arguments.data, Path(name) / side, arguments.width, arguments.layers)
+            | {'max_duration': f'{arguments.batches}ba', 'save_interval': f'{arguments.batches}ba'}
+            for side in SIDES
+        }
+        taken['step'], taken['wait'] = steps(pair)
         for number in tqdm(range(arguments.rounds), 'rounds', disable=None):
             for side in SIDES if number % 2 else SIDES[::-1]:
                 folder = Path(name) / side
@@ -194,8 +247,6 @@ def main() -> None:
                 checkpoints.clear()
                 watch, begun = run(cfg)
                 assert watch.began is not None, 'it has trained'
-                taken['step'][side].append(statistics.median(watch.steps[WARM:]))
-                taken['wait'][side].append(statistics.median(watch.waits[WARM:]))
                 taken['start'][side].append(watch.began - begun)
                 taken['save'][side].append(statistics.median(checkpoints))
                 (folder / 'latest-rank0.pt').unlink()
@@ -204,7 +255,7 @@ def main() -> None:
                 watch, begun = run(cfg)
                 assert watch.began is not None and len(watch.steps) == BATCHES // 2, 'it has resumed'
                 taken['resume'][side].append(watch.began - begun)
-    table = Table(title=f'{arguments.rounds} rounds; seconds, median (min to max)', title_justify='left')
+    table = Table(title='seconds, median (min to max)', title_justify='left')
     for column in ('', *SIDES, 'ours / stock, median of rounds (min to max)'):
         table.add_column(column)
     for what, sides in taken.items():
