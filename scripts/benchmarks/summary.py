@@ -154,17 +154,23 @@ def page(lines: Sequence[Line]) -> str:
     return '\n'.join([made_with(), '', f'{TITLE}.', '', *(f'| {" | ".join(row)} |' for row in rows), ''])
 
 
-def main() -> None:
-    """Read, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', type=Path, help='with NAME.json of each benchmark')
-    folder = parser.parse_args().folder
+def lines_of(folder: Path) -> list[Line]:
+    """Of the benchmarks whose numbers lie in a folder."""
     lines = []
     for name, read in PARTS.items():
         if (folder / f'{name}.json').exists():
             lines += read(json.loads((folder / f'{name}.json').read_text()))
         else:
             sys.stderr.write(f'{name}: not run, there is no {folder / name}.json\n')
+    return lines
+
+
+def main() -> None:
+    """Read, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path, help='with NAME.json of each benchmark')
+    folder = parser.parse_args().folder
+    lines = lines_of(folder)
     (folder / 'bench.md').write_text(page(lines), encoding='utf-8')
     Console(width=None if sys.stdout.isatty() else 140).print(table(lines))
 

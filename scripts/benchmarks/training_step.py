@@ -50,26 +50,22 @@ WHAT = {
 
 
 class Stopwatch(Callback):
-    """Seconds of the steps of a run, and when the first began.
-
-    Args:
-        mine, others: For taking turns: whose turn it is.
-    """
+    """Seconds of the steps of a run, and when the first began."""
 
     latest: 'Stopwatch'
+    turns: tuple[Semaphore, Semaphore] | None = None  # this side's, the other's
 
-    def __init__(self, mine: Semaphore | None = None, others: Semaphore | None = None) -> None:
+    def __init__(self) -> None:
         Stopwatch.latest = self
         self.began: float | None = None
         self.steps: list[float] = []
         self.waits: list[float] = []
-        self._turns = (mine, others) if mine and others else None
         self._batch = self._before = 0.0
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """A step begins by asking for data."""
-        if self._turns:
-            assert self._turns[0].acquire(timeout=600), 'the other side has ended'
+        if self.turns:
+            assert self.turns[0].acquire(timeout=600), 'the other side has ended'
         self._before = time.perf_counter()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
@@ -81,8 +77,8 @@ class Stopwatch(Callback):
         """Callbacks that come before this one, and so all of ours, have done their work for the batch."""
         self.steps.append(time.perf_counter() - self._before)
         self.waits.append(self._batch - self._before)
-        if self._turns:
-            self._turns[1].release()
+        if self.turns:
+            self.turns[1].release()
 
 
 registry.callbacks.register('stopwatch', func=Stopwatch)
@@ -200,7 +196,7 @@ def share(turns: dict[str, Semaphore]) -> None:
 def in_turns(side: str, cfg: dict[str, Any]) -> tuple[list[float], list[float]]:
     """A side's own process."""
     (other,) = TURNS.keys() - {side}
-    registry.callbacks.register('stopwatch', func=lambda: Stopwatch(TURNS[side], TURNS[other]))
+    Stopwatch.turns = (TURNS[side], TURNS[other])
     watch, _ = run(cfg)
     return watch.steps, watch.waits
 
