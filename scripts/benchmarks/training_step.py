@@ -191,6 +191,7 @@ TURNS: dict[str, Semaphore] = {}
 def share(turns: dict[str, Semaphore]) -> None:
     """Whose turn it is, for a process that begins."""
     TURNS.update(turns)
+    multiprocessing.set_start_method('fork', force=True)  # of DataLoader workers, as in a run of its own
 
 
 def in_turns(side: str, cfg: dict[str, Any]) -> tuple[list[float], list[float]]:
