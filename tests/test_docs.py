@@ -39,7 +39,8 @@ def test_there_is_a_card_for_every_folder_and_it_is_in_the_readme():
         assert f'(cpt_algorithms/{folder.name}/README.md)' in PAGES[0].read_text()
 
 
-TABLES = [ROOT / 'yamls' / 'claims' / 'README.md']  # of numbers, beside what they were made with
+CLAIMS, BENCH = ROOT / 'yamls' / 'claims', ROOT / 'scripts' / 'benchmarks'
+TABLES = [CLAIMS / 'README.md', BENCH / 'README.md']  # of numbers, beside what they were made with
 
 
 @pytest.mark.parametrize('page', PAGES + TABLES, ids=lambda page: page.parent.name)
@@ -67,15 +68,26 @@ def test_yaml_blocks_build(page):
             build_callback(name, arguments)
 
 
-@pytest.mark.parametrize('page', [PAGES[0], *TABLES], ids=lambda page: page.parent.name)
+@pytest.mark.parametrize('page', [PAGES[0], CLAIMS / 'README.md'], ids=lambda page: page.parent.name)
 def test_verdicts_are_those_of_the_kept_results(page):
-    found = json.loads((ROOT / 'yamls' / 'claims' / 'results.json').read_text())['findings']
+    found = json.loads((CLAIMS / 'results.json').read_text())['findings']
     rows = {
         line.split()[1]: line.split('|')[-2].strip()
         for line in page.read_text().splitlines()
         if re.match(r'\| [CW]\d+ [A-Z1]', line)
     }
     assert rows == {each['claim']: each['verdict'] for each in found}
+
+
+def test_speeds_are_those_of_the_kept_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import summary
+
+    rows = [line for line in summary.page(summary.lines_of(BENCH / 'results')).splitlines() if line.startswith('| ')]
+    shown = [line for line in TABLES[1].read_text().splitlines() if line.startswith('| ')]
+    assert shown == rows
+    short = PAGES[0].read_text().split('**What it costs**')[1].split('\n## ')[0]
+    assert set(re.findall(r'^\| .*', short, re.MULTILINE)) < set(rows)
 
 
 def test_registered_names_are_those_the_readme_lists():

@@ -60,21 +60,23 @@ def training_step(found: dict[str, Any]) -> list[Line]:
 def replay_loader(found: dict[str, Any]) -> list[Line]:
     """Of replay_loader.py."""
     lines = []
-    for workers in (1, 4):
+    for workers, of in ((1, '1 worker'), (4, '4 workers')):
         stock = statistics.median(found[f'stock, one stream, {workers} workers']['samples/s'])
         for name in ('no replay', '5 %'):
             side = found[f'replay_text, {name}, {workers} workers']
             ours = statistics.median(side['samples/s'])
-            lines.append(Line('reading', f'rows/s, {workers} workers, {name}', ours, stock, None, side['ratios']))
+            replay = name if name == 'no replay' else f'{name} replay'
+            lines.append(Line('reading', f'rows/s, {of}, {replay}', ours, stock, None, side['ratios']))
     for key, ours in found.items():
         if key.startswith('locality replay_text, '):
             stock = found[key.replace('replay_text', 'stock (py1e)')]['downloads per shard']
-            what = f'downloads per shard, cache {key.rpartition(" ")[2]} shards'
+            limit = key.rpartition(' ')[2]
+            what = f'downloads per shard, {"no cache limit" if limit == "None" else f"cache of {limit} shards"}'
             ratio = ours['downloads per shard'] / stock
             lines.append(Line('reading', what, ours['downloads per shard'], stock, 1.0, [ratio]))
         if key.startswith('start replay_text, '):
             both = found.get(key.replace('replay_text', 'stratified'))
-            what = f'start, {key.split(", ")[1]}, s'
+            what = f'start, {int(key.split(", ")[1].split()[0]) // 10**6:,} M rows, s'
             stock = both['seconds'] if both else None
             ratios = [ours['seconds'] / stock] if stock else []
             lines.append(Line('reading', what, ours['seconds'], stock, None, ratios))
@@ -127,7 +129,10 @@ PARTS: dict[str, Callable[[dict[str, Any]], list[Line]]] = {
 
 
 COLUMNS = ('part', 'what', 'ours', 'stock', 'floor', 'ratio', 'range')
-TITLE = 'ratio: ours / stock (ours / floor where there is no stock); median of rounds, and their range'
+TITLE = (
+    'ratio: ours / stock (ours / floor where there is no stock), median of rounds and their range; '
+    'of rows/s, more is better, of the rest, less'
+)
 
 
 def cells(line: Line) -> list[str]:
