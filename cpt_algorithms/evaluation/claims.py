@@ -166,7 +166,7 @@ class Runs:
         label = f'{dataset}/{average}' if average else dataset
         curves = []
         for run in self.named(name):
-            rows = np.array(run.losses[label], dtype=float)
+            rows = np.array(run.losses[label])
             curves.append(np.stack([rows[:, 0] / rows[-1, 0], rows[:, 2]], axis=1))
         return curves
 

@@ -2,6 +2,7 @@
 """Final losses and forgetting, against numbers one can check by hand and a real run."""
 
 import json
+from math import log
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import tiny
 from composer.core import Time, Timestamp
 
 from cpt_algorithms.evaluation import FinalLoss, adaptation, final_loss, forgetting, training_flops
-from cpt_algorithms.evaluation.functional import in_final_window, steps_saved
+from cpt_algorithms.evaluation.functional import has_diverged, in_final_window, steps_saved
 
 
 def test_final_loss_by_hand():
@@ -110,3 +111,29 @@ def test_steps_saved_by_hand():
     # as good at an evaluation; at its first one
     assert steps_saved(raw, [[100, 5.0], [200, 2.9], [300, 2.9]], window=200) == 1 - 200 / 400
     assert steps_saved(raw, [[300, 2.8], [400, 2.85], [500, 2.8]], window=200) == 1 - 300 / 400
+
+
+@pytest.mark.parametrize(
+    ('losses', 'diverged'),
+    [
+        ([], False),
+        ([5.0], False),
+        ([1.0, 1.0 + log(2)], False),
+        ([1.0, 1.0 + log(2) + 1e-9], True),
+        ([1.0, 2.75], True),
+        ([3.0] * 10 + [1.0] + [3.0] * 9, True),
+        # means of two: 3.0 and 2.6 at the end, where a single one would be enough
+        ([2.0] * 39 + [4.0], True),
+        ([2.0] * 39 + [3.2], False),
+        # twenty parts of 21: the last is of two
+        ([2.0] * 20 + [3.2], False),
+        # the lowest mean of two is 2.0, the lowest loss 1.0
+        ([4.0] * 10 + [3.0, 1.0] + [4.0] * 26 + [2.72] * 2, True),
+        ([4.0] * 10 + [3.0, 1.0] + [4.0] * 26 + [2.68] * 2, False),
+        # the first loss by itself, and no other
+        ([1.0, 5.0] + [3.0] * 38, True),
+        ([5.0, 1.0] + [3.0] * 38, False),
+    ],
+)
+def test_diverged_by_hand(losses, diverged):
+    assert has_diverged(losses) is diverged

@@ -92,6 +92,46 @@ def test_a_bound_itself_is_outside(above, below, verdict, bounds):
     assert condition.bounds == bounds
 
 
+# Verdicts, by hand: of [0.1, 0.2, 0.3] the mean is 0.2, the half-width 4.303 x 0.1 / sqrt(3) = 0.248
+
+
+@pytest.mark.parametrize(
+    ('above', 'below', 'verdict'),
+    [
+        (-0.05, np.inf, 'reproduced'),  # the interval is -0.048 to 0.448
+        (-0.04, np.inf, 'inconclusive at this scale'),
+        (0.44, np.inf, 'inconclusive at this scale'),
+        (0.45, np.inf, 'not reproduced'),
+        (-np.inf, 0.45, 'reproduced'),
+        (-np.inf, 0.44, 'inconclusive at this scale'),
+        (-np.inf, -0.05, 'not reproduced'),
+        (-0.05, 0.45, 'reproduced'),
+        (0.0, 0.45, 'inconclusive at this scale'),
+    ],
+)
+def test_a_condition_is_judged_by_its_whole_interval(above, below, verdict):
+    condition = Condition('', [0.1, 0.2, 0.3], above, below)
+    assert condition.over_seeds.half == pytest.approx(0.2484, abs=1e-4)
+    assert condition.verdict == verdict
+
+
+def test_one_seed_proves_nothing():
+    assert Condition('', [5.0], above=0).verdict == 'inconclusive at this scale'
+
+
+def test_a_claim_is_as_good_as_its_worst_condition():
+    good, bad = Condition('', [1, 1, 1], above=0), Condition('', [-1, -1, -1], above=0)
+    open_ = Condition('', [1, -1, 0], above=0)
+    claim = Claim('C0', 'says', 'paper', lambda evidence: [])
+
+    def verdict(*conditions):
+        return Finding(claim, list(conditions)).verdict
+
+    assert verdict(good, good) == 'reproduced'
+    assert verdict(good, open_) == 'inconclusive at this scale'
+    assert verdict(open_, bad, good) == 'not reproduced'
+
+
 def test_every_claim_has_a_finding():
     def missing(evidence):
         raise NotRun(f'nothing in {evidence}')
