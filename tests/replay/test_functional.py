@@ -45,6 +45,10 @@ def test_two_old_streams_by_hand():
     assert interleaving.counts(10**10) == [5 * 10**9, 25 * 10**8, 25 * 10**8]
 
 
+def test_who_is_owed_just_enough_is_served_if_his_deadline_is_first():
+    assert Interleaving([Fraction(1, 8), Fraction(1, 8), Fraction(6, 8)]).pattern.tolist() == [2, 2, 2, 0, 2, 1, 2, 2]
+
+
 @pytest.mark.parametrize('fraction', [0.001, 0.0123, 0.01, 0.05, 0.25, 0.5, 0.999, '1/3', 0.333333])
 def test_two_streams_are_within_one_half_at_every_prefix(fraction):
     interleaving = Interleaving(shares_of(fraction, {'old': 7}))
@@ -78,13 +82,18 @@ def test_zero_fraction_reads_only_new():
 @pytest.mark.parametrize(
     ('fraction', 'weights', 'message'),
     [
-        (1.0, {'a': 1}, r'replay\.fraction=1\.0 is out of range'),
+        (
+            1.0,
+            {'a': 1},
+            r'replay\.fraction=1\.0 is out of range; .* earlier datasets, 0 <= fraction < 1 \(0\.05 for 5 %\)$',
+        ),
         (-0.1, {'a': 1}, r'replay\.fraction=-0\.1 is out of range'),
         ('much', {'a': 1}, r"replay\.fraction='much' is not a number"),
         (float('nan'), {'a': 1}, r'replay\.fraction=nan is not a number'),
         (0.1, {}, r'replay\.streams is empty'),
+        (0.1, {'a': 'b'}, r"replay\.streams\.a\.weight='b' is not a number"),
         (0.1, {'a': 0}, r'replay\.streams\.a\.weight=0 must be positive'),
-        (0.1, {'a': 0.1234567, 'b': 1}, 'common denominator'),
+        (0.1, {'a': 0.1234567, 'b': 1}, 'common denominator .* or weights that are small integers$'),
         (0.12345678, {'a': 1}, 'fewer decimals'),
     ],
 )
@@ -151,6 +160,12 @@ def test_samples_stay_within_a_block_of_their_shard():
     assert max(last_seen[s] - first_seen[s] for s in first_seen) <= 2 * block
     # and it is a shuffle: neighbours rarely come from one shard (a shuffle within 10 shards would give 10 %)
     assert np.mean(ids[1:] // 50 == ids[:-1] // 50) < 0.2
+
+
+def test_samples_move_by_half_a_block_to_both_sides():
+    moved = ShuffledOrder(np.array([10_000]), 5, 0, 500)(np.arange(10_000)) - np.arange(10_000)
+    assert 200 < moved.max() < 300
+    assert -300 < moved.min() < -200
 
 
 def test_start_does_not_depend_on_the_dataset_size():
