@@ -10,8 +10,11 @@ from reprlib import Repr
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ['check_keys', 'check_place', 'check_plain', 'check_type', 'shown']
+__all__ = ['check_keys', 'check_layers', 'check_place', 'check_plain', 'check_type', 'shown']
 
+# Ten times the layers of the deepest that was trained; each takes a millisecond to build, and 10 kB.
+MOST_LAYERS = 10_000
+_LAYERS = ('n_layers', 'n_layer', 'num_layers', 'num_hidden_layers')
 # The longest name of a file on common disks, in bytes.
 _LONGEST_NAME = 255
 _short = Repr()
@@ -106,6 +109,23 @@ def check_type(where: str, value: Any, hint: Any) -> None:
         kinds = ' or '.join(dict.fromkeys(_kinds(hint)))
         quotes = '; put it in quotes' if _fits(str(value), hint) and isinstance(value, int | float) else ''
         raise ValueError(f'{where}={shown(value)} must be {kinds}{quotes}')
+
+
+def check_layers(where: str, section: Mapping[str, Any]) -> None:
+    """Refuse a model that would be built for hours: one of more layers than :data:`MOST_LAYERS`.
+
+    Args:
+        where: The section's dotted path, or the file's.
+        section: Of a model; layers may also be counted in its ``config_overrides``.
+
+    Raises:
+        ValueError: Naming the key and the value.
+    """
+    for key in _LAYERS:
+        if isinstance(number := section.get(key), int) and number > MOST_LAYERS:
+            raise ValueError(f'{where}.{key}={shown(number)} must be a number of layers, at most {MOST_LAYERS:,}')
+    if isinstance(inner := section.get('config_overrides'), Mapping):
+        check_layers(f'{where}.config_overrides', inner)
 
 
 def _fits(value: Any, hint: Any) -> bool:

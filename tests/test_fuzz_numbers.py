@@ -49,7 +49,7 @@ def mistake(fraction, batch, ranks, batches, new, old) -> str | None:
     if batch % ranks:
         return f'global_train_batch_size={batch} is not divisible by the {ranks} ranks'
     if share is None:
-        return f'replay.fraction={fraction}'
+        return 'replay.fraction='
     replayed = math.floor(batch * batches * share + Fraction(1, 2))
     return 'too little data' if batch * batches - replayed > new or replayed > old else None
 

@@ -75,7 +75,8 @@ def constant_alpha(cfg: Config, batch: int) -> float:
     constant = [f'batches {s.begin / per_batch:g} to {s.until / per_batch:g}' for s in spans if s.shape == 'constant']
     inside = next((span.name for span in spans if span.begin <= time < span.until), 'end')
     raise ValueError(
-        f'batch {batch} is in the phase {inside!r} of {name}: a branch starts where the learning rate is constant, '
+        f'batch {batch} is in the phase {inside!r} of scheduler.name={name}: '
+        'a branch starts where the learning rate is constant, '
         + (' or '.join(constant) if constant else 'and this schedule never is')
         + '. A trunk that only warms up is {name: infinite, t_cooldown: 0tok, alpha_const: 1.0, ...}'
     )

@@ -51,7 +51,7 @@ from cpt_algorithms.checkpoints import (
 from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
 from cpt_algorithms.exports import base_of
 from cpt_algorithms.files import StorageError, check_writable, exists, fetch, is_remote, list_names, read_json, size_of
-from cpt_algorithms.keys import check_keys, check_place, check_type, shown
+from cpt_algorithms.keys import check_keys, check_layers, check_place, check_type, shown
 from cpt_algorithms.replay.consumed import read_consumed
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.replay_text import (
@@ -684,6 +684,7 @@ def model_on_meta(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = None)
     Raises:
         ValueError: If it cannot be built.
     """
+    check_layers('model', cfg['model'])
     section = {**cfg['model'], 'init_device': 'meta'}
     name = section.pop('name')
     section.pop('master_weights_dtype', None)

@@ -142,6 +142,7 @@ class _Change:
             changed = {key: self.of(item) for key, item in value.items()}
             for key in ('lr', 'weight_decay'):
                 if key in (changed.get('optimizer') or {}):
+                    check_type(f'optimizer.{key}', changed['optimizer'][key], float)
                     changed['optimizer'][key] = float(f'{changed["optimizer"][key] * self.factor:.6g}')
             return changed
         if isinstance(value, list):

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from cpt_algorithms.checkpoints import DTYPES, INDEX, Checkpoint, CheckpointError, Stored, open_checkpoint
 from cpt_algorithms.files import hidden_sibling
+from cpt_algorithms.keys import check_layers
 from cpt_algorithms.weight_averaging.merge import Average, as_bytes, average_tensors, check_alike, short, view_average
 
 __all__ = [
@@ -354,8 +355,9 @@ def tie(checkpoint: Checkpoint, config: Path) -> dict[str, str]:
     try:
         with init_empty_weights():
             described = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
+            check_layers(str(config), {'num_hidden_layers': getattr(described, 'num_hidden_layers', None)})
             model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    except Exception:  # what a config.json holds can be anything
         return {}
     model.tie_weights()
     names: dict[int, str] = {}
