@@ -10,6 +10,7 @@ https://arxiv.org/abs/2404.06395 (warm-up, stable, decay); Hägele et al. 2024, 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 __all__ = [
     'DEFAULT_STEEPNESS',
@@ -328,7 +329,7 @@ def wsd(
         _check_exponential('alpha_f', alpha_f)
     phases = []
     bounds = [*(t_max * k / num_cycles for k in range(num_cycles)), t_max]
-    for k, (begin, until) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for k, (begin, until) in enumerate(pairwise(bounds)):
         number = '' if num_cycles == 1 else f' {k + 1}'
         warm = min(begin + t_warmup, until)
         phases += [

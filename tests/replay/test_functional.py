@@ -45,6 +45,14 @@ def test_two_old_streams_by_hand():
     assert interleaving.counts(10**10) == [5 * 10**9, 25 * 10**8, 25 * 10**8]
 
 
+@pytest.mark.parametrize('shares', [[Fraction(1, 2), Fraction(1, 4)], [Fraction(3, 2), Fraction(-1, 2)]])
+def test_shares_that_are_none_are_shown(shares):
+    with pytest.raises(
+        ValueError, match=rf"^shares \['{shares[0]}', '{shares[1]}'\] must be non-negative and sum to 1$"
+    ):
+        Interleaving(shares)
+
+
 def test_who_is_owed_just_enough_is_served_if_his_deadline_is_first():
     assert Interleaving([Fraction(1, 8), Fraction(1, 8), Fraction(6, 8)]).pattern.tolist() == [2, 2, 2, 0, 2, 1, 2, 2]
 

@@ -254,6 +254,53 @@ ERRORS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ('make', 'said'),
+    [
+        (lambda: rewarm_cosine(5, 4), 't_warmup (5) is longer than t_max (4)'),
+        (lambda: wsd(1, 1, 0), 't_max=0 must be a time above 0'),
+        (lambda: Schedule(1.0, (Phase('p', 1, -1, 'linear'),)), 'end of p=-1 must be a number of at least 0: it multiplies the learning rate'),
+        (
+            lambda: Schedule(1.0, (Phase('p', 1, 0, 'exponential'),)),
+            'end of p=0: an exponential goes between values above 0; linear, cosine and 1-sqrt can anneal to 0',
+        ),
+        (lambda: Phase('p', 1, 1, 'linear', 2.0), 'steepness=2.0 belongs to inv_sqrt; p is linear: leave it out'),
+        (lambda: Phase('p', 1, 1, 'inv_sqrt', -2.0), 'steepness=-2.0 must be a positive number'),
+        (lambda: Phase('p', 1, 1, 'inv_sqrt', '2'), "steepness='2' must be a positive number"),
+    ],
+)  # fmt: skip
+def test_whole_messages(make, said: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        make()
+    assert str(refused.value) == said
+
+
+@pytest.mark.parametrize('key', ['alpha_i', 'alpha_f'])
+@pytest.mark.parametrize(
+    'make', [lambda **alphas: infinite(1, 1, 1, 9, alpha_const=0.5, **alphas), lambda **alphas: wsd(1, 1, 9, **alphas)]
+)
+def test_multipliers_are_called_as_their_arguments(make, key: str) -> None:
+    with pytest.raises(ValueError, match=f'^{key}=-1 must be'):
+        make(**{key: -1})
+    with pytest.raises(ValueError, match=r'^alpha_const=-1 must be'):
+        infinite(1, 1, 1, 9, alpha_const=-1)
+
+
+def test_a_gentle_steepness() -> None:
+    # h(x) = 1 / sqrt(1 + x / 2) - 1
+    schedule = Schedule(1.0, (Phase('p', 2, 0.0, 'inv_sqrt', 0.5),))
+    assert multiplier(schedule, 1) == pytest.approx(1 - (1 / math.sqrt(1.25) - 1) / (1 / math.sqrt(1.5) - 1))
+
+
+def test_a_constant_phase_is_at_its_end_throughout() -> None:
+    assert multiplier(Schedule(1.0, (Phase('p', 2, 0.5, 'constant'),)), 1) == 0.5
+
+
+def test_nothing_is_flat_when_phases_and_run_end_together() -> None:
+    schedule = Schedule(0.0, (Phase('p', 2, 1.0, 'linear'),))
+    assert list(schedule.spans(2)) == list(schedule.spans()) == [Span('p', 0, 2, 0, 1, 'linear')]
+
+
 @pytest.mark.parametrize(('make', 'said'), ERRORS)
 def test_errors_name_key_and_value(make, said: list[str]) -> None:
     with pytest.raises(ValueError) as error:
