@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import tarfile
 import tempfile
@@ -224,7 +225,7 @@ def _read_hugging_face(path: Path) -> dict[str, Stored]:
         raise CheckpointError(f'{path} names the file {wrong[0]!r}, which is not beside it')
     files = {}
     for name in sorted(set(places.values())):
-        if not (path.parent / name).is_file():
+        if not os.path.isfile(path.parent / name):
             raise CheckpointError(f'{path} names {name}, which is missing')
         files[name] = _read_safetensors(path.parent / name)
     if absent := [key for key, name in places.items() if key not in files[name]]:
@@ -306,9 +307,20 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
         try:  # what torch itself finds wrong, without reading the data; a storage that only claims to be small, say
             with torch.serialization.safe_globals(safe_globals()):
                 torch.load(file, mmap=True, map_location='cpu', weights_only=True)
+            _check_memo(file)
         except Exception as error:
             raise CheckpointError(f'{where} is damaged: {_first_line(error)}') from None
     return loaded
+
+
+def _check_memo(file: Path) -> None:
+    """Refuse a pickle for which the unpickler in C, which Composer uses, would want memory without end."""
+    with zipfile.ZipFile(file) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith('/data.pkl'))
+        pickled = archive.read(name)
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in {'PUT', 'BINPUT', 'LONG_BINPUT'} and isinstance(argument, int) and argument > len(pickled):
+            raise ValueError(f'its pickle refers to {argument:,} objects, and has {len(pickled):,} bytes')
 
 
 def _first_line(error: Exception) -> str:
@@ -516,7 +528,7 @@ def _check_algorithms(value: Any, where: str) -> None:
 
 def _check_entries(path: Path, specs: list[tuple[int, int]]) -> None:
     """Refuse entries of a sharded checkpoint's file that are cut off or could run code."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f'{path} is missing, or not of this checkpoint')
     size, end = path.stat().st_size, max((offset + length for offset, length in specs), default=0)
     if size < end:
@@ -541,7 +553,7 @@ def is_safe(path: str | Path, specs: list[tuple[int, int]] | None = None) -> boo
         UnsafeCheckpointError: If loading it could run code, naming the file, what it wanted, and what to do.
         CheckpointError: If it is cut off or damaged.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # also if no file can be called so
         raise CheckpointError(f'{path} is missing, or no file')
     path = Path(os.path.realpath(path))  # what Composer calls rank0_checkpoint is a link to it
     try:
@@ -620,7 +632,7 @@ def _read_slice(folder: Path, info: Any, where: str) -> tuple[Path, Any]:
     path = folder / info.relative_path
     if getattr(info, 'transform_descriptors', None):
         raise CheckpointError(f'{path}: {where} is compressed ({", ".join(info.transform_descriptors)})')
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f'{path} is missing, or not of this checkpoint')
     if path.stat().st_size < info.offset + info.length:
         raise CheckpointError(f'{path} is damaged: {path.stat().st_size:,} bytes, and {where} ends behind them')

@@ -10,8 +10,8 @@ import copy
 import io
 import json
 import os
-import random
 import re
+import secrets
 import signal
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def judge(read, value, where, root):
 
 def cases(strategy, read, root, examples, slow):
     """Judge many: always the same, or others each time."""
-    given_seed = int(os.environ.get('FUZZ_SEED', random.randrange(2**32)))
+    given_seed = int(os.environ.get('FUZZ_SEED', secrets.randbelow(2**32)))
 
     @settings(MANY if slow else FEW, max_examples=examples)
     @given(strategy)

@@ -8,6 +8,7 @@ spoils. The slow run looks at thousands (``FUZZ_SEED=N`` repeats one, ``FUZZ_SEE
 import os
 import random
 import resource
+import secrets
 import shutil
 from pathlib import Path
 
@@ -154,7 +155,7 @@ SIZES = [pytest.param(12, False, id='few'), pytest.param(2000, True, id='many', 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(('many', 'slow'), SIZES)
 def test_spoilt_checkpoints(kind, many, slow, originals, root, preflight_of, capsys):
-    given = os.environ.get('FUZZ_SEED', str(random.randrange(2**32)) if slow else '1')
+    given = os.environ.get('FUZZ_SEED', str(secrets.randbelow(2**32)) if slow else '1')
     print(f'FUZZ_SEED={given}')
     base, _, only = given.partition('-')
     counts = {'read': 0, 'refused': 0}

@@ -418,7 +418,8 @@ def _check_batch_size(cfg: Config, world_size: int) -> None:
             raise ValueError(f'{key}={cfg.get(key)!r} must be a whole number of at least 1')
     if cfg['global_train_batch_size'] % world_size:
         raise ValueError(
-            f'global_train_batch_size={cfg["global_train_batch_size"]} is not divisible by the {world_size} ranks'
+            f'global_train_batch_size={cfg["global_train_batch_size"]} is not divisible by the {world_size} ranks '
+            '(nproc)'
         )
 
 
