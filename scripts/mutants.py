@@ -2,13 +2,15 @@
 """Break the code on purpose, one small change at a time, and see whether a test fails: ``python scripts/mutants.py``.
 
 Changes ("mutants"), tests and modules are those of ``[tool.mutmut]`` in ``pyproject.toml``. Ends with an error if a
-mutant survives that ``tests/equivalent_mutants.txt`` does not explain, or if one that it explains is no longer there.
+mutant survives that ``tests/equivalent_mutants.txt`` does not explain, or if a line of it explains no survivor.
 Names of mutants may be given (``'cpt_algorithms.replay.*'``); then only these are tested.
 """
 
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MUTMUT = Path(sys.executable).with_name('mutmut')
@@ -20,6 +22,12 @@ def mutmut(*arguments: str) -> str:
     return subprocess.run([MUTMUT, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def function_of(mutant: str) -> str:
+    """``module.Class.method`` of ``module.xǁClassǁmethod__mutmut_3``, or ``module.function`` of ``x_function__mutmut_3``."""
+    module, _, name = mutant.rpartition('.')
+    return f'{module}.{re.sub(r"^xǁ|^x_|__mutmut_[0-9]+$", "", name).replace("ǁ", ".")}'
+
+
 def changed_lines(mutant: str) -> str:
     """What a mutant puts into the code: ``module: its lines``."""
     lines = mutmut('show', mutant).splitlines()
@@ -27,20 +35,35 @@ def changed_lines(mutant: str) -> str:
     return f'{mutant.rpartition(".")[0]}: {" ".join(added)}'
 
 
-def main(names: list[str]) -> None:
+def explains(line: str, mutant: str, change: str) -> bool:
+    """Whether a line of the explanations is a mutant's.
+
+    ``module: code`` is what one puts there, ``module.function: *`` all of a function's; after ``~`` each ``...`` stands
+    for anything.
+    """
+    if line.startswith('~ '):
+        return re.fullmatch('.*'.join(map(re.escape, line[2:].split('...'))), change) is not None
+    return line == change or line == f'{function_of(mutant)}: *'
+
+
+def main(given: list[str]) -> None:
     """Test the mutants, and compare the survivors with those that are explained."""
     shutil.rmtree('mutants', ignore_errors=True)
-    subprocess.run([MUTMUT, 'run', *names], check=True)
+    subprocess.run([MUTMUT, 'run', *given], check=True)
     results = dict(line.strip().split(': ') for line in mutmut('results').splitlines())
-    survivors = {changed_lines(name): name for name, status in results.items() if status != 'timeout'}
+    names = [name for name, status in results.items() if status != 'timeout']
+    with ThreadPoolExecutor() as pool:
+        survivors = dict(zip(names, pool.map(changed_lines, names), strict=True))
     lines = EXPLAINED.read_text(encoding='utf-8').splitlines()
-    explained = {line for line in lines if line and not line.startswith('#')}
-    for change in survivors.keys() - explained:
-        print(f'survived: {survivors[change]}\n    {change}')
-    gone = set() if names else explained - survivors.keys()
-    for change in gone:
-        print(f'{EXPLAINED} explains what does not survive: {change}')
-    if gone or survivors.keys() - explained:
+    reasons = {line for line in lines if line and not line.startswith('#')}
+    by = {name: [line for line in reasons if explains(line, name, change)] for name, change in survivors.items()}
+    unexplained = [name for name, why in by.items() if not why]
+    for name in unexplained:
+        print(f'survived: {name}\n    {survivors[name]}')
+    gone = set() if given else reasons - {line for why in by.values() for line in why}
+    for line in sorted(gone):
+        print(f'{EXPLAINED} explains what does not survive: {line}')
+    if gone or unexplained:
         sys.exit(1)
     print(f'{len(survivors)} mutants survived, as {EXPLAINED} explains')
 

@@ -68,7 +68,7 @@ class EMA(AveragedWeights):
             if name not in self._clocks:
                 unit = resolve_time(time, state).unit
                 now = state.previous_timestamp.get(unit).value
-                self._clocks[name] = {'unit': unit.value, 'begin': now, 'last': now}
+                self._clocks[name] = {'unit': unit.value, 'begin': now}
 
     def observe(self, state: State) -> None:
         """Update every average."""

@@ -3,18 +3,23 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from composer.algorithms import GradientClipping
+from composer.callbacks import CheckpointSaver
 from composer.core import Precision, State, Time
 from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from composer.models import ComposerModel
 from composer.optim import ConstantScheduler, LinearScheduler, compile_composer_scheduler
+from llmfoundry.callbacks import HuggingFaceCheckpointer
+from streaming import StreamingDataset
 
+from cpt_algorithms.exports import export_whole
 from cpt_algorithms.schedulers import RewarmConstantScheduler
-from cpt_algorithms.stage import StageStart
+from cpt_algorithms.stage import StageStart, stage_start
 from cpt_algorithms.stage.stage_start import budget_in_samples
 
 
@@ -157,8 +162,8 @@ def test_a_restart_that_changes_nothing_goes_on():
     saved = Run(scheduler=LinearScheduler()).saved()
     run = Run(scheduler=LinearScheduler())
     run.step()
-    run.load(at=4, saved=saved, lr=0.25, betas=[0.9, 0.99])
-    assert run.group['lr'] == 0.25, 'the learning rate is where it was'
+    run.load(at=4, saved=saved, lr=0.28, betas=[0.9, 0.99])
+    assert run.group['lr'] == 0.28, 'the learning rate is where it was, one batch late'
     assert run.optimizer.state, 'and so is the optimizer'
 
 
@@ -177,7 +182,7 @@ def test_a_restart_that_changes_something_is_refused(change, loaded, message):
     saved = Run(scheduler=LinearScheduler()).saved()
     with pytest.raises(
         ValueError,
-        match=rf"^run 'run' was saved with other settings \(({message})\)\. A restart changes nothing: restore",
+        match=rf"^run 'run' was saved with other settings \(({message})\)\. A restart changes nothing: restore .* and save_folder of its own$",
     ):
         Run(**{'scheduler': LinearScheduler(), **change}).load(at=4, saved=saved, **{'lr': 0.25, **loaded})
 
@@ -188,9 +193,16 @@ def test_our_schedules_are_compared_with_the_time():
         return Run(scheduler=scheduler, ours=scheduler).load(at=2, saved=Run(scheduler=scheduler).saved(), lr=lr)
 
     assert resumed(0.25).group['lr'] == 0.25  # half of the warm-up
-    for lr in (0.25 + 1e-6, 0.25 - 1e-6, 0.5):
+    for lr in (0.25 + 1e-6, 0.25 - 1e-6, 0.25 + 1e-9, 0.5):
         with pytest.raises(ValueError, match=rf'\(lr of batch 2: {lr:g} -> 0.25\)'):
             resumed(lr)
+
+
+def test_other_settings_are_named_before_their_rates():
+    scheduler = RewarmConstantScheduler('4ba')
+    saved = Run(scheduler=scheduler).saved()
+    with pytest.raises(ValueError, match=r'other settings \(precision: fp32 -> amp_bf16\)'):
+        Run(scheduler=scheduler, ours=scheduler, precision=Precision.AMP_BF16).load(at=2, saved=saved, lr=7.0)
 
 
 def test_another_runs_checkpoint_is_not_gone_on_with():
@@ -240,3 +252,73 @@ def test_the_first_batch_is_checked_once(caplog):
     run = Run(scheduler=ConstantScheduler()).load(at=3, saved=Run(scheduler=ConstantScheduler()).saved())
     run.optimizer.param_groups[0]['weight_decay'] = 0.5
     run.callback.batch_start(run.state, run.logger)
+
+
+def test_an_optimizer_without_decay_has_none(caplog):
+    run = Run(scheduler=ConstantScheduler()).load()
+    for group in (run.group, run.optimizer.param_groups[0], *run.callback._hyperparameters[0]):
+        group.pop('weight_decay', None)
+        assert group is run.optimizer.param_groups[0] or 'params' not in group
+    with caplog.at_level(logging.INFO):
+        run.callback.batch_start(run.state, run.logger)
+    assert 'weight_decay=0, ' in caplog.text
+
+
+def test_loading_and_exporting_are_done_with_care(monkeypatch):
+    asked = []
+    monkeypatch.setattr(stage_start, 'guard_loading', asked.append)
+    exporter = HuggingFaceCheckpointer.__new__(HuggingFaceCheckpointer)
+    StageStart(trust_checkpoint=True).init(SimpleNamespace(callbacks=[exporter]), None)
+    assert asked == [True]
+    assert (exporter._save_checkpoint.func, exporter._save_checkpoint.args) == (export_whole, (exporter,))
+
+
+def test_a_stock_mix_is_described():
+    def stream(remote, **amounts):
+        of = {'_proportion': None, '_repeat': None, '_choose': None, **amounts}
+        return SimpleNamespace(remote=remote, local='here', split='train', **of)
+
+    dataset = StreamingDataset.__new__(StreamingDataset)
+    vars(dataset).update(batching_method='random', shuffle=True, shuffle_algo='py1e', shuffle_seed=9)
+    dataset.streams = [stream('s3://there', _proportion=0.5, _choose=7), stream(None, _repeat=2.0)]
+    state = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=dataset))
+    assert json.loads(stage_start._describe_stock_data(state)) == {
+        'batching_method': 'random', 'shuffle': True, 'shuffle_algo': 'py1e', 'shuffle_seed': 9,
+        'stream 0': "s3://there train {'proportion': 0.5, 'choose': 7}", 'stream 1': "here train {'repeat': 2.0}",
+    }  # fmt: skip
+    assert stage_start._describe_stock_data(SimpleNamespace(train_dataloader=None)) == '{}'
+
+
+def test_a_scheduler_that_is_not_composers_has_no_description():
+    assert stage_start._describe_schedule(SimpleNamespace(schedulers=[object()])) == '{}'
+
+
+@pytest.mark.parametrize('state', [{'a': [{'b': torch.ones(1)}]}, {'a': (1, torch.ones(1))}, {'a': torch.ones(1)}])
+def test_tensors_of_an_algorithm_are_refused_when_sharded(state):
+    algorithm = SimpleNamespace(state_dict=lambda: {'first': 1, **state, 'last': 'x'})
+    with pytest.raises(
+        ValueError,
+        match="^algorithm SimpleNamespace keeps tensors in its state, of which Composer saves rank 0's shard only: every rank would resume with it. Use a callback .this library's ema, lawa. instead$",
+    ):
+        stage_start._refuse_rank0_tensors(SimpleNamespace(fsdp_enabled=True, algorithms=[algorithm]))
+    stage_start._refuse_rank0_tensors(SimpleNamespace(fsdp_enabled=False, algorithms=[algorithm]))
+
+
+def test_a_save_folder_with_checkpoints_is_refused(tmp_path):
+    def check(batch=0, overwrite=False):
+        saver = CheckpointSaver(folder=str(tmp_path / '{run_name}'), overwrite=overwrite)
+        timestamp = SimpleNamespace(batch=SimpleNamespace(value=batch))
+        stage_start._check_save_folder(SimpleNamespace(timestamp=timestamp, callbacks=[saver], run_name='run'))
+
+    check()
+    (tmp_path / 'run').mkdir()
+    for name in ('other', 'ep0-ba9', 'ep0-ba6'):
+        (tmp_path / 'run' / name).touch()
+    with pytest.raises(ValueError) as refused:
+        check()
+    assert str(refused.value) == (
+        f'save_folder {tmp_path}/run holds checkpoints already (ep0-ba6, 2 in all), and this run would start at batch 0 '
+        'and replace them. Set autoresume: true to go on from the latest, or choose another save_folder'
+    )
+    check(batch=3)
+    check(overwrite=True)

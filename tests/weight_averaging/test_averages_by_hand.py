@@ -3,16 +3,19 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
-from composer.core import State
+from composer.core import Evaluator, State, Time
 from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from composer.models import ComposerModel
+from llmfoundry.callbacks import HuggingFaceCheckpointer
+from torch.utils.data import DataLoader
 
 from cpt_algorithms.weight_averaging import EMA, LAWA
-from cpt_algorithms.weight_averaging.averaged_weights import parse_time
+from cpt_algorithms.weight_averaging.averaged_weights import parse_time, resolve_time
 
 
 class Number(ComposerModel):
@@ -96,7 +99,11 @@ def test_lawa_keeps_the_latest():
     assert Run(LAWA('1ba', k=2, weights='linear')).train(2).averages() == {'lawa': pytest.approx(5 / 3)}
 
 
-MADE = {'ema': lambda: EMA(['1ba', '96tok']), 'lawa': lambda: LAWA('1ba', k=3)}
+MADE = {
+    'ema': lambda: EMA(['1ba', '96tok']),
+    'lawa': lambda: LAWA('1ba', k=3),
+    'lawa beside the parameters': lambda: LAWA('1ba', k=3, offload=False),
+}
 
 
 @pytest.mark.parametrize('name', MADE)
@@ -156,7 +163,8 @@ def test_a_damaged_average_is_refused(name):
     first = next(iter(group))
     group[first] = {key: tensor + 1 for key, tensor in group[first].items()}
     with pytest.raises(
-        RuntimeError, match=rf'{name} \({first}\) was saved with the sum of squares 1\.0 and loaded with 4\.0'
+        RuntimeError,
+        match=rf'{name.split()[0]} \({first}\) was saved with the sum of squares 1\.0 and loaded with 4\.0',
     ):
         Run(MADE[name](), loaded=saved, at=1)
 
@@ -166,6 +174,13 @@ def test_averages_that_are_lost_are_refused():
     del saved['averages']
     with pytest.raises(ValueError, match=r'ema \(ema_1ba\) was saved for other trainable parameters .*: weight is not'):
         Run(EMA('1ba'), loaded=saved, at=2)
+    saved = Run(LAWA('1ba')).train(2).saved()
+    del saved['window']['1']
+    with pytest.raises(ValueError, match=r'lawa \(1\) was saved for other trainable parameters'):
+        Run(LAWA('1ba'), loaded=saved, at=2)
+    saved['window']['1'] = {'weight': torch.ones(2)}
+    with pytest.raises(ValueError, match=r'^lawa \(1\): weight is \(2,\) there and \(1,\) here$'):
+        Run(LAWA('1ba'), loaded=saved, at=2)
 
 
 def test_averages_of_a_diverged_model_go_on():
@@ -209,3 +224,107 @@ def test_bad_times_are_named(value, at_least, message):
 def test_good_times():
     for value, at_least in (('0ba', 0), ('1ba', 1), ('3tok', 1), ('3sp', 1), ('0.5dur', 1), ('0.0dur', 0)):
         assert parse_time('k', value, at_least).to_timestring() == value
+
+
+def test_the_sum_of_squares_may_differ_by_rounding():
+    def load(value, difference):
+        run = Run(EMA('1ba')).train(1)
+        run.callback.average('ema_1ba')[0].fill_(value)
+        saved = run.saved()
+        settings = json.loads(saved['meta'])
+        settings['square_sum']['ema_1ba'] *= 1 + difference
+        return Run(EMA('1ba'), loaded={**saved, 'meta': json.dumps(settings)}, at=1)
+
+    for value, rounding in ((4.0, 5e-10), (0.25, -5e-10), (0.0, 0.0)):
+        assert load(value, rounding).averages() == {'ema_1ba': value}
+    for value, too_much in ((4.0, 2e-9), (0.25, -2e-9)):
+        with pytest.raises(RuntimeError, match='or the checkpoint is damaged'):
+            load(value, too_much)
+
+
+def test_averages_are_in_float32_whatever_the_weights_are():
+    run = Run(EMA('1ba'))
+    run.state.model.bfloat16()
+    run.callback.before_load(run.state, run.logger)
+    assert run.train(1).callback.average('ema_1ba')[0].dtype == torch.float32
+    saved = run.saved()
+    saved['averages']['ema_1ba'] = {key: tensor.bfloat16() for key, tensor in saved['averages']['ema_1ba'].items()}
+    assert Run(EMA('1ba'), loaded=saved, at=1).callback.average('ema_1ba')[0].dtype == torch.float32
+
+
+def test_one_average_starts_afresh_and_the_next_goes_on(caplog):
+    saved = Run(EMA(['1ba', '2ba'])).train(2).saved()
+    with caplog.at_level(logging.INFO):
+        run = Run(EMA(['3ba', '1ba', '2ba']), loaded=saved, at=2)
+    assert list(run.averages()) == ['ema_1ba', 'ema_2ba']
+    assert 'ema: restored ema_1ba, ema_2ba at batch 2' in caplog.text
+
+
+def test_shares_of_the_run_are_whole_in_its_unit():
+    def resolved(share, **state):
+        return resolve_time(Time.from_timestring(share), SimpleNamespace(**state))
+
+    eight = Time.from_batch(8)
+    assert resolved('0.25dur', max_duration=eight) == Time.from_batch(2)
+    assert resolved('0.01dur', max_duration=eight) == Time.from_batch(1), 'at least one'
+    assert resolved('0dur', max_duration=eight) == Time.from_batch(0)
+    assert resolved('0.25dur', max_duration=Time.from_epoch(2), dataloader_len=Time.from_batch(10)) == Time.from_batch(
+        5
+    )
+    run = Run(EMA('2ba', start='0.375dur', interval='0.25dur'))
+    assert [bool(run.train(1).averages()) for _ in range(5)] == [False, False, False, True, True]
+    assert run.averages() == {'ema_2ba': 4.0}
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda: EMA('soon'), "callbacks.ema.half_life='soon' must be a time"),
+        (lambda: EMA('1ba', start='soon'), "callbacks.ema.start='soon' must be a time"),
+        (lambda: EMA('1ba', interval='0ba'), "callbacks.ema.interval='0ba' must be a time"),
+        (lambda: LAWA('0ba'), "callbacks.lawa.interval='0ba' must be a time"),
+        (lambda: EMA([]), r'callbacks.ema.half_life=\[\] must be one time, or several different ones$'),
+        (lambda: EMA(['1ba', '1ba']), 'callbacks.ema.half_life=.* must be one time, or several different ones$'),
+        (lambda: LAWA('1ba', k=0), 'callbacks.lawa.k=0 must be a whole number of at least 1$'),
+        (lambda: LAWA('1ba', k='2'), "callbacks.lawa.k='2' must be a whole number of at least 1$"),
+        (lambda: LAWA('1ba', weights='x'), "callbacks.lawa.weights='x' is not possible; use 'uniform' or 'linear'$"),
+    ],
+)
+def test_bad_options_are_named(make, message):
+    with pytest.raises(ValueError, match=f'^{message}'):
+        make()
+
+
+def test_a_window_is_made_once():
+    lawa = LAWA('1ba')
+    assert (lawa.k, lawa.weights, lawa.offload, lawa.device()) == (5, 'uniform', True, torch.device('cpu'))
+    assert LAWA('1ba', offload=False).device() is None
+    assert Run(LAWA('1ba', k=1)).train(2).averages() == {'lawa': 2.0}
+    run = Run(LAWA('1ba', k=2)).train(2)
+    places = [snapshot[0].data_ptr() for snapshot in run.callback._window]
+    assert [snapshot[0].data_ptr() for snapshot in run.train(1).callback._window] == places[::-1]
+    assert json.loads(run.saved()['meta'])['weights'] == 'uniform', 'for those who average the checkpoint afterwards'
+
+
+def test_every_evaluator_has_one_twin_of_each_average():
+    run = Run(EMA(['1ba', '2ba']))
+    run.state.evaluators = [Evaluator(label=label, dataloader=DataLoader([1])) for label in ('old', 'new')]
+    run.state.eval_metrics = {'old': {'m': [1]}, 'new': {'m': [2]}}
+    run.train(2)
+    labels = [f'{base}{average}' for average in ('', '/ema_1ba', '/ema_2ba') for base in ('old', 'new')]
+    assert [evaluator.label for evaluator in run.state.evaluators] == labels
+    assert [evaluator.average_name for evaluator in run.state.evaluators[2:]] == ['ema_1ba'] * 2 + ['ema_2ba'] * 2
+    assert run.state.eval_metrics.keys() == set(labels)
+    twins = run.state.eval_metrics['new/ema_1ba']
+    assert twins == {'m': [2]}
+    assert twins['m'] is not run.state.eval_metrics['new']['m']
+
+
+def test_exporters_export_averages_too(monkeypatch):
+    callback, exporter = EMA('1ba'), HuggingFaceCheckpointer.__new__(HuggingFaceCheckpointer)
+    hooked = []
+    monkeypatch.setattr(callback, '_export_with', hooked.append)
+    run = Run(callback)
+    run.state.callbacks = [callback, exporter]
+    callback.after_load(run.state, run.logger)
+    assert hooked == [exporter]
