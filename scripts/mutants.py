@@ -23,7 +23,7 @@ def mutmut(*arguments: str) -> str:
 
 
 def function_of(mutant: str) -> str:
-    """``module.Class.method`` of ``module.xǁClassǁmethod__mutmut_3``, or ``module.function`` of ``x_function__mutmut_3``."""
+    """``module.Class.method`` of ``module.xǁClassǁmethod__mutmut_3``; without a class, of ``module.x_function__...``."""
     module, _, name = mutant.rpartition('.')
     return f'{module}.{re.sub(r"^xǁ|^x_|__mutmut_[0-9]+$", "", name).replace("ǁ", ".")}'
 
