@@ -23,7 +23,7 @@ def mutmut(*arguments: str) -> str:
 
 
 def function_of(mutant: str) -> str:
-    """``module.Class.method`` of ``module.xǁClassǁmethod__mutmut_3``; without a class, of ``module.x_function__...``."""
+    """``module.Class.method`` of ``module.xǁClassǁmethod__mutmut_3``; without a class, it begins with ``x_``."""
     module, _, name = mutant.rpartition('.')
     return f'{module}.{re.sub(r"^xǁ|^x_|__mutmut_[0-9]+$", "", name).replace("ǁ", ".")}'
 
