@@ -82,6 +82,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_it_dies_with_the_process_that_wanted_it(script, tmp_path):
     run = write(tmp_path / 'run', 'time.sleep(600)')
     parent = subprocess.Popen(

@@ -192,7 +192,9 @@ def without_dropout(tmp_path_factory, data):
     return cfg, tiny.run(cfg)
 
 
-@pytest.mark.parametrize('at', [4, 6], ids=['before the window is full', 'mid-window'])
+@pytest.mark.parametrize(
+    'at', [pytest.param(4, id='before the window is full', marks=pytest.mark.slow), pytest.param(6, id='mid-window')]
+)
 def test_a_resumed_run_is_the_straight_one(without_dropout, data, tmp_path, at):
     straight, lines = without_dropout
     cfg = config(tmp_path, data, 'resumed')
