@@ -307,18 +307,20 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
         try:  # what torch itself finds wrong, without reading the data; a storage that only claims to be small, say
             with torch.serialization.safe_globals(safe_globals()):
                 torch.load(file, mmap=True, map_location='cpu', weights_only=True)
-            _check_memo(file)
+            _check_pickle(file)
         except Exception as error:
             raise CheckpointError(f'{where} is damaged: {_first_line(error)}') from None
     return loaded
 
 
-def _check_memo(file: Path) -> None:
-    """Refuse a pickle for which the unpickler in C, which Composer uses, would want memory without end."""
+def _check_pickle(file: Path) -> None:
+    """Refuse what only the unpickler in C, which Composer uses, falls over: a protocol to come, memory without end."""
     with zipfile.ZipFile(file) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith('/data.pkl'))
         pickled = archive.read(name)
     for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == 'PROTO' and isinstance(argument, int) and argument > pickle.HIGHEST_PROTOCOL:
+            raise ValueError(f'its pickle is of protocol {argument}, and this Python reads {pickle.HIGHEST_PROTOCOL}')
         if opcode.name in {'PUT', 'BINPUT', 'LONG_BINPUT'} and isinstance(argument, int) and argument > len(pickled):
             raise ValueError(f'its pickle refers to {argument:,} objects, and has {len(pickled):,} bytes')
 
@@ -364,6 +366,11 @@ def _words(path: Path, carried: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f'{path} holds a tensor in state.integrations or state.metadata, where there are only words'
         )
+    described = carried.get('metadata')
+    if isinstance(described, dict) and 'torch_version' in described:
+        if not isinstance(described['torch_version'], str):
+            raise CheckpointError(f'{path}: state.metadata.torch_version is no text')
+        described['torch_version'] = str(described['torch_version'])  # a class of its own
     return carried
 
 
@@ -400,8 +407,6 @@ def _open_monolithic(path: Path) -> Checkpoint:
     carried = _words(
         path, {key: state[key] for key in ('integrations', 'metadata') if isinstance(state.get(key), dict)}
     )
-    if 'torch_version' in carried.get('metadata', {}):
-        carried['metadata']['torch_version'] = str(carried['metadata']['torch_version'])  # a class of its own
     return Checkpoint(path, 'pt', tensors, prefix, aliases, averages, carried)
 
 
