@@ -658,6 +658,8 @@ def _open_sharded(folder: Path) -> Checkpoint:
 
     def stored(key: str, tensor: metadata.TensorStorageMetadata) -> Stored:
         dtype, shape = tensor.properties.dtype, tuple(tensor.size)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f'{folder}/.metadata does not say of what numbers {key} is')
 
         def find() -> list[Piece]:
             with _of_its_form(folder):

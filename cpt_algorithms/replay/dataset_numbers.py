@@ -31,8 +31,11 @@ def safe_numbers() -> None:
         prefix._each_prefix_int = _numbers
         find = prefix._check_and_find_retrying
 
-        def find_the_leaders(*args: Any, **kwargs: Any) -> int:
-            return dist.all_gather_object(find(*args, **kwargs))[dist.get_global_rank() - dist.get_local_rank()]
+        def find_the_leaders(*args: Any, shm_name: str, **kwargs: Any) -> int:
+            if shm_name != LOCALS:  # a number that is free there is free for every other kind, and the largest is taken
+                return 0
+            found = find(*args, shm_name=shm_name, **kwargs)
+            return dist.all_gather_object(found)[dist.get_global_rank() - dist.get_local_rank()]
 
         prefix._check_and_find_retrying = find_the_leaders
 
@@ -43,8 +46,9 @@ def _numbers() -> Iterator[int]:
     A run that is killed leaves its lock files for ever, and Streaming passes over their numbers. So do we, before
     asking for nine kinds of memory: a machine may have thousands of them.
     """
+    there = set(os.listdir(gettempdir()))
     for number in count():
-        if any(os.path.exists(os.path.join(gettempdir(), prefix._get_path(number, lock))) for lock in LOCKS):
+        if any(prefix._get_path(number, lock) in there for lock in LOCKS):
             continue
         if _exists(number, LOCALS) or not any(_exists(number, name) for name in SHM_TO_CLEAN):
             yield number

@@ -511,6 +511,7 @@ def _check_saving(cfg: Config) -> None:
     if not cfg.get('save_folder'):
         return
     folder = _folder_of(cfg)
+    check_place('save_folder', folder)
     check_writable('save_folder', folder, 'choose another')
     try:
         names = list_names(folder) if is_remote(folder) else [path.name for path in Path(folder).glob('ep*-ba*')]

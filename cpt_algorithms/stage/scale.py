@@ -104,6 +104,8 @@ def scaled(spec: Config, scale: Config) -> Config:
         check_type(f'scale.{key}', scale[key], hint)
     check_form({key: value for key, value in scale['common'].items() if value is not None}, 'scale.common')
     common, small = spec.get('common') or {}, scale['common']
+    if missing := [key for key in ('global_train_batch_size', 'max_seq_len') if small.get(key) is None]:
+        raise ValueError(f'scale.common.{missing[0]} is missing')
     if 'lr' not in (common.get('optimizer') or {}):
         raise ValueError('common.optimizer.lr is missing: a scale keeps the ratios of learning rates to it')
     longest = in_batches(f'{max(stage_tokens(spec).values())}tok', common)

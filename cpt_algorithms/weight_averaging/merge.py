@@ -235,7 +235,7 @@ def average_tensors(
             try:
                 for average in averages:
                     count = prod(average.parts[0][1].shape)
-                    rows = max(_rows(stored) for _, stored in average.parts)
+                    rows = max(1, *(_rows(stored) for _, stored in average.parts))
                     block = rows * max(1, BLOCK // rows)
                     for begin in range(0, count, block):
                         size = min(block, count - begin)
