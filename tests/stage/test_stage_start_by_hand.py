@@ -139,6 +139,7 @@ def test_bad_options_are_named():
 
 def test_a_checkpoint_says_which_run_it_is_of():
     scheduler = RewarmConstantScheduler('2ba', alpha_i=0.25, alpha=0.5)
+    scheduler._private = 5
     clipping = GradientClipping(clipping_type='norm', clipping_threshold=1.5)
     run = Run(scheduler=scheduler, precision=Precision.FP32, algorithms=[clipping])
     saved = json.loads(run.saved()['stage'])
@@ -150,6 +151,7 @@ def test_a_checkpoint_says_which_run_it_is_of():
     assert schedule['alpha_i'] == '0.25' and schedule['alpha'] == '0.5'
     assert schedule['t_warmup'] == str(Time.from_timestring('2ba'))
     assert 'max_duration' not in schedule, 'it shapes nothing'
+    assert '_private' not in schedule
     assert json.loads(saved['training']) == {
         'precision': 'fp32',
         'GradientClipping': "{'clipping_type': 'norm', 'clipping_threshold': 1.5}",
