@@ -54,7 +54,11 @@ def test_where_the_learning_rate_is_constant(scheduler, duration, alphas):
     [
         (INFINITE, 3, r"batch 3 is in the phase 'cooldown' of scheduler\.name=infinite: .* constant, batches 4 to 8"),
         ({**INFINITE, 't_anneal': '2ba'}, 7, r"in the phase 'anneal' .* batches 4 to 6"),
-        ({'name': 'rewarm_cosine', 't_warmup': '2ba'}, 4, r"'decay' of scheduler.name=rewarm_cosine: .*this schedule never is"),
+        (
+            {'name': 'rewarm_cosine', 't_warmup': '2ba'},
+            4,
+            r"'decay' of scheduler.name=rewarm_cosine: .*this schedule never is",
+        ),
         ({'name': 'cosine_with_warmup', 't_warmup': '2ba'}, 4, 'has no phases that can be looked at'),
     ],
 )
