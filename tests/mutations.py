@@ -109,8 +109,8 @@ def names_it(message: str, where: list[Place]) -> bool:
     keys = {word for word in words if len(word) > 1}
     if 'cannot be a key' in message:
         return True  # and shows the key
-    if any('variables' in place for place in where):
-        return True  # they stand for parts of values of other keys
+    if any('variables' in place for place in where):  # parts of values of other keys, of which one must be shown
+        return re.search(r'\w=', message) is not None
     if 'means the same runs as arms.' in message:
         return True  # what made them alike may be what is no longer there
     return any(re.search(rf'(?<!\w){re.escape(key)}(?!\w)', message) for key in keys)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from tiny import ROOT
 
 import cpt_algorithms
+from cpt_algorithms.evaluation.tables import over_seeds
 from cpt_algorithms.stage import preflight, resolve
 from cpt_algorithms.stage.plan import plan
 from cpt_algorithms.stage.sweep import sequence_of, trials_of
@@ -86,6 +87,11 @@ def test_speeds_are_those_of_the_kept_results(monkeypatch):
     rows = [line for line in summary.page(summary.lines_of(BENCH / 'results')).splitlines() if line.startswith('| ')]
     shown = [line for line in TABLES[1].read_text().splitlines() if line.startswith('| ')]
     assert shown == rows
+    step = json.loads((BENCH / 'results' / 'training_step.json').read_text())['step']
+    ratio = over_seeds(np.divide(step['ours'], step['stock']).tolist())
+    interval = f'{ratio.mean:.3f}, 95 % interval {ratio.mean - ratio.half:.3f} to {ratio.mean + ratio.half:.3f}'
+    for page in (PAGES[0], TABLES[1]):
+        assert interval in ' '.join(page.read_text().split())
     short = PAGES[0].read_text().split('**What it costs**')[1].split('\n**')[0]
     assert set(re.findall(r'^\| .*', short, re.MULTILINE)) < set(rows)
 

@@ -6,6 +6,7 @@
 
 import math
 import os
+import re
 import secrets
 from fractions import Fraction
 
@@ -49,7 +50,8 @@ def mistake(fraction, batch, ranks, batches, new, old) -> str | None:
     if batch % ranks:
         return f'global_train_batch_size={batch} is not divisible by the {ranks} ranks'
     if share is None:
-        return 'replay.fraction='
+        is_no_number = isinstance(fraction, str) and not re.fullmatch(r'[\d.eE/+-]+', fraction)
+        return f'replay.fraction={repr(fraction) if is_no_number else fraction}'
     replayed = math.floor(batch * batches * share + Fraction(1, 2))
     return 'too little data' if batch * batches - replayed > new or replayed > old else None
 
