@@ -55,7 +55,9 @@ def witnessed(cfg):
 
 
 def main():
-    base = OmegaConf.to_container(OmegaConf.load(sys.argv[1]))
+    parent, base = (OmegaConf.to_container(OmegaConf.load(path)) for path in sys.argv[1:])
+    tiny.run(parent)
+    dist.barrier()
     keep = {'load_weights_only': False, 'load_ignore_keys': KEEP_OPTIMIZER_IGNORE_KEYS}
     keeps = {'callbacks': {'stage_start': {'optimizer': 'keep'}}}
     short = {'max_duration': '3ba', 'scheduler': {'t_max': '8ba'}}

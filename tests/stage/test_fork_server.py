@@ -101,7 +101,7 @@ def test_it_dies_with_the_process_that_wanted_it(script, tmp_path):
 
 
 def test_a_server_that_cannot_import_is_one_line(script, tmp_path, monkeypatch):
-    (tmp_path / 'llmfoundry.py').write_text('raise ImportError("broken")')
+    (tmp_path / 'torch.py').write_text('raise ImportError("broken")')
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     with pytest.raises(LaunchError, match='^run: the process that imports what training needs has ended'):
         starter(Layout(), jobs=1)(script, write(tmp_path / 'run', ''))

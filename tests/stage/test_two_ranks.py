@@ -21,27 +21,20 @@ def train(folder, cfg, expect=0):
     return tiny.launch(RECIPE, path, expect=expect)
 
 
-@pytest.fixture(scope='module')
-def parent(tmp_path_factory, data):
-    """An FSDP2 sharded checkpoint at batch 4, trained with another learning rate and weight decay."""
-    folder = tmp_path_factory.mktemp('sharded')
+def parent(folder, data):
+    """A stage that ends with an FSDP2 sharded checkpoint at batch 4, of another learning rate and weight decay."""
     optimizer = {'name': 'decoupled_adamw', 'lr': 7e-3, 'betas': [0.9, 0.95], 'weight_decay': 0.2}
     d0 = {'dataset': {'new': {'local': str(data['old']), 'split': 'train'}}}
-    cfg = tiny.config(
+    return tiny.config(
         folder, data, 'parent', max_duration='4ba', save_interval='4ba', optimizer=optimizer, train_loader=d0,
         scheduler={'t_warmup': '1ba'}, **SHARDED,
     )  # fmt: skip
-    train(folder, cfg)
-    checkpoint = folder / 'parent' / 'ep0-ba4'
-    assert (checkpoint / '.metadata').exists()
-    assert len(list(checkpoint.glob('*.distcp'))) == 2
-    return checkpoint
 
 
-def stage(folder, data, parent, run_name, **over):
+def stage(folder, data, run_name, **over):
     replay = {'fraction': 0.25, 'streams': {'old': {'local': str(data['old']), 'split': 'train'}}}
     cfg = tiny.config(
-        folder, data, run_name, load_path=str(parent), train_loader={'num_workers': 1, 'dataset': {'replay': replay}},
+        folder, data, run_name, load_path=str(folder / 'parent' / 'ep0-ba4'), train_loader={'num_workers': 1, 'dataset': {'replay': replay}},
         save_interval='3ba', **SHARDED,
     )  # fmt: skip
     return tiny.merge(cfg, over)
@@ -66,11 +59,15 @@ def suite(folder):
 
 
 @pytest.mark.slow  # test_sharded_averages.py kills two ranks by default
-def test_a_killed_stage_resumes_identically_from_a_sharded_parent(parent, data, tmp_path):
+def test_a_killed_stage_resumes_identically_from_a_sharded_parent(data, tmp_path):
+    train(tmp_path, parent(tmp_path, data))
+    checkpoint = tmp_path / 'parent' / 'ep0-ba4'
+    assert (checkpoint / '.metadata').exists()
+    assert len(list(checkpoint.glob('*.distcp'))) == 2
     evaluated = {'variables': {'lm_eval': suite(tmp_path)}}
-    train(tmp_path, stage(tmp_path, data, parent, 'straight', **tiny.merge(judged(data), evaluated)))
+    train(tmp_path, stage(tmp_path, data, 'straight', **tiny.merge(judged(data), evaluated)))
     killed = tiny.merge(
-        stage(tmp_path, data, parent, 'killed', **judged(data)), {'callbacks': {'recorder': {'kill_at': 5}}}
+        stage(tmp_path, data, 'killed', **judged(data)), {'callbacks': {'recorder': {'kill_at': 5}}}
     )
     train(tmp_path, killed, expect='killed')
     assert (tmp_path / 'killed' / 'ep0-ba3' / '.metadata').exists()
@@ -112,9 +109,11 @@ def test_a_killed_stage_resumes_identically_from_a_sharded_parent(parent, data, 
     assert results['tasks']['texts']['count'] == 2
 
 
-def test_silent_failures_of_sharded_loads_cannot_happen(parent, data, tmp_path):
+def test_silent_failures_of_sharded_loads_cannot_happen(data, tmp_path):
     """Several runs in one launch; sharded_cases.py asserts on both ranks and prints a line for each case."""
-    OmegaConf.save(OmegaConf.create(stage(tmp_path, data, parent, 'case')), tmp_path / 'case.yaml')
-    printed = tiny.launch(tiny.ROOT / 'tests' / 'stage' / 'sharded_cases.py', tmp_path / 'case.yaml')
+    for name, cfg in {'parent': parent(tmp_path, data), 'case': stage(tmp_path, data, 'case')}.items():
+        OmegaConf.save(OmegaConf.create(cfg), tmp_path / f'{name}.yaml')
+    cases = tiny.ROOT / 'tests' / 'stage' / 'sharded_cases.py'
+    printed = tiny.launch(cases, tmp_path / 'parent.yaml', tmp_path / 'case.yaml')
     for case in ('kept optimizer', 'starred ignore', 'ignored optimizer', 'no autoresume', 'tensors in an algorithm'):
         assert f'{case}: ok' in printed, printed[-6000:]

@@ -28,10 +28,13 @@ def config(folder, data, name, **over):
     return tiny.merge(cfg, over)
 
 
-def train(cfg, expect=0, ranks=2):
-    path = tiny.Path(cfg['save_folder']).with_suffix('.yaml')
-    OmegaConf.save(OmegaConf.create(cfg), path)
-    return tiny.launch(RECIPE, path, expect=expect, ranks=ranks)
+def train(*cfgs, expect=0, ranks=2):
+    """One launch; the last may end in another way than the others."""
+    paths = [tiny.Path(cfg['save_folder']).with_suffix('.yaml') for cfg in cfgs]
+    for cfg, path in zip(cfgs, paths, strict=True):
+        OmegaConf.save(OmegaConf.create(cfg), path)
+    script = RECIPE if len(cfgs) == 1 else tiny.ROOT / 'tests' / 'stages_in_turn.py'
+    return tiny.launch(script, *paths, expect=expect, ranks=ranks)
 
 
 def weights(cfg, batch):
@@ -55,9 +58,9 @@ def runs(data, tmp_path_factory):
     """A straight run, one that was killed in the middle of the window, and a copy of that."""
     folder = tmp_path_factory.mktemp('runs')
     straight = config(folder, data, 'straight')
-    train(straight)
     killed = config(folder, data, 'killed', callbacks={'recorder': {'kill_at': 5}})
-    train(killed, expect='killed')
+    train(straight, killed, expect='killed')
+    assert (folder / 'straight' / 'done.json').exists() and not (folder / 'killed' / 'done.json').exists()
     shutil.copytree(folder / 'killed', folder / 'elastic', symlinks=True)
     return folder, straight, killed
 
