@@ -66,9 +66,7 @@ def test_a_killed_stage_resumes_identically_from_a_sharded_parent(data, tmp_path
     assert len(list(checkpoint.glob('*.distcp'))) == 2
     evaluated = {'variables': {'lm_eval': suite(tmp_path)}}
     train(tmp_path, stage(tmp_path, data, 'straight', **tiny.merge(judged(data), evaluated)))
-    killed = tiny.merge(
-        stage(tmp_path, data, 'killed', **judged(data)), {'callbacks': {'recorder': {'kill_at': 5}}}
-    )
+    killed = tiny.merge(stage(tmp_path, data, 'killed', **judged(data)), {'callbacks': {'recorder': {'kill_at': 5}}})
     train(tmp_path, killed, expect='killed')
     assert (tmp_path / 'killed' / 'ep0-ba3' / '.metadata').exists()
     printed = train(tmp_path, tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}))
