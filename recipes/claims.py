@@ -6,8 +6,8 @@
     python recipes/claims.py --quick     # an eighth of the tokens: the machinery, and what shows at once
 
 Trains the sequences of yamls/claims/ (recipes/sequence.py; run the same command again after any interruption), and what
-is compared with union also at a quarter of the tokens; holds what came out against bounds that stand in this file. A
-claim is *reproduced* if the 95 % intervals over seeds (Student's t) of all its quantities lie within their bounds, *not
+is compared with union also at a quarter and at four times the tokens; holds what came out against bounds that stand in
+this file. A claim is *reproduced* if the 95 % intervals over seeds (Student's t) of all its quantities lie within their bounds, *not
 reproduced* if one lies outside, and *inconclusive at this scale* otherwise.
 Ends with FOLDER/claims.json, claims.md and claims.png.
 """
@@ -41,7 +41,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 FULL, QUICK = 1_048_576, 131_072
 # How near union an update comes changes with the tokens of its stages: so much is also trained at these.
-TREND = (FULL // 4,)
+TREND = (FULL // 4, 4 * FULL)
 # What the paper recommends: percent of replay under each shift.
 RECOMMENDED = {'weak': 5, 'strong': 25}
 SEQUENCES = ('weak_shift', 'strong_shift', 'infinite', 'averaging')
@@ -452,7 +452,7 @@ def train(folder: Path, tokens: int, jobs: int, against_union: bool = False) -> 
         if against_union:
             spec = yaml.safe_load(path.read_text(encoding='utf-8'))
             percent = RECOMMENDED[name.removesuffix('_shift')]
-            spec['arms'] = {arm: spec['arms'][arm] for arm in (f'replay {percent} %', 'from scratch', 'union')}
+            spec['arms'] = {arm: spec['arms'][arm] for arm in (f'replay {percent} %', 'union')}
             path = folder / f'{name}.yaml'
             write_whole(path, yaml.safe_dump(spec, sort_keys=False).encode())
         settings = [f'variables.{key}={value}' for key, value in variables(name, tokens).items()]
@@ -463,10 +463,15 @@ def train(folder: Path, tokens: int, jobs: int, against_union: bool = False) -> 
             console.print(f'{name} ended with {code}: what it lacks is in the table as not run')
 
 
-def measured(condition: Condition) -> str:
-    """Mean and half-width, and what they mean if not that the claim holds."""
+def number_of(condition: Condition) -> str:
+    """Mean and half-width."""
     mean = condition.over_seeds
-    number = f'{mean.mean:+.3f}' + ('' if mean.half is None else f' ± {mean.half:.3f}')
+    return f'{mean.mean:+.3f}' + ('' if mean.half is None else f' ± {mean.half:.3f}')
+
+
+def measured(condition: Condition) -> str:
+    """The same, and what it means if not that the claim holds."""
+    number = number_of(condition)
     return number if condition.verdict == 'reproduced' else f'{number} ({condition.verdict})'
 
 
@@ -486,8 +491,21 @@ def print_findings(findings: list[Finding], title: str) -> None:
     console.print(shown)
 
 
-def page(findings: list[Finding], made: str) -> str:
-    """For documents: a line for each claim, with the quantity that decides, and a table of all quantities."""
+def trend(by_tokens: dict[int, Evidence]) -> list[tuple[str, int, Condition]]:
+    """The gap to union under each shift at each number of tokens, where it was run."""
+    points = []
+    for shift in ('weak', 'strong'):
+        for tokens, evidence in sorted(by_tokens.items()):
+            try:
+                gap = Condition('', evidence.gap(shift))
+            except NotRun:
+                continue
+            points.append((f'{shift} shift, {RECOMMENDED[shift]} % replay', tokens, gap))
+    return points
+
+
+def page(findings: list[Finding], points: list[tuple[str, int, Condition]], made: str) -> str:
+    """For documents: a line for each claim, with the quantity that decides; all quantities; and the trend."""
     short = ['| claim | the paper | here, 95 % interval | verdict |', '|---|---|---|---|']
     whole = ['| claim | quantity (nats/token) | must be | measured |', '|---|---|---|---|']
     for finding in findings:
@@ -497,7 +515,9 @@ def page(findings: list[Finding], made: str) -> str:
                 decides = f'{condition.what}: {measured(condition).partition(" (")[0]}'
             whole.append(f'| {claim.name} | {condition.what} | {condition.bounds} | {measured(condition)} |')
         short.append(f'| {claim.name} {claim.says} | {claim.paper} | {decides} | {finding.verdict} |')
-    return '\n'.join([made, '', *short, '', *whole, ''])
+    gaps = ['| shift | tokens of each stage | average loss minus union |', '|---|---|---|']
+    gaps += [f'| {label} | {tokens:,} | {number_of(gap)} |' for label, tokens, gap in points]
+    return '\n'.join([made, '', *short, '', *whole, '', *gaps, ''])
 
 
 def as_data(finding: Finding) -> dict[str, Any]:
@@ -514,20 +534,13 @@ def as_data(finding: Finding) -> dict[str, Any]:
     }
 
 
-def draw(by_tokens: dict[int, Evidence], path: Path) -> None:
+def draw(points: list[tuple[str, int, Condition]], path: Path) -> None:
     """How the gap to union changes with the tokens of a stage."""
     figure, axes = plt.subplots(figsize=(6, 3.6), layout='constrained')
-    for shift, label in (('weak', 'weak shift, 5 % replay'), ('strong', 'strong shift, 25 % replay')):
-        points = []
-        for tokens, evidence in sorted(by_tokens.items()):
-            try:
-                gap = Condition('', evidence.gap(shift)).over_seeds
-            except NotRun:
-                continue
-            points.append((tokens, gap.mean, gap.half or 0.0))
-        if points:
-            x, y, half = (np.array(column) for column in zip(*points, strict=True))
-            axes.errorbar(x, y, yerr=half, marker='o', capsize=3, label=label)
+    for label in dict.fromkeys(label for label, _, _ in points):
+        x, gaps = zip(*((tokens, gap.over_seeds) for each, tokens, gap in points if each == label), strict=True)
+        y, half = [gap.mean for gap in gaps], [gap.half or 0.0 for gap in gaps]
+        axes.errorbar(x, y, yerr=half, marker='o', capsize=3, label=label)
     axes.axhline(0, color='black', linewidth=0.8)
     axes.axhline(0.03, color='grey', linewidth=0.8, linestyle='--', label='bound of C5')
     axes.set(xscale='log', xlabel='tokens of each stage', ylabel='average loss minus union, nats/token')
@@ -556,10 +569,17 @@ def main() -> None:
         by_tokens[tokens] = Evidence(place(tokens))
     findings = judge(CLAIMS, by_tokens[full])
     print_findings(findings, f'stages of {full:,} tokens')
-    made = made_with()
-    write_json(arguments.folder / 'claims.json', {'made': made, 'findings': [as_data(each) for each in findings]})
-    write_whole(arguments.folder / 'claims.md', page(findings, made).encode())
-    draw(by_tokens, arguments.folder / 'claims.png')
+    points, made = trend(by_tokens), made_with()
+    data = {
+        'made': made,
+        'findings': [as_data(each) for each in findings],
+        'trend': [
+            {'shift': label, 'tokens': tokens, 'values': [*map(float, gap.values)]} for label, tokens, gap in points
+        ],
+    }
+    write_json(arguments.folder / 'claims.json', data)
+    write_whole(arguments.folder / 'claims.md', page(findings, points, made).encode())
+    draw(points, arguments.folder / 'claims.png')
     console.print(f'{arguments.folder}/claims.json, claims.md and claims.png ({time.monotonic() - started:.0f} s)')
 
 

@@ -20,13 +20,13 @@ def test_a_claim_whose_runs_are_not_there_stays_in_the_table():
 
     (finding,) = judge([Claim('C0', 'says', 'paper', test)], None)
     assert finding.verdict == 'not run'
-    assert '| cpp-s17 in runs | not run |' in claims.page([finding], 'made here')
+    assert '| cpp-s17 in runs | not run |' in claims.page([finding], [], 'made here')
 
 
 def test_a_page_says_what_decided():
     good, bad = Condition('a', [1, 1.1, 0.9], above=0), Condition('b', [-1, -1.1, -0.9], above=0)
     finding = Finding(Claim('C0', 'says', 'paper', lambda evidence: []), [good, bad])
-    lines = claims.page([finding], 'made here').splitlines()
+    lines = claims.page([finding], [], 'made here').splitlines()
     assert '| C0 says | paper | b: -1.000 ± 0.248 | not reproduced |' in lines
     assert '| C0 | a | > 0 | +1.000 ± 0.248 |' in lines
     assert '| C0 | b | > 0 | -1.000 ± 0.248 (not reproduced) |' in lines
@@ -233,7 +233,13 @@ def test_a_run_that_is_missing_or_unfinished_is_named(tmp_path, plans, monkeypat
     assert found['C7'].verdict == 'reproduced'
 
 
-def test_the_trend_with_tokens_is_drawn(tmp_path, plans, monkeypatch):
+def test_the_trend_with_tokens(tmp_path, plans, monkeypatch):
     evidence = world(tmp_path, plans, monkeypatch)
-    claims.draw({1000: evidence, 8000: evidence}, tmp_path / 'claims.png')
+    nothing_yet = claims.Evidence(tmp_path / 'nowhere')
+    points = claims.trend({8000: evidence, 1000: evidence, 32000: nothing_yet})
+    labels = ('weak shift, 5 % replay', 'strong shift, 25 % replay')
+    assert [point[:2] for point in points] == [(label, tokens) for label in labels for tokens in (1000, 8000)]
+    assert claims.number_of(points[0][2]) == f'{(3.05 + 3.008 - 2.99 - 3.04) / 2:+.3f} ± 0.000'
+    assert '| strong shift, 25 % replay | 8,000 | -0.005 ± 0.000 |' in claims.page([], points, 'made here').splitlines()
+    claims.draw(points, tmp_path / 'claims.png')
     assert (tmp_path / 'claims.png').stat().st_size > 10_000
