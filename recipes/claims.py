@@ -7,8 +7,8 @@
 
 Trains the sequences of yamls/claims/ (recipes/sequence.py; run the same command again after any interruption), and what
 is compared with union also at a quarter and at four times the tokens; holds what came out against bounds that stand in
-this file. A claim is *reproduced* if the 95 % intervals over seeds (Student's t) of all its quantities lie within their bounds, *not
-reproduced* if one lies outside, and *inconclusive at this scale* otherwise.
+this file. A claim is *reproduced* if the 95 % intervals over seeds (Student's t) of all its quantities lie within their
+bounds, *not reproduced* if one lies outside, and *inconclusive at this scale* otherwise.
 Ends with FOLDER/claims.json, claims.md and claims.png.
 """
 
