@@ -4,8 +4,11 @@
 import io
 import os
 import pickle
+import pickletools
 import shutil
 import tarfile
+import zipfile
+from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from composer.core import State
 from composer.utils.checkpoint import FileSystemReaderWithValidation, dist_cp_load
 from omegaconf import OmegaConf
+from test_fuzz import in_time
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -24,6 +28,7 @@ from cpt_algorithms.checkpoints import (
     HOOK,
     CheckpointError,
     UnsafeCheckpointError,
+    _check_pickle,
     guard_loading,
     is_safe,
     read_metadata,
@@ -353,3 +358,63 @@ def test_sharded_checkpoints_of_two_ranks(data, tmp_path):
     cases = ['load_path metadata', 'load_path entry', *(f'resume {kind}' for kind in SPOIL), 'cut off']
     for case in cases:
         assert f'{case}: ok' in printed, printed[-6000:]
+
+
+# 60 tuples, lists or keys of mappings, each of which holds the one before it twice: 2^60 if somebody writes them out
+ENDLESS = {
+    'tuples': b'K\x01' + b'\x85q\x01h\x01\x86' * 60,
+    'lists that are filled afterwards': b']q\x02' + b']q\x01h\x02h\x01ah\x01a00h\x01q\x020' * 60,
+    'keys': b'}K\x01' + b'\x85q\x01h\x01\x86' * 60 + b'K\x01s',
+    'what is thrown away': b'}K\x01' + b'\x85q\x01h\x01\x86' * 60 + b'K\x01s0N',
+    'copies on the stack': b'K\x01\x85' + b'2\x86' * 60,
+}
+# Shared by many, in themselves, and filled after others have it: as in any state.
+HARMLESS = [
+    [same := ['same'] * 100, *[same] * 1000],
+    {'a': (one := {'x': [1]}, one), 'b': one},
+    OrderedDict(a=1, b=OrderedDict(c=2)),
+    (itself := [1], itself.append(itself)),
+    [
+        {f'token{i}': i for i in range(2000)},
+        [[f'a{i}', f'b{i}'] for i in range(2000)],
+        {1, 2},
+        frozenset({3}),
+        b'',
+        None,
+    ],
+]
+
+
+@pytest.mark.parametrize('what', ENDLESS)
+@pytest.mark.parametrize('kind', ['pt', 'metadata'])
+def test_what_is_nested_without_end_is_refused_at_once(what, kind, tmp_path):
+    """Torch, which hashes what is a key and prints what it refuses, would be busy for years."""
+    pickled = b'\x80\x02' + ENDLESS[what] + b'.'
+    path = tmp_path / ('.metadata' if kind == 'metadata' else 'ep0-ba2-rank0.pt')
+    if kind == 'metadata':
+        path.write_bytes(pickled)
+    else:
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.writestr('archive/data.pkl', pickled)
+            archive.writestr('archive/version', '3\n')
+    with in_time(), pytest.raises(CheckpointError, match='holds the same objects in each other, again and again'):
+        is_safe(path)
+
+
+@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
+def test_what_is_shared_but_ends_is_no_reason_to_refuse(protocol):
+    for value in HARMLESS:
+        _check_pickle(pickle.dumps(value, protocol))
+    deep = pickletools.optimize(pickle.dumps([[]] * 1000, protocol))
+    _check_pickle(deep)
+    with pytest.raises(ValueError, match='again and again'):
+        _check_pickle(pickle.dumps(nested(24), protocol))
+    _check_pickle(pickle.dumps(nested(22), protocol))
+
+
+def nested(times: int) -> list:
+    """2 ** times - 1 lists, of which ``times`` are made."""
+    value: list = []
+    for _ in range(times - 1):
+        value = [value, value]
+    return value
