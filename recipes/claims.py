@@ -63,7 +63,7 @@ def variables(sequence: str, tokens: int) -> dict[str, int]:
             'anneal': batches * 1024 * 10 // 64,
             'spike': batches * 5 // 8 + every // 2 - 4,  # the evaluation comes after some of it has healed
             'every': every,
-            'eval': 2 * every,
+            'eval': max(2 * every, 16),  # of few batches the evaluations would take longer than the training
             'window': 4 * every,
         }
     batches = tokens // 1024 // (2 if sequence == 'infinite' else 1)
