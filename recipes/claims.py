@@ -3,7 +3,7 @@
 
     make data-claims
     python recipes/claims.py             # everything, hours on a laptop
-    python recipes/claims.py --quick     # an eighth of the tokens: the machinery, and what shows at once
+    python recipes/claims.py --quick     # an eighth of the tokens: that the machinery works, in less than 20 minutes
 
 Trains the sequences of yamls/claims/ (recipes/sequence.py; run the same command again after any interruption), and what
 is compared with union also at a quarter and at four times the tokens; holds what came out against bounds that stand in
@@ -568,8 +568,10 @@ def main() -> None:
         train(place(tokens), tokens, arguments.jobs, against_union=True)
         by_tokens[tokens] = Evidence(place(tokens))
     findings = judge(CLAIMS, by_tokens[full])
-    print_findings(findings, f'stages of {full:,} tokens')
     points, made = trend(by_tokens), made_with()
+    if arguments.quick:
+        made += '; --quick: models that have barely begun to learn, so that the verdicts say little about the claims'
+    print_findings(findings, f'stages of {full:,} tokens; {made}')
     data = {
         'made': made,
         'findings': [as_data(each) for each in findings],
