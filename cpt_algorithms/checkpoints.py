@@ -288,8 +288,10 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:  # whose directory stands at the end
             records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+            starts = []
             for record in records:
                 archive.open(record).close()  # looks at its own header
+                starts.append(_start_of(archive, record))
     except Exception as error:
         raise CheckpointError(
             f'{where} is damaged: it is cut off, compressed, or no file of torch.save ({error})'
@@ -315,14 +317,15 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
         raise UnsafeCheckpointError(f'{where} is not safe to read: {what}, which no weights need') from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f'{where} is damaged: {_first_line(error)}') from None
-    ends = [*(record.header_offset for record in records[1:]), max(_size_of(file), 1)]
-    begins = [record.header_offset for record in records]
+    # what the directory says, and not into the next header if it lies
+    nexts = [*(record.header_offset for record in records[1:]), max(_size_of(file), 1)]
+    ends = [min(start + record.file_size, end) for start, record, end in zip(starts, records, nexts, strict=True)]
     for tensor in _tensors_in(loaded):
         begin = _place_of(tensor)
         if begin is None:
             continue
         end = begin + _span(tuple(tensor.shape), tuple(tensor.stride())) * tensor.dtype.itemsize
-        if begin < begins[0] or min(tensor.stride(), default=0) < 0 or end > ends[bisect_right(begins, begin) - 1]:
+        if begin < starts[0] or min(tensor.stride(), default=0) < 0 or end > ends[bisect_right(starts, begin) - 1]:
             raise CheckpointError(f'{where} is damaged: a tensor reaches beyond its storage')
     if isinstance(file, Path):
         try:  # what torch itself finds wrong, without reading the data; a storage that only claims to be small, say
@@ -331,6 +334,14 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
         except Exception as error:
             raise CheckpointError(f'{where} is damaged: {_first_line(error)}') from None
     return loaded
+
+
+def _start_of(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
+    """Where the data of a member begins, behind a header of 30 bytes, its name and what else is said of it."""
+    assert archive.fp is not None, 'it is open'
+    archive.fp.seek(record.header_offset + 26)
+    lengths = archive.fp.read(4)
+    return record.header_offset + 30 + int.from_bytes(lengths[:2], 'little') + int.from_bytes(lengths[2:], 'little')
 
 
 def _check_pickle(pickled: bytes) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from omegaconf import DictConfig, OmegaConf
+
 __all__ = [
     'StorageError',
     'check_writable',
@@ -25,6 +27,7 @@ __all__ = [
     'locked_sibling',
     'read_json',
     'read_whole',
+    'read_yaml',
     'size_of',
     'write_json',
     'write_whole',
@@ -164,6 +167,25 @@ def read_json(place: str | Path) -> Any:
         return None if content is None else json.loads(content)
     except ValueError as error:
         raise ValueError(f'{place} cannot be read: {error}') from None
+
+
+def read_yaml(path: str | Path) -> DictConfig:
+    """A YAML file with keys.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If it holds anything but a mapping of keys.
+        OSError: If it cannot be read; OmegaConf's errors and YAML's if it is not right.
+    """
+    try:
+        given = OmegaConf.load(path)
+    except AssertionError:  # a text, which OmegaConf takes for a YAML of its own
+        given = None
+    if not isinstance(given, DictConfig):
+        raise ValueError(f'{path} must be a mapping of keys')
+    return given
 
 
 def write_whole(place: str | Path, content: bytes) -> None:

@@ -50,7 +50,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from cpt_algorithms.checkpoints import CheckpointError, follow, guard_loading, is_whole, newest_remote
 from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
 from cpt_algorithms.exports import base_of, folder_of_base, models_of, parent_of
-from cpt_algorithms.files import StorageError, exists, is_remote, read_json, write_json, write_whole
+from cpt_algorithms.files import StorageError, exists, is_remote, read_json, read_yaml, write_json, write_whole
 from cpt_algorithms.replay import StreamError
 from cpt_algorithms.replay.dataset_numbers import safe_numbers
 from cpt_algorithms.schedulers import PhaseScheduler, format_phases
@@ -141,7 +141,7 @@ def wait_for_uploads(trainer: Trainer) -> None:
 def load(yaml: str, overrides: list[str]) -> dict[str, Any]:
     """The YAML with ``key=value`` overrides, resolved."""
     try:
-        merged = OmegaConf.merge(OmegaConf.load(yaml), OmegaConf.from_cli(overrides))
+        merged = OmegaConf.merge(read_yaml(yaml), OmegaConf.from_cli(overrides))
         return resolve(OmegaConf.to_container(merged, resolve=True))  # pyright: ignore[reportArgumentType]
     except (OSError, OmegaConfBaseException, ValueError) as error:
         sys.exit(f'{yaml} cannot be read: {error}')

@@ -29,6 +29,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from cpt_algorithms.files import read_yaml
 from cpt_algorithms.schedulers import PhaseScheduler, count_batches, preview
 from cpt_algorithms.schedulers.functional import Span
 
@@ -58,7 +59,7 @@ def load(path: Path, overrides: list[str]) -> dict[str, Any]:
         ValueError: If the YAML has no scheduler, optimizer.lr or max_duration, or cannot be resolved.
     """
     try:
-        config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        config = OmegaConf.merge(read_yaml(path), OmegaConf.from_dotlist(overrides))
         keys = ('scheduler', 'optimizer', 'max_duration', 'global_train_batch_size', 'max_seq_len')
         keys += ('train_subset_num_batches',)
         # only these: data paths and run names may come from variables that are not set here

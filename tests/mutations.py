@@ -98,7 +98,16 @@ def spoilt(draw: st.DrawFn, whole: Any, most: int = 2, values: list[Any] = VALUE
             where.append(extra)
         where.append(place)
         spoil(value, how, place, extra)
-    return value, where
+    return value, [*where, *(use for place in where for use in uses(whole, place))]
+
+
+def uses(whole: Any, place: Place) -> Iterator[Place]:
+    """Where a changed variable stands in the values of other keys."""
+    if 'variables' in place:
+        name = '.'.join(map(str, place[place.index('variables') :]))
+        for each in places(whole):
+            if isinstance(at(whole, each), str) and f'${{{name}' in at(whole, each):
+                yield each
 
 
 def names_it(message: str, where: list[Place]) -> bool:
@@ -109,8 +118,6 @@ def names_it(message: str, where: list[Place]) -> bool:
     keys = {word for word in words if len(word) > 1}
     if 'cannot be a key' in message:
         return True  # and shows the key
-    if any('variables' in place for place in where):  # parts of values of other keys, of which one must be shown
-        return re.search(r'\w=', message) is not None
     if 'means the same runs as arms.' in message:
         return True  # what made them alike may be what is no longer there
     return any(re.search(rf'(?<!\w){re.escape(key)}(?!\w)', message) for key in keys)

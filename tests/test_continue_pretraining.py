@@ -165,7 +165,9 @@ def test_mend_takes_whole_sharded_folders_only(tmp_path):
 def test_bad_files_are_named(data, tmp_path, monkeypatch):
     cfg = tiny.config(tmp_path, data, 'bad', optimizer={'name': '${variables.nothing}'})
     OmegaConf.save(OmegaConf.create(cfg), tmp_path / 'bad.yaml')
-    for path in ('nowhere.yaml', str(tmp_path / 'bad.yaml')):
+    (tmp_path / 'text.yaml').write_text("'5'")  # OmegaConf takes it for a YAML of its own
+    (tmp_path / 'list.yaml').write_text('- a')
+    for path in ('nowhere.yaml', *(str(tmp_path / f'{name}.yaml') for name in ('bad', 'text', 'list'))):
         monkeypatch.setattr(sys, 'argv', ['continue_pretraining.py', path])
         with pytest.raises(SystemExit, match='cannot be read'):
             continue_pretraining.main()

@@ -163,6 +163,21 @@ def test_a_pt_file_that_is_cut_off(place, trained, data, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / 'run').glob('*') if path.is_file()} == before
 
 
+@pytest.mark.parametrize('lost', [4, 1])
+def test_a_tensor_that_lacks_its_bytes(lost, tmp_path):
+    """Torch maps such a file without an error, and reads what comes behind it."""
+    path = tmp_path / 'ep0-ba2-rank0.pt'
+    torch.save({'state': {'model': {'a': torch.ones(1), 'b': torch.ones(5)}}}, path)
+    assert is_safe(path)
+    with zipfile.ZipFile(path) as archive:
+        found = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, data in found:
+            archive.writestr(name, data[:-lost] if name.endswith('data/0') else data)
+    with pytest.raises(CheckpointError, match='a tensor reaches beyond its storage'):
+        is_safe(path)
+
+
 @pytest.mark.parametrize('is_old', [True, *([False] if hasattr(tarfile, 'data_filter') else [])])
 def test_an_archive_stays_in_its_folder(trained, data, is_old, tmp_path, monkeypatch):
     """Composer extracts ``load_path: x.tar``, wherever its members say."""

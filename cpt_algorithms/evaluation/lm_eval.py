@@ -30,7 +30,7 @@ from rich.table import Table
 
 from cpt_algorithms.evaluation.functional import Mean
 from cpt_algorithms.exports import Base, folder_of_base
-from cpt_algorithms.files import write_json
+from cpt_algorithms.files import read_yaml, write_json
 from cpt_algorithms.keys import check_keys
 
 __all__ = [
@@ -128,7 +128,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
         ValueError: If it cannot be read or has not the form of a suite, with all problems.
     """
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.merge(read_yaml(path), OmegaConf.from_dotlist(list(overrides)))
         suite = OmegaConf.to_container(given, resolve=True)
     except (OSError, ValueError, OmegaConfBaseException) as error:
         raise ValueError(f'{path} cannot be read as a suite: {" ".join(str(error).split())}') from None

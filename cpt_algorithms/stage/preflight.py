@@ -50,7 +50,17 @@ from cpt_algorithms.checkpoints import (
 )
 from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
 from cpt_algorithms.exports import base_of
-from cpt_algorithms.files import StorageError, check_writable, exists, fetch, is_remote, list_names, read_json, size_of
+from cpt_algorithms.files import (
+    StorageError,
+    check_writable,
+    exists,
+    fetch,
+    is_remote,
+    list_names,
+    read_json,
+    read_yaml,
+    size_of,
+)
 from cpt_algorithms.keys import check_keys, check_layers, check_place, check_type, shown
 from cpt_algorithms.replay.consumed import read_consumed
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
@@ -129,8 +139,8 @@ def resolve(cfg: Config) -> Config:
     cfg = {'autoresume': True, **cfg, 'callbacks': {**(cfg.get('callbacks') or {})}}
     if isinstance(cfg.get('model'), str):
         try:
-            model: Any = OmegaConf.to_container(OmegaConf.load(cfg['model']), resolve=True)
-        except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
+            model: Any = OmegaConf.to_container(read_yaml(cfg['model']), resolve=True)
+        except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
             raise ValueError(f'model={shown(cfg["model"])} cannot be read: {error}') from None
         try:
             check_form({'model': model})

@@ -9,8 +9,9 @@ from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
+from cpt_algorithms.files import read_yaml
 from cpt_algorithms.keys import check_keys, check_type
 from cpt_algorithms.stage.branch import in_batches
 from cpt_algorithms.stage.form import check_form
@@ -40,23 +41,16 @@ def load_scaled(words: Sequence[str]) -> Config:
         ValueError: If there is no such scale, or the YAML is no mapping; see :func:`scaled`.
         OSError: If a file cannot be read; OmegaConf's errors and YAML's if it is not right.
     """
-    given, changes = _load(Path(words[0])), OmegaConf.from_cli(list(words[1:]))
+    given, changes = read_yaml(words[0]), OmegaConf.from_cli(list(words[1:]))
     if scale := _unresolved(OmegaConf.merge(given, changes)).get('scale'):
         whole: Any = OmegaConf.to_container(given, resolve=True)
         whole.pop('scale', None)
         check_sequence(whole)
-        then, now = (_unresolved(each) for each in (given, _load(_scale_file(str(scale), Path(words[0])))))
+        then, now = (_unresolved(each) for each in (given, read_yaml(_scale_file(str(scale), Path(words[0])))))
         given = OmegaConf.create(scaled(then, now))
     spec: Any = OmegaConf.to_container(OmegaConf.merge(given, changes), resolve=True)
     spec.pop('scale', None)
     return spec
-
-
-def _load(path: Path) -> DictConfig:
-    given = OmegaConf.load(path)
-    if not isinstance(given, DictConfig):
-        raise ValueError(f'{path} must be a mapping of keys such as name, data, stages')
-    return given
 
 
 def _unresolved(config: Any) -> Config:
