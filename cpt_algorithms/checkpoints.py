@@ -87,6 +87,7 @@ _PLAIN = {
     and not opcode.name.startswith(('EMPTY_', 'MARK', *_GETS))
 } | {'EMPTY_TUPLE'}  # fmt: skip
 _ENDLESS = 'its pickle holds the same objects in each other, again and again'
+_DEEPEST = 100  # where a pickler that goes through it, or repr, falls over is some hundreds deeper
 _MOST_OBJECTS = 10_000_000  # a second of hashing or printing
 
 
@@ -345,10 +346,11 @@ def _start_of(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
 
 
 def _check_pickle(pickled: bytes) -> None:
-    """Refuse what would keep an unpickler, or whoever prints or hashes what it makes, busy without end.
+    """Refuse what an unpickler, or whoever prints, hashes or saves what it makes, would not come to an end with.
 
     That is a protocol to come, references to more objects than there are bytes, for which the unpickler in C makes
-    room, and objects that hold each other in so many places that they would be millions if written out.
+    room, objects that hold each other in so many places that they would be millions if written out, and levels of them
+    so deep that whoever goes through comes to Python's limit.
 
     Raises:
         ValueError: With the reason.
@@ -390,19 +392,24 @@ def _check_pickle(pickled: bytes) -> None:
             if target[0] > most:
                 raise ValueError(_ENDLESS)
             if opcode.stack_after:
-                is_closed = len(target) == 1 and name in _TUPLES
+                # of plain values; another one is a level of its own
+                is_closed = name in _TUPLES and len(target) == 1 and target[0] == 1 + len(taken)
                 stack.append(target[0] if is_closed else target)
                 made += [] if is_closed or name in _FILLING else [target]
     size: dict[int, int] = {}
+    depth: dict[int, int] = {}
     pending: list[tuple[list[Any], bool]] = [(node, False) for node in made if len(node) > 1]
     while pending:
         node, is_counted = pending.pop()
         if is_counted:
             size[id(node)] = node[0] + sum(size[id(each)] for each in node[1:])
+            depth[id(node)] = 1 + max((depth[id(each)] for each in node[1:]), default=0)
             if size[id(node)] > most:
                 raise ValueError(_ENDLESS)
+            if depth[id(node)] > _DEEPEST:
+                raise ValueError(f'its pickle holds objects in objects in objects, more than {_DEEPEST} levels of them')
         elif id(node) not in size:
-            size[id(node)] = 1  # until it is counted, and in itself
+            size[id(node)], depth[id(node)] = 1, 0  # until it is counted, and in itself
             pending += [(node, True), *((each, False) for each in node[1:])]
 
 

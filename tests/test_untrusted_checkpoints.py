@@ -420,11 +420,14 @@ def test_what_is_nested_without_end_is_refused_at_once(what, kind, tmp_path):
 def test_what_is_shared_but_ends_is_no_reason_to_refuse(protocol):
     for value in HARMLESS:
         _check_pickle(pickle.dumps(value, protocol))
-    deep = pickletools.optimize(pickle.dumps([[]] * 1000, protocol))
-    _check_pickle(deep)
+    _check_pickle(pickletools.optimize(pickle.dumps([[]] * 1000, protocol)))
     with pytest.raises(ValueError, match='again and again'):
         _check_pickle(pickle.dumps(nested(24), protocol))
     _check_pickle(pickle.dumps(nested(22), protocol))
+    for kind in (list, tuple, lambda inside: {'x': inside[0]}):
+        _check_pickle(pickle.dumps(deep_in(kind, 100), protocol))
+        with pytest.raises(ValueError, match='more than 100 levels'):
+            _check_pickle(pickle.dumps(deep_in(kind, 102), protocol))
 
 
 def nested(times: int) -> list:
@@ -432,4 +435,12 @@ def nested(times: int) -> list:
     value: list = []
     for _ in range(times - 1):
         value = [value, value]
+    return value
+
+
+def deep_in(kind, levels: int):
+    """A value in so many levels of something."""
+    value = 1
+    for _ in range(levels):
+        value = kind([value])
     return value

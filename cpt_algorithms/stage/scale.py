@@ -96,6 +96,8 @@ def scaled(spec: Config, scale: Config) -> Config:
         raise ValueError(f'scale.{missing[0]} is missing')
     for key, hint in _SCALE_TYPES.items():
         check_type(f'scale.{key}', scale[key], hint)
+    if not scale['lr'] > 0:
+        raise ValueError(f'scale.lr={scale["lr"]} must be more than 0')
     check_form({key: value for key, value in scale['common'].items() if value is not None}, 'scale.common')
     common, small = spec.get('common') or {}, scale['common']
     if missing := [key for key in ('global_train_batch_size', 'max_seq_len') if small.get(key) is None]:
