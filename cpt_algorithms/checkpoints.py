@@ -778,6 +778,8 @@ def _open_sharded(folder: Path) -> Checkpoint:
 
     # a name may contain dots: only the planner's paths tell where it ends
     paths = {key: tuple(path) for key, path in (found.planner_data or {}).items()}
+    if strange := [key for key, path in paths.items() if '.'.join(map(str, path)) != key]:
+        raise CheckpointError(f'{folder}/.metadata does not say to which part of the state {strange[0]} belongs')
     tensors: dict[str, Stored] = {}
     averages: dict[str, dict[str, Stored]] = {}
     slots: dict[int, dict[str, Stored]] = {}

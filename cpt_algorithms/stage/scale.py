@@ -15,7 +15,7 @@ from cpt_algorithms.files import read_yaml
 from cpt_algorithms.keys import check_keys, check_type
 from cpt_algorithms.stage.branch import in_batches
 from cpt_algorithms.stage.form import check_form
-from cpt_algorithms.stage.plan import check_sequence, stage_tokens
+from cpt_algorithms.stage.plan import SEQUENCE_KEYS, check_sequence, stage_tokens
 
 __all__ = ['load_scaled', 'scaled']
 
@@ -96,6 +96,7 @@ def scaled(spec: Config, scale: Config) -> Config:
         raise ValueError(f'scale.{missing[0]} is missing')
     for key, hint in _SCALE_TYPES.items():
         check_type(f'scale.{key}', scale[key], hint)
+    check_keys('scale.sequence', scale['sequence'], SEQUENCE_KEYS)
     if not scale['lr'] > 0:
         raise ValueError(f'scale.lr={scale["lr"]} must be more than 0')
     check_form({key: value for key, value in scale['common'].items() if value is not None}, 'scale.common')

@@ -147,6 +147,7 @@ def test_it_means_the_same_runs(small):
             r"scale\.long_stage is not a key that anything reads; did you mean 'longest_stage'",
         ),
         ({}, {'lr': ...}, r'scale\.lr is missing'),
+        ({}, {'sequence': {'job': 2}}, r"scale\.sequence\.job is not a key that anything reads; did you mean 'jobs'"),
         ({}, {'lr': -1e-3}, r'scale\.lr=-0\.001 must be more than 0'),
         ({'common': {**SPEC['common'], 'optimizer': {}}}, {}, r'common\.optimizer\.lr is missing'),
         ({'stages': {'old': {'max_duration': '2ep'}}}, {}, r'stages\.old\.max_duration=2ep must be in tok, ba or sp'),

@@ -559,6 +559,17 @@ def test_a_malicious_pt_file(tmp_path, capsys):
     assert 'x.pt is not safe to read: it asks to import posix.system' in message and not sign.exists()
 
 
+def test_no_tensor_is_left_out_because_metadata_calls_it_otherwise(shards, tmp_path):
+    shutil.copytree(shards / 'ep0-ba1', tmp_path / 'x')
+    found = read_metadata(tmp_path / 'x')
+    key = next(key for key in found.planner_data if key.startswith('state.model.'))
+    for path in ((), ('state', 'model'), ('state', 'model', 'x')):
+        found.planner_data[key] = path
+        (tmp_path / 'x' / '.metadata').write_bytes(pickle.dumps(found))
+        with pytest.raises(CheckpointError, match=f'does not say to which part of the state {key} belongs'):
+            open_checkpoint(tmp_path / 'x')
+
+
 def test_malicious_metadata(shards, tmp_path, capsys):
     shutil.copytree(shards / 'ep0-ba1', tmp_path / 'x')
     found, sign = read_metadata(tmp_path / 'x'), tmp_path / 'sign'
