@@ -450,10 +450,19 @@ def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def _words(path: Path, carried: dict[str, Any]) -> dict[str, Any]:
-    if any(True for _ in _tensors_in(carried)):
-        raise CheckpointError(
-            f'{path} holds a tensor in state.integrations or state.metadata, where there are only words'
-        )
+    pending: list[Any] = [carried]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict | list | tuple):
+            if id(value) not in seen:
+                seen.add(id(value))
+                pending += [*value, *value.values()] if isinstance(value, dict) else value
+        elif not isinstance(value, str | bytes | int | float | None):
+            what = 'tensor' if isinstance(value, torch.Tensor) else type(value).__name__
+            raise CheckpointError(
+                f'{path} holds a {what} in state.integrations or state.metadata, where there are only words'
+            )
     described = carried.get('metadata')
     if isinstance(described, dict) and 'torch_version' in described:
         if not isinstance(described['torch_version'], str):
@@ -749,6 +758,13 @@ def _open_sharded(folder: Path) -> Checkpoint:
         dtype, shape = tensor.properties.dtype, tuple(tensor.size)
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(f'{folder}/.metadata does not say of what numbers {key} is')
+        if sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(shape):
+            raise CheckpointError(f'{folder} does not hold all of {key}, or some of it twice')
+        for chunk in tensor.chunks:
+            info = entry(key, chunk.offsets) if prod(chunk.sizes) else None
+            if info and not getattr(info, 'transform_descriptors', None):
+                if info.length < prod(chunk.sizes) * dtype.itemsize:
+                    raise CheckpointError(f'{folder}/.metadata says that {key} is larger than what is stored of it')
 
         def find() -> list[Piece]:
             with _of_its_form(folder):
@@ -770,8 +786,6 @@ def _open_sharded(folder: Path) -> Checkpoint:
                 if place is None:
                     raise CheckpointError(f'{path}: {key} has no data')
                 pieces.append(Piece(path, info.offset + place, at, sizes, stride))
-            if sum(prod(piece.shape) for piece in pieces) != prod(shape):
-                raise CheckpointError(f'{folder} does not hold all of {key}, or some of it twice')
             return pieces
 
         return Stored(dtype, shape, find)

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import average_checkpoints
+import numpy as np
 import pytest
 import sharded_writer
 import tiny
@@ -755,6 +756,25 @@ def test_damaged_shards(shards, tmp_path, capsys):
     assert '__0_0.distcp is damaged' in message(lambda found: os.truncate(folder / '__0_0.distcp', 100))
     assert '__1_0.distcp is missing' in message(lambda found: (folder / '__1_0.distcp').unlink())
     assert '.metadata does not say where state.' in message(lambda found: found.storage_data.clear())
+
+    def claim_more(found: Metadata) -> None:
+        rows = found.state_dict_metadata['state.model.model.rows']
+        rows.size = torch.Size([2**40, *rows.size[1:]])
+        rows.chunks[0].sizes = torch.Size([2**40 - sum(chunk.sizes[0] for chunk in rows.chunks[1:]), *rows.size[1:]])
+
+    assert '.metadata says that state.model.model.rows is larger than what is stored of it' in message(claim_more)
+
+
+@pytest.mark.parametrize(('value', 'what'), [(np.zeros(2), 'ndarray'), (torch.zeros(2), 'tensor')])
+def test_what_is_carried_along_is_words(value, what, tmp_path, capsys):
+    """Else what is written could not be read again."""
+    state = {'model': {'model.w': torch.ones(1)}, 'metadata': {'a': [{'b': ('c', 1, None, 2.5, True, b'd')}]}}
+    torch.save({'state': state}, tmp_path / 'x.pt')
+    average(tmp_path / 'good.pt', tmp_path / 'x.pt', '--to', 'pt')
+    state['metadata']['a'][0]['e'] = (value,)
+    torch.save({'state': state}, tmp_path / 'x.pt')
+    said = error_of(capsys, tmp_path / 'out', tmp_path / 'x.pt')
+    assert f'x.pt holds a {what} in state.integrations or state.metadata, where there are only words' in said
 
 
 def test_nothing_is_overwritten(good, capsys):
