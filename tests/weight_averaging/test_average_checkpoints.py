@@ -765,7 +765,7 @@ def test_damaged_shards(shards, tmp_path, capsys):
     assert '.metadata says that state.model.model.rows is larger than what is stored of it' in message(claim_more)
 
 
-@pytest.mark.parametrize(('value', 'what'), [(np.zeros(2), 'ndarray'), (torch.zeros(2), 'tensor')])
+@pytest.mark.parametrize(('value', 'what'), [(np.zeros(2, np.uint32), 'ndarray'), (torch.zeros(2), 'tensor')])
 def test_what_is_carried_along_is_words(value, what, tmp_path, capsys):
     """Else what is written could not be read again."""
     state = {'model': {'model.w': torch.ones(1)}, 'metadata': {'a': [{'b': ('c', 1, None, 2.5, True, b'd')}]}}
