@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 __all__ = [
     'StorageError',
@@ -176,13 +177,15 @@ def read_yaml(path: str | Path) -> DictConfig:
         path: The file.
 
     Raises:
-        ValueError: If it holds anything but a mapping of keys.
-        OSError: If it cannot be read; OmegaConf's errors and YAML's if it is not right.
+        ValueError: If it is no YAML, or holds anything but a mapping of keys.
+        OSError: If it cannot be read; OmegaConf's errors if it is not right.
     """
     try:
         given = OmegaConf.load(path)
     except AssertionError:  # a text, which OmegaConf takes for a YAML of its own
         given = None
+    except YAMLError as error:
+        raise ValueError(f'{path} is no YAML: {" ".join(str(error).split())}') from None
     if not isinstance(given, DictConfig):
         raise ValueError(f'{path} must be a mapping of keys')
     return given

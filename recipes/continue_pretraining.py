@@ -46,6 +46,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from torch.distributed.checkpoint.api import CheckpointException
+from yaml import YAMLError
 
 from cpt_algorithms.checkpoints import CheckpointError, follow, guard_loading, is_whole, newest_remote
 from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
@@ -143,7 +144,7 @@ def load(yaml: str, overrides: list[str]) -> dict[str, Any]:
     try:
         merged = OmegaConf.merge(read_yaml(yaml), OmegaConf.from_cli(overrides))
         return resolve(OmegaConf.to_container(merged, resolve=True))  # pyright: ignore[reportArgumentType]
-    except (OSError, OmegaConfBaseException, ValueError) as error:
+    except (OSError, OmegaConfBaseException, YAMLError, ValueError) as error:
         sys.exit(f'{yaml} cannot be read: {error}')
 
 

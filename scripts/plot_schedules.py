@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from yaml import YAMLError
 
 from cpt_algorithms.files import read_yaml
 from cpt_algorithms.schedulers import PhaseScheduler, count_batches, preview
@@ -65,7 +66,7 @@ def load(path: Path, overrides: list[str]) -> dict[str, Any]:
         # only these: data paths and run names may come from variables that are not set here
         found: dict[str, Any] = {key: OmegaConf.select(config, key) for key in keys}
         found = {k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for k, v in found.items()}
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f'{path}: {error}') from None
     for key in ('scheduler', 'optimizer', 'max_duration'):
         if not found[key]:

@@ -167,7 +167,12 @@ def test_bad_files_are_named(data, tmp_path, monkeypatch):
     OmegaConf.save(OmegaConf.create(cfg), tmp_path / 'bad.yaml')
     (tmp_path / 'text.yaml').write_text("'5'")  # OmegaConf takes it for a YAML of its own
     (tmp_path / 'list.yaml').write_text('- a')
-    for path in ('nowhere.yaml', *(str(tmp_path / f'{name}.yaml') for name in ('bad', 'text', 'list'))):
+    (tmp_path / 'syntax.yaml').write_text('a: [')
+    for path in ('nowhere.yaml', *(str(tmp_path / f'{name}.yaml') for name in ('bad', 'text', 'list', 'syntax'))):
         monkeypatch.setattr(sys, 'argv', ['continue_pretraining.py', path])
         with pytest.raises(SystemExit, match='cannot be read'):
             continue_pretraining.main()
+    OmegaConf.save(OmegaConf.create(tiny.config(tmp_path, data, 'good')), tmp_path / 'good.yaml')
+    monkeypatch.setattr(sys, 'argv', ['continue_pretraining.py', str(tmp_path / 'good.yaml'), 'seed=['])
+    with pytest.raises(SystemExit, match='cannot be read'):
+        continue_pretraining.main()

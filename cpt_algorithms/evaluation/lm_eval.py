@@ -27,6 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from yaml import YAMLError
 
 from cpt_algorithms.evaluation.functional import Mean
 from cpt_algorithms.exports import Base, folder_of_base
@@ -130,7 +131,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     try:
         given = OmegaConf.merge(read_yaml(path), OmegaConf.from_dotlist(list(overrides)))
         suite = OmegaConf.to_container(given, resolve=True)
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f'{path} cannot be read as a suite: {" ".join(str(error).split())}') from None
     if problems := check_form(suite):
         raise ValueError(f'{path}: {"; ".join(problems)}')

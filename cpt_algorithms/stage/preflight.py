@@ -37,7 +37,6 @@ from streaming import StreamingDataset
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from yaml import YAMLError
 
 from cpt_algorithms.checkpoints import (
     TRUST,
@@ -140,7 +139,7 @@ def resolve(cfg: Config) -> Config:
     if isinstance(cfg.get('model'), str):
         try:
             model: Any = OmegaConf.to_container(read_yaml(cfg['model']), resolve=True)
-        except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
+        except (OSError, ValueError, OmegaConfBaseException) as error:
             raise ValueError(f'model={shown(cfg["model"])} cannot be read: {error}') from None
         try:
             check_form({'model': model})

@@ -34,8 +34,8 @@ def parent(folder, data):
 def stage(folder, data, run_name, **over):
     replay = {'fraction': 0.25, 'streams': {'old': {'local': str(data['old']), 'split': 'train'}}}
     cfg = tiny.config(
-        folder, data, run_name, load_path=str(folder / 'parent' / 'ep0-ba4'), train_loader={'num_workers': 1, 'dataset': {'replay': replay}},
-        save_interval='3ba', **SHARDED,
+        folder, data, run_name, load_path=str(folder / 'parent' / 'ep0-ba4'),
+        train_loader={'num_workers': 1, 'dataset': {'replay': replay}}, save_interval='3ba', **SHARDED,
     )  # fmt: skip
     return tiny.merge(cfg, over)
 
