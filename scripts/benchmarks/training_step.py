@@ -222,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, default=ROOT / 'data' / 'quickstart')
     parser.add_argument('--rounds', type=int, default=5, help='of starting, saving and resuming')
-    parser.add_argument('--batches', type=int, default=104, help='that take turns')
+    parser.add_argument('--batches', type=int, default=208, help='that take turns')
     parser.add_argument('--width', type=int, default=384)
     parser.add_argument('--layers', type=int, default=6)
     parser.add_argument('--json', type=Path, help='also write the numbers there')
