@@ -137,7 +137,10 @@ TITLE = (
 
 def cells(line: Line) -> list[str]:
     """A line as people read it."""
-    numbers = ['' if value is None else f'{value:,.4g}' for value in (line.ours, line.stock, line.floor)]
+    numbers = [
+        '' if value is None else f'{value:,.4g}' if value < 10_000 else f'{value:,.0f}'
+        for value in (line.ours, line.stock, line.floor)
+    ]
     ratio = f'{statistics.median(line.ratios):.3f}' if line.ratios else ''
     spread = f'{min(line.ratios):.2f} to {max(line.ratios):.2f}' if len(line.ratios) > 1 else ''
     return [line.part, line.what, *numbers, ratio, spread]
