@@ -6,9 +6,9 @@
     python recipes/claims.py --quick     # an eighth of the tokens: that the machinery works, in less than 20 minutes
 
 Trains the sequences of yamls/claims/ (recipes/sequence.py; run the same command again after any interruption), and what
-is compared with union also at a quarter and at four times the tokens; holds what came out against bounds that stand in
-this file. A claim is *reproduced* if the 95 % intervals over seeds (Student's t) of all its quantities lie within their
-bounds, *not reproduced* if one lies outside, and *inconclusive at this scale* otherwise.
+is compared with union also with other numbers of tokens and other widths of the model; holds what came out against
+bounds that stand in this file. A claim is *reproduced* if the 95 % intervals over seeds (Student's t) of all its
+quantities lie within their bounds, *not reproduced* if one lies outside, and *inconclusive at this scale* otherwise.
 Ends with FOLDER/claims.json, claims.md and claims.png.
 """
 
@@ -17,7 +17,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL, QUICK = 1_048_576, 131_072
-# How near union an update comes changes with the tokens of its stages: so much is also trained at these.
-TREND = (FULL // 4, 4 * FULL)
+# How near union an update comes changes with the tokens of its stages and the model: also trained are these, (tokens,
+# d_model). The YAMLs have 32.
+TREND = ((FULL // 4, 32), (4 * FULL, 32), (FULL, 64), (4 * FULL, 16))
 # What the paper recommends: percent of replay under each shift.
 RECOMMENDED = {'weak': 5, 'strong': 25}
 SEQUENCES = ('weak_shift', 'strong_shift', 'infinite', 'averaging')
 EMAS = ('ema_0.012dur', 'ema_0.035dur', 'ema_0.1dur')
 PAPERS_EMA = 'ema_6738tok'  # 0.9 at each batch of 1024 tokens
+# LAWA takes every fourth checkpoint of the constant run: windows can also be narrower than its own.
+SPACING = 4
 # What counts as equal: twice what the first paper rounds its losses to, in nats per token.
 EQUAL = 0.02
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -63,6 +67,7 @@ def variables(sequence: str, tokens: int) -> dict[str, int]:
             'anneal': batches * 1024 * 10 // 64,
             'spike': batches * 5 // 8 + every // 2 - 4,  # the evaluation comes after some of it has healed
             'every': every,
+            'save': every // SPACING,
             'eval': max(2 * every, 16),  # of few batches the evaluations would take longer than the training
             'window': 4 * every,
         }
@@ -104,6 +109,10 @@ class Evidence:
         """Mean of the losses on old and new data."""
         runs, new = self.shifts[shift]
         return runs.average_final(run, ('python', new))
+
+    def parameters(self, shift: str) -> int:
+        """Of the model."""
+        return self.shifts[shift][0].named('python')[0].parameters or 0
 
     def gap(self, shift: str) -> np.ndarray:
         """Average loss minus union's, of the replay fraction that the paper recommends for the shift."""
@@ -330,7 +339,7 @@ def w2(of: Evidence) -> list[Condition]:
 @claim('')
 def w3(of: Evidence) -> list[Condition]:
     """Wider spacing gains more, up to a limit."""
-    spacings = (1, 2, 4, 6)  # the widest still fits into half of the run
+    spacings = (1, 2, 4, 8, 16, 24)  # the widest still fits into half of the run
     gains = {nu: of.window_gain(5, nu) for nu in spacings}
     best = max(gains, key=lambda nu: gains[nu].mean())
     first, last = min(gains), max(gains)
@@ -370,8 +379,8 @@ def w5(of: Evidence) -> list[Condition]:
         of_seeds = []
         for kept in of.kept:
             last = len(kept.batches)
-            count = last - round(begin * last)
-            of_seeds.append(_window(kept, last, count, 1) - _window(kept, last, 5, 1))
+            count = round((1 - begin) * last) // SPACING
+            of_seeds.append(_window(kept, last, count, SPACING) - _window(kept, last, 5, SPACING))
         swa[when] = np.array(of_seeds)
     return [
         Condition('EMA 0.9 minus LAWA', runs.final(run, 'python', PAPERS_EMA) - lawa, above=0),
@@ -425,7 +434,7 @@ def w10(of: Evidence) -> list[Condition]:
 
     def losses(at: float) -> dict[str, np.ndarray]:
         return {
-            kind: np.array([_window(kept, round(at * len(kept.batches)), 5, 2, kind) for kept in of.kept])
+            kind: np.array([_window(kept, round(at * len(kept.batches)), 5, 2 * SPACING, kind) for kept in of.kept])
             for kind in ('uniform', 'linear', 'ema')
         }
 
@@ -438,21 +447,23 @@ def w10(of: Evidence) -> list[Condition]:
     ]
 
 
-def train(folder: Path, tokens: int, jobs: int, against_union: bool = False) -> None:
+def train(folder: Path, tokens: int, jobs: int, d_model: int | None = None) -> None:
     """Run the sequences; one that fails does not stop the others.
 
     Args:
         folder: Where their folders are.
         tokens: See :func:`variables`.
         jobs: Runs at a time.
-        against_union: Only what is compared with union. Default: ``False``.
+        d_model: If given, only what is compared with union, with a model of this width. Default: everything, with
+            the YAMLs' models.
     """
-    for name in ('weak_shift', 'strong_shift') if against_union else SEQUENCES:
+    for name in ('weak_shift', 'strong_shift') if d_model else SEQUENCES:
         path = ROOT / 'yamls' / 'claims' / f'{name}.yaml'
-        if against_union:
+        if d_model:
             spec = yaml.safe_load(path.read_text(encoding='utf-8'))
             percent = RECOMMENDED[name.removesuffix('_shift')]
             spec['arms'] = {arm: spec['arms'][arm] for arm in (f'replay {percent} %', 'union')}
+            spec['common']['model']['d_model'] = d_model
             path = folder / f'{name}.yaml'
             write_whole(path, yaml.safe_dump(spec, sort_keys=False).encode())
         settings = [f'variables.{key}={value}' for key, value in variables(name, tokens).items()]
@@ -491,20 +502,31 @@ def print_findings(findings: list[Finding], title: str) -> None:
     console.print(shown)
 
 
-def trend(by_tokens: dict[int, Evidence]) -> list[tuple[str, int, Condition]]:
-    """The gap to union under each shift at each number of tokens, where it was run."""
+@dataclass(frozen=True)
+class Point:
+    """Average loss minus union's under a shift, with so many parameters and tokens of each stage."""
+
+    label: str
+    parameters: int
+    tokens: int
+    gap: Condition
+
+
+def trend(ran: Mapping[int, Sequence[Evidence]]) -> list[Point]:
+    """The gap to union under each shift, model by model, at each number of tokens where it was run."""
     points = []
     for shift in ('weak', 'strong'):
-        for tokens, evidence in sorted(by_tokens.items()):
+        for tokens, evidence in ((tokens, each) for tokens, several in ran.items() for each in several):
             try:
-                gap = Condition('', evidence.gap(shift))
+                gap, parameters = Condition('', evidence.gap(shift)), evidence.parameters(shift)
             except NotRun:
                 continue
-            points.append((f'{shift} shift, {RECOMMENDED[shift]} % replay', tokens, gap))
-    return points
+            points.append(Point(f'{shift} shift, {RECOMMENDED[shift]} % replay', parameters, tokens, gap))
+    order = {point.label: index for index, point in enumerate(points)}
+    return sorted(points, key=lambda point: (order[point.label], point.parameters, point.tokens))
 
 
-def page(findings: list[Finding], points: list[tuple[str, int, Condition]], made: str) -> str:
+def page(findings: list[Finding], points: list[Point], made: str) -> str:
     """For documents: a line for each claim, with the quantity that decides; all quantities; and the trend."""
     short = ['| claim | the paper | here, 95 % interval | verdict |', '|---|---|---|---|']
     whole = ['| claim | quantity (nats/token) | must be | measured |', '|---|---|---|---|']
@@ -515,8 +537,8 @@ def page(findings: list[Finding], points: list[tuple[str, int, Condition]], made
                 decides = f'{condition.what}: {measured(condition).partition(" (")[0]}'
             whole.append(f'| {claim.name} | {condition.what} | {condition.bounds} | {measured(condition)} |')
         short.append(f'| {claim.name} {claim.says} | {claim.paper} | {decides} | {finding.verdict} |')
-    gaps = ['| shift | tokens of each stage | average loss minus union |', '|---|---|---|']
-    gaps += [f'| {label} | {tokens:,} | {number_of(gap)} |' for label, tokens, gap in points]
+    gaps = ['| shift | parameters | tokens of each stage | average loss minus union |', '|---|---|---|---|']
+    gaps += [f'| {each.label} | {each.parameters:,} | {each.tokens:,} | {number_of(each.gap)} |' for each in points]
     return '\n'.join([made, '', *short, '', *whole, '', *gaps, ''])
 
 
@@ -534,21 +556,31 @@ def as_data(finding: Finding) -> dict[str, Any]:
     }
 
 
-def draw(points: list[tuple[str, int, Condition]], path: Path) -> None:
-    """How the gap to union changes with the tokens of a stage."""
+def draw(points: list[Point], path: Path) -> None:
+    """How the gap to union changes with the tokens of a stage and the size of the model."""
     figure, axes = plt.subplots(figsize=(6, 3.6), layout='constrained')
-    for label in dict.fromkeys(label for label, _, _ in points):
-        x, gaps = zip(*((tokens, gap.over_seeds) for each, tokens, gap in points if each == label), strict=True)
-        y, half = [gap.mean for gap in gaps], [gap.half or 0.0 for gap in gaps]
-        axes.errorbar(x, y, yerr=half, marker='o', capsize=3, label=label)
+    labels = list(dict.fromkeys(each.label for each in points))
+    sizes = sorted({each.parameters for each in points})
+    for label, parameters in dict.fromkeys((each.label, each.parameters) for each in points):
+        line = [each for each in points if (each.label, each.parameters) == (label, parameters)]
+        means = [each.gap.over_seeds for each in line]
+        axes.errorbar(
+            [each.tokens for each in line],
+            [mean.mean for mean in means],
+            yerr=[mean.half or 0.0 for mean in means],
+            color=f'C{labels.index(label)}',
+            marker='os^D'[sizes.index(parameters) % 4],
+            capsize=3,
+            label=f'{label}, {parameters:,} parameters',
+        )
     axes.axhline(0, color='black', linewidth=0.8)
     axes.axhline(0.03, color='grey', linewidth=0.8, linestyle='--', label='bound of C5')
     axes.set_xscale('log')
-    ticks = sorted({tokens for _, tokens, _ in points})
+    ticks = sorted({each.tokens for each in points})
     axes.set_xticks(ticks, [f'{tokens:,}' for tokens in ticks])
     axes.minorticks_off()
     axes.set(xlabel='tokens of each stage', ylabel='average loss minus union, nats/token')
-    figure.legend(loc='outside upper center', ncols=3, fontsize='small', frameon=False)
+    figure.legend(loc='outside upper center', ncols=2, fontsize='small', frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -562,17 +594,19 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
 
-    def place(tokens: int) -> Path:
-        return arguments.folder / f'{tokens}tok'
+    def place(tokens: int, d_model: int | None = None) -> Path:
+        return arguments.folder / (f'{tokens}tok' + (f'-d_model_{d_model}' if d_model else ''))
 
     full = QUICK if arguments.quick else FULL
     train(place(full), full, arguments.jobs)
-    by_tokens = {full: Evidence(place(full))}
-    for tokens in () if arguments.quick else TREND:
-        train(place(tokens), tokens, arguments.jobs, against_union=True)
-        by_tokens[tokens] = Evidence(place(tokens))
-    findings = judge(CLAIMS, by_tokens[full])
-    points, made = trend(by_tokens), made_with()
+    evidence = Evidence(place(full))
+    ran = {full: [evidence]}
+    for tokens, d_model in () if arguments.quick else TREND:
+        folder = place(tokens, d_model)
+        train(folder, tokens, arguments.jobs, d_model)
+        ran.setdefault(tokens, []).append(Evidence(folder))
+    findings = judge(CLAIMS, evidence)
+    points, made = trend(ran), made_with()
     if arguments.quick:
         made += '; --quick: models that have barely begun to learn, so that the verdicts say little about the claims'
     print_findings(findings, f'stages of {full:,} tokens; {made}')
@@ -580,7 +614,13 @@ def main() -> None:
         'made': made,
         'findings': [as_data(each) for each in findings],
         'trend': [
-            {'shift': label, 'tokens': tokens, 'values': [*map(float, gap.values)]} for label, tokens, gap in points
+            {
+                'shift': each.label,
+                'parameters': each.parameters,
+                'tokens': each.tokens,
+                'values': [*map(float, each.gap.values)],
+            }
+            for each in points
         ],
     }
     write_json(arguments.folder / 'claims.json', data)

@@ -104,7 +104,7 @@ INFINITE = {
 class Kept:
     """A trajectory along which spans of about twenty checkpoints are best, and linear weights early."""
 
-    batches = list(range(1, 129))
+    batches = list(range(1, 257))
     best, linear = 20, 1
 
     def __init__(self, seed):
@@ -234,12 +234,17 @@ def test_a_run_that_is_missing_or_unfinished_is_named(tmp_path, plans, monkeypat
 
 
 def test_the_trend_with_tokens(tmp_path, plans, monkeypatch):
-    evidence = world(tmp_path, plans, monkeypatch)
+    evidence, larger = (world(tmp_path / name, plans, monkeypatch) for name in ('one', 'larger'))
     nothing_yet = claims.Evidence(tmp_path / 'nowhere')
-    points = claims.trend({8000: evidence, 1000: evidence, 32000: nothing_yet})
+    monkeypatch.setattr(larger, 'parameters', lambda shift: 2)
+    points = claims.trend({8000: [larger, evidence], 1000: [evidence], 32000: [nothing_yet]})
     labels = ('weak shift, 5 % replay', 'strong shift, 25 % replay')
-    assert [point[:2] for point in points] == [(label, tokens) for label in labels for tokens in (1000, 8000)]
-    assert claims.number_of(points[0][2]) == f'{(3.05 + 3.008 - 2.99 - 3.04) / 2:+.3f} ± 0.000'
-    assert '| strong shift, 25 % replay | 8,000 | -0.005 ± 0.000 |' in claims.page([], points, 'made here').splitlines()
+    places = ((1, 1000), (1, 8000), (2, 8000))
+    assert [(each.label, each.parameters, each.tokens) for each in points] == [
+        (label, *place) for label in labels for place in places
+    ]
+    assert claims.number_of(points[0].gap) == f'{(3.05 + 3.008 - 2.99 - 3.04) / 2:+.3f} ± 0.000'
+    lines = claims.page([], points, 'made here').splitlines()
+    assert '| strong shift, 25 % replay | 1 | 8,000 | -0.005 ± 0.000 |' in lines
     claims.draw(points, tmp_path / 'claims.png')
     assert (tmp_path / 'claims.png').stat().st_size > 10_000
