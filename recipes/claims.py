@@ -558,14 +558,16 @@ def as_data(finding: Finding) -> dict[str, Any]:
 
 def draw(points: list[Point], path: Path) -> None:
     """How the gap to union changes with the tokens of a stage and the size of the model."""
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout='constrained')
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout='constrained')
     labels = list(dict.fromkeys(each.label for each in points))
     sizes = sorted({each.parameters for each in points})
-    for label, parameters in dict.fromkeys((each.label, each.parameters) for each in points):
+    series = list(dict.fromkeys((each.label, each.parameters) for each in points))
+    for index, (label, parameters) in enumerate(series):
+        aside = 1.05 ** (index - len(series) / 2)  # or the intervals would hide each other
         line = [each for each in points if (each.label, each.parameters) == (label, parameters)]
         means = [each.gap.over_seeds for each in line]
         axes.errorbar(
-            [each.tokens for each in line],
+            [each.tokens * aside for each in line],
             [mean.mean for mean in means],
             yerr=[mean.half or 0.0 for mean in means],
             color=f'C{labels.index(label)}',
