@@ -25,7 +25,7 @@ data-tiny: $(VENV)/installed
 		--dataset stack_exchange=installed:networkx --dataset github=installed:cpp \
 		--dataset common_crawl=installed:python --dataset arxiv=installed:sympy --dataset openwebtext=installed:python
 
-# For recipes/claims.py: a small vocabulary, and as many tokens as its longest stage reads.
+# For scripts/claims/claims.py: a small vocabulary, and as many tokens as its longest stage reads.
 data-claims: $(VENV)/installed
 	$(BIN)/python scripts/prepare_data.py --out data/claims --vocab-size 512 --max-seq-len 64 --max-train-tokens 4300000 \
 		--max-val-tokens 32768 --dataset python=installed:python --dataset stdlib=installed:stdlib \
@@ -34,7 +34,7 @@ data-claims: $(VENV)/installed
 
 # The papers' claims, each with its verdict: hours; with QUICK=--quick, an eighth of the tokens.
 claims: data-claims
-	$(BIN)/python recipes/claims.py $(QUICK)
+	$(BIN)/python scripts/claims/claims.py $(QUICK)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder

@@ -5,21 +5,23 @@ LLM Foundry finds the schedulers, the callbacks and the loader by their YAML nam
 Python. Parts are imported when they are first asked for: LLM Foundry alone takes ten seconds and half a gigabyte.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cpt_algorithms.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from cpt_algorithms.evaluation import FinalLoss, Forgetting, adaptation, final_loss, forgetting
-    from cpt_algorithms.replay import ReplayTextDataset, build_replay_text_dataloader
-    from cpt_algorithms.schedulers import (
-        InfiniteScheduler,
-        RewarmConstantScheduler,
-        RewarmCosineScheduler,
-        WSDScheduler,
-        preview,
-    )
-    from cpt_algorithms.stage import PreflightError, StageStart, preflight, resolve
-    from cpt_algorithms.weight_averaging import EMA, LAWA
+    from cpt_algorithms.evaluation.final_loss import FinalLoss
+    from cpt_algorithms.evaluation.forgetting import Forgetting
+    from cpt_algorithms.evaluation.functional import adaptation, final_loss, forgetting
+    from cpt_algorithms.replay.replay_text import ReplayTextDataset, build_replay_text_dataloader
+    from cpt_algorithms.schedulers.infinite import InfiniteScheduler
+    from cpt_algorithms.schedulers.preview import preview
+    from cpt_algorithms.schedulers.rewarm import RewarmConstantScheduler, RewarmCosineScheduler
+    from cpt_algorithms.schedulers.wsd import WSDScheduler
+    from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+    from cpt_algorithms.stage.stage_start import StageStart
+    from cpt_algorithms.weight_averaging.ema import EMA
+    from cpt_algorithms.weight_averaging.lawa import LAWA
 
 __all__ = [
     'EMA',
@@ -42,13 +44,20 @@ __all__ = [
     'resolve',
 ]
 
-_PARTS = ('evaluation', 'replay', 'schedulers', 'stage', 'weight_averaging')
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for part in _PARTS:
-            module = import_module(f'cpt_algorithms.{part}')
-            if name in module.__all__:
-                return getattr(module, name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+__getattr__ = lazy_names(
+    __name__,
+    {
+        **dict.fromkeys(('adaptation', 'final_loss', 'forgetting'), 'evaluation.functional'),
+        'FinalLoss': 'evaluation.final_loss',
+        'Forgetting': 'evaluation.forgetting',
+        **dict.fromkeys(('ReplayTextDataset', 'build_replay_text_dataloader'), 'replay.replay_text'),
+        'InfiniteScheduler': 'schedulers.infinite',
+        'preview': 'schedulers.preview',
+        **dict.fromkeys(('RewarmConstantScheduler', 'RewarmCosineScheduler'), 'schedulers.rewarm'),
+        'WSDScheduler': 'schedulers.wsd',
+        **dict.fromkeys(('PreflightError', 'preflight', 'resolve'), 'stage.preflight'),
+        'StageStart': 'stage.stage_start',
+        'EMA': 'weight_averaging.ema',
+        'LAWA': 'weight_averaging.lawa',
+    },
+)

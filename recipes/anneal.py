@@ -14,7 +14,7 @@ be trained on. Run the same command again after a crash. ``save_folder`` is ``<t
 import os
 import sys
 
-from cpt_algorithms.processes import die_with_parent
+from cpt_algorithms.launch.processes import die_with_parent
 
 if __name__ == '__main__' and 'LOCAL_RANK' in os.environ:
     # if the launcher is killed, do not train on beside the restarted run; the imports below take seconds
@@ -29,11 +29,11 @@ import continue_pretraining
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cpt_algorithms.checkpoints import follow
+from cpt_algorithms.checkpoints.open import follow
 from cpt_algorithms.files import StorageError, is_remote, read_json
-from cpt_algorithms.stage import resolve
-from cpt_algorithms.stage.branch import anneal_branch
-from cpt_algorithms.stage.plan import ANNEAL_KEYS, NOT_OF_A_BRANCH
+from cpt_algorithms.sequence.branches import anneal_branch
+from cpt_algorithms.sequence.expand import ANNEAL_KEYS, NOT_OF_A_BRANCH
+from cpt_algorithms.stage.preflight import resolve
 
 
 def branch_of(checkpoint: str, overrides: list[str]) -> dict[str, Any]:

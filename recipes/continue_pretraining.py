@@ -27,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cpt_algorithms.processes import die_with_parent
+from cpt_algorithms.launch.processes import die_with_parent
 
 if __name__ == '__main__' and 'LOCAL_RANK' in os.environ:
     # if the launcher is killed, do not train on beside the restarted run; the imports below take seconds
@@ -48,15 +48,15 @@ from rich.console import Console
 from torch.distributed.checkpoint.api import CheckpointException
 from yaml import YAMLError
 
-from cpt_algorithms.checkpoints import CheckpointError, follow, guard_loading, is_whole, newest_remote
+from cpt_algorithms.checkpoints.exports import base_of, folder_of_base, models_of, parent_of
+from cpt_algorithms.checkpoints.open import CheckpointError, follow, guard_loading, is_whole, newest_remote
+from cpt_algorithms.cost.tables import print_costs
 from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
-from cpt_algorithms.exports import base_of, folder_of_base, models_of, parent_of
 from cpt_algorithms.files import StorageError, exists, is_remote, read_json, read_yaml, write_json, write_whole
-from cpt_algorithms.replay import StreamError
 from cpt_algorithms.replay.dataset_numbers import safe_numbers
-from cpt_algorithms.schedulers import PhaseScheduler, format_phases
-from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve, total_batches
-from cpt_algorithms.stage.cost_tables import print_costs
+from cpt_algorithms.replay.streams import StreamError
+from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
+from cpt_algorithms.stage.preflight import PreflightError, latest_batch, preflight, resolve, total_batches
 from cpt_algorithms.stage.saving import StoppedError, disk_problem
 
 # Streaming numbers the datasets of a machine, and two runs that start at the same moment can pick the same number.
@@ -121,7 +121,7 @@ def fork_upload_workers() -> None:
     lives on if the run is killed.
     """
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['cpt_algorithms.upload_workers'])
+    context.set_forkserver_preload(['cpt_algorithms.stage.upload_workers'])
     for module in (remote_uploader, remote_uploader_downloader):
         module.multiprocessing = SimpleNamespace(get_context=lambda method: context)
 

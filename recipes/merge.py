@@ -10,7 +10,7 @@ from. To average by hand, use that script.
 
 import os
 
-from cpt_algorithms.processes import die_with_parent
+from cpt_algorithms.launch.processes import die_with_parent
 
 if __name__ == '__main__' and 'LOCAL_RANK' in os.environ:
     # if the launcher is killed, do not go on beside the restarted run; the imports below take seconds
@@ -29,7 +29,7 @@ from llmfoundry.command_utils import evaluate as evaluate_losses
 from llmfoundry.utils.config_utils import EVAL_CONFIG_KEYS
 from omegaconf import OmegaConf
 
-from cpt_algorithms.checkpoints import guard_loading
+from cpt_algorithms.checkpoints.open import guard_loading
 from cpt_algorithms.files import read_json, write_json
 
 AVERAGE = Path(__file__).parents[1] / 'scripts' / 'average_checkpoints.py'

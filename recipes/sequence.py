@@ -35,16 +35,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cpt_algorithms.evaluation.report import Report, print_report, write_report
-from cpt_algorithms.evaluation.wandb_runs import trial_run
+from cpt_algorithms.cost.tables import print_costs
 from cpt_algorithms.files import is_remote, write_json
-from cpt_algorithms.schedulers import PhaseScheduler, format_phases
-from cpt_algorithms.stage import PreflightError, preflight, resolve, total_batches
-from cpt_algorithms.stage.cost_tables import print_costs
-from cpt_algorithms.stage.launching import Handle, LaunchError, Layout, Start, command, layout_of, starter
-from cpt_algorithms.stage.plan import Run, checkpoint_after, heirs, plan, stage_tokens, tokens_per_stream
-from cpt_algorithms.stage.scale import load_scaled
-from cpt_algorithms.stage.sweep import plan_trials, sequence_of, trials_of
+from cpt_algorithms.launch.launcher import Handle, LaunchError, Layout, Start, command, layout_of, starter
+from cpt_algorithms.launch.wandb_runs import trial_run
+from cpt_algorithms.report.page import Report, print_report, write_report
+from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
+from cpt_algorithms.sequence.expand import Run, checkpoint_after, heirs, plan, stage_tokens, tokens_per_stream
+from cpt_algorithms.sequence.scale import load_scaled
+from cpt_algorithms.sequence.sweep import plan_trials, sequence_of, trials_of
+from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve, total_batches
 
 RECIPES = Path(__file__).resolve().parent
 # Composer's console logger: [token=40960/1638400]
@@ -432,7 +432,9 @@ def main() -> None:
                 if not is_done(run):
                     write_yaml(run)
         print_commands(layout, runs)
-        console.print('\nat a peak and utilisation that scripts/plan.py --gpu --mfu can change:', highlight=False)
+        console.print(
+            '\nat a peak and utilisation that scripts/estimate_cost.py --gpu --mfu can change:', highlight=False
+        )
         try:
             print_costs({run.name: run.config for run in runs}, console, gpus=layout.ranks, stages=stage_tokens(spec))
         except ValueError as error:  # mixtures of experts: they can be trained

@@ -344,7 +344,7 @@ def provenance(
     options: argparse.Namespace, found: Sequence[Found], checkpoints: Sequence[Any], plan: Any, weights: Sequence[float]
 ) -> dict[str, Any]:
     """How a result was made."""
-    from cpt_algorithms.checkpoints import files_of
+    from cpt_algorithms.checkpoints.open import files_of
 
     inputs = []
     for one, checkpoint, weight in zip(found, checkpoints, weights, strict=True):
@@ -424,8 +424,8 @@ def average(
     """Check a window, and unless it is a dry run average it into ``out``."""
     import torch
 
-    from cpt_algorithms.checkpoints import open_checkpoint
-    from cpt_algorithms.weight_averaging import averaged_checkpoint as to
+    from cpt_algorithms.checkpoints.open import open_checkpoint
+    from cpt_algorithms.weight_averaging.offline import averaged_checkpoint as to
 
     checkpoints = [open_checkpoint(path) for path in paths]
     newest = checkpoints[-1]
@@ -560,7 +560,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (AverageError, OSError) as error:
         parser.error(str(error))
     except ValueError as error:
-        from cpt_algorithms.checkpoints import CheckpointError
+        from cpt_algorithms.checkpoints.open import CheckpointError
 
         if not isinstance(error, CheckpointError):
             raise

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from prepare_data import OneLineParser
 
-from cpt_algorithms.exports import models_of, parent_of
+from cpt_algorithms.checkpoints.exports import models_of, parent_of
 
 # torch and lm-eval (15 s) are imported where they are used: a wrong argument answers at once.
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 
-from cpt_algorithms.stage.lineage import Node, details, read_lineage, status
+from cpt_algorithms.report.lineage import Node, details, read_lineage, status
 
 LOOKS = {'finished': 'green', 'unfinished': 'yellow', 'failed': 'red'}
 

@@ -31,8 +31,9 @@ from rich.table import Table
 from yaml import YAMLError
 
 from cpt_algorithms.files import read_yaml
-from cpt_algorithms.schedulers import PhaseScheduler, count_batches, preview
 from cpt_algorithms.schedulers.functional import Span
+from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
+from cpt_algorithms.schedulers.preview import count_batches, preview
 
 UNIT_NAMES = {TimeUnit.BATCH: 'batches', TimeUnit.TOKEN: 'tokens', TimeUnit.SAMPLE: 'samples'}
 MAX_POINTS = 4000  # more than a panel has pixels

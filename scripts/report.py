@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cpt_algorithms.evaluation.report import print_report, write_report
+from cpt_algorithms.report.page import print_report, write_report
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import mutations
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from cpt_algorithms.checkpoints import read_metadata, safe_globals
+from cpt_algorithms.checkpoints.open import read_metadata, safe_globals
 
 Spoil = Callable[[Path, random.Random, Path], None]
 

@@ -7,9 +7,8 @@ import claims
 import numpy as np
 import pytest
 import sequence
+from judge import Claim, Condition, Finding, NotRun, judge
 from tiny import ROOT
-
-from cpt_algorithms.evaluation.claims import Claim, Condition, Finding, NotRun, judge
 
 SEEDS = (17, 18, 19)
 

@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import save
 
-from cpt_algorithms.exports import exports
+from cpt_algorithms.checkpoints.exports import exports
 
 RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
 

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from tiny import ROOT
 
 import cpt_algorithms
-from cpt_algorithms.evaluation.tables import over_seeds
-from cpt_algorithms.stage import preflight, resolve
-from cpt_algorithms.stage.plan import plan
-from cpt_algorithms.stage.sweep import sequence_of, trials_of
+from cpt_algorithms.report.tables import over_seeds
+from cpt_algorithms.sequence.expand import plan
+from cpt_algorithms.sequence.sweep import sequence_of, trials_of
+from cpt_algorithms.stage.preflight import preflight, resolve
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'cpt_algorithms').rglob('README.md'))]
 YAMLS = sorted((ROOT / 'yamls').rglob('*.yaml'))

@@ -25,14 +25,14 @@ from hypothesis import strategies as st
 from mutations import INTERPOLATIONS, VALUES, names_it, spoil, spoilt
 from rich.console import Console
 
+from cpt_algorithms.cost.tables import print_costs
 from cpt_algorithms.evaluation.lm_eval import load_suite
 from cpt_algorithms.replay.shard_index import ShardIndex
-from cpt_algorithms.stage import preflight
-from cpt_algorithms.stage.cost_tables import print_costs
+from cpt_algorithms.sequence.expand import stage_tokens
+from cpt_algorithms.sequence.scale import load_scaled
+from cpt_algorithms.sequence.sweep import plan_trials, sequence_of, trials_of
 from cpt_algorithms.stage.data_checks import data_mistakes
-from cpt_algorithms.stage.plan import stage_tokens
-from cpt_algorithms.stage.scale import load_scaled
-from cpt_algorithms.stage.sweep import plan_trials, sequence_of, trials_of
+from cpt_algorithms.stage.preflight import preflight
 
 SECONDS = 20  # of computing, for one input
 MINUTES = 5  # of waiting, on a busy machine

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from spoilt_checkpoints import PT, SAFETENSORS, SHARDED, evil_file, spoilt_copy
 from test_fuzz import in_time
 
-from cpt_algorithms.checkpoints import (
+from cpt_algorithms.checkpoints.open import (
     CheckpointError,
     dataset_state_of,
     is_safe,
@@ -29,7 +29,7 @@ from cpt_algorithms.checkpoints import (
     read_metadata,
     safe_globals,
 )
-from cpt_algorithms.stage import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
 
 MEGABYTES = 500  # more than one checkpoint here may take; a member of a zip file that is a bomb has 64
 

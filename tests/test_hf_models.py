@@ -26,11 +26,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from cpt_algorithms.evaluation.report import write_report
-from cpt_algorithms.evaluation.results import read_study
-from cpt_algorithms.evaluation.tables import rows_of
-from cpt_algorithms.exports import Base, base_of, folder_of_base, parent_of
-from cpt_algorithms.stage import PreflightError, preflight, resolve
+from cpt_algorithms.checkpoints.exports import Base, base_of, folder_of_base, parent_of
+from cpt_algorithms.report.page import write_report
+from cpt_algorithms.report.run_records import read_study
+from cpt_algorithms.report.tables import rows_of
+from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
 
 SIZES = {
     'vocab_size': tiny.VOCAB, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,

@@ -31,9 +31,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from cpt_algorithms.checkpoints import CheckpointError, is_whole, open_checkpoint, safe_globals
-from cpt_algorithms.exports import exports, models_of
-from cpt_algorithms.stage.fork_server import ForkServer
+from cpt_algorithms.checkpoints.exports import exports, models_of
+from cpt_algorithms.checkpoints.open import CheckpointError, is_whole, open_checkpoint, safe_globals
+from cpt_algorithms.launch.fork_server import ForkServer
 
 SCRIPTS = tiny.ROOT / 'scripts'
 

@@ -28,10 +28,10 @@ from omegaconf import OmegaConf
 from torch.distributed import checkpoint as dcp
 
 from cpt_algorithms import files
-from cpt_algorithms.checkpoints import follow, newest_remote
-from cpt_algorithms.evaluation.results import read_study
-from cpt_algorithms.exports import parent_of
-from cpt_algorithms.stage import PreflightError, latest_batch, preflight, resolve
+from cpt_algorithms.checkpoints.exports import parent_of
+from cpt_algorithms.checkpoints.open import follow, newest_remote
+from cpt_algorithms.report.run_records import read_study
+from cpt_algorithms.stage.preflight import PreflightError, latest_batch, preflight, resolve
 
 RUN = 's3://bucket/runs/run'
 

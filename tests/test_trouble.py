@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from cpt_algorithms.stage import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
 
 PATHS = [str(tiny.ROOT / 'tests' / f'{file}.py') for file in ('recorder', 'trouble')]
 LARGEST = 30_000  # bytes, of which a checkpoint of these stages has more

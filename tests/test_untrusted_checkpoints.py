@@ -24,7 +24,7 @@ from test_fuzz import in_time
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cpt_algorithms.checkpoints import (
+from cpt_algorithms.checkpoints.open import (
     HOOK,
     CheckpointError,
     UnsafeCheckpointError,
@@ -34,7 +34,7 @@ from cpt_algorithms.checkpoints import (
     read_metadata,
     safe_globals,
 )
-from cpt_algorithms.stage import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
 
 WHAT_TO_DO = r'set callbacks\.stage_start\.trust_checkpoint: true if you trust whoever made it'
 

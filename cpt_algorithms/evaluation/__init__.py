@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was forgotten, what was learned, what it cost."""
+"""What is measured inside a run: what was forgotten, what was learned."""
 
-from cpt_algorithms.evaluation.final_loss import FinalLoss
-from cpt_algorithms.evaluation.forgetting import Forgetting
-from cpt_algorithms.evaluation.functional import adaptation, final_loss, forgetting, training_flops
+from typing import TYPE_CHECKING
 
-__all__ = ['FinalLoss', 'Forgetting', 'adaptation', 'final_loss', 'forgetting', 'training_flops']
+from cpt_algorithms.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from cpt_algorithms.evaluation.final_loss import FinalLoss
+    from cpt_algorithms.evaluation.forgetting import Forgetting
+
+__all__ = ['FinalLoss', 'Forgetting']
+
+__getattr__ = lazy_names(__name__, {'FinalLoss': 'final_loss', 'Forgetting': 'forgetting'})

@@ -29,10 +29,10 @@ from rich.markup import escape
 from rich.table import Table
 from yaml import YAMLError
 
+from cpt_algorithms.checkpoints.exports import Base, folder_of_base
 from cpt_algorithms.evaluation.functional import Mean
-from cpt_algorithms.exports import Base, folder_of_base
 from cpt_algorithms.files import read_yaml, write_json
-from cpt_algorithms.keys import check_keys
+from cpt_algorithms.validation import check_keys
 
 __all__ = [
     'Row',

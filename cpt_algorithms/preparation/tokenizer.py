@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from cpt_algorithms.exports import models_of
+from cpt_algorithms.checkpoints.exports import models_of
 from cpt_algorithms.preparation.sources import PrepareError
 
 __all__ = ['EOS', 'MIN_VOCAB_SIZE', 'Parent', 'find_parent', 'hash_tokenizer', 'load_tokenizer', 'train_tokenizer']

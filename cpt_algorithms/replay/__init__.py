@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What to read: new data with a little old data in every batch."""
 
-from cpt_algorithms.replay.functional import Interleaving, MixedSequence, ShuffledOrder, shares_of
-from cpt_algorithms.replay.replay_text import ReplayTextDataset, build_replay_text_dataloader
-from cpt_algorithms.replay.streams import ResilientStream, StreamError
+from typing import TYPE_CHECKING
 
-__all__ = [
-    'Interleaving',
-    'MixedSequence',
-    'ReplayTextDataset',
-    'ResilientStream',
-    'ShuffledOrder',
-    'StreamError',
-    'build_replay_text_dataloader',
-    'shares_of',
-]
+from cpt_algorithms.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from cpt_algorithms.replay.replay_text import ReplayTextDataset, build_replay_text_dataloader
+    from cpt_algorithms.replay.streams import ResilientStream, StreamError
+
+__all__ = ['ReplayTextDataset', 'ResilientStream', 'StreamError', 'build_replay_text_dataloader']
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        **dict.fromkeys(('ReplayTextDataset', 'build_replay_text_dataloader'), 'replay_text'),
+        **dict.fromkeys(('ResilientStream', 'StreamError'), 'streams'),
+    },
+)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from composer.utils import dist
 
-from cpt_algorithms.checkpoints import dataset_state_of, follow
+from cpt_algorithms.checkpoints.open import dataset_state_of, follow
 from cpt_algorithms.files import fetch, is_remote, list_names
 
 __all__ = ['Consumed', 'consumed_by', 'positions_behind', 'read_consumed', 'read_positions']

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.keys import check_keys, check_place, check_type
 from cpt_algorithms.replay.consumed import read_consumed, read_positions
 from cpt_algorithms.replay.dataset_numbers import safe_numbers
 from cpt_algorithms.replay.functional import (
@@ -38,6 +37,7 @@ from cpt_algorithms.replay.functional import (
 )
 from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
 from cpt_algorithms.replay.streams import ResilientStream, StreamError
+from cpt_algorithms.validation import check_keys, check_path, check_type
 
 __all__ = ['ReplayTextDataset', 'build_replay_text_dataloader']
 
@@ -110,7 +110,7 @@ def check_stream(where: str, stream: Mapping[str, Any]) -> None:
         if key in _STREAM_TYPES:
             check_type(f'{where}.{key}', value, _STREAM_TYPES[key] | None)
         if key in ('remote', 'local', 'split') and value:
-            check_place(f'{where}.{key}', value)
+            check_path(f'{where}.{key}', value)
     if not (stream.get('remote') or stream.get('local')):
         raise ValueError(f'{where} has neither remote nor local: say where the data lies')
 

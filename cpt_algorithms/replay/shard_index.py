@@ -28,7 +28,7 @@ from streaming.base.format.base.reader import Reader
 from streaming.base.format.mds.encodings import is_mds_encoding
 
 from cpt_algorithms.files import write_whole
-from cpt_algorithms.keys import shown
+from cpt_algorithms.validation import short_repr
 
 __all__ = ['ShardIndex', 'ShardOfSample', 'Shards']
 
@@ -90,7 +90,7 @@ def _scan(file: BinaryIO) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 def _whole(what: str, value: Any, below: int) -> int:
     if type(value) is not int or not 0 <= value < below:
-        raise ValueError(f'{what}={shown(value)} must be a whole number of at least 0, below {below}')
+        raise ValueError(f'{what}={short_repr(value)} must be a whole number of at least 0, below {below}')
     return value
 
 
@@ -100,11 +100,11 @@ def _files_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     _whole('samples', info['samples'], _MOST_SAMPLES)
     for file in files:
         name = file['basename']
-        _whole(f'bytes of {shown(name)}', file['bytes'], _MOST_BYTES)
+        _whole(f'bytes of {short_repr(name)}', file['bytes'], _MOST_BYTES)
         if not isinstance(name, str) or not name or name[0] == '/' or '\0' in name or '..' in name.split('/'):
-            raise ValueError(f'basename={shown(name)} does not name a file in the folder of the index')
+            raise ValueError(f'basename={short_repr(name)} does not name a file in the folder of the index')
         if not all(isinstance(value, str) for value in file['hashes'].values()):
-            raise ValueError(f'hashes of {shown(name)} must be text')
+            raise ValueError(f'hashes of {short_repr(name)} must be text')
     return files
 
 
@@ -118,7 +118,7 @@ def _check_kind(info: dict[str, Any]) -> None:
         raise ValueError('column_names, column_encodings and column_sizes must be lists of one length')
     for name, encoding, size in zip(*columns, strict=True):
         if not isinstance(name, str) or not isinstance(encoding, str) or not is_mds_encoding(encoding):
-            raise ValueError(f'column {shown(name)}: Streaming has no encoding {shown(encoding)}')
+            raise ValueError(f'column {short_repr(name)}: Streaming has no encoding {short_repr(encoding)}')
         if size is not None:
             _whole(f'column_sizes of {name}', size, _MOST_BYTES)
 

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a stage starts: which weights, at which learning rate, and is everything there."""
+"""One stage: what its YAML says, whether all is there, how it starts and runs."""
 
-from cpt_algorithms.stage.branch import BranchPoints
-from cpt_algorithms.stage.preflight import PreflightError, latest_batch, preflight, resolve, total_batches
-from cpt_algorithms.stage.stage_start import StageStart
+from typing import TYPE_CHECKING
 
-__all__ = ['BranchPoints', 'PreflightError', 'StageStart', 'latest_batch', 'preflight', 'resolve', 'total_batches']
+from cpt_algorithms.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from cpt_algorithms.stage.branch_points import BranchPoints
+    from cpt_algorithms.stage.stage_start import StageStart
+
+__all__ = ['BranchPoints', 'StageStart']
+
+__getattr__ = lazy_names(__name__, {'BranchPoints': 'branch_points', 'StageStart': 'stage_start'})

@@ -20,11 +20,11 @@ from llmfoundry.utils.builders import build_tokenizer
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.exports import base_of, exports, folder_of_base
+from cpt_algorithms.checkpoints.exports import base_of, exports, folder_of_base
 from cpt_algorithms.files import StorageError, fetch, is_remote, list_names, read_json
-from cpt_algorithms.keys import check_type
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer
 from cpt_algorithms.replay.replay_text import read_mix
+from cpt_algorithms.validation import check_type
 
 __all__ = ['data_mistakes']
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_type_hints
 from composer.core import Precision, Time, TimeUnit
 from llmfoundry.command_utils.train import TrainConfig
 
-from cpt_algorithms.keys import check_plain, check_type, shown
+from cpt_algorithms.validation import check_type, check_yaml_scalars, short_repr
 
 __all__ = ['check_form', 'parse_time']
 
@@ -113,7 +113,7 @@ def parse_time(key: str, value: Any) -> Time:
     except (ValueError, TypeError, ArithmeticError):
         pass
     raise ValueError(
-        f"{key}={shown(value)} must be a time of at least 0 with its unit, such as '1000ba' or '1000000tok'"
+        f"{key}={short_repr(value)} must be a time of at least 0 with its unit, such as '1000ba' or '1000000tok'"
     )
 
 
@@ -130,7 +130,7 @@ def check_form(config: Any, where: str = '') -> None:
         ValueError: Naming the key, its value, and what would be right.
     """
     check_type(where or 'the YAML', config, dict)
-    check_plain(config, where)
+    check_yaml_scalars(config, where)
     inside = f'{where}.' if where else ''
     for key, value in config.items():
         if key in _TYPES and not (value is None and key in _REQUIRED):
@@ -162,7 +162,7 @@ def _check_ranges(config: Config, inside: str) -> None:
         for path, bound in bounds.items():
             value = _find(config, path)[1]
             if isinstance(value, int | float) and not is_right(value, bound):
-                raise ValueError(f'{inside}{path}={shown(value)} must be {words} {bound}')
+                raise ValueError(f'{inside}{path}={short_repr(value)} must be {words} {bound}')
     if config.get('seed', 0) > _LARGEST_SEED:
         raise ValueError(f'{inside}seed={config["seed"]} must be at most {_LARGEST_SEED}')
     for path in _INTERVALS:
@@ -178,4 +178,4 @@ def _check_ranges(config: Config, inside: str) -> None:
         if value is not None and value.lower() not in known:
             near = get_close_matches(value.lower(), known, n=1)
             right = f'did you mean {near[0]}?' if near else f'one of {", ".join(known)} is possible'
-            raise ValueError(f'{inside}{key}={shown(value)} is not possible; {right}')
+            raise ValueError(f'{inside}{key}={short_repr(value)} is not possible; {right}')

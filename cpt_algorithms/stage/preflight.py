@@ -38,7 +38,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.checkpoints import (
+from cpt_algorithms.checkpoints.exports import base_of
+from cpt_algorithms.checkpoints.open import (
     TRUST,
     UnsafeCheckpointError,
     follow,
@@ -48,7 +49,6 @@ from cpt_algorithms.checkpoints import (
     read_without_data,
 )
 from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
-from cpt_algorithms.exports import base_of
 from cpt_algorithms.files import (
     StorageError,
     check_writable,
@@ -60,7 +60,6 @@ from cpt_algorithms.files import (
     read_yaml,
     size_of,
 )
-from cpt_algorithms.keys import check_keys, check_layers, check_place, check_type, shown
 from cpt_algorithms.replay.consumed import read_consumed
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.replay_text import (
@@ -74,10 +73,11 @@ from cpt_algorithms.replay.replay_text import (
 )
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.replay.streams import DOWNLOAD_RETRY
-from cpt_algorithms.schedulers import PhaseScheduler
+from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.stage.data_checks import data_mistakes
 from cpt_algorithms.stage.form import check_form, parse_time
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS, budget_in_samples
+from cpt_algorithms.validation import check_keys, check_path, check_type, short_repr
 
 __all__ = ['PreflightError', 'latest_batch', 'model_on_meta', 'preflight', 'resolve', 'total_batches']
 
@@ -140,7 +140,7 @@ def resolve(cfg: Config) -> Config:
         try:
             model: Any = OmegaConf.to_container(read_yaml(cfg['model']), resolve=True)
         except (OSError, ValueError, OmegaConfBaseException) as error:
-            raise ValueError(f'model={shown(cfg["model"])} cannot be read: {error}') from None
+            raise ValueError(f'model={short_repr(cfg["model"])} cannot be read: {error}') from None
         try:
             check_form({'model': model})
         except ValueError as error:
@@ -195,7 +195,7 @@ def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) ->
     there is a parent.
     """
     for path in cfg.get('code_paths') or []:
-        check_place('code_paths', path)
+        check_path('code_paths', path)
         if not Path(path).is_file():
             raise PreflightError([f'code_paths: {path} does not exist, or is a folder'])
         try:
@@ -343,7 +343,7 @@ def _check_workers(where: str, loader: Config) -> None:
     try:
         DataLoader([], **workers)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError) as error:
-        said = ', '.join(f'{key}={shown(workers[key])}' for key in sorted(keys & workers.keys()))
+        said = ', '.join(f'{key}={short_repr(workers[key])}' for key in sorted(keys & workers.keys()))
         raise ValueError(f'{where}: {said} is refused by the DataLoader: {error}') from None
 
 
@@ -402,7 +402,7 @@ def _check_optimizer(cfg: Config) -> None:
     except RuntimeError:  # of a kernel that only a GPU has
         return
     except Exception as error:  # some raise no more than that
-        raise ValueError(f'optimizer={shown(cfg["optimizer"])} is refused by {name}: {error!r}') from None
+        raise ValueError(f'optimizer={short_repr(cfg["optimizer"])} is refused by {name}: {error!r}') from None
 
 
 def _check_algorithm(name: str, cfg: Config) -> None:
@@ -412,13 +412,13 @@ def _check_algorithm(name: str, cfg: Config) -> None:
         kinds = ('norm', 'value') if cfg.get('fsdp_config') else ('norm', 'value', 'adaptive')
         if given.get('clipping_type') not in kinds:
             raise ValueError(
-                f'algorithms.{name}.clipping_type={shown(given.get("clipping_type"))} is not possible; use '
+                f'algorithms.{name}.clipping_type={short_repr(given.get("clipping_type"))} is not possible; use '
                 f'{" or ".join(kinds)}'
             )
     try:
         build_algorithm(name, given)
     except Exception as error:
-        raise ValueError(f'algorithms.{name}={shown(given)} is refused: {error!r}') from None
+        raise ValueError(f'algorithms.{name}={short_repr(given)} is refused: {error!r}') from None
 
 
 def _check_batch_size(cfg: Config, world_size: int) -> None:
@@ -480,7 +480,7 @@ def _check_lm_eval(cfg: Config) -> None:
     except ValueError as error:
         problems = [str(error)]
     if problems:
-        raise ValueError(f'variables.lm_eval={shown(given)}: {"; ".join(problems)}')
+        raise ValueError(f'variables.lm_eval={short_repr(given)}: {"; ".join(problems)}')
 
 
 def _check_loading(cfg: Config) -> None:
@@ -520,7 +520,7 @@ def _check_saving(cfg: Config) -> None:
     if not cfg.get('save_folder'):
         return
     folder = _folder_of(cfg)
-    check_place('save_folder', folder)
+    check_path('save_folder', folder)
     check_writable('save_folder', folder, 'choose another')
     try:
         names = list_names(folder) if is_remote(folder) else [path.name for path in Path(folder).glob('ep*-ba*')]
@@ -550,7 +550,7 @@ def _folder_of(cfg: Config) -> str:
     try:
         return folder.format(run_name=cfg.get('run_name'))
     except (KeyError, IndexError, ValueError, AttributeError):
-        raise ValueError(f'save_folder={shown(folder)}: only {{run_name}} can stand in braces') from None
+        raise ValueError(f'save_folder={short_repr(folder)}: only {{run_name}} can stand in braces') from None
 
 
 def _index_of(stream: Config) -> tuple[int, set[str]] | None:
@@ -695,7 +695,6 @@ def model_on_meta(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = None)
     Raises:
         ValueError: If it cannot be built.
     """
-    check_layers('model', cfg['model'])
     section = {**cfg['model'], 'init_device': 'meta'}
     name = section.pop('name')
     section.pop('master_weights_dtype', None)

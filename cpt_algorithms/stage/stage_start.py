@@ -19,11 +19,11 @@ from llmfoundry.callbacks import HuggingFaceCheckpointer
 from streaming import StreamingDataset
 from torch.distributed.fsdp import FSDPModule
 
-from cpt_algorithms.checkpoints import guard_loading
-from cpt_algorithms.exports import export_whole
-from cpt_algorithms.replay import ReplayTextDataset
+from cpt_algorithms.checkpoints.exports import export_whole
+from cpt_algorithms.checkpoints.open import guard_loading
 from cpt_algorithms.replay.functional import differences
-from cpt_algorithms.schedulers import PhaseScheduler
+from cpt_algorithms.replay.replay_text import ReplayTextDataset
+from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.stage.saving import check_loss, guard_saving
 
 __all__ = ['KEEP_OPTIMIZER_IGNORE_KEYS', 'StageStart', 'budget_in_samples']

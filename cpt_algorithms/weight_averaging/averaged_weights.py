@@ -22,7 +22,7 @@ from llmfoundry.callbacks import HuggingFaceCheckpointer
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cpt_algorithms.exports import export_whole
+from cpt_algorithms.checkpoints.exports import export_whole
 from cpt_algorithms.weight_averaging.local_shards import LocalShards
 
 __all__ = ['AveragedWeights', 'parse_time', 'resolve_time']

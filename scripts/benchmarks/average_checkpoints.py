@@ -30,8 +30,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from cpt_algorithms.checkpoints import open_checkpoint
-from cpt_algorithms.weight_averaging import averaged_checkpoint, merge
+from cpt_algorithms.checkpoints.open import open_checkpoint
+from cpt_algorithms.weight_averaging.offline import average as merge
+from cpt_algorithms.weight_averaging.offline import averaged_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / 'average_checkpoints.py'
 COUNT = 5

@@ -12,12 +12,12 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from kept_checkpoints import KeptCheckpoints
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cpt_algorithms.evaluation.kept_checkpoints import KeptCheckpoints
-from cpt_algorithms.weight_averaging import window_weights
+from cpt_algorithms.weight_averaging.functional import window_weights
 
 
 def grid(run: Path, ks: list[int], nus: list[int], rows: int) -> dict[tuple[int, int], list[float]]:

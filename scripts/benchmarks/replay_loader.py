@@ -31,7 +31,8 @@ from streaming.base.shuffle import get_shuffle
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cpt_algorithms.replay import ReplayTextDataset, ShuffledOrder
+from cpt_algorithms.replay.functional import ShuffledOrder
+from cpt_algorithms.replay.replay_text import ReplayTextDataset
 
 SEQ_LEN = 2048
 BATCH = 16
@@ -45,7 +46,7 @@ import json, resource, sys, time
 import numpy as np
 from llmfoundry.data.text_data import StreamingTextDataset
 from streaming import Stream
-from cpt_algorithms.replay import ReplayTextDataset
+from cpt_algorithms.replay.replay_text import ReplayTextDataset
 which, new, old, sample = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 common = dict(tokenizer=None, max_seq_len=2048, batch_size=1104, shuffle=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

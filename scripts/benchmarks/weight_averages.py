@@ -21,7 +21,7 @@ from composer.algorithms.ema.ema import EMAParameters, compute_ema
 from rich.console import Console
 from rich.table import Table
 
-from cpt_algorithms.weight_averaging import update_ema_
+from cpt_algorithms.weight_averaging.functional import update_ema_
 
 WIDTH = 1024
 

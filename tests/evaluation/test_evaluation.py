@@ -9,8 +9,16 @@ import pytest
 import tiny
 from composer.core import Time, Timestamp
 
-from cpt_algorithms.evaluation import FinalLoss, adaptation, final_loss, forgetting, training_flops
-from cpt_algorithms.evaluation.functional import has_diverged, in_final_window, steps_saved
+from cpt_algorithms.evaluation.final_loss import FinalLoss
+from cpt_algorithms.evaluation.functional import (
+    adaptation,
+    final_loss,
+    forgetting,
+    has_diverged,
+    in_final_window,
+    steps_saved,
+    training_flops,
+)
 
 
 def test_final_loss_by_hand():

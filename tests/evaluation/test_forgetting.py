@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from cpt_algorithms import Forgetting
 from cpt_algorithms.evaluation.forgetting import token_bytes
 from cpt_algorithms.evaluation.functional import bits_per_byte, by_average, changes, thinned
-from cpt_algorithms.stage import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
 
 TEXT = 'def f(x): return "Grüße, мир, 世界 🌍"\n\tif a  ==  b:\n'
 

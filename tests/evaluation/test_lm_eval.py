@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from cpt_algorithms import exports
+from cpt_algorithms.checkpoints import exports
 from cpt_algorithms.evaluation import lm_eval
 from cpt_algorithms.evaluation.functional import Mean
 from cpt_algorithms.evaluation.lm_eval import (

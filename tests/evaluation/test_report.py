@@ -12,10 +12,10 @@ import pytest
 import report as script
 from rich.console import Console
 
-from cpt_algorithms.evaluation.plots import plots_of
-from cpt_algorithms.evaluation.report import rich_table, write_report
-from cpt_algorithms.evaluation.results import read_study
-from cpt_algorithms.evaluation.tables import finding, missing, over_seeds, rows_of, scores_of
+from cpt_algorithms.report.page import rich_table, write_report
+from cpt_algorithms.report.plots import plots_of
+from cpt_algorithms.report.run_records import read_study
+from cpt_algorithms.report.tables import finding, missing, over_seeds, rows_of, scores_of
 
 # 10 batches of 2 x 50 tokens
 BATCH, LENGTH, PARAMETERS = 2, 50, 1000
@@ -103,7 +103,7 @@ def write_sequence(folder, seeds=(1, 2, 3), union=True, averages=(), parameters=
 @pytest.fixture
 def no_plots(monkeypatch):
     """They take most of the time."""
-    monkeypatch.setattr('cpt_algorithms.evaluation.report.plots_of', lambda study, rows: [])
+    monkeypatch.setattr('cpt_algorithms.report.page.plots_of', lambda study, rows: [])
 
 
 def rows(*folders):

@@ -7,11 +7,11 @@ import sys
 
 import wandb_files
 
-from cpt_algorithms.evaluation.wandb_runs import environment_of_children, trial_run
+from cpt_algorithms.launch.wandb_runs import environment_of_children, trial_run
 
 TRIAL = """
 import os, subprocess, sys
-from cpt_algorithms.evaluation.wandb_runs import environment_of_children, trial_run
+from cpt_algorithms.launch.wandb_runs import environment_of_children, trial_run
 child = 'import wandb; run = wandb.init(project="p", name="child"); run.log({"loss": 1.0}); run.finish()'
 with trial_run({'sequence': 'quickstart'}) as summary:
     subprocess.run([sys.executable, '-c', child], env=environment_of_children(os.environ), check=True, timeout=60)

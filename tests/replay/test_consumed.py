@@ -12,11 +12,11 @@ import torch.distributed.checkpoint as dcp
 from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 
-from cpt_algorithms.checkpoints import dataset_state_of
-from cpt_algorithms.replay import ReplayTextDataset
+from cpt_algorithms.checkpoints.open import dataset_state_of
 from cpt_algorithms.replay.consumed import Consumed, consumed_by, positions_behind, read_consumed, read_positions
 from cpt_algorithms.replay.functional import ShuffledOrder, StreamOrder
-from cpt_algorithms.stage import PreflightError, preflight, resolve
+from cpt_algorithms.replay.replay_text import ReplayTextDataset
+from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
 
 NEW, OLD = 0, 1
 

@@ -14,7 +14,7 @@ import tiny  # noqa: F401 - the ranks below import it too: one dataset at a time
 import torch
 from streaming import Stream, StreamingDataset
 
-from cpt_algorithms.replay import ReplayTextDataset, build_replay_text_dataloader
+from cpt_algorithms.replay.replay_text import ReplayTextDataset, build_replay_text_dataloader
 
 SEQ_LEN = 16
 BATCH = 16

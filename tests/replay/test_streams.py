@@ -21,7 +21,7 @@ from tiny import DATASETS_LOCK
 from torch.utils.data import DataLoader
 
 from cpt_algorithms.replay import ReplayTextDataset, StreamError, streams
-from cpt_algorithms.stage import resolve
+from cpt_algorithms.stage.preflight import resolve
 
 SEQ_LEN = 16
 SLOW = partial(pytest.param, marks=pytest.mark.slow)

@@ -9,17 +9,12 @@ from composer.optim import CosineAnnealingWithWarmupScheduler
 from llmfoundry import registry
 from llmfoundry.utils.builders import build_scheduler
 
-from cpt_algorithms.schedulers import (
-    InfiniteScheduler,
-    PhaseScheduler,
-    RewarmConstantScheduler,
-    RewarmCosineScheduler,
-    WSDScheduler,
-    count_batches,
-    format_phases,
-    preview,
-)
 from cpt_algorithms.schedulers.functional import infinite, multiplier, rewarm_cosine, wsd
+from cpt_algorithms.schedulers.infinite import InfiniteScheduler
+from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
+from cpt_algorithms.schedulers.preview import count_batches, preview
+from cpt_algorithms.schedulers.rewarm import RewarmConstantScheduler, RewarmCosineScheduler
+from cpt_algorithms.schedulers.wsd import WSDScheduler
 
 
 def stand_in(max_duration: str, dataloader_len: int | None = None, **time: int) -> State:

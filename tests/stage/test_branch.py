@@ -12,11 +12,11 @@ import recorder
 import tiny
 from omegaconf import OmegaConf
 
-from cpt_algorithms.replay import ReplayTextDataset
 from cpt_algorithms.replay.consumed import positions_behind
 from cpt_algorithms.replay.functional import Interleaving, MixedSequence, StreamOrder, check_budget, shares_of
-from cpt_algorithms.stage import BranchPoints
-from cpt_algorithms.stage.branch import anneal_branch, constant_alpha, in_batches
+from cpt_algorithms.replay.replay_text import ReplayTextDataset
+from cpt_algorithms.sequence.branches import anneal_branch, constant_alpha, in_batches
+from cpt_algorithms.stage.branch_points import BranchPoints
 
 INFINITE = {'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '2ba', 'alpha_const': 0.5, 't_anneal': '0ba'}
 SMALL = {'global_train_batch_size': 8, 'max_seq_len': 16}

@@ -5,7 +5,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 
-import plan as plan_script
+import estimate_cost as plan_script
 import pytest
 import tiny
 import torch
@@ -21,9 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from cpt_algorithms.evaluation import training_flops
-from cpt_algorithms.stage import preflight, resolve
-from cpt_algorithms.stage.cost import (
+from cpt_algorithms.cost.estimate import (
     ModelSize,
     activation_bytes,
     against_union,
@@ -42,8 +40,9 @@ from cpt_algorithms.stage.cost import (
     recomputed_flops_per_token,
     tokens_of_streams,
 )
-from cpt_algorithms.stage.cost_tables import print_costs, print_phases
-from cpt_algorithms.stage.preflight import model_on_meta
+from cpt_algorithms.cost.tables import print_costs, print_phases
+from cpt_algorithms.evaluation.functional import training_flops
+from cpt_algorithms.stage.preflight import model_on_meta, preflight, resolve
 
 MODELS = sorted((tiny.ROOT / 'yamls' / 'models').glob('*.yaml'))
 ADAMW = {'name': 'decoupled_adamw', 'lr': 3e-4, 'betas': [0.9, 0.95], 'weight_decay': 1e-5}

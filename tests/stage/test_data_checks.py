@@ -11,7 +11,7 @@ import tiny
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from cpt_algorithms.files import write_json
-from cpt_algorithms.stage import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
 
 VOCAB = 280
 LONG = 10**30  # transformers' own value for no limit

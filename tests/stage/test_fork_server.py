@@ -10,7 +10,7 @@ import time
 import pytest
 import tiny
 
-from cpt_algorithms.stage.launching import LaunchError, Layout, starter
+from cpt_algorithms.launch.launcher import LaunchError, Layout, starter
 
 SCRIPT = """
 import os, sys, time
@@ -75,7 +75,7 @@ def test_a_script_runs_and_ends_as_if_it_had_been_started_by_itself(script, tmp_
 PARENT = """
 import sys, time
 from pathlib import Path
-from cpt_algorithms.stage.launching import Layout, starter
+from cpt_algorithms.launch.launcher import Layout, starter
 handle = starter(Layout(), jobs=1)(Path(sys.argv[1]), Path(sys.argv[2]))
 print(handle.name.split()[-1], flush=True)
 time.sleep(600)

@@ -19,8 +19,8 @@ import tiny
 from composer.cli import launcher
 from omegaconf import OmegaConf
 
-from cpt_algorithms.slurm_node import TrainingNode
-from cpt_algorithms.stage.launching import LaunchError, Layout, command, layout_of, starter
+from cpt_algorithms.launch.launcher import LaunchError, Layout, command, layout_of, starter
+from cpt_algorithms.launch.slurm_node import TrainingNode
 
 RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
 SLURM = {'slurm_partition': 'debug', 'timeout_min': 60}
@@ -148,7 +148,7 @@ def test_a_queued_job_is_found_again_and_a_cancelled_one_has_failed(slurm, run, 
     assert fake_slurm.states(slurm) == {'1000': 'PENDING'}
 
     subprocess.run(['scancel', '1000'], check=True)
-    monkeypatch.setattr('cpt_algorithms.stage.launching._LAG', 0.5)
+    monkeypatch.setattr('cpt_algorithms.launch.launcher._LAG', 0.5)
     assert wait(again, 30) == 1
     assert 'Slurm job 1000 is over (CANCELLED by 1000)' in (run / 'log.txt').read_text()
     # it is over: the next start is another job
@@ -165,11 +165,11 @@ def test_a_job_that_slurm_refuses_is_one_line(slurm, run):
 def test_a_node_brings_nothing_that_takes_seconds_to_import():
     """It waits beside the training processes, whose memory is wanted."""
     check = (
-        'import sys, cpt_algorithms.slurm_node; '
+        'import sys, cpt_algorithms.launch.slurm_node; '
         'sys.exit(bool({"torch", "composer", "llmfoundry"} & sys.modules.keys()))'
     )
     subprocess.run([sys.executable, '-c', check], check=True)
-    assert TrainingNode.__module__ == 'cpt_algorithms.slurm_node'
+    assert TrainingNode.__module__ == 'cpt_algorithms.launch.slurm_node'
 
 
 def write(run, data, **over):
@@ -217,7 +217,7 @@ def test_two_nodes_find_each_other(slurm, run):
 
 @pytest.mark.slow
 def test_a_job_fails_as_a_whole_if_one_node_does(slurm, run, monkeypatch):
-    monkeypatch.setattr('cpt_algorithms.stage.launching._LAG', 0.5)
+    monkeypatch.setattr('cpt_algorithms.launch.launcher._LAG', 0.5)
     script = run / 'half.py'
     script.write_text("import os, sys, time\nif os.environ['NODE_RANK'] == '1': sys.exit(3)\ntime.sleep(1000)\n")
     (run / 'run.yaml').touch()

@@ -8,8 +8,8 @@ import shutil
 import lineage as script
 import pytest
 
-from cpt_algorithms.evaluation.report import write_report
-from cpt_algorithms.stage.lineage import details, read_lineage, status, walk
+from cpt_algorithms.report.lineage import details, read_lineage, status, walk
+from cpt_algorithms.report.page import write_report
 
 
 def write(path, value):

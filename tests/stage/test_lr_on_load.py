@@ -172,7 +172,7 @@ def test_too_little_data_is_said_before_the_first_batch(data, tmp_path):
 
 
 def test_unknown_optimizer_option_is_named():
-    from cpt_algorithms.stage import StageStart
+    from cpt_algorithms.stage.stage_start import StageStart
 
     with pytest.raises(ValueError, match=r"stage_start\.optimizer='fresh' is not possible; use 'reset' or 'keep'"):
         StageStart(optimizer='fresh')

@@ -11,7 +11,7 @@ import sequence
 from omegaconf import OmegaConf
 from tiny import ROOT
 
-from cpt_algorithms.stage.plan import tokens_per_stream
+from cpt_algorithms.sequence.expand import tokens_per_stream
 
 PAPERS = {
     path.stem: path

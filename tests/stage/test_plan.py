@@ -5,7 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 from tiny import ROOT, merge
 
-from cpt_algorithms.stage.plan import BASELINES, heirs, plan, tokens_per_stream
+from cpt_algorithms.sequence.expand import BASELINES, heirs, plan, tokens_per_stream
 
 QUICKSTART = ROOT / 'yamls' / 'sequence' / 'quickstart.yaml'
 

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from cpt_algorithms.stage import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS
 
 

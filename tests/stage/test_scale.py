@@ -5,8 +5,8 @@ import copy
 
 import pytest
 
-from cpt_algorithms.stage.plan import plan, tokens_per_stream
-from cpt_algorithms.stage.scale import scaled
+from cpt_algorithms.sequence.expand import plan, tokens_per_stream
+from cpt_algorithms.sequence.scale import scaled
 
 # 10 x 100 tokens a batch; the longest stage has 1000 batches, so that 1 batch becomes 1/10
 SPEC = {

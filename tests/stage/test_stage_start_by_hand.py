@@ -17,10 +17,10 @@ from composer.optim import ConstantScheduler, LinearScheduler, compile_composer_
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from streaming import StreamingDataset
 
-from cpt_algorithms.exports import export_whole
-from cpt_algorithms.schedulers import RewarmConstantScheduler
-from cpt_algorithms.stage import StageStart, stage_start
-from cpt_algorithms.stage.stage_start import budget_in_samples
+from cpt_algorithms.checkpoints.exports import export_whole
+from cpt_algorithms.schedulers.rewarm import RewarmConstantScheduler
+from cpt_algorithms.stage import stage_start
+from cpt_algorithms.stage.stage_start import StageStart, budget_in_samples
 
 
 class Number(ComposerModel):

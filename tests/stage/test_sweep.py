@@ -16,9 +16,9 @@ from sweeps.config import schema_violations_from_proposed_config
 from sweeps.params import HyperParameter
 from tiny import ROOT
 
-from cpt_algorithms.stage import sweep as ours
-from cpt_algorithms.stage.plan import tokens_per_stream
-from cpt_algorithms.stage.sweep import plan_trials, sequence_of, trials_of
+from cpt_algorithms.sequence import sweep as ours
+from cpt_algorithms.sequence.expand import tokens_per_stream
+from cpt_algorithms.sequence.sweep import plan_trials, sequence_of, trials_of
 
 FILES = sorted((ROOT / 'yamls' / 'sweeps').glob('*.yaml'))
 QUICKSTART = ROOT / 'yamls' / 'sequence' / 'quickstart.yaml'

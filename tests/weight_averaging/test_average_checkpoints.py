@@ -28,7 +28,7 @@ from torch.distributed import checkpoint as dist_cp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
-from cpt_algorithms.checkpoints import (
+from cpt_algorithms.checkpoints.open import (
     CheckpointError,
     Piece,
     Stored,
@@ -38,9 +38,10 @@ from cpt_algorithms.checkpoints import (
     safe_globals,
 )  # fmt: skip
 from cpt_algorithms.stage.preflight import _parent_shapes
-from cpt_algorithms.weight_averaging import averaged_checkpoint, merge
 from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS, window_weights
-from cpt_algorithms.weight_averaging.merge import Average, average_tensors
+from cpt_algorithms.weight_averaging.offline import average as merge
+from cpt_algorithms.weight_averaging.offline import averaged_checkpoint
+from cpt_algorithms.weight_averaging.offline.average import Average, average_tensors
 
 SCRIPT = Path(average_checkpoints.__file__)
 SMALL = {

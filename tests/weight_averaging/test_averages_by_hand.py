@@ -14,8 +14,9 @@ from composer.models import ComposerModel
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from torch.utils.data import DataLoader
 
-from cpt_algorithms.weight_averaging import EMA, LAWA
 from cpt_algorithms.weight_averaging.averaged_weights import parse_time, resolve_time
+from cpt_algorithms.weight_averaging.ema import EMA
+from cpt_algorithms.weight_averaging.lawa import LAWA
 
 
 class Number(ComposerModel):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_algorithms.weight_averaging import ema_weight, update_ema_, weighted_mean, window_weights
+from cpt_algorithms.weight_averaging.functional import ema_weight, update_ema_, weighted_mean, window_weights
 
 
 def test_the_first_weights_are_taken_as_they_are():

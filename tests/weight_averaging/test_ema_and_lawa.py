@@ -15,8 +15,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
-from cpt_algorithms.stage import PreflightError, preflight, resolve
-from cpt_algorithms.weight_averaging import EMA, LAWA, window_weights
+from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+from cpt_algorithms.weight_averaging.ema import EMA
+from cpt_algorithms.weight_averaging.functional import window_weights
+from cpt_algorithms.weight_averaging.lawa import LAWA
 from cpt_algorithms.weight_averaging.local_shards import LocalShards
 
 AVERAGES = {

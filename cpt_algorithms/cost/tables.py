@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cpt_algorithms.cost.estimate import Costs, Memory, Saving, against_union, costs_of, tokens_of_streams
 from cpt_algorithms.evaluation.functional import training_flops
-from cpt_algorithms.evaluation.tables import flop, percent, short
-from cpt_algorithms.schedulers import PhaseScheduler
+from cpt_algorithms.report.tables import flop, percent, short
 from cpt_algorithms.schedulers.functional import Span
-from cpt_algorithms.stage.cost import Costs, Memory, Saving, against_union, costs_of, tokens_of_streams
+from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.stage.preflight import total_batches
 
 __all__ = ['print_costs', 'print_phases']

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpt_algorithms.evaluation.tables import short
-from cpt_algorithms.exports import base_of
+from cpt_algorithms.checkpoints.exports import base_of
 from cpt_algorithms.files import exists, is_remote, list_names, read_json
-from cpt_algorithms.stage.plan import tokens_per_stream
+from cpt_algorithms.report.tables import short
+from cpt_algorithms.sequence.expand import tokens_per_stream
 from cpt_algorithms.stage.preflight import total_batches
 
 __all__ = ['Node', 'Stream', 'details', 'read_lineage', 'status', 'walk']

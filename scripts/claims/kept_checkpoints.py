@@ -10,8 +10,8 @@ import torch
 from llmfoundry.utils.builders import build_composer_model, build_tokenizer
 from streaming import StreamingDataset
 
-from cpt_algorithms.checkpoints import safe_globals
-from cpt_algorithms.weight_averaging import weighted_mean
+from cpt_algorithms.checkpoints.open import safe_globals
+from cpt_algorithms.weight_averaging.functional import weighted_mean
 
 __all__ = ['KeptCheckpoints']
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cpt_algorithms.files import read_json, write_json
-from cpt_algorithms.processes import die_with_parent
+from cpt_algorithms.launch.processes import die_with_parent
 
 __all__ = ['ForkServer']
 
@@ -52,7 +52,7 @@ class ForkServer:
         """
         if self._server is None or self._server.poll() is not None:
             self._server = subprocess.Popen(
-                [sys.executable, '-m', 'cpt_algorithms.stage.fork_server'],
+                [sys.executable, '-m', 'cpt_algorithms.launch.fork_server'],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -88,8 +88,8 @@ def _serve() -> None:
     from composer.utils.collect_env import get_cpu_model
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    import cpt_algorithms.cost.tables  # noqa: F401
     import cpt_algorithms.evaluation.lm_eval  # noqa: F401
-    import cpt_algorithms.stage.cost_tables  # noqa: F401
 
     # what Composer would ask for in each run, of a second or two: every causal model, and the processor's name
     MODEL_FOR_CAUSAL_LM_MAPPING.values()

@@ -18,12 +18,12 @@ import submitit
 import torch
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from cpt_algorithms.evaluation.wandb_runs import environment_of_children
 from cpt_algorithms.files import read_json
-from cpt_algorithms.keys import check_keys
-from cpt_algorithms.processes import die_with_parent
-from cpt_algorithms.slurm_node import TrainingNode, launcher_arguments, returncode_file
-from cpt_algorithms.stage.fork_server import ForkServer
+from cpt_algorithms.launch.fork_server import ForkServer
+from cpt_algorithms.launch.processes import die_with_parent
+from cpt_algorithms.launch.slurm_node import TrainingNode, launcher_arguments, returncode_file
+from cpt_algorithms.launch.wandb_runs import environment_of_children
+from cpt_algorithms.validation import check_keys
 
 __all__ = ['Handle', 'LaunchError', 'Layout', 'Start', 'command', 'layout_of', 'starter']
 

@@ -15,9 +15,11 @@ from rich.table import Table
 
 from cpt_algorithms.evaluation.functional import Mean, changes
 from cpt_algorithms.evaluation.lm_eval import within_noise
-from cpt_algorithms.evaluation.plots import plots_of, png, svg
-from cpt_algorithms.evaluation.results import Study, read_study
-from cpt_algorithms.evaluation.tables import (
+from cpt_algorithms.files import write_json, write_whole
+from cpt_algorithms.report.lineage import Node, details, read_lineage, status
+from cpt_algorithms.report.plots import plots_of, png, svg
+from cpt_algorithms.report.run_records import Study, read_study
+from cpt_algorithms.report.tables import (
     COUNTS,
     OverSeeds,
     Row,
@@ -37,8 +39,6 @@ from cpt_algorithms.evaluation.tables import (
     size_name,
     write_csv,
 )
-from cpt_algorithms.files import write_json, write_whole
-from cpt_algorithms.stage.lineage import Node, details, read_lineage, status
 
 __all__ = ['Report', 'print_report', 'rich_table', 'write_report']
 
@@ -142,7 +142,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    page = environment.get_template('report.html.jinja').render(
+    page = environment.get_template('page.html.jinja').render(
         report=report,
         cards=_cards(report),
         count=_count(study, rows),

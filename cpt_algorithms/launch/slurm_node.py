@@ -14,7 +14,7 @@ import submitit
 from submitit.helpers import Checkpointable
 
 from cpt_algorithms.files import write_json
-from cpt_algorithms.processes import die_with_parent
+from cpt_algorithms.launch.processes import die_with_parent
 
 __all__ = ['TrainingNode', 'launcher_arguments', 'returncode_file']
 

@@ -6,7 +6,7 @@ It imports what they need, once for all of them, and lets them die with their ru
 
 import os
 
-from cpt_algorithms.processes import die_with_parent
+from cpt_algorithms.launch.processes import die_with_parent
 
 die_with_parent()
 os.register_at_fork(after_in_child=die_with_parent)

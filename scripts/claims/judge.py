@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cpt_algorithms.evaluation.results import RunRecord, read_study
-from cpt_algorithms.evaluation.tables import OverSeeds, over_seeds
+from cpt_algorithms.report.run_records import RunRecord, read_study
+from cpt_algorithms.report.tables import OverSeeds, over_seeds
 
 __all__ = ['Claim', 'Condition', 'Finding', 'NotRun', 'Runs', 'judge']
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cpt_algorithms.keys import check_keys, check_plain, check_type, shown
-from cpt_algorithms.stage.plan import Run, plan
+from cpt_algorithms.sequence.expand import Run, plan
+from cpt_algorithms.validation import check_keys, check_type, check_yaml_scalars, short_repr
 
 __all__ = ['plan_trials', 'sequence_of', 'trials_of']
 
@@ -52,7 +52,7 @@ def sequence_of(sweep: Mapping[str, Any]) -> list[str]:
     """
     if not isinstance(sweep, Mapping):
         raise ValueError('a sweep is a mapping with the keys program, command, method, metric and parameters')
-    check_plain(sweep)
+    check_yaml_scalars(sweep)
     check_type('command', sweep.get('command') or [], list[str])
     command = sweep.get('command') or []
     words = command[command.index('${program}') + 1 : -2] if '${program}' in command else []
@@ -82,7 +82,7 @@ def trials_of(sweep: Mapping[str, Any]) -> list[list[str]]:
     if not parameters or not isinstance(parameters, Mapping):
         raise ValueError('parameters is missing from the sweep, or is not a mapping')
     if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or not 1 <= cap <= _MOST_TRIALS):
-        raise ValueError(f'run_cap={shown(cap)} must be a whole number from 1 to {_MOST_TRIALS}')
+        raise ValueError(f'run_cap={short_repr(cap)} must be a whole number from 1 to {_MOST_TRIALS}')
     for name, parameter in parameters.items():
         _check_parameter(f'parameters.{name}', parameter, _GRID if method == 'grid' else _RANDOM, method)
     if method == 'grid':
@@ -182,7 +182,7 @@ def plan_trials(spec: Config, trials: Sequence[Sequence[str]]) -> list[Run]:
     are. A first stage that a trial leaves alone is shared; one that it changes is its own.
 
     Args:
-        spec: The sequence YAML; see :func:`~cpt_algorithms.stage.plan.plan`.
+        spec: The sequence YAML; see :func:`~cpt_algorithms.sequence.expand.plan`.
         trials: Of :func:`trials_of`, or one from a command line.
 
     Raises:

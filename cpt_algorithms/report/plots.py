@@ -20,8 +20,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from cpt_algorithms.evaluation.functional import by_average
-from cpt_algorithms.evaluation.results import Arm, RunRecord, Study
-from cpt_algorithms.evaluation.tables import Row, flop, percent, short, size_name
+from cpt_algorithms.report.run_records import Arm, RunRecord, Study
+from cpt_algorithms.report.tables import Row, flop, percent, short, size_name
 
 __all__ = ['Plot', 'plots_of', 'png', 'svg']
 

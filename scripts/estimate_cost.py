@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stage or a sequence will do and cost, before it is paid for. Trains nothing, reads no data and no weights.
 
-    python scripts/plan.py STAGE_OR_SEQUENCE.yaml [key=value ...] [--gpu h100] [--gpus N] [--mfu 0.4] [--json FILE]
+    python scripts/estimate_cost.py STAGE_OR_SEQUENCE.yaml [key=value ...] [--gpu h100] [--gpus N] [--mfu 0.4]
 
 Tokens of each stream in each phase, steps, learning rates where phases meet; FLOP and GPU-hours; memory of one GPU by
 part, under the YAML's fsdp_config; checkpoints and disk; and what updating saves against training from scratch on
@@ -18,13 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
+from cpt_algorithms.cost.estimate import GPUS, tokens_of_streams
+from cpt_algorithms.cost.tables import print_costs, print_phases
 from cpt_algorithms.files import StorageError, read_json, write_json
-from cpt_algorithms.stage import resolve
-from cpt_algorithms.stage.cost import GPUS, tokens_of_streams
-from cpt_algorithms.stage.cost_tables import print_costs, print_phases
-from cpt_algorithms.stage.launching import layout_of
-from cpt_algorithms.stage.plan import plan, stage_tokens
-from cpt_algorithms.stage.scale import load_scaled
+from cpt_algorithms.launch.launcher import layout_of
+from cpt_algorithms.sequence.expand import plan, stage_tokens
+from cpt_algorithms.sequence.scale import load_scaled
+from cpt_algorithms.stage.preflight import resolve
 
 NEEDED = ('model', 'optimizer', 'scheduler', 'train_loader', 'max_duration', 'max_seq_len', 'global_train_batch_size')
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cpt_algorithms.checkpoints import Checkpoint, CheckpointError, Stored, contiguous
+from cpt_algorithms.checkpoints.open import Checkpoint, CheckpointError, Stored, contiguous
 
 __all__ = ['Average', 'average_tensors', 'check_alike', 'view_average']
 

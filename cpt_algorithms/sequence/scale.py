@@ -12,10 +12,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cpt_algorithms.files import read_yaml
-from cpt_algorithms.keys import check_keys, check_type
-from cpt_algorithms.stage.branch import in_batches
+from cpt_algorithms.sequence.branches import in_batches
+from cpt_algorithms.sequence.expand import SEQUENCE_KEYS, check_sequence, stage_tokens
 from cpt_algorithms.stage.form import check_form
-from cpt_algorithms.stage.plan import SEQUENCE_KEYS, check_sequence, stage_tokens
+from cpt_algorithms.validation import check_keys, check_type
 
 __all__ = ['load_scaled', 'scaled']
 

@@ -21,10 +21,16 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from cpt_algorithms.checkpoints import DTYPES, INDEX, Checkpoint, CheckpointError, Stored, open_checkpoint
+from cpt_algorithms.checkpoints.open import DTYPES, INDEX, Checkpoint, CheckpointError, Stored, open_checkpoint
 from cpt_algorithms.files import hidden_sibling
-from cpt_algorithms.keys import check_layers
-from cpt_algorithms.weight_averaging.merge import Average, as_bytes, average_tensors, check_alike, short, view_average
+from cpt_algorithms.weight_averaging.offline.average import (
+    Average,
+    as_bytes,
+    average_tensors,
+    check_alike,
+    short,
+    view_average,
+)
 
 __all__ = [
     'Plan',
@@ -355,7 +361,6 @@ def tie(checkpoint: Checkpoint, config: Path) -> dict[str, str]:
     try:
         with init_empty_weights():
             described = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
-            check_layers(str(config), {'num_hidden_layers': getattr(described, 'num_hidden_layers', None)})
             model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     except Exception:  # what a config.json holds can be anything
         return {}

@@ -2,8 +2,8 @@
 """The claims of both papers, tested on installed text with small models: seeds, intervals, verdicts.
 
     make data-claims
-    python recipes/claims.py             # everything, hours on a laptop
-    python recipes/claims.py --quick     # an eighth of the tokens: that the machinery works, in less than 20 minutes
+    python scripts/claims/claims.py             # everything, hours on a laptop
+    python scripts/claims/claims.py --quick     # an eighth of the tokens: that the machinery works, in under 20 minutes
 
 Trains the sequences of yamls/claims/ (recipes/sequence.py; run the same command again after any interruption), and what
 is compared with union also with other numbers of tokens and other widths of the model; holds what came out against
@@ -26,20 +26,20 @@ from typing import Any
 import matplotlib
 import numpy as np
 import yaml
+from judge import Claim, Condition, Finding, NotRun, Runs, judge
+from kept_checkpoints import KeptCheckpoints
+from made_with import made_with
 from rich.console import Console
 from rich.table import Table
 
-from cpt_algorithms.evaluation.claims import Claim, Condition, Finding, NotRun, Runs, judge
 from cpt_algorithms.evaluation.functional import steps_saved
-from cpt_algorithms.evaluation.kept_checkpoints import KeptCheckpoints
-from cpt_algorithms.evaluation.made_with import made_with
 from cpt_algorithms.files import write_json, write_whole
-from cpt_algorithms.weight_averaging import window_weights
+from cpt_algorithms.weight_averaging.functional import window_weights
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FULL, QUICK = 1_048_576, 131_072
 # How near union an update comes changes with the tokens of its stages and the model: also trained are these, (tokens,
 # d_model). The YAMLs have 32.

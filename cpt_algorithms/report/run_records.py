@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cpt_algorithms.checkpoints.exports import base_of
 from cpt_algorithms.evaluation.functional import has_diverged
-from cpt_algorithms.exports import base_of
 from cpt_algorithms.files import is_remote
-from cpt_algorithms.stage import total_batches
-from cpt_algorithms.stage.plan import FROM_SCRATCH, tokens_per_stream
+from cpt_algorithms.sequence.expand import FROM_SCRATCH, tokens_per_stream
+from cpt_algorithms.stage.preflight import total_batches
 
 __all__ = ['Arm', 'RunRecord', 'Study', 'last_error', 'read_study']
 

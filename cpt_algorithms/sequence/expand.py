@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from cpt_algorithms.exports import base_of
-from cpt_algorithms.keys import check_keys, check_place, check_plain, check_type, shown
+from cpt_algorithms.checkpoints.exports import base_of
 from cpt_algorithms.replay.functional import Interleaving, shares_of
 from cpt_algorithms.replay.replay_text import STREAM_KEYS, check_stream
-from cpt_algorithms.stage.branch import anneal_branch, in_batches
+from cpt_algorithms.sequence.branches import anneal_branch, in_batches
 from cpt_algorithms.stage.form import check_form, parse_time
 from cpt_algorithms.stage.preflight import resolve
 from cpt_algorithms.stage.stage_start import budget_in_samples
+from cpt_algorithms.validation import check_keys, check_path, check_type, check_yaml_scalars, short_repr
 from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS
 
 __all__ = [
@@ -350,7 +350,7 @@ def check_sequence(spec: Config) -> None:
         ValueError: Naming the key, its value, and what would be right.
     """
     check_type('the sequence', spec, dict)
-    check_plain(spec)
+    check_yaml_scalars(spec)
     check_keys('', spec, SEQUENCE_KEYS)
     for key in ('name', 'folder', 'data', 'stages'):
         if not spec.get(key):
@@ -358,9 +358,9 @@ def check_sequence(spec: Config) -> None:
     for key, hint in _TYPES.items():
         if spec.get(key) is not None:
             check_type(key, spec[key], hint)
-    check_place('folder', spec['folder'])
+    check_path('folder', spec['folder'])
     if '{' in spec['folder']:
-        raise ValueError(f'folder={shown(spec["folder"])} must be a path without braces')
+        raise ValueError(f'folder={short_repr(spec["folder"])} must be a path without braces')
     if spec.get('jobs') is not None and spec['jobs'] < 1:
         raise ValueError(f'jobs={spec["jobs"]} must be at least 1')
     for seed in spec.get('seeds') or []:
@@ -387,7 +387,7 @@ def check_sequence(spec: Config) -> None:
         branches = (section or {}).get('branches') or {}
         if not isinstance(branches, dict) or not all(isinstance(each or {}, dict) for each in branches.values()):
             raise ValueError(
-                f'{where}.branches={shown(branches)} must be a mapping, such as {{long: {{t_anneal: 1000ba}}}}'
+                f'{where}.branches={short_repr(branches)} must be a mapping, such as {{long: {{t_anneal: 1000ba}}}}'
             )
         for place, keys in ((where, section or {}), *((f'{where}.branches.{n}', b or {}) for n, b in branches.items())):
             if clash := [key for key in _DERIVED if key in keys]:

@@ -14,8 +14,8 @@ from scipy.stats import t as student
 
 from cpt_algorithms.evaluation.functional import Mean, bits_per_byte, by_average, changes, training_flops
 from cpt_algorithms.evaluation.lm_eval import macro_average, paired_delta, within_noise
-from cpt_algorithms.evaluation.results import Arm, RunRecord, Study
 from cpt_algorithms.files import write_whole
+from cpt_algorithms.report.run_records import Arm, RunRecord, Study
 
 __all__ = [
     'COUNTS',

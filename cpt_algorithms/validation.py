@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strict types for what people write: every mistake at once, each one line with the key, its value and what is right.
+
+:class:`Section` is the base of everything that is read from a YAML or JSON file; pydantic does the work, and nothing is
+coerced. :func:`check_type` is the same for a single value and a Python annotation of somebody else's.
+"""
+
+from collections import abc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from reprlib import Repr
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+__all__ = [
+    'ConfigError',
+    'PathStr',
+    'Section',
+    'check_keys',
+    'check_path',
+    'check_type',
+    'check_yaml_scalars',
+    'nearest',
+    'parse_section',
+    'short_repr',
+]
+
+_short = Repr()
+_short.maxstring = _short.maxother = 80
+
+
+class ConfigError(ValueError):
+    """What is wrong with a YAML, all of it.
+
+    Args:
+        problems: Each with its key, its value and what would be right.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__('\n'.join(f'  {number}. {problem}' for number, problem in enumerate(problems, start=1)))
+
+
+class Section(BaseModel):
+    """A section of a YAML: typed, frozen, unknown keys kept; ``key: null`` is as if the key were not there.
+
+    Subclasses that know all their keys say ``model_config = ConfigDict(extra='forbid')``.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra='allow', allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode='before')
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {key: value for key, value in given.items() if value is not None or key not in cls.model_fields}
+
+
+Kind = TypeVar('Kind', bound=BaseModel)
+
+
+def parse_section(kind: type[Kind], given: Any, where: str = '') -> Kind:
+    """Read a mapping as a typed section.
+
+    Args:
+        kind: The type.
+        given: What the YAML says.
+        where: Its dotted path, for errors. Default: the top.
+
+    Raises:
+        ConfigError: With everything that is wrong.
+    """
+    check_yaml_scalars(given, where)
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(_problems_of(error, given, where, kind)) from None
+
+
+def short_repr(value: Any) -> str:
+    """A value as an error shows it: in one line, and not a page of it."""
+    return _short.repr(value)
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """The end of an error about a word that is not known: the nearest right one, or all of them.
+
+    Args:
+        word: What was given.
+        known: What would be right.
+    """
+    known = sorted(known)
+    near = get_close_matches(str(word), known, n=1)
+    return f'did you mean {near[0]!r}?' if near else f'one of {", ".join(known) or "none"} is possible'
+
+
+def check_keys(where: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Refuse unknown keys, naming the nearest right one.
+
+    Args:
+        where: The section they stand in, as a dotted path.
+        given: Keys found there.
+        allowed: Keys that mean something there.
+
+    Raises:
+        ValueError: If a key is unknown.
+    """
+    allowed = set(allowed)
+    for key in given:
+        if key not in allowed:
+            raise ValueError(_unknown(f'{where}.{key}' if where else key, key, allowed))
+
+
+def _unknown(path: str, key: Any, allowed: Iterable[str]) -> str:
+    return f'{path} is not a key that anything reads; {nearest(key, allowed)}'
+
+
+def check_yaml_scalars(value: Any, where: str = '') -> None:
+    """Refuse what YAML can say and no part of a YAML here means: keys that are no text, and OmegaConf's ``???``.
+
+    Args:
+        value: What was read, mappings and lists in each other.
+        where: Its dotted path. Default: the top.
+
+    Raises:
+        ConfigError: Naming each path.
+    """
+    if problems := list(_scalar_problems(value, where)):
+        raise ConfigError(problems)
+
+
+def _scalar_problems(value: Any, where: str) -> Iterator[str]:
+    if value == '???':
+        yield f'{where} is missing: {value} stands for it'
+    for key in value if isinstance(value, Mapping) else ():
+        if not isinstance(key, str) or not key:
+            yield f'{where or "the YAML"}: {key!r} cannot be a key, which is text; put it in quotes'
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        path = f'[{key}]' if isinstance(value, list) else f'.{key}'
+        yield from _scalar_problems(item, f'{where}{path}'.removeprefix('.'))
+
+
+def check_path(key: str, value: Any) -> None:
+    """Refuse what cannot be the path of a file or folder: no text, nothing, or with a zero byte.
+
+    Args:
+        key: What it is called in an error.
+        value: The path or URI.
+
+    Raises:
+        ValueError: If it cannot be.
+    """
+    check_type(key, value, PathStr)
+
+
+# A path or URI: text that is not empty.
+PathStr = Annotated[str, Field(min_length=1, pattern=r'^[^\x00]*[^\s\x00][^\x00]*$')]
+
+
+def check_type(where: str, value: Any, hint: Any) -> None:
+    """Refuse a value of another type than a Python annotation asks for, as YAML knows types.
+
+    A list may stand for a tuple or a set, a whole number for a float. Numbers are finite. What YAML cannot say is not
+    judged.
+
+    Args:
+        where: Its dotted path.
+        value: What was read.
+        hint: The annotation.
+
+    Raises:
+        ValueError: Naming the path, the value and the right types.
+    """
+    try:
+        adapter = _adapter(hint)
+    except TypeError:  # a hint that cannot be hashed
+        adapter = _adapter.__wrapped__(hint)
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        raise ValueError(_problems_of(error, value, where)[0]) from None
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(_as_yaml(hint), config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+_LISTS = (list, tuple, set, frozenset, abc.Sequence, abc.Iterable)
+_MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
+
+
+def _as_yaml(hint: Any) -> Any:
+    """An annotation with what YAML can say in place of what it cannot; ``Any`` for what nobody can write."""
+    origin, inside = get_origin(hint) or hint, get_args(hint)
+    if origin is Annotated:
+        return hint
+    if origin in (Union, UnionType):
+        return Union[tuple(_as_yaml(each) for each in inside)]  # noqa: UP007
+    if origin in _MAPPINGS:
+        return dict[str, _as_yaml(inside[1])] if inside else dict[str, Any]
+    if origin in _LISTS:
+        return list[_as_yaml(inside[0])] if inside else list[Any]
+    return hint if origin in (bool, str, int, float, Literal, None, NoneType) else Any
+
+
+_KINDS = {
+    'bool_type': 'true or false',
+    'string_type': 'text',
+    'int_type': 'a whole number',
+    'int_from_float': 'a whole number',
+    'float_type': 'a number',
+    'finite_number': 'a number',
+    'none_required': 'null',
+    'dict_type': 'a mapping',
+    'mapping_type': 'a mapping',
+    'model_type': 'a mapping',
+    'model_attributes_type': 'a mapping',
+    'list_type': 'a list',
+    'tuple_type': 'a list',
+}
+_BOUNDS = {
+    'greater_than_equal': ('at least', 'ge'),
+    'greater_than': ('above', 'gt'),
+    'less_than_equal': ('at most', 'le'),
+    'less_than': ('below', 'lt'),
+}
+
+
+def _problems_of(error: ValidationError, given: Any, where: str = '', kind: type[BaseModel] | None = None) -> list[str]:
+    """Pydantic's errors, one line for each key: alternatives of one value are one problem."""
+    found: dict[str, list[Any]] = {}
+    for each in error.errors(include_url=False):
+        path, value = _find(given, each['loc'], each['type'])
+        found.setdefault(f'{where}{path}'.removeprefix('.'), [value]).append(each)
+    return [_problem(path, value, each, kind) for path, (value, *each) in found.items()]
+
+
+def _find(value: Any, loc: tuple[int | str, ...], error: str) -> tuple[str, Any]:
+    """The path of what is wrong and its value; of the ways in pydantic's ``loc``, unions are left out."""
+    path = ''
+    for number, step in enumerate(loc):
+        is_last = number == len(loc) - 1
+        if isinstance(value, Mapping) and (step in value or (is_last and error == 'missing')):
+            path, value = f'{path}.{step}', value.get(step)
+        elif isinstance(value, list) and isinstance(step, int):
+            path, value = f'{path}[{step}]', value[step]
+    return path, value
+
+
+def _problem(path: str, value: Any, errors: list[Any], kind: type[BaseModel] | None) -> str:
+    kinds: list[str] = []
+    for each in errors:
+        name, context = each['type'], each.get('ctx', {})
+        if name == 'missing':
+            return f'{path} is missing'
+        if name == 'extra_forbidden':
+            return _unknown(path, path.rpartition('.')[2], _keys_at(kind, each['loc'][:-1]))
+        if name in ('value_error', 'assertion_error'):
+            said = str(context.get('error', each['msg']))
+            return said.replace('KEY', path, 1) if said.startswith('KEY') else f'{path}={short_repr(value)}: {said}'
+        if name in ('string_too_short', 'string_pattern_mismatch'):
+            return f'{path}={short_repr(value)} must be a path'
+        if name == 'literal_error':
+            choices = context['expected'].replace("'", '').replace(' or ', ', ').split(', ')
+            kinds += [f'one of {", ".join(choices)}' if len(choices) > 1 else repr(choices[0])]
+            if isinstance(value, str) and len(errors) == 1:
+                return f'{path}={short_repr(value)} is not possible; {nearest(value, choices)}'
+        elif name in _BOUNDS:
+            word, bound = _BOUNDS[name]
+            kinds.append(f'{word} {context[bound]:g}')
+        elif name == 'too_short':
+            kinds.append(f'a list of at least {context["min_length"]}')
+        else:
+            kinds.append(_KINDS.get(name, each['msg']))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    quotes = '; put it in quotes' if 'text' in kinds and is_number else ''
+    return f'{path}={short_repr(value)} must be {" or ".join(dict.fromkeys(kinds))}{quotes}'
+
+
+def _keys_at(kind: Any, loc: Sequence[int | str]) -> list[str]:
+    """The keys that a section below a type has."""
+    for step in loc:
+        kinds = [kind] if isinstance(kind, type) else []
+        for each in kinds:
+            if issubclass(each, BaseModel) and step in each.model_fields:
+                kind = each.model_fields[str(step)].annotation
+        while get_args(kind) and not isinstance(kind, type):
+            sections = [each for each in get_args(kind) if each is not NoneType]
+            kind = sections[-1]
+        if get_origin(kind) is not None:
+            kind = get_args(kind)[-1]
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
