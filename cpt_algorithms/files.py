@@ -27,11 +27,11 @@ __all__ = [
     'list_names',
     'locked_sibling',
     'read_json',
-    'read_whole',
+    'read_or_none',
     'read_yaml',
     'size_of',
     'write_json',
-    'write_whole',
+    'write_atomic',
 ]
 
 
@@ -134,7 +134,7 @@ def _insist_on_absence(store: Any, name: str) -> None:
         raise PermissionError('it is there, and may not be read')
 
 
-def read_whole(place: str | Path) -> bytes | None:
+def read_or_none(place: str | Path) -> bytes | None:
     """What a file or object holds; None if there is none.
 
     Args:
@@ -163,7 +163,7 @@ def read_json(place: str | Path) -> Any:
         ValueError: If it is not JSON.
         StorageError: If it cannot be reached.
     """
-    content = read_whole(place)
+    content = read_or_none(place)
     try:
         return None if content is None else json.loads(content)
     except ValueError as error:
@@ -191,7 +191,7 @@ def read_yaml(path: str | Path) -> DictConfig:
     return given
 
 
-def write_whole(place: str | Path, content: bytes) -> None:
+def write_atomic(place: str | Path, content: bytes) -> None:
     """Write a file whole or not at all, even if the machine stops half-way or another process writes it too.
 
     Args:
@@ -231,7 +231,7 @@ def write_json(place: str | Path, value: Any) -> None:
     Raises:
         StorageError: If object storage cannot be reached.
     """
-    write_whole(place, json.dumps(value, indent=1).encode())
+    write_atomic(place, json.dumps(value, indent=1).encode())
 
 
 def check_writable(key: str, folder: str, advice: str) -> None:

@@ -277,7 +277,7 @@ def _problem(path: str, value: Any, errors: list[Any], kind: type[BaseModel] | N
         elif name == 'too_short':
             kinds.append(f'a list of at least {context["min_length"]}')
         else:
-            kinds.append(_KINDS.get(name, each['msg']))
+            kinds.append(_KINDS.get(name) or str(each['msg']))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     quotes = '; put it in quotes' if 'text' in kinds and is_number else ''
     return f'{path}={short_repr(value)} must be {" or ".join(dict.fromkeys(kinds))}{quotes}'

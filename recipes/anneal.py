@@ -29,7 +29,7 @@ import continue_pretraining
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cpt_algorithms.checkpoints.open import follow
+from cpt_algorithms.checkpoints.open import resolve_latest
 from cpt_algorithms.files import StorageError, is_remote, read_json
 from cpt_algorithms.sequence.branches import anneal_branch
 from cpt_algorithms.sequence.expand import ANNEAL_KEYS, NOT_OF_A_BRANCH
@@ -48,7 +48,7 @@ def branch_of(checkpoint: str, overrides: list[str]) -> dict[str, Any]:
     """
     try:
         if is_remote(checkpoint):
-            real = follow(checkpoint)
+            real = resolve_latest(checkpoint)
         else:
             link = Path(checkpoint)
             real = str(link.with_name(os.readlink(link)) if link.is_symlink() else link)

@@ -48,12 +48,12 @@ from rich.console import Console
 from torch.distributed.checkpoint.api import CheckpointException
 from yaml import YAMLError
 
-from cpt_algorithms.checkpoints.exports import base_of, folder_of_base, models_of, parent_of
-from cpt_algorithms.checkpoints.open import CheckpointError, follow, guard_loading, is_whole, newest_remote
+from cpt_algorithms.checkpoints.exports import folder_of_pretrained, models_of, parent_of, pretrained_model_of
+from cpt_algorithms.checkpoints.open import CheckpointError, guard_loading, is_complete, newest_remote, resolve_latest
 from cpt_algorithms.cost.tables import print_costs
 from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
-from cpt_algorithms.files import StorageError, exists, is_remote, read_json, read_yaml, write_json, write_whole
-from cpt_algorithms.replay.dataset_numbers import safe_numbers
+from cpt_algorithms.files import StorageError, exists, is_remote, read_json, read_yaml, write_atomic, write_json
+from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.streams import StreamError
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
 from cpt_algorithms.stage.preflight import PreflightError, latest_batch, preflight, resolve, total_batches
@@ -64,7 +64,7 @@ DATASETS_LOCK = FileLock(Path(tempfile.gettempdir()) / f'cpt_algorithms_datasets
 STACK = ('cpt-algorithms', 'llm-foundry', 'mosaicml', 'mosaicml-streaming', 'torch', 'transformers')
 
 
-safe_numbers()
+unique_shm_prefixes()
 
 
 class DatasetsBuilt(Callback):
@@ -161,9 +161,9 @@ def print_phases(cfg: dict[str, Any]) -> None:
 
 def parent_files(cfg: dict[str, Any]) -> dict[str, list[int]] | None:
     """Size and time of the files of the model that a stage starts from; None if they are not here."""
-    base = base_of(cfg)
+    base = pretrained_model_of(cfg)
     try:
-        parent = folder_of_base(base) if base else Path(cfg.get('load_path') or '')
+        parent = folder_of_pretrained(base) if base else Path(cfg.get('load_path') or '')
         stats = {file.name: file.stat() for file in (sorted(parent.iterdir()) if parent.is_dir() else [parent])}
     except (OSError, ValueError):
         return None
@@ -184,7 +184,7 @@ def note_lineage(cfg: dict[str, Any], folder: str, resumes: bool) -> None:
     wandb_id = before.pop('wandb_id', secrets.token_hex(4))
     lineage = {
         'run_name': cfg['run_name'],
-        'parent': cfg.get('load_path') or base_of(cfg),
+        'parent': cfg.get('load_path') or pretrained_model_of(cfg),
         'data': cfg['train_loader']['dataset'],
         'max_duration': cfg['max_duration'],
         'config': cfg,
@@ -246,7 +246,7 @@ def mend(folder: Path) -> None:
     whole: dict[int, Path] = {}
     for path in folder.glob('ep*-ba*'):
         batch = re.search(r'-ba(\d+)', path.name)
-        if is_whole(path) and batch:
+        if is_complete(path) and batch:
             whole[int(batch.group(1))] = path
         elif path.is_dir():
             shutil.rmtree(path)
@@ -286,7 +286,7 @@ def take_remote(folder: str) -> tuple[str, str | None]:
     checkpoint = newest_remote(folder)[1]
     if checkpoint is not None:
         link = 'latest-rank0.pt' if checkpoint.endswith('.pt') else 'latest-sharded-rank0'
-        write_whole(f'{folder}/{link}.symlink', parse_uri(checkpoint)[2].encode())
+        write_atomic(f'{folder}/{link}.symlink', parse_uri(checkpoint)[2].encode())
     return token, checkpoint
 
 
@@ -371,7 +371,7 @@ def run(cfg: dict[str, Any], world_size: int, rank_zero: bool) -> None:
         track(cfg, folder)
         parent_is_evaluated = exists(f'{folder}/forgetting.json') and (latest > 0 or not remote)
         # Composer finds latest-rank0.pt in object storage, but no latest-sharded-rank0
-        parent = follow(cfg['load_path']) if is_remote(cfg.get('load_path') or '') else cfg.get('load_path')
+        parent = resolve_latest(cfg['load_path']) if is_remote(cfg.get('load_path') or '') else cfg.get('load_path')
         there = [latest, parent_is_evaluated, checkpoint, token, parent]
     if world_size > 1:
         dist.broadcast_object_list(there)  # also waits for what rank 0 does above

@@ -37,11 +37,11 @@ from rich.table import Table
 
 from cpt_algorithms.cost.tables import print_costs
 from cpt_algorithms.files import is_remote, write_json
-from cpt_algorithms.launch.launcher import Handle, LaunchError, Layout, Start, command, layout_of, starter
+from cpt_algorithms.launch.launcher import Handle, LaunchError, Resources, Start, command, make_launcher, resources_of
 from cpt_algorithms.launch.wandb_runs import trial_run
 from cpt_algorithms.report.page import Report, print_report, write_report
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
-from cpt_algorithms.sequence.expand import Run, checkpoint_after, heirs, plan, stage_tokens, tokens_per_stream
+from cpt_algorithms.sequence.expand import Run, checkpoint_after, descendants, plan, stage_tokens, tokens_per_stream
 from cpt_algorithms.sequence.scale import load_scaled
 from cpt_algorithms.sequence.sweep import plan_trials, sequence_of, trials_of
 from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve, total_batches
@@ -100,7 +100,7 @@ def check(spec: dict[str, Any], runs: list[Run], is_plan: bool = False) -> list[
         try:
             # parents do not exist yet: each run's own preflight looks at them; a merge is as right as its trunk
             if batches(run):
-                preflight(run.config, layout_of(spec).ranks, parent_is_there=False)
+                preflight(run.config, resources_of(spec).ranks, parent_is_there=False)
         except PreflightError as error:
             unseen += error.unseen
             for each in error.problems:
@@ -115,7 +115,9 @@ def check(spec: dict[str, Any], runs: list[Run], is_plan: bool = False) -> list[
             for config in (before, now):  # a new branch begins where a checkpoint was kept
                 config['callbacks'].pop('branch_points', None)
         if changed := differences(before, now):
-            invalid = [name for name in heirs(runs, run.name) if (Path(spec['folder']) / name / 'stage.json').exists()]
+            invalid = [
+                name for name in descendants(runs, run.name) if (Path(spec['folder']) / name / 'stage.json').exists()
+            ]
             problems.append(
                 f'{run.name} was trained with other settings ({"; ".join(changed[:4])}). Put them back, use another '
                 f'folder, or delete {folder(run)}'
@@ -244,7 +246,7 @@ def launch(run: Run, start: Start) -> Running | None:
     return Running(run, start(RECIPES / run.script, folder(run)), lock)
 
 
-def print_commands(layout: Layout, runs: list[Run]) -> None:
+def print_commands(layout: Resources, runs: list[Run]) -> None:
     """What trains each run, in the shell of each of its nodes, under whatever scheduler starts it there."""
     if layout.nodes > 1:
         console.print(f'# on each node: NODE_RANK is 0 to {layout.nodes - 1}, MASTER_ADDR the node whose rank is 0')
@@ -416,10 +418,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         spec, runs = read(arguments)
-        layout, jobs = layout_of(spec), spec.get('jobs') or 1
+        layout, jobs = resources_of(spec), spec.get('jobs') or 1
         is_plan = arguments.dry_run or arguments.write
         unseen = check(spec, runs, is_plan)
-        start = None if is_plan else starter(layout, jobs)
+        start = None if is_plan else make_launcher(layout, jobs)
     except (ValueError, OSError) as error:
         sys.exit(f'{arguments.sweep or " ".join(arguments.words[:1])} was refused before training:\n{error}')
     print_plan(spec, runs)

@@ -21,7 +21,7 @@ from yaml import YAMLError
 from cpt_algorithms.cost.estimate import GPUS, tokens_of_streams
 from cpt_algorithms.cost.tables import print_costs, print_phases
 from cpt_algorithms.files import StorageError, read_json, write_json
-from cpt_algorithms.launch.launcher import layout_of
+from cpt_algorithms.launch.launcher import resources_of
 from cpt_algorithms.sequence.expand import plan, stage_tokens
 from cpt_algorithms.sequence.scale import load_scaled
 from cpt_algorithms.stage.preflight import resolve
@@ -50,7 +50,7 @@ def read(words: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, int] | 
             raise ValueError(f'{name}: {missing[0]} is missing')
     if not is_sequence:
         return configs, budgets(*configs.items()), 8
-    layout = layout_of(given)
+    layout = resources_of(given)
     return configs, stage_tokens(given), layout.nodes * layout.nproc
 
 

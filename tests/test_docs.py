@@ -157,7 +157,7 @@ def big_data(tmp_path_factory, data):
     return root
 
 
-# the papers' data are not here: tests/stage/test_paper_yamls.py
+# the papers' data are not here: tests/sequence/test_paper_yamls.py
 ON_A_LAPTOP = [path for path in TRAIN_YAMLS if 'data/quickstart' in path.read_text()]
 
 

@@ -31,7 +31,7 @@ from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.sequence.expand import stage_tokens
 from cpt_algorithms.sequence.scale import load_scaled
 from cpt_algorithms.sequence.sweep import plan_trials, sequence_of, trials_of
-from cpt_algorithms.stage.data_checks import data_mistakes
+from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.preflight import preflight
 
 SECONDS = 20  # of computing, for one input
@@ -147,7 +147,7 @@ def read_sequence(root):
         path = root.parent / f'{root.name}.yaml'
         path.write_text(yaml.safe_dump(spec, allow_unicode=True, sort_keys=False), encoding='utf-8')
         given, runs = sequence.read(sequence.parse([str(path)]))
-        layout = sequence.layout_of(given)
+        layout = sequence.resources_of(given)
         sequence.check(given, runs, is_plan=True)
         sequence.console = Console(file=io.StringIO(), width=140)
         sequence.print_plan(given, runs)
@@ -209,7 +209,7 @@ def test_what_was_found_in_scales_is_refused(root, monkeypatch, place, value):
     path = root.parent / f'{root.name}-scale.yaml'
     path.write_text(yaml.safe_dump(scale), encoding='utf-8')
     with pytest.raises(ValueError, match=place[-1]):
-        sequence.layout_of(sequence.read(sequence.parse(['yamls/sequence/pile_german.yaml', f'scale={path}']))[0])
+        sequence.resources_of(sequence.read(sequence.parse(['yamls/sequence/pile_german.yaml', f'scale={path}']))[0])
 
 
 def test_sweeps(root, sequence_spec):
@@ -490,11 +490,11 @@ def test_manifests(root, data, tmp_path_factory):
 
     def read(value):
         (folder / 'manifest.json').write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
-        list(data_mistakes(cfg, loaders, False))
+        list(find_data_problems(cfg, loaders, False))
 
     read(MANIFEST)
     (folder / 'manifest.json').write_bytes(b'{"request": ')
     with pytest.raises(ValueError, match=r'manifest\.json cannot be read'):
-        list(data_mistakes(cfg, loaders, False))
+        list(find_data_problems(cfg, loaders, False))
     strategy = spoilt(MANIFEST, values=IN_INDEX).map(lambda case: (case[0], [('manifest.json',)]))
     cases(strategy, read, root, 60, False)

@@ -26,9 +26,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from cpt_algorithms.checkpoints.exports import Base, base_of, folder_of_base, parent_of
+from cpt_algorithms.checkpoints.exports import PretrainedModel, folder_of_pretrained, parent_of, pretrained_model_of
 from cpt_algorithms.report.page import write_report
-from cpt_algorithms.report.run_records import read_study
+from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.report.tables import rows_of
 from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
 
@@ -167,7 +167,7 @@ def test_the_untouched_base_is_the_parent(updated, bases, data):
     assert losses['losses']['past'][0] == [0, 0, judged['parent']['past']]
     assert losses['final']['fresh']['mean'] != judged['parent']['fresh']
     assert lineage['parent'] == str(bases[kind])
-    assert parent_of(folder / 'update') == Base(str(bases[kind]), folder / 'update')
+    assert parent_of(folder / 'update') == PretrainedModel(str(bases[kind]), folder / 'update')
     first = recorder.read(folder / 'update.jsonl')[0]
     assert first['lr'] == [5e-3 * 0.25] and first['adam_step'] == 0
     rows = [row[0] for line in recorder.read(folder / 'update.jsonl').values() for row in line['rows']]
@@ -231,7 +231,7 @@ def test_a_second_stage_reads_no_base(updated, bases, data, tmp_path):
     parent = of_checkpoint(tmp_path / 'mean.pt', bases[kind])
     assert judged['parent']['past'] == pytest.approx(loss_by_hand(parent, data['old'], tokenizer), rel=1e-5)
     assert lineage['parent'] == str(tmp_path / 'mean.pt')
-    assert lineage['config']['model']['pretrained'] is False and base_of(lineage['config']) is None
+    assert lineage['config']['model']['pretrained'] is False and pretrained_model_of(lineage['config']) is None
 
 
 def main(*arguments):
@@ -276,7 +276,7 @@ def test_a_sequence_from_a_base(updated, bases, tmp_path):
     ]
     sequence = {'name': 'x', 'data': ['fresh', 'past'], 'stages': {'first': 1024, 'second': 1024}, 'runs': runs}
     (tmp_path / 'sequence.json').write_text(json.dumps(sequence))
-    study = read_study([tmp_path])
+    study = read_runs([tmp_path])
     row = next(row for row in rows_of(study) if row.arm == 'first only' and not row.average)
     assert row.kind == 'update' and 'compute against union' not in row.columns
     assert {'forgetting', 'adaptation'} <= row.columns.keys()
@@ -377,7 +377,7 @@ def test_a_base_that_is_not_whole_is_refused(bases, data, tmp_path):
     [found] = problems(cfg)
     assert f'{base} is no checkpoint' in found
     preflight(resolve({**cfg, 'load_path': 'later.pt'}), parent_is_there=False)  # which reads no base
-    assert base_of(cfg) == str(base) and base_of({**cfg, 'load_path': 'later.pt'}) is None
+    assert pretrained_model_of(cfg) == str(base) and pretrained_model_of({**cfg, 'load_path': 'later.pt'}) is None
 
 
 def test_a_tokenizer_that_is_not_the_bases_is_refused(bases, data, tmp_path):
@@ -442,9 +442,9 @@ def test_a_base_of_the_hub_is_looked_for_in_its_cache(tmp_path, monkeypatch):
     (tmp_path / 'models--some--llama' / 'refs').mkdir()
     (tmp_path / 'models--some--llama' / 'refs' / 'main').write_text('abc')
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
-    assert folder_of_base('some/llama') == snapshot
+    assert folder_of_pretrained('some/llama') == snapshot
     with pytest.raises(ValueError, match='some/other is neither a folder nor in the cache of the Hugging Face hub'):
-        folder_of_base('some/other')
+        folder_of_pretrained('some/other')
     run = tmp_path / 'run'
     run.mkdir()
     model = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': 'some/other'}

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from cpt_algorithms.checkpoints.exports import exports, models_of
-from cpt_algorithms.checkpoints.open import CheckpointError, is_whole, open_checkpoint, safe_globals
+from cpt_algorithms.checkpoints.open import CheckpointError, is_complete, open_checkpoint, safe_globals
 from cpt_algorithms.launch.fork_server import ForkServer
 
 SCRIPTS = tiny.ROOT / 'scripts'
@@ -155,10 +155,10 @@ def weights_of(path):
 def check_whole(run, exported):
     """Whatever a restart, or another command, would take for a checkpoint, a model or a result is whole."""
     for path in run.glob('ep*-ba*'):
-        if is_whole(path):
+        if is_complete(path):
             assert load(path)['state']['model']
     for link in run.glob('latest*'):
-        assert not link.exists() or is_whole(link.resolve())
+        assert not link.exists() or is_complete(link.resolve())
     for folder in models_of(run) if exports(run) else ():
         files, weights = exported[folder.name]
         assert {file.name for file in folder.iterdir()} == files
@@ -175,7 +175,7 @@ def exported_by(run):
 
 def half_saved(run):
     """Checkpoints of which a part is there."""
-    return {path for path in run.glob('ep*-ba*') if not is_whole(path)}
+    return {path for path in run.glob('ep*-ba*') if not is_complete(path)}
 
 
 def half_exported(run):

@@ -29,8 +29,8 @@ from torch.distributed import checkpoint as dcp
 
 from cpt_algorithms import files
 from cpt_algorithms.checkpoints.exports import parent_of
-from cpt_algorithms.checkpoints.open import follow, newest_remote
-from cpt_algorithms.report.run_records import read_study
+from cpt_algorithms.checkpoints.open import newest_remote, resolve_latest
+from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.stage.preflight import PreflightError, latest_batch, preflight, resolve
 
 RUN = 's3://bucket/runs/run'
@@ -326,8 +326,8 @@ def test_a_sharded_checkpoint_counts_when_all_it_names_is_there(finished, origin
     folder = 's3://bucket/runs/sharded'
     assert newest_remote(folder) == (4, f'{folder}/ep0-ba4')
     assert (
-        follow(f'{folder}/latest-sharded-rank0')
-        == follow(f'{folder}/latest-sharded-rank0.symlink')
+        resolve_latest(f'{folder}/latest-sharded-rank0')
+        == resolve_latest(f'{folder}/latest-sharded-rank0.symlink')
         == f'{folder}/ep0-ba4'
     )
     cfg = settings(tmp_path, data, 'child', load_path=f'{folder}/latest-sharded-rank0')
@@ -377,7 +377,7 @@ def test_what_needs_a_local_copy_says_so(data, tmp_path):
     with pytest.raises(ValueError, match='--parent names a copy of its export'):
         parent_of(tmp_path)
     with pytest.raises(ValueError, match='copy its JSON files into a local folder'):
-        read_study([Path(RUN)])
+        read_runs([Path(RUN)])
 
 
 # Sequences
@@ -466,7 +466,7 @@ def test_sigkill(scratch, data, tmp_path):
     assert latest_batch(RUN) == 8
     assert files.exists(f'{RUN}/huggingface/ba8/model.safetensors')
     assert files.read_json(f'{RUN}/done.json')['batch'] == 8
-    assert follow(f'{RUN}/latest-rank0.pt') == f'{RUN}/ep0-ba8-rank0.pt'
+    assert resolve_latest(f'{RUN}/latest-rank0.pt') == f'{RUN}/ep0-ba8-rank0.pt'
 
 
 @pytest.mark.slow
@@ -493,7 +493,7 @@ def test_two_sharded_ranks_killed_in_the_middle_of_an_upload(scratch, data, tmp_
     assert [recorder.read(tmp_path / 'run.jsonl', rank) for rank in (0, 1)] == lines
     assert len((tmp_path / 'run.jsonl.rank0').read_text().splitlines()) == 8 + 4
     assert newest_remote(RUN) == (8, f'{RUN}/ep0-ba8')
-    assert follow(f'{RUN}/latest-sharded-rank0') == f'{RUN}/ep0-ba8'
+    assert resolve_latest(f'{RUN}/latest-sharded-rank0') == f'{RUN}/ep0-ba8'
     assert not list((tmp_path / 'temporary').rglob('*.distcp')), 'nothing is left on the disk of any rank'
     average_checkpoints.main([RUN, '--last', '2', '--out', str(tmp_path / 'average')])
     assert (tmp_path / 'average' / 'model.safetensors').exists()

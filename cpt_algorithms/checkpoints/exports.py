@@ -17,11 +17,19 @@ if TYPE_CHECKING:
     from composer.loggers import Logger
     from llmfoundry.callbacks import HuggingFaceCheckpointer
 
-__all__ = ['Base', 'base_of', 'export_whole', 'exports', 'folder_of_base', 'models_of', 'parent_of']
+__all__ = [
+    'PretrainedModel',
+    'pretrained_model_of',
+    'export_atomically',
+    'exports',
+    'folder_of_pretrained',
+    'models_of',
+    'parent_of',
+]
 
 
 @dataclass(frozen=True)
-class Base:
+class PretrainedModel:
     """The pretrained model that a run began from.
 
     Args:
@@ -33,7 +41,7 @@ class Base:
     run: Path
 
 
-def base_of(config: Mapping[str, Any]) -> str | None:
+def pretrained_model_of(config: Mapping[str, Any]) -> str | None:
     """The pretrained Hugging Face model whose weights a stage starts from; none if it starts from others.
 
     Args:
@@ -44,7 +52,7 @@ def base_of(config: Mapping[str, Any]) -> str | None:
     return model.get('pretrained_model_name_or_path') if is_base else None
 
 
-def folder_of_base(name: str) -> Path:
+def folder_of_pretrained(name: str) -> Path:
     """Where a pretrained model lies on this machine. Looks nothing up on the hub.
 
     Args:
@@ -83,7 +91,7 @@ def models_of(given: Path) -> list[Path]:
     return [newest, *sorted(path.parent for path in newest.parent.glob(f'{newest.name}-*/config.json'))]
 
 
-def parent_of(given: Path) -> Path | Base | None:
+def parent_of(given: Path) -> Path | PretrainedModel | None:
     """The export of the checkpoint that a run began from, or the pretrained model.
 
     Args:
@@ -103,9 +111,9 @@ def parent_of(given: Path) -> Path | Base | None:
         return None
     if not load_path:
         return None
-    if base := base_of(stage.get('config') or {}):
-        folder_of_base(base)
-        return Base(base, run)
+    if base := pretrained_model_of(stage.get('config') or {}):
+        folder_of_pretrained(base)
+        return PretrainedModel(base, run)
     if is_remote(load_path):
         raise ValueError(
             f'{given}: its parent {load_path} lies in object storage, so no differences are shown; --parent names a '
@@ -125,7 +133,7 @@ def parent_of(given: Path) -> Path | Base | None:
     return found[wanted]
 
 
-def export_whole(exporter: 'HuggingFaceCheckpointer', state: 'State', logger: 'Logger', **how: bool) -> None:
+def export_atomically(exporter: 'HuggingFaceCheckpointer', state: 'State', logger: 'Logger', **how: bool) -> None:
     """Export as LLM Foundry does, but so that the folder appears whole or not at all; it writes ``config.json`` first.
 
     Made in a hidden folder beside, which is then renamed. Not so in object storage, where nothing can be renamed, nor

@@ -29,25 +29,25 @@ from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import filesystem, metadata
 
-from cpt_algorithms.files import fetch, list_names, read_whole
+from cpt_algorithms.files import fetch, list_names, read_or_none
 from cpt_algorithms.weight_averaging.functional import window_weights
 
 __all__ = [
     'Checkpoint',
     'CheckpointError',
-    'Piece',
-    'Stored',
+    'Chunk',
+    'TensorOnDisk',
     'UnsafeCheckpointError',
     'dataset_state_of',
     'files_of',
-    'follow',
+    'resolve_latest',
     'guard_loading',
     'is_safe',
-    'is_whole',
+    'is_complete',
     'newest_remote',
     'open_checkpoint',
     'read_metadata',
-    'read_without_data',
+    'load_structure',
     'safe_globals',
 ]
 
@@ -92,7 +92,7 @@ _MOST_OBJECTS = 10_000_000  # a second of hashing or printing
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """A box of a tensor, somewhere in a file.
 
     Args:
@@ -115,7 +115,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorOnDisk:
     """A tensor on disk.
 
     Args:
@@ -126,10 +126,10 @@ class Stored:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    find: Callable[[], list[Piece]]
+    find: Callable[[], list[Chunk]]
 
     @cached_property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Chunk]:
         """The pieces; together they cover the tensor once."""
         return self.find()
 
@@ -161,10 +161,10 @@ class Checkpoint:
 
     path: Path
     kind: str
-    tensors: dict[str, Stored]
+    tensors: dict[str, TensorOnDisk]
     prefix: str = MODEL_PREFIX
     aliases: dict[str, str] = field(default_factory=dict)
-    averages: dict[str, list[tuple[float, dict[str, Stored]]]] = field(default_factory=dict)
+    averages: dict[str, list[tuple[float, dict[str, TensorOnDisk]]]] = field(default_factory=dict)
     carried: dict[str, Any] = field(default_factory=dict)
 
 
@@ -227,7 +227,7 @@ def _open(path: Path) -> Checkpoint:
     return _open_monolithic(path)
 
 
-def _read_hugging_face(path: Path) -> dict[str, Stored]:
+def _read_hugging_face(path: Path) -> dict[str, TensorOnDisk]:
     if not path.is_file():
         raise CheckpointError(f'{path} is no file')
     if path.suffix == '.safetensors':
@@ -253,7 +253,7 @@ def _read_hugging_face(path: Path) -> dict[str, Stored]:
     return {key: files[name][key] for key, name in places.items()}
 
 
-def _read_safetensors(path: Path) -> dict[str, Stored]:
+def _read_safetensors(path: Path) -> dict[str, TensorOnDisk]:
     try:
         with safe_open(path, 'pt'):  # checks the header: every tensor inside the file, none overlapping
             pass
@@ -272,9 +272,9 @@ def _read_safetensors(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _in_one_piece(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
-    piece = Piece(path, offset, (0,) * len(shape), shape, contiguous(shape))
-    return Stored(dtype, shape, lambda: [piece])
+def _in_one_piece(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorOnDisk:
+    piece = Chunk(path, offset, (0,) * len(shape), shape, contiguous(shape))
+    return TensorOnDisk(dtype, shape, lambda: [piece])
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -479,14 +479,14 @@ def _open_monolithic(path: Path) -> Checkpoint:
         raise CheckpointError(f'{path} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
     prefix = _prefix_of(model)
 
-    def stored(tensors: dict[str, torch.Tensor]) -> dict[str, Stored]:
+    def stored(tensors: dict[str, torch.Tensor]) -> dict[str, TensorOnDisk]:
         found = {}
         for key, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor) or (offset := _place_of(tensor)) is None:
                 raise CheckpointError(f'{path}: {key} is a {type(tensor).__name__}, not a tensor with data')
             shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-            piece = Piece(path, offset, (0,) * len(shape), shape, stride)
-            found[key.removeprefix(prefix)] = Stored(tensor.dtype, shape, lambda piece=piece: [piece])
+            piece = Chunk(path, offset, (0,) * len(shape), shape, stride)
+            found[key.removeprefix(prefix)] = TensorOnDisk(tensor.dtype, shape, lambda piece=piece: [piece])
         return found
 
     tensors, aliases, first = {}, {}, {}
@@ -511,7 +511,9 @@ def _prefix_of(names: Iterable[str]) -> str:
     return MODEL_PREFIX if all(name.startswith(MODEL_PREFIX) for name in names) else ''
 
 
-def _lawa(slots: dict[int, dict[str, Stored]], meta: str | None) -> dict[str, list[tuple[float, dict[str, Stored]]]]:
+def _lawa(
+    slots: dict[int, dict[str, TensorOnDisk]], meta: str | None
+) -> dict[str, list[tuple[float, dict[str, TensorOnDisk]]]]:
     if not slots:
         return {}
     weights = window_weights(json.loads(meta or '{}').get('weights', 'uniform'), len(slots))
@@ -586,7 +588,7 @@ def read_metadata(folder: str | Path) -> metadata.Metadata:
     return found
 
 
-def read_without_data(path: str | Path) -> dict[str, Any]:
+def load_structure(path: str | Path) -> dict[str, Any]:
     """What a Composer ``.pt`` file holds; its tensors have a dtype and a shape, and no data.
 
     Args:
@@ -665,7 +667,7 @@ def is_safe(path: str | Path, specs: list[tuple[int, int]] | None = None) -> boo
         elif path.name == '.metadata':
             read_metadata(path.parent)
         else:
-            read_without_data(path)
+            load_structure(path)
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f'{error}; {TRUST}') from None
     return True
@@ -754,7 +756,7 @@ def _open_sharded(folder: Path) -> Checkpoint:
         except KeyError:
             raise CheckpointError(f'{folder}/.metadata does not say where {key} is') from None
 
-    def stored(key: str, tensor: metadata.TensorStorageMetadata) -> Stored:
+    def stored(key: str, tensor: metadata.TensorStorageMetadata) -> TensorOnDisk:
         dtype, shape = tensor.properties.dtype, tuple(tensor.size)
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(f'{folder}/.metadata does not say of what numbers {key} is')
@@ -766,11 +768,11 @@ def _open_sharded(folder: Path) -> Checkpoint:
                 if info.length < prod(chunk.sizes) * dtype.itemsize:
                     raise CheckpointError(f'{folder}/.metadata says that {key} is larger than what is stored of it')
 
-        def find() -> list[Piece]:
+        def find() -> list[Chunk]:
             with _of_its_form(folder):
                 return pieces_of()
 
-        def pieces_of() -> list[Piece]:
+        def pieces_of() -> list[Chunk]:
             pieces = []
             for chunk in tensor.chunks:
                 if not prod(chunk.sizes):
@@ -785,18 +787,18 @@ def _open_sharded(folder: Path) -> Checkpoint:
                 place = _place_of(value)
                 if place is None:
                     raise CheckpointError(f'{path}: {key} has no data')
-                pieces.append(Piece(path, info.offset + place, at, sizes, stride))
+                pieces.append(Chunk(path, info.offset + place, at, sizes, stride))
             return pieces
 
-        return Stored(dtype, shape, find)
+        return TensorOnDisk(dtype, shape, find)
 
     # a name may contain dots: only the planner's paths tell where it ends
     paths = {key: tuple(path) for key, path in (found.planner_data or {}).items()}
     if strange := [key for key, path in paths.items() if '.'.join(map(str, path)) != key]:
         raise CheckpointError(f'{folder}/.metadata does not say to which part of the state {strange[0]} belongs')
-    tensors: dict[str, Stored] = {}
-    averages: dict[str, dict[str, Stored]] = {}
-    slots: dict[int, dict[str, Stored]] = {}
+    tensors: dict[str, TensorOnDisk] = {}
+    averages: dict[str, dict[str, TensorOnDisk]] = {}
+    slots: dict[int, dict[str, TensorOnDisk]] = {}
     carried: dict[str, Any] = {}
     meta = None
     entries = {paths.get(key, tuple(key.split('.', 2))): (key, each) for key, each in found.state_dict_metadata.items()}
@@ -843,7 +845,7 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
     return sorted({piece.path for one in checkpoint.tensors.values() for piece in one.pieces})
 
 
-def is_whole(path: str | Path) -> bool:
+def is_complete(path: str | Path) -> bool:
     """Whether a local Composer checkpoint was written to its end, and its deletion has not begun.
 
     A zip's directory stands at its end. A sharded folder's ``.metadata`` is written last, and says how long its other
@@ -897,7 +899,7 @@ def newest_remote(folder: str) -> tuple[int, str | None]:
     return 0, None
 
 
-def follow(uri: str) -> str:
+def resolve_latest(uri: str) -> str:
     """Where Composer's ``latest-rank0.pt`` or ``latest-sharded-rank0`` leads in object storage.
 
     There are no links: ``latest-rank0.pt.symlink`` is an object that holds the name of another.
@@ -913,7 +915,7 @@ def follow(uri: str) -> str:
     """
     from composer.utils import parse_uri  # takes seconds
 
-    target = read_whole(uri if uri.endswith('.symlink') else f'{uri}.symlink')
+    target = read_or_none(uri if uri.endswith('.symlink') else f'{uri}.symlink')
     return uri if target is None else uri.removesuffix(parse_uri(uri)[2]) + target.decode()
 
 

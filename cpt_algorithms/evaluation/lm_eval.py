@@ -29,7 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 from yaml import YAMLError
 
-from cpt_algorithms.checkpoints.exports import Base, folder_of_base
+from cpt_algorithms.checkpoints.exports import PretrainedModel, folder_of_pretrained
 from cpt_algorithms.evaluation.functional import Mean
 from cpt_algorithms.files import read_yaml, write_json
 from cpt_algorithms.validation import check_keys
@@ -300,7 +300,7 @@ def _stat(file: Path) -> list[int]:
 # Evaluation
 
 
-def result_file(model: Path | Base, suite: Mapping[str, Any], limit: int | None) -> Path:
+def result_file(model: Path | PretrainedModel, suite: Mapping[str, Any], limit: int | None) -> Path:
     """Where the results of a model go; those with a limit stand apart, as a try must not replace them.
 
     Args:
@@ -309,7 +309,7 @@ def result_file(model: Path | Base, suite: Mapping[str, Any], limit: int | None)
         limit: Items of each task at most.
     """
     folder = suite['name'] if limit is None else f'{suite["name"]}-limit{limit}'
-    if isinstance(model, Base):
+    if isinstance(model, PretrainedModel):
         return model.run / 'huggingface' / 'lm_eval' / folder / 'base.json'
     return model.parent / 'lm_eval' / folder / f'{model.name}.json'
 
@@ -328,7 +328,7 @@ def _done(paths: Iterable[Path], settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(
-    model: Path | Base,
+    model: Path | PretrainedModel,
     suite: Mapping[str, Any],
     device: str,
     batch_size: int,
@@ -358,7 +358,9 @@ def evaluate(
         ValueError: If the model cannot be loaded.
     """
     path = result_file(model, suite, limit)
-    folder, others = (model, []) if isinstance(model, Path) else (folder_of_base(model.name), _of_other_runs(path))
+    folder, others = (
+        (model, []) if isinstance(model, Path) else (folder_of_pretrained(model.name), _of_other_runs(path))
+    )
     settings = {
         'lm_eval': version('lm_eval'),
         'limit': limit,
@@ -407,12 +409,12 @@ def _of_other_runs(path: Path) -> list[Path]:
 
 def evaluate_all(
     models: Sequence[Sequence[Path]],
-    parents: Sequence[Path | Base | None],
+    parents: Sequence[Path | PretrainedModel | None],
     suite: Mapping[str, Any],
     device: str | None = None,
     batch_size: int = 16,
     limit: int | None = None,
-) -> dict[Path | Base, dict[str, Any]]:
+) -> dict[Path | PretrainedModel, dict[str, Any]]:
     """Evaluate models and what they are compared with, each once.
 
     Args:

@@ -25,7 +25,7 @@ from cpt_algorithms.launch.slurm_node import TrainingNode, launcher_arguments, r
 from cpt_algorithms.launch.wandb_runs import environment_of_children
 from cpt_algorithms.validation import check_keys
 
-__all__ = ['Handle', 'LaunchError', 'Layout', 'Start', 'command', 'layout_of', 'starter']
+__all__ = ['Handle', 'LaunchError', 'Resources', 'Start', 'command', 'resources_of', 'make_launcher']
 
 # submitit's, of its executor and not of a job.
 _OF_THE_EXECUTOR = ('slurm_max_num_timeout', 'slurm_python')
@@ -49,7 +49,7 @@ _PAUSE = 2
 
 
 @dataclass(frozen=True)
-class Layout:
+class Resources:
     """Where the ranks of a run are.
 
     Args:
@@ -89,7 +89,7 @@ class LaunchError(RuntimeError):
 Start = Callable[[Path, Path], Handle]
 
 
-def layout_of(spec: Mapping[str, Any]) -> Layout:
+def resources_of(spec: Mapping[str, Any]) -> Resources:
     """Read ``nodes``, ``nproc`` and ``slurm`` of a sequence.
 
     ``slurm`` holds submitit's own parameters (``slurm_partition``, ``slurm_account``, ``gpus_per_node``, ...), of which
@@ -107,7 +107,7 @@ def layout_of(spec: Mapping[str, Any]) -> Layout:
     slurm = spec.get('slurm')
     if slurm is not None:
         _check_slurm(slurm, counts['nproc'])
-    return Layout(**counts, slurm=slurm)
+    return Resources(**counts, slurm=slurm)
 
 
 def _check_slurm(slurm: Any, nproc: int) -> None:
@@ -136,7 +136,7 @@ def _check_slurm(slurm: Any, nproc: int) -> None:
         raise ValueError(f'slurm: {error}') from None
 
 
-def command(layout: Layout, script: Path, yaml: Path) -> str:
+def command(layout: Resources, script: Path, yaml: Path) -> str:
     """The command that trains a run, for a shell on each of its nodes.
 
     Args:
@@ -151,7 +151,7 @@ def command(layout: Layout, script: Path, yaml: Path) -> str:
     return ' '.join(['composer', *arguments, *(shlex.quote(str(path)) for path in named)])
 
 
-def starter(layout: Layout, jobs: int, cluster: str = 'slurm') -> Start:
+def make_launcher(layout: Resources, jobs: int, cluster: str = 'slurm') -> Start:
     """What starts runs, once each run's ``run.yaml`` lies in its folder.
 
     * On this machine: a process that writes ``log.txt`` and dies with this one; without a GPU, of one rank, forked from
@@ -212,7 +212,7 @@ def _fork(server: ForkServer, script: Path, folder: Path) -> Handle:
     return Handle(f'process {process}', poll)
 
 
-def _submit(layout: Layout, cluster: str, script: Path, folder: Path) -> Handle:
+def _submit(layout: Resources, cluster: str, script: Path, folder: Path) -> Handle:
     assert layout.slurm is not None, 'the caller looks'
     folder = folder.resolve()
     jobs = folder / 'slurm'

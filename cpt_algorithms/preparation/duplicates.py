@@ -45,7 +45,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from xxhash import xxh32_intdigest, xxh64_intdigest
 
-from cpt_algorithms.files import hidden_sibling, write_whole
+from cpt_algorithms.files import hidden_sibling, write_atomic
 
 __all__ = ['NearDuplicates', 'digests', 'first_occurrences', 'is_held_out', 'near_duplicates', 'signatures']
 
@@ -295,7 +295,7 @@ def _zeros(path: Path, size: int, dtype: type) -> Any:
 def _save(path: Path, values: NDArray[np.bool_]) -> None:
     content = io.BytesIO()
     np.save(content, values)
-    write_whole(path, content.getvalue())
+    write_atomic(path, content.getvalue())
 
 
 def _equal_pairs(

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cpt_algorithms.files import write_whole
+from cpt_algorithms.files import write_atomic
 from cpt_algorithms.preparation.sources import PrepareError
 from cpt_algorithms.preparation.storage import is_remote, read_manifest
 
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write ``manifest.json``, whole or not at all."""
-    write_whole(folder / 'manifest.json', (json.dumps(manifest, indent=2) + '\n').encode())
+    write_atomic(folder / 'manifest.json', (json.dumps(manifest, indent=2) + '\n').encode())
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from composer.utils import dist
 
-from cpt_algorithms.checkpoints.open import dataset_state_of, follow
+from cpt_algorithms.checkpoints.open import dataset_state_of, resolve_latest
 from cpt_algorithms.files import fetch, is_remote, list_names
 
 __all__ = ['Consumed', 'consumed_by', 'positions_behind', 'read_consumed', 'read_positions']
@@ -61,7 +61,7 @@ def consumed_by(state: Mapping[str, Any], digest: str) -> Consumed:
 def _state_of(checkpoint: str) -> dict[str, Any]:
     if not is_remote(checkpoint):
         return dataset_state_of(checkpoint)
-    uri = follow(checkpoint)
+    uri = resolve_latest(checkpoint)
     with tempfile.TemporaryDirectory() as here:
         names = list_names(uri)  # of a sharded one
         for name in names or ['']:

@@ -13,12 +13,12 @@ from composer.utils import dist
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
 from streaming.base.shared import prefix
 
-__all__ = ['safe_numbers']
+__all__ = ['unique_shm_prefixes']
 
 LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
 
 
-def safe_numbers() -> None:
+def unique_shm_prefixes() -> None:
     """Number the datasets of this process so that no other process, living or killed, has a part in them.
 
     * All ranks of a machine take their leader's number. Streaming lets each rank look for a free one; if another run

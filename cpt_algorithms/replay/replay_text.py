@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cpt_algorithms.replay.consumed import read_consumed, read_positions
-from cpt_algorithms.replay.dataset_numbers import safe_numbers
+from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.functional import (
     DEFAULT_BLOCK_SIZE,
     Interleaving,
@@ -470,7 +470,7 @@ def build_replay_text_dataloader(
     Raises:
         ValueError: As :class:`ReplayTextDataset`.
     """
-    safe_numbers()
+    unique_shm_prefixes()
     check_keys('train_loader.dataset', dataset, DATASET_KEYS | COLLATOR_KEYS)
     if tokenizer is None:
         raise ValueError('tokenizer is missing: train_loader replay_text needs one to collate batches')

@@ -27,7 +27,7 @@ from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import Reader
 from streaming.base.format.mds.encodings import is_mds_encoding
 
-from cpt_algorithms.files import write_whole
+from cpt_algorithms.files import write_atomic
 from cpt_algorithms.validation import short_repr
 
 __all__ = ['ShardIndex', 'ShardOfSample', 'Shards']
@@ -203,10 +203,10 @@ class ShardIndex:
             with suppress(OSError):  # of a disk that is full or read-only: it will be read again
                 buffer = io.BytesIO()
                 np.save(buffer, values)
-                write_whole(table, buffer.getvalue())
+                write_atomic(table, buffer.getvalue())
                 known = {'made_from': made_from, 'table_bytes': table.stat().st_size}
                 known |= {'kinds': index.kinds, 'digest': index.digest}
-                write_whole(note, json.dumps(known).encode())
+                write_atomic(note, json.dumps(known).encode())
         return index
 
     def __len__(self) -> int:

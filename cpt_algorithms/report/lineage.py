@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpt_algorithms.checkpoints.exports import base_of
+from cpt_algorithms.checkpoints.exports import pretrained_model_of
 from cpt_algorithms.files import exists, is_remote, list_names, read_json
 from cpt_algorithms.report.tables import short
 from cpt_algorithms.sequence.expand import tokens_per_stream
@@ -140,7 +140,7 @@ def _add(place: str, nodes: dict[str, Node], parents: dict[str, str | None]) -> 
     merge = (stage['config'].get('variables') or {}).get('merge')
     checkpoint = f'{merge["of"]}/' if merge else stage['parent']
     above, begins = None, None
-    if checkpoint is not None and base_of(stage['config']):
+    if checkpoint is not None and pretrained_model_of(stage['config']):
         above = checkpoint
         nodes.setdefault(above, Node(above, 'base', above))
         parents.setdefault(above, None)

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from cpt_algorithms.evaluation.functional import Mean, changes
 from cpt_algorithms.evaluation.lm_eval import within_noise
-from cpt_algorithms.files import write_json, write_whole
+from cpt_algorithms.files import write_atomic, write_json
 from cpt_algorithms.report.lineage import Node, details, read_lineage, status
 from cpt_algorithms.report.plots import plots_of, png, svg
-from cpt_algorithms.report.run_records import Study, read_study
+from cpt_algorithms.report.run_records import RunSet, read_runs
 from cpt_algorithms.report.tables import (
     COUNTS,
     OverSeeds,
@@ -65,7 +65,7 @@ class Report:
     scores: list[Scores]
     missing: list[str]
     path: Path
-    study: Study
+    study: RunSet
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Table:
     is_text: bool = False
 
 
-def stand_ins(study: Study) -> list[tuple[str, str]]:
+def stand_ins(study: RunSet) -> list[tuple[str, str]]:
     """Old datasets that stand in for data that is not known, and for which, as the runs' YAMLs say."""
     found = {}
     for run in study.runs.values():
@@ -117,7 +117,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
     Raises:
         ValueError: If a folder is neither a sequence nor a run.
     """
-    study = read_study(folders)
+    study = read_runs(folders)
     rows = rows_of(study)
     scores = scores_of(study, rows)
     findings = [finding(rows, size) for size in study.sizes]
@@ -131,7 +131,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
     out.mkdir(parents=True, exist_ok=True)
     plots = list(plots_of(study, rows))
     for plot in plots:
-        write_whole(out / f'{plot.name}.png', png(plot))
+        write_atomic(out / f'{plot.name}.png', png(plot))
     write_csv(out / 'table.csv', [flat(row) for row in rows])
     write_json(out / 'report.json', _as_json(report))
     begun = [run.folder for run in study.runs.values() if (run.folder / 'stage.json').exists()]
@@ -153,7 +153,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
         versions=_versions(study),
         plots=[(plot.title, Markup(svg(plot))) for plot in plots],
     )
-    write_whole(report.path, page.encode())
+    write_atomic(report.path, page.encode())
     return report
 
 
@@ -212,7 +212,7 @@ def _as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _loss_columns(study: Study) -> list[str]:
+def _loss_columns(study: RunSet) -> list[str]:
     return [*(f'loss {name}' for name in study.data), *(['loss average'] if len(study.data) > 1 else [])]
 
 
@@ -277,7 +277,7 @@ def _cards_of(report: Report, size: int | None) -> list[dict[str, str]]:
     return cards
 
 
-def _count(study: Study, rows: Sequence[Row]) -> dict[str, str]:
+def _count(study: RunSet, rows: Sequence[Row]) -> dict[str, str]:
     numbers = {
         'arms': len({row.arm for row in rows}),
         'seeds': len({run.seed for run in study.runs.values() if run.is_asked_for}),
@@ -285,7 +285,7 @@ def _count(study: Study, rows: Sequence[Row]) -> dict[str, str]:
     return {what: f'{number} {what.removesuffix("s") if number == 1 else what}' for what, number in numbers.items()}
 
 
-def _states(study: Study) -> list[tuple[str, int]]:
+def _states(study: RunSet) -> list[tuple[str, int]]:
     """Runs by state, the good ones first."""
     found = Counter(run.state for run in study.runs.values() if run.is_asked_for)
     return [(state, found[state]) for state in ('finished', 'unfinished', 'failed', 'not started') if found[state]]
@@ -444,7 +444,7 @@ def _cost_table(report: Report) -> _Table:
     return _Table('Cost', note, groups, lines)
 
 
-def _lineage(study: Study) -> _Table:
+def _lineage(study: RunSet) -> _Table:
     """Every run under its ancestors."""
     lines = []
     for run in study.runs.values():
@@ -484,7 +484,7 @@ def _tree(nodes: Sequence[Node]) -> list[dict[str, Any]]:
     ]
 
 
-def _versions(study: Study) -> list[tuple[str, str]]:
+def _versions(study: RunSet) -> list[tuple[str, str]]:
     """``[(versions, runs that had them), ...]``."""
     groups: dict[str, list[str]] = {}
     for run in study.runs.values():

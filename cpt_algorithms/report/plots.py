@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from cpt_algorithms.evaluation.functional import by_average
-from cpt_algorithms.report.run_records import Arm, RunRecord, Study
+from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
 from cpt_algorithms.report.tables import Row, flop, percent, short, size_name
 
 __all__ = ['Plot', 'plots_of', 'png', 'svg']
@@ -95,7 +95,7 @@ def svg(plot: Plot) -> str:
     return f'<svg role="img" {head[0]} xmlns:xlink="http://www.w3.org/1999/xlink">{text[text.index(">") + 1 :]}'.strip()
 
 
-def plots_of(study: Study, rows: Sequence[Row]) -> Iterator[Plot]:
+def plots_of(study: RunSet, rows: Sequence[Row]) -> Iterator[Plot]:
     """Every plot that there are numbers for."""
     taken: Counter[str] = Counter()
     for size in study.sizes:
@@ -149,7 +149,7 @@ class _Line:
     seeds: list[list[list[float]]] = field(default_factory=list)  # [[token, value], ...]
 
 
-def _lines(study: Study, arms: Sequence[Arm], values: Values) -> list[_Line]:
+def _lines(study: RunSet, arms: Sequence[Arm], values: Values) -> list[_Line]:
     """Stages before an arm's last one are dashed; those of several arms are one grey line."""
     colours = _colours(arms)
     drawn = [arm for arm in arms if arm.name in colours]
@@ -241,7 +241,7 @@ def _frame(axis: Axes, lines: Sequence[_Line], name: str) -> None:
         axis.set_ylim(min(shown) - margin, max(shown) + margin)
 
 
-def _from_parent(study: Study, run: RunRecord, name: str) -> list[list[float]]:
+def _from_parent(study: RunSet, run: RunRecord, name: str) -> list[list[float]]:
     """Its losses; a stage starts where its parent ended."""
     points = run.losses.get(name, [])
     # on the data that its parent learned, it is not compared with that
@@ -250,14 +250,14 @@ def _from_parent(study: Study, run: RunRecord, name: str) -> list[list[float]]:
     return [[0, 0, start], *points] if start is not None and (not points or points[0][1] > 0) else points
 
 
-def _role(study: Study, arms: Sequence[Arm], name: str) -> str:
+def _role(study: RunSet, arms: Sequence[Arm], name: str) -> str:
     runs = [run for arm in arms if arm.kind == 'update' for run in arm.runs]
     role = 'old data' if any(name in run.old for run in runs) else ''
     role = 'new data' if any(name in run.new for run in runs) else role
     return f'{name} (D{study.data.index(name)}{f", {role}" if role else ""})'
 
 
-def _loss(study: Study, arms: Sequence[Arm], name: str) -> Plot | None:
+def _loss(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:
     lines = _lines(study, arms, lambda run: _from_parent(study, run, name))
     if not any(len(points) > 1 for line in lines for points in line.seeds):
         return None
@@ -269,7 +269,7 @@ def _loss(study: Study, arms: Sequence[Arm], name: str) -> Plot | None:
     return Plot(f'loss-{_slug(name)}', f'Loss on {_role(study, arms, name)}', figure)
 
 
-def _averages(study: Study, arms: Sequence[Arm], name: str) -> Plot | None:
+def _averages(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:
     """Averaged weights beside the training weights of the same arms, in the last stage."""
     runs = [run for arm in arms for run in arm.runs]
     averages = [a for a in dict.fromkeys(a for run in runs for a in by_average(run.final, [name])) if a]
@@ -297,7 +297,7 @@ def _averages(study: Study, arms: Sequence[Arm], name: str) -> Plot | None:
     return Plot(f'averages-{_slug(name)}', f'Averaged weights on {_role(study, arms, name)}', figure)
 
 
-def _learning_rates(study: Study, arms: Sequence[Arm]) -> Plot | None:
+def _learning_rates(study: RunSet, arms: Sequence[Arm]) -> Plot | None:
     lines = _merged(_lines(study, arms, lambda run: run.learning_rate))
     if not lines:
         return None

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cpt_algorithms.checkpoints.exports import base_of
+from cpt_algorithms.checkpoints.exports import pretrained_model_of
 from cpt_algorithms.evaluation.functional import has_diverged
 from cpt_algorithms.files import is_remote
 from cpt_algorithms.sequence.expand import FROM_SCRATCH, tokens_per_stream
 from cpt_algorithms.stage.preflight import total_batches
 
-__all__ = ['Arm', 'RunRecord', 'Study', 'last_error', 'read_study']
+__all__ = ['Arm', 'RunRecord', 'RunSet', 'last_error', 'read_runs']
 
 Curve = list[list[float]]
 
@@ -124,7 +124,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Study:
+class RunSet:
     """Runs that are looked at together.
 
     Args:
@@ -241,7 +241,7 @@ def _read_run(folder: Path, planned: Mapping[str, Any]) -> RunRecord:
         config=stage.get('config', {}),
         versions=stage.get('versions', {}),
         benchmarks=_benchmarks(folder),
-        base=base_of(stage.get('config', {})),
+        base=pretrained_model_of(stage.get('config', {})),
         base_benchmarks={
             path.parent.name: {'': _json(path)}
             for path in sorted((folder / 'huggingface' / 'lm_eval').glob('*/base.json'))
@@ -300,7 +300,7 @@ def _read_single(folder: Path, is_asked_for: bool) -> tuple[list[RunRecord], dic
     ancestors: list[RunRecord] = []
     lost: dict[str, str] = {}
     parent: Path | None = None
-    if stage['parent'] and not base_of(config):
+    if stage['parent'] and not pretrained_model_of(config):
         there = Path(stage['parent']).parent
         candidates = [path for path in (there, folder.parent / there.name) if (path / 'stage.json').exists()]
         if candidates:
@@ -313,13 +313,13 @@ def _read_single(folder: Path, is_asked_for: bool) -> tuple[list[RunRecord], dic
     trained = measured.get('cost', {}).get('tokens', 0)
     tokens, batches = _budget(config, _json(folder / 'forgetting.json').get('new', []), trained)
     # what a pretrained model has read is not known
-    is_whole = parent is not None and not lost and not any(run.base for run in ancestors)
+    is_complete = parent is not None and not lost and not any(run.base for run in ancestors)
     trunk, before = {}, ancestors
     at = re.search(r'-ba(\d+)', str(stage['parent']))
     if parent is not None and at and config['train_loader']['dataset'].get('continues'):  # of recipes/anneal.py
         trunk = _budget({**ancestors[-1].config, 'max_duration': f'{at[1]}ba'}, ancestors[-1].new, 0)[0]
         before = ancestors[:-1]
-        is_whole = is_whole and bool(before)
+        is_complete = is_complete and bool(before)
     planned = {
         'name': name,
         'trunk': trunk,
@@ -329,7 +329,9 @@ def _read_single(folder: Path, is_asked_for: bool) -> tuple[list[RunRecord], dic
         'parent': parent,
         'tokens': tokens,
         'batches': batches,
-        'union_tokens': sum([*tokens.values(), *trunk.values(), *(run.budget for run in before)]) if is_whole else None,
+        'union_tokens': sum([*tokens.values(), *trunk.values(), *(run.budget for run in before)])
+        if is_complete
+        else None,
         'is_asked_for': is_asked_for,
     }
     return [*ancestors, _read_run(folder, planned)], lost
@@ -343,7 +345,7 @@ def _datasets(runs: Sequence[RunRecord]) -> list[str]:
     return [name for name in dict.fromkeys(labels) if not any(name.startswith(f'{other}/') for other in labels)]
 
 
-def read_study(folders: Sequence[Path]) -> Study:
+def read_runs(folders: Sequence[Path]) -> RunSet:
     """Everything that lies in these folders, finished or not.
 
     Args:
@@ -378,4 +380,4 @@ def read_study(folders: Sequence[Path]) -> Study:
             is_asked_for = run.is_asked_for or (run.folder in runs and runs[run.folder].is_asked_for)
             runs[run.folder] = replace(run, is_asked_for=is_asked_for)
     data += _datasets(singles)
-    return Study(', '.join(dict.fromkeys(names)), list(dict.fromkeys(data)), runs, lost)
+    return RunSet(', '.join(dict.fromkeys(names)), list(dict.fromkeys(data)), runs, lost)

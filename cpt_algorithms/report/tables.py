@@ -14,8 +14,8 @@ from scipy.stats import t as student
 
 from cpt_algorithms.evaluation.functional import Mean, bits_per_byte, by_average, changes, training_flops
 from cpt_algorithms.evaluation.lm_eval import macro_average, paired_delta, within_noise
-from cpt_algorithms.files import write_whole
-from cpt_algorithms.report.run_records import Arm, RunRecord, Study
+from cpt_algorithms.files import write_atomic
+from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
 
 __all__ = [
     'COUNTS',
@@ -173,7 +173,7 @@ def progress(run: RunRecord) -> str:
     return f'failed, last evaluated {at}' if run.state == 'failed' else at
 
 
-def _columns(run: RunRecord, average: str, study: Study, union_hours: float | None) -> dict[str, float]:
+def _columns(run: RunRecord, average: str, study: RunSet, union_hours: float | None) -> dict[str, float]:
     """All numbers of one run, under the names they have in the table."""
     losses = by_average(run.final, study.data).get(average, {})
     columns = {f'loss {name}': losses[name] for name in study.data if name in losses}
@@ -209,7 +209,7 @@ def _columns(run: RunRecord, average: str, study: Study, union_hours: float | No
     return columns
 
 
-def _row(arm: Arm, average: str, size: int | None, study: Study, union_hours: float | None) -> Row:
+def _row(arm: Arm, average: str, size: int | None, study: RunSet, union_hours: float | None) -> Row:
     finished = [run for run in arm.runs if run.state == 'finished']
     # the latest losses of seeds that have come to different batches have no mean
     runs = finished or [max(arm.runs, key=lambda run: run.cost.get('batch', 0))]
@@ -220,7 +220,7 @@ def _row(arm: Arm, average: str, size: int | None, study: Study, union_hours: fl
     return Row(arm.name, average, size, arm.kind, runs, others, means)
 
 
-def rows_of(study: Study) -> list[Row]:
+def rows_of(study: RunSet) -> list[Row]:
     """One row for each arm, average of its weights and model size: means over the seeds that have finished."""
     rows = []
     for size in study.sizes:
@@ -239,7 +239,7 @@ def _is_accuracy(result: Mapping[str, Any]) -> bool:
     return result['higher_is_better'] and set(result['weights']) == {1}
 
 
-def scores_of(study: Study, rows: Sequence[Row]) -> list[Scores]:
+def scores_of(study: RunSet, rows: Sequence[Row]) -> list[Scores]:
     """lm-eval scores by suite and row, with their change against the parent's training weights on the same items."""
     scores = []
     for suite in dict.fromkeys(suite for row in rows for run in row.runs for suite in run.benchmarks):
@@ -261,7 +261,7 @@ def _has(run: RunRecord, suite: str, row: Row) -> bool:
 
 
 def _scores(
-    study: Study,
+    study: RunSet,
     row: Row,
     suite: str,
     found: Sequence[tuple[RunRecord, Mapping[str, Any]]],
@@ -288,7 +288,7 @@ def _scale(result: Mapping[str, Any]) -> float:
 
 
 def _against_parents(
-    study: Study, suite: str, task: str, found: Sequence[tuple[RunRecord, Mapping[str, Any]]]
+    study: RunSet, suite: str, task: str, found: Sequence[tuple[RunRecord, Mapping[str, Any]]]
 ) -> Mean | None:
     """Change against the parents, item by item: seeds answer the same items, so each is first averaged over them."""
     same = ('entry', 'items', 'weights')
@@ -363,7 +363,7 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
     return f'{text}.'
 
 
-def missing(study: Study, rows: Sequence[Row]) -> list[str]:
+def missing(study: RunSet, rows: Sequence[Row]) -> list[str]:
     """What a reader might take for granted and is not there."""
     said: list[str] = []
     several = len(study.sizes) > 1
@@ -461,4 +461,4 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    write_atomic(path, text.getvalue().encode())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from cpt_algorithms.checkpoints.exports import base_of
+from cpt_algorithms.checkpoints.exports import pretrained_model_of
 from cpt_algorithms.replay.functional import Interleaving, shares_of
 from cpt_algorithms.replay.replay_text import STREAM_KEYS, check_stream
 from cpt_algorithms.sequence.branches import anneal_branch, in_batches
@@ -25,7 +25,7 @@ __all__ = [
     'Run',
     'check_sequence',
     'checkpoint_after',
-    'heirs',
+    'descendants',
     'plan',
     'stage_tokens',
     'tokens_per_stream',
@@ -406,7 +406,7 @@ def _plan_arm(spec: Config, arm: str, overrides: Config, seed: int, runs: dict[s
     stages = _stages_of(spec, arm, overrides)
     baseline = overrides.get('baseline')
     # of a union, what is replayed is new, too; of a base model, stand-ins are what it has read
-    is_base = base_of(resolve({'model': next(iter(stages.values())).get('model') or {}})) is not None
+    is_base = pretrained_model_of(resolve({'model': next(iter(stages.values())).get('model') or {}})) is not None
     stand_ins = [name for name, stream in spec['data'].items() if is_base and stream.get('stand_in_for')]
     earlier = list(stages['union']['replay'].get('weights', ())) if baseline == 'union' else stand_ins
     parent: Run | None = None
@@ -417,7 +417,7 @@ def _plan_arm(spec: Config, arm: str, overrides: Config, seed: int, runs: dict[s
         words = [f'{stage}_{list(spec["stages"])[-1]}' if baseline in FROM_SCRATCH else stage]
         words += [] if is_shared or arm == stage else [arm]
         label = arm if is_last or not is_shared else stage
-        make = _Maker(spec, stage, label, seed, 'shared' if is_shared and not is_last else arm)
+        make = _RunFactory(spec, stage, label, seed, 'shared' if is_shared and not is_last else arm)
         settings, branches = _trunk(settings, f'stages.{stage}')
         trunk = _added(make.trunk(settings, words, earlier, read_by, parent), runs, is_new=is_last and not branches)
         new = _names(settings['new'])
@@ -451,7 +451,7 @@ def _added(run: Run, runs: dict[str, Run], is_new: bool = False) -> Run:
 
 
 @dataclass(frozen=True)
-class _Maker:
+class _RunFactory:
     """Makes the runs of one stage of one arm and seed."""
 
     spec: Config
@@ -630,10 +630,10 @@ def _read_until(config: Config, batch: int) -> dict[str, int]:
     return tokens_per_stream({**config, 'max_duration': f'{batch}ba'})
 
 
-def heirs(runs: Sequence[Run], name: str) -> list[str]:
+def descendants(runs: Sequence[Run], name: str) -> list[str]:
     """Names of the runs that start from a run, or from one that does."""
     children = [run.name for run in runs if run.parent == name]
-    return [*children, *(heir for child in children for heir in heirs(runs, child))]
+    return [*children, *(heir for child in children for heir in descendants(runs, child))]
 
 
 def _slug(words: str) -> str:

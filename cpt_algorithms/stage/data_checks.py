@@ -20,13 +20,13 @@ from llmfoundry.utils.builders import build_tokenizer
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.checkpoints.exports import base_of, exports, folder_of_base
+from cpt_algorithms.checkpoints.exports import exports, folder_of_pretrained, pretrained_model_of
 from cpt_algorithms.files import StorageError, fetch, is_remote, list_names, read_json
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer
 from cpt_algorithms.replay.replay_text import read_mix
 from cpt_algorithms.validation import check_type
 
-__all__ = ['data_mistakes']
+__all__ = ['find_data_problems']
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class _Stream:
         return self.loader == 'train_loader'
 
 
-def data_mistakes(cfg: Config, loaders: Iterable[tuple[str, Config]], parent_is_there: bool) -> Iterator[str]:
+def find_data_problems(cfg: Config, loaders: Iterable[tuple[str, Config]], parent_is_there: bool) -> Iterator[str]:
     """Find what is wrong with a stage's tokenizer, vocabulary, row length and held-out data.
 
     Args:
@@ -155,7 +155,7 @@ def _model_mistakes(
         return
     section = 'model' if cfg['model']['name'] == 'mpt_causal_lm' else 'model.config_overrides'
     if tokenizer is not None and vocab_size is not None and len(tokenizer) > vocab_size:
-        enlarge = '' if base_of(cfg) else f'set {section}.vocab_size to at least {len(tokenizer)}, or '
+        enlarge = '' if pretrained_model_of(cfg) else f'set {section}.vocab_size to at least {len(tokenizer)}, or '
         yield (
             f'tokenizer={cfg["tokenizer"]["name"]} has {len(tokenizer):,} tokens, more than the {vocab_size:,} of the '
             f'model: {enlarge}name the tokenizer of the model'
@@ -178,10 +178,10 @@ def _parent_mistakes(cfg: Config, ours: Callable[[], str | None]) -> Iterator[st
     try:
         if path:
             parent, found = f'load_path={path}', _tokenizer_of_run(os.path.dirname(str(path).rstrip('/')))
-        elif name := base_of(cfg):
+        elif name := pretrained_model_of(cfg):
             parent, theirs = f'model.pretrained_model_name_or_path={name}', _tokenizer_of({'tokenizer': {'name': name}})
             if theirs is None:
-                folder_of_base(name)  # of one that is not there at all, another check speaks
+                folder_of_pretrained(name)  # of one that is not there at all, another check speaks
                 yield (
                     f'{parent} has no tokenizer that can be loaded, so nothing tells that it is that of the data: put '
                     'its files (tokenizer.json, tokenizer_config.json) there'

@@ -38,15 +38,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.checkpoints.exports import base_of
+from cpt_algorithms.checkpoints.exports import pretrained_model_of
 from cpt_algorithms.checkpoints.open import (
     TRUST,
     UnsafeCheckpointError,
-    follow,
+    load_structure,
     newest_remote,
     open_checkpoint,
     read_metadata,
-    read_without_data,
+    resolve_latest,
 )
 from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
 from cpt_algorithms.files import (
@@ -74,7 +74,7 @@ from cpt_algorithms.replay.replay_text import (
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.replay.streams import DOWNLOAD_RETRY
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
-from cpt_algorithms.stage.data_checks import data_mistakes
+from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.form import check_form, parse_time
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS, budget_in_samples
 from cpt_algorithms.validation import check_keys, check_path, check_type, short_repr
@@ -218,7 +218,7 @@ def preflight(cfg: Config, world_size: int = 1, parent_is_there: bool = True) ->
         lambda: _check_loading(cfg),
         lambda: _check_saving(cfg),
         lambda: _check_data(cfg, parent_is_there),
-        lambda: problems.extend(data_mistakes(cfg, _loaders(cfg), parent_is_there)),
+        lambda: problems.extend(find_data_problems(cfg, _loaders(cfg), parent_is_there)),
         lambda: _check_hugging_face(cfg),
         *([lambda: _check_parent(cfg)] if parent_is_there else []),
         # whose own words are not as clear as those of the checks above
@@ -447,7 +447,7 @@ def _check_forgetting(cfg: Config) -> None:
     given = cfg['callbacks'].get('forgetting')
     if given is None:
         return
-    if not cfg.get('load_path') and base_of(cfg) is None:
+    if not cfg.get('load_path') and pretrained_model_of(cfg) is None:
         raise ValueError(
             'callbacks.forgetting compares with the parent, and load_path is missing: name the checkpoint the stage '
             'starts from, or a model with pretrained: true, or leave the callback out when training from scratch'
@@ -660,12 +660,12 @@ def _parent_shapes(path: str) -> Shapes:
             for key, value in metadata.items()
             if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
         }
-    return {key: tuple(value.shape) for key, value in read_without_data(path)['state']['model'].items()}
+    return {key: tuple(value.shape) for key, value in load_structure(path)['state']['model'].items()}
 
 
 def _remote_parent_shapes(path: str) -> Shapes | None:
     """The same in object storage, where one file is not downloaded for it: its run's YAML tells; None without that."""
-    real = follow(path)
+    real = resolve_latest(path)
     folder, _, name = real.rstrip('/').rpartition('/')
     if exists(f'{real}/.metadata'):
         with tempfile.TemporaryDirectory() as here:
@@ -767,7 +767,7 @@ def _check_hugging_face(cfg: Config) -> None:
                 f'model.{key}: what is trained, averaged and exported here are whole models, neither adapters nor '
                 'quantized weights; leave it out, and merge an adapter into its model first'
             )
-    base = base_of(cfg)
+    base = pretrained_model_of(cfg)
     if base is None:
         return
     if model.get('init_device') == 'meta' and cfg.get('fsdp_config'):

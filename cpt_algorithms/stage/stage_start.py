@@ -19,7 +19,7 @@ from llmfoundry.callbacks import HuggingFaceCheckpointer
 from streaming import StreamingDataset
 from torch.distributed.fsdp import FSDPModule
 
-from cpt_algorithms.checkpoints.exports import export_whole
+from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.checkpoints.open import guard_loading
 from cpt_algorithms.replay.functional import differences
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
@@ -138,7 +138,7 @@ class StageStart(Callback):
         guard_loading(self.trust_checkpoint)
         for exporter in state.callbacks:
             if isinstance(exporter, HuggingFaceCheckpointer):
-                exporter._save_checkpoint = partial(export_whole, exporter)  # pyright: ignore[reportAttributeAccessIssue]
+                exporter._save_checkpoint = partial(export_atomically, exporter)  # pyright: ignore[reportAttributeAccessIssue]
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Note what the YAML says of every parameter group."""

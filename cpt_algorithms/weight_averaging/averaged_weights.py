@@ -22,7 +22,7 @@ from llmfoundry.callbacks import HuggingFaceCheckpointer
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cpt_algorithms.checkpoints.exports import export_whole
+from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.weight_averaging.local_shards import LocalShards
 
 __all__ = ['AveragedWeights', 'parse_time', 'resolve_time']
@@ -387,7 +387,7 @@ class AveragedWeights(Callback, ABC):
                 try:
                     with self.swapped_in(name):
                         # not `save`, which may be that of another average
-                        export_whole(exporter, *args, **{**kwargs, 'register_to_mlflow': False})
+                        export_atomically(exporter, *args, **{**kwargs, 'register_to_mlflow': False})
                 finally:
                     exporter.huggingface_folder_name_fstr = folder
             self.forget()

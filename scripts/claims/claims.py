@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpt_algorithms.evaluation.functional import steps_saved
-from cpt_algorithms.files import write_json, write_whole
+from cpt_algorithms.files import write_atomic, write_json
 from cpt_algorithms.weight_averaging.functional import window_weights
 
 matplotlib.use('Agg')
@@ -465,7 +465,7 @@ def train(folder: Path, tokens: int, jobs: int, d_model: int | None = None) -> N
             spec['arms'] = {arm: spec['arms'][arm] for arm in (f'replay {percent} %', 'union')}
             spec['common']['model']['d_model'] = d_model
             path = folder / f'{name}.yaml'
-            write_whole(path, yaml.safe_dump(spec, sort_keys=False).encode())
+            write_atomic(path, yaml.safe_dump(spec, sort_keys=False).encode())
         settings = [f'variables.{key}={value}' for key, value in variables(name, tokens).items()]
         words = [str(path), f'folder={(folder / name).resolve()}', f'jobs={jobs}', *settings]
         console.print(f'\n{name}, stages of {tokens:,} tokens', style='bold')
@@ -626,7 +626,7 @@ def main() -> None:
         ],
     }
     write_json(arguments.folder / 'claims.json', data)
-    write_whole(arguments.folder / 'claims.md', page(findings, points, made).encode())
+    write_atomic(arguments.folder / 'claims.md', page(findings, points, made).encode())
     draw(points, arguments.folder / 'claims.png')
     console.print(f'{arguments.folder}/claims.json, claims.md and claims.png ({time.monotonic() - started:.0f} s)')
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt_algorithms.report.run_records import RunRecord, read_study
+from cpt_algorithms.report.run_records import RunRecord, read_runs
 from cpt_algorithms.report.tables import OverSeeds, over_seeds
 
 __all__ = ['Claim', 'Condition', 'Finding', 'NotRun', 'Runs', 'judge']
@@ -133,7 +133,7 @@ class Runs:
         self.folder = folder
         self._runs: dict[str, RunRecord] = {}
         if (folder / 'sequence.json').exists():
-            self._runs = {run.name: run for run in read_study([folder]).runs.values()}
+            self._runs = {run.name: run for run in read_runs([folder]).runs.values()}
         self.seeds = sorted({run.seed for run in self._runs.values()})
 
     def named(self, name: str) -> list[RunRecord]:

@@ -14,7 +14,7 @@ from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, RE
 from streaming.base.shared import prefix
 
 from cpt_algorithms.replay import dataset_numbers
-from cpt_algorithms.replay.dataset_numbers import safe_numbers
+from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 
 
 def rows(data):
@@ -51,7 +51,7 @@ def test_stock_evaluates_a_part_of_the_data_without_an_error(data, leftover):
 
 def test_a_number_is_free_once_nothing_is_left_of_it(data, leftover, monkeypatch):
     monkeypatch.setattr(prefix, '_check_and_find_retrying', prefix._check_and_find_retrying)  # put back afterwards
-    safe_numbers()
+    unique_shm_prefixes()
     read, there, number = rows(data)
     assert read == there
     assert number == leftover + 1

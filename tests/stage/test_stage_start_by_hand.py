@@ -17,7 +17,7 @@ from composer.optim import ConstantScheduler, LinearScheduler, compile_composer_
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from streaming import StreamingDataset
 
-from cpt_algorithms.checkpoints.exports import export_whole
+from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.schedulers.rewarm import RewarmConstantScheduler
 from cpt_algorithms.stage import stage_start
 from cpt_algorithms.stage.stage_start import StageStart, budget_in_samples
@@ -272,7 +272,7 @@ def test_loading_and_exporting_are_done_with_care(monkeypatch):
     exporter = HuggingFaceCheckpointer.__new__(HuggingFaceCheckpointer)
     StageStart(trust_checkpoint=True).init(SimpleNamespace(callbacks=[exporter]), None)
     assert asked == [True]
-    assert (exporter._save_checkpoint.func, exporter._save_checkpoint.args) == (export_whole, (exporter,))
+    assert (exporter._save_checkpoint.func, exporter._save_checkpoint.args) == (export_atomically, (exporter,))
 
 
 def test_a_stock_mix_is_described():

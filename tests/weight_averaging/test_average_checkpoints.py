@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, Lla
 
 from cpt_algorithms.checkpoints.open import (
     CheckpointError,
-    Piece,
-    Stored,
+    Chunk,
+    TensorOnDisk,
     contiguous,
     open_checkpoint,
     read_metadata,
@@ -102,14 +102,14 @@ def assert_right(result: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
 # The arithmetic
 
 
-def stored(path: Path, tensor: torch.Tensor) -> Stored:
+def stored(path: Path, tensor: torch.Tensor) -> TensorOnDisk:
     """A tensor in a file of its own, behind a few other bytes."""
     path.write_bytes(b'other' + bytes(merge.as_bytes(tensor.reshape(-1))))
-    piece = Piece(path, 5, (0,) * tensor.dim(), tuple(tensor.shape), contiguous(tuple(tensor.shape)))
-    return Stored(tensor.dtype, tuple(tensor.shape), lambda: [piece])
+    piece = Chunk(path, 5, (0,) * tensor.dim(), tuple(tensor.shape), contiguous(tuple(tensor.shape)))
+    return TensorOnDisk(tensor.dtype, tuple(tensor.shape), lambda: [piece])
 
 
-def averaged(parts: list[tuple[float, Stored]], dtype: torch.dtype, accumulate=torch.float32) -> torch.Tensor:
+def averaged(parts: list[tuple[float, TensorOnDisk]], dtype: torch.dtype, accumulate=torch.float32) -> torch.Tensor:
     result = torch.zeros(parts[0][1].shape, dtype=dtype)
     data = merge.as_bytes(result.view(-1))
 
@@ -185,10 +185,10 @@ def test_any_pieces_of_any_layout(tmp_path_factory, shape, data):
         laid_out = box.permute(order).contiguous().permute(inverse)
         path = folder / str(number)
         path.write_bytes(box.permute(order).numpy().tobytes())
-        pieces.append(Piece(path, 0, at, tuple(box.shape), tuple(laid_out.stride())))
+        pieces.append(Chunk(path, 0, at, tuple(box.shape), tuple(laid_out.stride())))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge, 'BLOCK', data.draw(st.integers(1, 40)))
-        found = Stored(torch.float32, tuple(shape), lambda: pieces)
+        found = TensorOnDisk(torch.float32, tuple(shape), lambda: pieces)
         assert averaged([(1.0, found)], torch.float32).equal(whole)
         assert averaged([(0.5, found), (0.5, found)], torch.float64).equal(whole.double())
 

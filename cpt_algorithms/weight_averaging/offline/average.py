@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cpt_algorithms.checkpoints.open import Checkpoint, CheckpointError, Stored, contiguous
+from cpt_algorithms.checkpoints.open import Checkpoint, CheckpointError, TensorOnDisk, contiguous
 
 __all__ = ['Average', 'average_tensors', 'check_alike', 'view_average']
 
@@ -33,7 +33,7 @@ class Average:
         write: Called with the first byte and the bytes of each block of the result, from several threads.
     """
 
-    parts: Sequence[tuple[float, Stored]]
+    parts: Sequence[tuple[float, TensorOnDisk]]
     dtype: torch.dtype
     write: Callable[[int, Any], None]
 
@@ -67,7 +67,7 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
-def describe(stored: Stored) -> str:
+def describe(stored: TensorOnDisk) -> str:
     """Shape and dtype in a message."""
     return f'{stored.shape} {short(stored.dtype)}'
 
@@ -135,7 +135,7 @@ def _read_run(files: _Files, path: Path, offset: int, view: memoryview) -> None:
         view, offset = view[count:], offset + count
 
 
-def _rows(stored: Stored) -> int:
+def _rows(stored: TensorOnDisk) -> int:
     """Elements that are best read together: as many as a block must be a multiple of."""
     if stored.is_flat:
         return 1
@@ -144,7 +144,7 @@ def _rows(stored: Stored) -> int:
     return prod(stored.shape)
 
 
-def _read(files: _Files, stored: Stored, begin: int, into: torch.Tensor, view: memoryview) -> None:
+def _read(files: _Files, stored: TensorOnDisk, begin: int, into: torch.Tensor, view: memoryview) -> None:
     """Elements ``begin`` to ``begin + len(into)``, which are whole rows unless the pieces are flat, of a tensor.
 
     ``view`` is the memory of ``into``.

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from cpt_algorithms.checkpoints.open import DTYPES, INDEX, Checkpoint, CheckpointError, Stored, open_checkpoint
+from cpt_algorithms.checkpoints.open import DTYPES, INDEX, Checkpoint, CheckpointError, TensorOnDisk, open_checkpoint
 from cpt_algorithms.files import hidden_sibling
 from cpt_algorithms.weight_averaging.offline.average import (
     Average,
@@ -61,7 +61,7 @@ class Plan:
         accumulate: Dtype of the sums.
     """
 
-    parts: dict[str, list[tuple[float, Stored]]]
+    parts: dict[str, list[tuple[float, TensorOnDisk]]]
     dtypes: dict[str, torch.dtype]
     newest: Checkpoint
     copied: list[str]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cpt_algorithms.report.page import rich_table, write_report
 from cpt_algorithms.report.plots import plots_of
-from cpt_algorithms.report.run_records import read_study
+from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.report.tables import finding, missing, over_seeds, rows_of, scores_of
 
 # 10 batches of 2 x 50 tokens
@@ -107,7 +107,7 @@ def no_plots(monkeypatch):
 
 
 def rows(*folders):
-    return {row.name: row for row in rows_of(read_study(folders))}
+    return {row.name: row for row in rows_of(read_runs(folders))}
 
 
 def test_interval_by_hand():
@@ -148,13 +148,13 @@ def test_without_union_the_saving_is_an_estimate(tmp_path, no_plots):
     columns = rows(folder)['none'].columns
     assert 'device hours saved' not in columns
     assert columns['device hours saved (estimated)'].mean == pytest.approx(0.2 / 1000 * 2000 - 0.2)
-    study = read_study([folder])
+    study = read_runs([folder])
     assert any('No union baseline' in line for line in missing(study, rows_of(study)))
     assert 'estimated' in write_report([folder], tmp_path / 'out').path.read_text()
 
 
 def test_finding(tmp_path):
-    study = read_study([write_sequence(tmp_path)])
+    study = read_runs([write_sequence(tmp_path)])
     assert finding(rows_of(study), PARAMETERS) == (
         'replay 25 %: forgot 0.40 nats/token of old and learned 3.30 of new, for 50 % of the compute of training on '
         'everything; its average loss is 0.70 above that of union.'
@@ -165,7 +165,7 @@ def test_arms_that_the_seeds_do_not_tell_apart_are_named(tmp_path):
     folder = write_sequence(tmp_path)
     for seed, old in ((1, 3.9), (2, 3.0), (3, 5.0)):
         write_run(folder / f'new-none-s{seed}', {'old': old, 'new': 1.0}, f'{folder}/old-s{seed}/latest-rank0.pt')
-    found = finding(rows_of(read_study([folder])), PARAMETERS)
+    found = finding(rows_of(read_runs([folder])), PARAMETERS)
     assert 'do not tell its average loss from that of replay 25 %.' in found
 
 
@@ -253,7 +253,7 @@ def test_benchmarks_by_hand(tmp_path, no_plots):
     benchmark(folder / 'old-s1', 3)
     benchmark(folder / 'new-none-s1', 1)
     benchmark(folder / 'new-r25-s1', 3, missing=['trivia'])
-    study = read_study([folder])
+    study = read_runs([folder])
     found = {scores.row.name: scores for scores in scores_of(study, rows_of(study))}
     assert list(found) == ['old only', 'none', 'replay 25 %']
     none = found['none']
@@ -281,7 +281,7 @@ def test_seeds_that_answer_the_same_items_are_not_more_items(tmp_path):
         benchmark(folder / f'old-s{seed}', 3)
         benchmark(folder / f'new-none-s{seed}', 1, missing=['trivia'])
         benchmark(folder / f'new-r25-s{seed}', seed)
-    study = read_study([folder])
+    study = read_runs([folder])
     found = {scores.row.name: scores for scores in scores_of(study, rows_of(study))}
     assert found['none'].deltas['arc'].stderr == pytest.approx(100 * sqrt(1 / 3) / 2), 'as for one seed'
     # mean over the seeds of each item: 0, -1/2, -1, 0, with the sample deviation sqrt(11/48)
@@ -321,7 +321,7 @@ def test_a_damaged_file_is_named(tmp_path):
     folder = write_sequence(tmp_path, seeds=(1,))
     (folder / 'old-s1' / 'losses.json').write_text('{"losses": ')
     with pytest.raises(ValueError, match=r'old-s1/losses\.json cannot be read'):
-        read_study([folder])
+        read_runs([folder])
 
 
 def test_single_runs_find_their_ancestors(tmp_path, no_plots):
@@ -367,11 +367,11 @@ def test_one_stream_without_a_name_and_epochs(tmp_path):
     stage = json.loads((tmp_path / 'new-s1' / 'stage.json').read_text())
     stage['config']['train_loader']['dataset'] = {'new': {'local': 'data/x', 'split': 'train'}}
     write(tmp_path / 'new-s1' / 'stage.json', stage)
-    (run,) = read_study([tmp_path / 'new-s1']).runs.values()
+    (run,) = read_runs([tmp_path / 'new-s1']).runs.values()
     assert run.tokens == {'new': 1000}
     stage['config']['max_duration'] = '1ep'
     write(tmp_path / 'new-s1' / 'stage.json', stage)
-    (run,) = read_study([tmp_path / 'new-s1']).runs.values()
+    (run,) = read_runs([tmp_path / 'new-s1']).runs.values()
     assert (run.tokens, run.batches) == ({'data': 1000}, None)
 
 
@@ -404,7 +404,7 @@ def test_only_seeds_are_drawn_as_seeds(tmp_path):
         write_run(tmp_path / branch, {'old': 3.1 + number, 'new': 3.0}, str(tmp_path / trunk / 'x.pt'))
     sequence = {'name': 'test', 'data': ['old', 'new'], 'stages': {'old': 1000, 'new': 1000}, 'runs': runs}
     write(tmp_path / 'sequence.json', sequence)
-    study = read_study([tmp_path])
+    study = read_runs([tmp_path])
     plots = {plot.name: plot.figure.axes[0] for plot in plots_of(study, rows_of(study))}
     drawn = [line for line in plots['loss-old'].lines if len(line.get_xdata()) > 2 or line.get_label()[0] != '_']
     # an end for each run, and none of them a mean
@@ -418,7 +418,7 @@ def test_a_stage_on_its_parents_own_data_is_drawn_from_where_that_ended(tmp_path
     measured = json.loads((folder / 'losses.json').read_text())
     measured['losses'] = {label: curve[1:] for label, curve in measured['losses'].items()}
     write(folder / 'losses.json', measured)
-    study = read_study([tmp_path])
+    study = read_runs([tmp_path])
     (axis,) = (plot.figure.axes[0] for plot in plots_of(study, rows_of(study)) if plot.name == 'loss-old')
     (line,) = (line for line in axis.lines if line.get_label() == 'none')
     assert (line.get_xdata()[0], line.get_ydata()[0]) == (1000, 3.0)
@@ -427,7 +427,7 @@ def test_a_stage_on_its_parents_own_data_is_drawn_from_where_that_ended(tmp_path
 def test_a_validation_set_that_was_not_evaluated_is_said(tmp_path):
     folder = write_sequence(tmp_path, seeds=(1,))
     write_run(folder / 'new-none-s1', {'old': 4.0}, f'{folder}/old-s1/latest-rank0.pt')
-    study = read_study([folder])
+    study = read_runs([folder])
     assert 'new-none-s1: not evaluated on new' in missing(study, rows_of(study))
     assert 'loss average' not in rows(folder)['none'].columns
 

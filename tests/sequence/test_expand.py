@@ -5,7 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 from tiny import ROOT, merge
 
-from cpt_algorithms.sequence.expand import BASELINES, heirs, plan, tokens_per_stream
+from cpt_algorithms.sequence.expand import BASELINES, descendants, plan, tokens_per_stream
 
 QUICKSTART = ROOT / 'yamls' / 'sequence' / 'quickstart.yaml'
 
@@ -336,8 +336,8 @@ def test_a_stage_that_is_added_changes_no_other_run(infinite):
 
 def test_heirs_are_all_that_start_from_a_run(infinite):
     runs = plan(infinite)
-    assert heirs(runs, 'python-s17') == ['python-anneal-s17', 'cpp-s17', 'cpp-anneal-s17']
-    assert heirs(runs, 'cpp-anneal-s17') == []
+    assert descendants(runs, 'python-s17') == ['python-anneal-s17', 'cpp-s17', 'cpp-anneal-s17']
+    assert descendants(runs, 'cpp-anneal-s17') == []
 
 
 # Baselines

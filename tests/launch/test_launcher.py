@@ -19,7 +19,7 @@ import tiny
 from composer.cli import launcher
 from omegaconf import OmegaConf
 
-from cpt_algorithms.launch.launcher import LaunchError, Layout, command, layout_of, starter
+from cpt_algorithms.launch.launcher import LaunchError, Resources, command, make_launcher, resources_of
 from cpt_algorithms.launch.slurm_node import TrainingNode
 
 RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
@@ -39,11 +39,11 @@ def parsed(line, **environ):
 def test_commands_are_what_the_launcher_takes(tmp_path, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
     yaml = tmp_path / 'two words' / 'run.yaml'
-    one = command(Layout(nproc=8), RECIPE, yaml)
+    one = command(Resources(nproc=8), RECIPE, yaml)
     assert one == f"composer -n 8 recipes/continue_pretraining.py '{yaml}'"
     given = parsed(one)
     assert (given.nproc, given.world_size) == (8, None)
-    many = command(Layout(nodes=4, nproc=8), RECIPE, Path.cwd() / 'runs' / 'x' / 'run.yaml')
+    many = command(Resources(nodes=4, nproc=8), RECIPE, Path.cwd() / 'runs' / 'x' / 'run.yaml')
     assert many == (
         'composer -n 8 --world_size 32 --node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port 29500 '
         'recipes/continue_pretraining.py runs/x/run.yaml'
@@ -81,20 +81,20 @@ def test_commands_are_what_the_launcher_takes(tmp_path, monkeypatch):
 )
 def test_mistakes_are_named_before_anything_is_submitted(spec, problem):
     with pytest.raises(ValueError, match=problem):
-        layout_of(spec)
+        resources_of(spec)
 
 
 def test_a_layout():
-    assert layout_of({}) == Layout(1, 1, None)
-    assert layout_of({'nodes': 4, 'nproc': 8, 'slurm': SLURM}).ranks == 32
+    assert resources_of({}) == Resources(1, 1, None)
+    assert resources_of({'nodes': 4, 'nproc': 8, 'slurm': SLURM}).ranks == 32
 
 
 def test_runs_are_refused_where_they_cannot_be_started(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match='nodes=2: without slurm, runs are started on this machine only; --write'):
-        starter(Layout(nodes=2), jobs=1)
+        make_launcher(Resources(nodes=2), jobs=1)
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(ValueError, match='slurm: sbatch is not on this machine'):
-        starter(layout_of({'slurm': SLURM}), jobs=1)
+        make_launcher(resources_of({'slurm': SLURM}), jobs=1)
 
 
 # A small Slurm
@@ -130,10 +130,10 @@ def wait(handle, seconds=240):
 
 def test_a_queued_job_is_found_again_and_a_cancelled_one_has_failed(slurm, run, monkeypatch):
     (slurm / 'hold').touch()
-    layout = layout_of(
+    layout = resources_of(
         {'nodes': 2, 'nproc': 4, 'slurm': {**SLURM, 'slurm_account': 'mine', 'gpus_per_node': 4, 'cpus_per_task': 32}}
     )
-    handle = starter(layout, jobs=1)(RECIPE, run)
+    handle = make_launcher(layout, jobs=1)(RECIPE, run)
     assert handle.name == 'Slurm job 1000, which goes on without this process'
     assert handle.poll() is None
     batch = (slurm / '1000.sh').read_text().strip().splitlines()
@@ -143,7 +143,7 @@ def test_a_queued_job_is_found_again_and_a_cancelled_one_has_failed(slurm, run, 
     }.items():  # fmt: skip
         assert f'#SBATCH --{key}={value}' in batch
     assert '--kill-on-bad-exit=1 --cpus-per-task=32' in batch[-1]
-    again = starter(layout, jobs=1)(RECIPE, run)
+    again = make_launcher(layout, jobs=1)(RECIPE, run)
     assert again.name == 'Slurm job 1000, found again'
     assert fake_slurm.states(slurm) == {'1000': 'PENDING'}
 
@@ -152,13 +152,13 @@ def test_a_queued_job_is_found_again_and_a_cancelled_one_has_failed(slurm, run, 
     assert wait(again, 30) == 1
     assert 'Slurm job 1000 is over (CANCELLED by 1000)' in (run / 'log.txt').read_text()
     # it is over: the next start is another job
-    assert starter(layout, jobs=1)(RECIPE, run).name.startswith('Slurm job 1001,')
+    assert make_launcher(layout, jobs=1)(RECIPE, run).name.startswith('Slurm job 1001,')
 
 
 def test_a_job_that_slurm_refuses_is_one_line(slurm, run):
-    layout = layout_of({'slurm': {**SLURM, 'slurm_partition': 'refuse'}})
+    layout = resources_of({'slurm': {**SLURM, 'slurm_partition': 'refuse'}})
     with pytest.raises(LaunchError, match='^run: Slurm has refused the job: sbatch: error: invalid partition'):
-        starter(layout, jobs=1)(RECIPE, run)
+        make_launcher(layout, jobs=1)(RECIPE, run)
     assert fake_slurm.states(slurm) == {}
 
 
@@ -180,7 +180,7 @@ def write(run, data, **over):
 @pytest.mark.slow
 def test_submitits_local_executor_trains_a_run(run, data):
     write(run, data)
-    start = starter(layout_of({'slurm': SLURM}), jobs=1, cluster='local')
+    start = make_launcher(resources_of({'slurm': SLURM}), jobs=1, cluster='local')
     assert wait(start(RECIPE, run)) == 0, (run / 'log.txt').read_text()
     assert json.loads((run / 'done.json').read_text())['batch'] == 8
     assert '[batch=8/8]' in (run / 'log.txt').read_text()
@@ -189,7 +189,7 @@ def test_submitits_local_executor_trains_a_run(run, data):
 @pytest.mark.slow
 def test_a_run_that_fails_says_so(run, data):
     write(run, data, optimizer={'name': 'decoupled_adamw', 'lr': -1.0})
-    start = starter(layout_of({'slurm': SLURM}), jobs=1, cluster='local')
+    start = make_launcher(resources_of({'slurm': SLURM}), jobs=1, cluster='local')
     assert wait(start(RECIPE, run)) not in (0, None)
     assert 'Invalid learning rate' in (run / 'log.txt').read_text()
     assert not (run / 'done.json').exists()
@@ -209,7 +209,7 @@ def test_two_nodes_find_each_other(slurm, run):
     script = run / 'all_reduce.py'
     script.write_text(ALL_REDUCE)
     (run / 'run.yaml').touch()
-    handle = starter(layout_of({'nodes': 2, 'nproc': 2, 'slurm': SLURM}), jobs=1)(script, run)
+    handle = make_launcher(resources_of({'nodes': 2, 'nproc': 2, 'slurm': SLURM}), jobs=1)(script, run)
     assert wait(handle) == 0
     assert 'sum 4 rank 0 node 0 of 4' in (run / 'log.txt').read_text()
     assert 'sum 4 rank 2 node 1 of 4' in (run / 'log-node1.txt').read_text()
@@ -221,7 +221,7 @@ def test_a_job_fails_as_a_whole_if_one_node_does(slurm, run, monkeypatch):
     script = run / 'half.py'
     script.write_text("import os, sys, time\nif os.environ['NODE_RANK'] == '1': sys.exit(3)\ntime.sleep(1000)\n")
     (run / 'run.yaml').touch()
-    handle = starter(layout_of({'nodes': 2, 'slurm': SLURM}), jobs=1)(script, run)
+    handle = make_launcher(resources_of({'nodes': 2, 'slurm': SLURM}), jobs=1)(script, run)
     assert wait(handle) == 1
     assert 'Slurm job 1000 is over (FAILED)' in (run / 'log.txt').read_text()
 
@@ -230,7 +230,7 @@ def test_a_job_fails_as_a_whole_if_one_node_does(slurm, run, monkeypatch):
 @pytest.mark.parametrize('numbers', [('SIGUSR2',), ('SIGTERM', 'SIGUSR2')], ids=['time is over', 'preempted'])
 def test_a_requeued_job_goes_on_from_its_latest_checkpoint(slurm, run, data, numbers):
     write(run, data, max_duration='48ba', scheduler={'t_warmup': '4ba'})
-    handle = starter(layout_of({'slurm': SLURM}), jobs=1)(RECIPE, run)
+    handle = make_launcher(resources_of({'slurm': SLURM}), jobs=1)(RECIPE, run)
     deadline = time.monotonic() + 120
     while not list(run.glob('ep0-ba*')):
         assert handle.poll() is None

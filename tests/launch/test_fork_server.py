@@ -10,7 +10,7 @@ import time
 import pytest
 import tiny
 
-from cpt_algorithms.launch.launcher import LaunchError, Layout, starter
+from cpt_algorithms.launch.launcher import LaunchError, Resources, make_launcher
 
 SCRIPT = """
 import os, sys, time
@@ -47,7 +47,7 @@ def wait(handle, seconds=60):
 
 def test_a_script_runs_and_ends_as_if_it_had_been_started_by_itself(script, tmp_path, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '3')
-    start = starter(Layout(), jobs=1)
+    start = make_launcher(Resources(), jobs=1)
     ends = {
         'pass': (0, ''),
         'sys.exit()': (0, ''),
@@ -104,4 +104,4 @@ def test_a_server_that_cannot_import_is_one_line(script, tmp_path, monkeypatch):
     (tmp_path / 'torch.py').write_text('raise ImportError("broken")')
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     with pytest.raises(LaunchError, match='^run: the process that imports what training needs has ended'):
-        starter(Layout(), jobs=1)(script, write(tmp_path / 'run', ''))
+        make_launcher(Resources(), jobs=1)(script, write(tmp_path / 'run', ''))
