@@ -5,6 +5,7 @@
 coerced. :func:`check_type` is the same for a single value and a Python annotation of somebody else's.
 """
 
+import copy
 from collections import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -13,7 +14,16 @@ from reprlib import Repr
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 __all__ = [
     'ConfigError',
@@ -51,13 +61,31 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra='allow', allow_inf_nan=False, protected_namespaces=())
+    _given: Mapping[str, Any] = PrivateAttr(default_factory=dict)
 
-    @model_validator(mode='before')
+    @model_validator(mode='wrap')
     @classmethod
-    def _without_null(cls, given: Any) -> Any:
+    def _keep_what_was_given(cls, given: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
         if not isinstance(given, Mapping):
-            return given
+            return handler(given)
+        section = handler(cls.without_null(given))
+        section._given = given
+        return section
+
+    @classmethod
+    def without_null(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What is left if null is like nothing."""
         return {key: value for key, value in given.items() if value is not None or key not in cls.model_fields}
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The section as it was written."""
+        return self._given
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """A copy of the section as it was written without its ``name``: what LLM Foundry's builders take."""
+        return copy.deepcopy({key: value for key, value in self._given.items() if key != 'name'})
 
 
 Kind = TypeVar('Kind', bound=BaseModel)

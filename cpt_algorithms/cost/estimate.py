@@ -19,16 +19,14 @@ from typing import Any
 
 import torch
 from composer.callbacks.speed_monitor import GPU_AVAILABLE_FLOPS
-from composer.core import Time, TimeUnit
 from llmfoundry.models.hf.hf_fsdp import hf_get_causal_base_model, hf_get_hidden_layers
 from llmfoundry.utils.builders import build_optimizer
 from torch import nn
 
+from cpt_algorithms.duration import Duration
 from cpt_algorithms.files import is_remote
-from cpt_algorithms.replay.replay_text import read_mix
-from cpt_algorithms.stage.form import parse_time
-from cpt_algorithms.stage.preflight import model_on_meta, total_batches
-from cpt_algorithms.stage.stage_start import budget_in_samples
+from cpt_algorithms.stage.preflight import model_on_meta
+from cpt_algorithms.stage.stage import FSDP, Model, Optimizer, Stage
 
 __all__ = [
     'GPUS',
@@ -53,10 +51,7 @@ __all__ = [
     'model_size',
     'optimizer_bytes',
     'recomputed_flops_per_token',
-    'tokens_of_streams',
 ]
-
-Config = dict[str, Any]
 
 # Chip in Composer's table of dense peaks, with which its MFU is computed too, and memory: the vendor's gigabytes, taken
 # as 10^9 bytes. Data sheets: https://www.nvidia.com/en-us/data-center/ (a10, a100, h100, h200).
@@ -213,18 +208,18 @@ def measure(model: Any) -> ModelSize:
     )
 
 
-def model_size(section: Config) -> ModelSize:
+def model_size(model: Model) -> ModelSize:
     """The size of the model that a YAML's ``model`` section describes; of a pretrained one, only its config is read.
 
     Args:
-        section: The ``model`` section.
+        model: The section.
 
     Raises:
         ValueError: If it cannot be built, or its blocks are not known.
 
     Cost: about a second, and no memory for the weights.
     """
-    return _model_size(json.dumps(section, sort_keys=True))
+    return _model_size(json.dumps(dict(model.given), sort_keys=True))
 
 
 @lru_cache
@@ -236,7 +231,7 @@ def _model_size(section: str) -> ModelSize:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            size = measure(model_on_meta({'model': given}).model)
+            size = measure(model_on_meta(Model.model_validate(given)).model)
     finally:
         logging.disable(disabled)
     if given['name'] == 'hf_causal_lm':  # whose kernels are not chosen on meta; llm-foundry's default is eager
@@ -462,25 +457,24 @@ def memory_per_gpu(
     )
 
 
-def optimizer_bytes(section: Config, weight_bytes: int = 4) -> float:
+def optimizer_bytes(optimizer: Optimizer, weight_bytes: int = 4) -> float:
     """State per parameter of any registered optimizer: what one step on a small matrix leaves, in its shape.
 
     Args:
-        section: The YAML's ``optimizer`` section.
+        optimizer: The YAML's section.
         weight_bytes: Of a trained weight, 4 or 2. Default: ``4``.
 
     Raises:
         ValueError: If it cannot be built.
     """
     layer = nn.Linear(16, 16, bias=False, dtype=torch.float32 if weight_bytes == 4 else torch.bfloat16)
-    arguments = {key: value for key, value in section.items() if key != 'name'}
     try:
-        optimizer = build_optimizer(layer, section['name'], arguments)
+        built = build_optimizer(layer, optimizer.name, optimizer.arguments)
     except Exception as error:
-        raise ValueError(f'optimizer={section.get("name")!r} cannot be built: {error}') from None
+        raise ValueError(f'optimizer={optimizer.name!r} cannot be built: {error}') from None
     layer.weight.grad = torch.ones_like(layer.weight)
-    optimizer.step()
-    state = [value for value in optimizer.state[layer.weight].values() if isinstance(value, torch.Tensor)]
+    built.step()
+    state = [value for value in built.state[layer.weight].values() if isinstance(value, torch.Tensor)]
     like_weights = [value for value in state if value.shape == layer.weight.shape]
     return sum(value.numel() * value.element_size() for value in like_weights) / layer.weight.numel()
 
@@ -633,34 +627,14 @@ class Costs:
     disk: Disk
 
 
-def tokens_of_streams(config: Config, batches: int | None = None) -> dict[str, int]:
-    """Tokens that a run takes from each stream, the new data first.
-
-    Args:
-        config: A train YAML, with the ``replay_text`` loader or another one, which counts as one stream.
-        batches: Of only so many first batches. Default: all.
-
-    Raises:
-        ValueError: If the run is given in epochs.
-    """
-    batches = _batches(config) if batches is None else batches
-    samples = batches * config['global_train_batch_size']
-    loader = config['train_loader']
-    if loader.get('name') != 'replay_text':
-        return {'train': samples * config['max_seq_len']}
-    mix = read_mix(loader['dataset'].get('new'), loader['dataset'].get('replay'))
-    counts = zip([' + '.join(mix.new), *mix.old], mix.interleaving.counts(samples), strict=True)
-    return {name: count * config['max_seq_len'] for name, count in counts}
-
-
-def costs_of(config: Config, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4) -> Costs:
-    """The costs of a train YAML.
+def costs_of(stage: Stage, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4) -> Costs:
+    """The costs of a stage.
 
     As in training, ``FSDP_VERSION`` of the environment decides how ``fsdp_config`` is read: FSDP2 has no
     ``sharding_strategy`` but ``reshard_after_forward``; and one GPU has no FSDP.
 
     Args:
-        config: A resolved train YAML.
+        stage: The stage.
         gpu: Name or peak, of :func:`find_gpu`. Default: ``h100``.
         gpus: How many it runs on. Default: ``8``.
         mfu: Model FLOPs utilisation to reckon with. Default: ``0.4``.
@@ -668,29 +642,27 @@ def costs_of(config: Config, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4)
     Raises:
         ValueError: If the YAML or one of these is not right.
     """
-    if config.get('tp_config'):
+    if stage.tp_config:
         raise ValueError('tp_config: tensor parallelism is not planned for; leave it out')
-    if gpus < 1 or config['global_train_batch_size'] % gpus:
-        raise ValueError(f'global_train_batch_size={config["global_train_batch_size"]} is not divisible by {gpus} GPUs')
-    precision = config.get('precision') or 'amp_bf16'
-    chip = find_gpu(gpu, precision)
-    size, length, batches = model_size(config['model']), config['max_seq_len'], _batches(config)
-    tokens = batches * config['global_train_batch_size'] * length
-    fsdp = (config.get('fsdp_config') or {}) if gpus > 1 else {}
-    checkpointing = bool(fsdp.get('activation_checkpointing'))
+    if gpus < 1 or stage.global_train_batch_size % gpus:
+        raise ValueError(f'global_train_batch_size={stage.global_train_batch_size} is not divisible by {gpus} GPUs')
+    chip = find_gpu(gpu, stage.precision)
+    size, length = model_size(stage.model), stage.max_seq_len
+    batches = stage.batches_of('max_duration', stage.max_duration)
+    tokens = batches * stage.tokens_per_batch
+    fsdp = stage.fsdp_config if gpus > 1 else None
+    checkpointing = fsdp is not None and fsdp.activation_checkpointing
     flops = tokens * flops_per_token(size, length)
     recomputed = tokens * recomputed_flops_per_token(size, length) if checkpointing else 0.0
-    weight_bytes = 2 if config['model'].get('master_weights_dtype') else 4
-    compute_bytes = 4 if precision == 'fp32' else 2
+    weight_bytes = 2 if stage.model.master_weights_dtype else 4
+    compute_bytes = 4 if stage.precision == 'fp32' else 2
     sharding, shards = _sharding(fsdp, gpus)
-    state = optimizer_bytes(config['optimizer'], weight_bytes)
-    callbacks = config.get('callbacks') or {}
-    half_lives = (callbacks.get('ema') or {}).get('half_life') or []
-    emas = 1 if isinstance(half_lives, str) else len(half_lives)
-    lawa = (callbacks.get('lawa') or {}).get('k', 5) if 'lawa' in callbacks else 0
+    state = optimizer_bytes(stage.optimizer, weight_bytes)
+    callbacks = stage.callbacks
+    emas = callbacks.ema.count if callbacks.ema else 0
+    lawa = callbacks.lawa.k if callbacks.lawa else 0
 
     def memory_of(microbatch: int) -> Memory:
-        evaluated = int(config.get('device_eval_batch_size') or microbatch)
         return memory_per_gpu(
             size,
             sharding=sharding,
@@ -698,7 +670,7 @@ def costs_of(config: Config, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4)
             shards=shards,
             weight_bytes=weight_bytes,
             compute_bytes=compute_bytes,
-            gathered_bytes=weight_bytes if fsdp.get('mixed_precision') == 'FULL' else compute_bytes,
+            gathered_bytes=weight_bytes if fsdp and fsdp.mixed_precision == 'FULL' else compute_bytes,
             optimizer_bytes=state,
             activations=backward_bytes(
                 size,
@@ -706,25 +678,23 @@ def costs_of(config: Config, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4)
                 length,
                 bytes_each=compute_bytes,
                 checkpointing=checkpointing,
-                fused=config['model'].get('loss_fn') == 'fused_crossentropy',
+                fused=stage.model.loss_fn == 'fused_crossentropy',
             ),
             # no gradients
-            evaluation_logits=evaluated * length * size.vocab * (compute_bytes + 8),
+            evaluation_logits=(stage.device_eval_batch_size or microbatch) * length * size.vocab * (compute_bytes + 8),
             emas=emas,
             lawa=lawa,
-            lawa_is_offloaded=(callbacks.get('lawa') or {}).get('offload', True),
+            lawa_is_offloaded=callbacks.lawa is None or callbacks.lawa.offload,
         )
 
-    of_a_gpu = config['global_train_batch_size'] // gpus
-    given = config.get('device_train_microbatch_size', 'auto')
-    microbatch = of_a_gpu if given == 'auto' else min(int(given), of_a_gpu)
+    of_a_gpu, given = stage.global_train_batch_size // gpus, stage.device_train_microbatch_size
+    microbatch = of_a_gpu if given == 'auto' else min(given, of_a_gpu)
     while given == 'auto' and microbatch > 1 and memory_of(microbatch).total > (chip.memory or math.inf):
         microbatch = math.ceil(microbatch / 2)
-    export = callbacks.get('hf_checkpointer') or {}
-    keep = -1 if is_remote(config.get('save_folder') or '') else config.get('save_num_checkpoints_to_keep', -1)
+    export = callbacks.hf_checkpointer
     return Costs(
         size=size,
-        tokens=tokens_of_streams(config),
+        tokens=stage.tokens_by_stream(),
         batches=batches,
         flops=flops,
         hardware_flops=flops + recomputed,
@@ -736,49 +706,33 @@ def costs_of(config: Config, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4)
         memory=memory_of(microbatch),
         disk=disk(
             checkpoint_bytes(size.parameters, weight_bytes=weight_bytes, optimizer_bytes=state, emas=emas, lawa=lawa),
-            size.parameters * (4 if export.get('precision', 'float32') == 'float32' else 2),
+            size.parameters * (4 if export.precision == 'float32' else 2),
             batches,
-            _interval('save_interval', config.get('save_interval', '1000ba'), config, batches),
-            keep,
-            _interval('callbacks.hf_checkpointer.save_interval', export.get('save_interval', '1dur'), config, batches),
+            _interval('save_interval', stage.save_interval, stage),
+            -1 if is_remote(stage.save_folder) else stage.save_num_checkpoints_to_keep,
+            _interval('callbacks.hf_checkpointer.save_interval', export.save_interval, stage),
             emas + (1 if lawa else 0),
-            (callbacks.get('branch_points') or {}).get('at') or (),
+            callbacks.branch_points.at if callbacks.branch_points else (),
         ),
     )
 
 
-def _batches(config: Config) -> int:
-    batches = total_batches(config)
-    if batches is None:
-        raise ValueError(
-            f'max_duration={config["max_duration"]!r} is in epochs, whose length only the data knows; write it in tok, '
-            'ba or sp'
-        )
-    return batches
-
-
-def _interval(key: str, interval: Any, config: Config, batches: int) -> int:
+def _interval(key: str, interval: Duration, stage: Stage) -> int:
     """Batches between two events; epochs come to their end with the run."""
-    time = Time(interval, TimeUnit.EPOCH) if isinstance(interval, int) else parse_time(key, interval)
-    if time.unit == TimeUnit.EPOCH:
-        return batches
-    if time.unit == TimeUnit.DURATION:
-        return max(1, math.ceil(time.value * batches))
-    if time.unit not in (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN) or time.value <= 0:
-        raise ValueError(f'{key}={interval!r} must be a positive time in ba, sp, tok, dur or ep')
-    samples = budget_in_samples(time, config['global_train_batch_size'], config['max_seq_len']) or 0
-    return samples // config['global_train_batch_size']
+    if not interval.value:
+        raise ValueError(f'{key}={interval} must be above 0')
+    return stage.batches_of(key, Duration(1, 'dur') if interval.unit == 'ep' else interval)
 
 
-def _sharding(fsdp: Config, gpus: int) -> tuple[str, int]:
+def _sharding(fsdp: FSDP | None, gpus: int) -> tuple[str, int]:
     """One of ``SHARDINGS``, and how many GPUs share one copy of the model."""
-    if not fsdp:
+    if fsdp is None or not fsdp.given:
         return 'none', 1
     if os.environ.get('FSDP_VERSION', '1') == '2':
-        sharding = 'FULL_SHARD' if fsdp.get('reshard_after_forward', True) else 'SHARD_GRAD_OP'
+        sharding = 'FULL_SHARD' if fsdp.reshard_after_forward else 'SHARD_GRAD_OP'
     else:
-        given = str(fsdp.get('sharding_strategy', 'FULL_SHARD')).upper()
+        given = fsdp.sharding_strategy.upper()
         # hybrid: the same within data_parallel_shard_degree
         sharding = {'HYBRID_SHARD': 'FULL_SHARD', '_HYBRID_SHARD_ZERO2': 'SHARD_GRAD_OP'}.get(given, given)
-    degree = fsdp.get('data_parallel_shard_degree', -1)
-    return sharding, degree if degree > 0 else gpus // (fsdp.get('data_parallel_replicate_degree') or 1)
+    degree = fsdp.data_parallel_shard_degree
+    return sharding, degree if degree > 0 else gpus // (fsdp.data_parallel_replicate_degree or 1)

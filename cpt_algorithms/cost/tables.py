@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs are and what they cost, as tables."""
 
+import os
 from collections.abc import Mapping
-from typing import Any
 
-from composer.core import Time, TimeUnit
 from llmfoundry.utils.builders import build_scheduler
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.cost.estimate import Costs, Memory, Saving, against_union, costs_of, tokens_of_streams
+from cpt_algorithms.cost.estimate import Costs, Memory, Saving, against_union, costs_of
+from cpt_algorithms.duration import per_batch_of
 from cpt_algorithms.evaluation.functional import training_flops
 from cpt_algorithms.report.tables import flop, percent, short
 from cpt_algorithms.schedulers.functional import Span
-from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
-from cpt_algorithms.stage.preflight import total_batches
+from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
+from cpt_algorithms.stage.stage import Stage
 
-__all__ = ['print_costs', 'print_phases']
-
-Config = dict[str, Any]
+__all__ = ['print_costs', 'print_phases', 'print_stage']
 
 _PARTS = {
     'parameters': 'weights',
@@ -44,27 +42,25 @@ def hours(value: float) -> str:
     return f'{float(f"{value:.3g}"):,g}'
 
 
-def print_phases(configs: Mapping[str, Config], console: Console) -> None:
+def print_phases(stages: Mapping[str, Stage], console: Console) -> None:
     """Tokens of each stream in each phase of the schedule, steps, and learning rates where phases meet.
 
     Args:
-        configs: Resolved train YAMLs, by name. Those that differ in nothing of this are shown once; those that train
+        stages: Stages, by name. Those that differ in nothing of this are shown once; those that train
             nothing (merges) are left out.
         console: Where to print.
 
     Raises:
         ValueError: If a run is given in epochs.
     """
-    alike: dict[str, tuple[list[str], Config]] = {}
-    for name, config in configs.items():
-        if total_batches(config) == 0:
+    alike: dict[str, tuple[list[str], Stage]] = {}
+    for name, stage in stages.items():
+        if stage.batches == 0:
             continue
-        mix = {key: (config['train_loader'].get('dataset') or {}).get(key) for key in ('new', 'replay')}
-        keys = ('max_duration', 'global_train_batch_size', 'max_seq_len', 'scheduler')
-        key = repr([mix, config['optimizer']['lr'], *(config[key] for key in keys)])
-        alike.setdefault(key, ([], config))[0].append(name)
-    for names, config in alike.values():
-        _show(console, *_phase_table(_several(names), config))
+        key = repr([stage.tokens_by_stream(), stage.optimizer.lr, stage.max_duration, stage.scheduler])
+        alike.setdefault(key, ([], stage))[0].append(name)
+    for names, stage in alike.values():
+        _show(console, *_phase_table(_several(names), stage))
 
 
 def _show(console: Console, title: str, table: Table) -> None:
@@ -77,19 +73,18 @@ def _several(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f'{names[0]} and {len(names) - 1} more'
 
 
-def _phase_table(name: str, config: Config) -> tuple[str, Table]:
-    tokens = tokens_of_streams(config)
-    per_batch = config['global_train_batch_size'] * config['max_seq_len']
+def _phase_table(name: str, stage: Stage) -> tuple[str, Table]:
+    tokens = stage.tokens_by_stream()
     total = sum(tokens.values())
-    batches, lr = total // per_batch, float(config['optimizer']['lr'])
-    title = f'{name}: {config["scheduler"]["name"]}, {batches:,} batches of {per_batch:,} tokens'
+    batches, lr = total // stage.tokens_per_batch, stage.optimizer.lr or 0.0
+    title = f'{name}: {stage.scheduler.name}, {batches:,} batches of {stage.tokens_per_batch:,} tokens'
     table = Table(box=SIMPLE_HEAD)
     table.add_column('phase')
     for column in ('to batch', 'LR from', 'LR to', 'tokens', *tokens):
         table.add_column(escape(column), justify='right')
     done, before = 0, dict.fromkeys(tokens, 0)
-    for span, end in _spans(config, batches):
-        counts = tokens_of_streams(config, end)
+    for span, end in _spans(stage, batches):
+        counts = stage.tokens_by_stream(end)
         row = [counts[name] - before[name] for name in tokens]
         lrs = [f'{span.start * lr:.3g}', f'{span.end * lr:.3g}'] if span else ['', '']
         table.add_row(span.name if span else 'all', f'{end:,}', *lrs, f'{sum(row):,}', *(f'{n:,}' for n in row))
@@ -100,38 +95,57 @@ def _phase_table(name: str, config: Config) -> tuple[str, Table]:
     return title, table
 
 
-def _spans(config: Config, batches: int) -> list[tuple[Span | None, int]]:
+def _spans(stage: Stage, batches: int) -> list[tuple[Span | None, int]]:
     """Phases, each with the batch before which it ends: a batch belongs to the phase in which it starts."""
-    section = dict(config['scheduler'])
-    scheduler = build_scheduler(section.pop('name'), section)
-    duration = Time.from_timestring(config['max_duration'])
+    scheduler = build_scheduler(stage.scheduler.name, stage.scheduler.arguments)
     if not isinstance(scheduler, PhaseScheduler):
         return [(None, batches)]
-    schedule, unit = scheduler.schedule(duration)
-    samples = config['global_train_batch_size']
-    per_batch = {TimeUnit.BATCH: 1, TimeUnit.SAMPLE: samples, TimeUnit.TOKEN: samples * config['max_seq_len']}[unit]
-    spans = list(schedule.spans(float(duration.value)))
+    schedule, unit = scheduler.schedule(str(stage.max_duration))
+    per_batch = per_batch_of(unit.value, stage.global_train_batch_size, stage.max_seq_len)
+    assert per_batch is not None, 'tokens_by_stream has refused epochs'
+    spans = list(schedule.spans(float(stage.max_duration.value)))
     return [(span, min(batches, -int(-span.until // per_batch))) for span in spans]
 
 
+def print_stage(stage: Stage, with_cost: bool) -> None:
+    """The schedule, as the multipliers of ``optimizer.lr`` that each batch will be trained with; on the first rank.
+
+    Args:
+        stage: The stage.
+        with_cost: Whether to print what it will cost, too, on as many GPUs as there are ranks.
+    """
+    if os.environ.get('RANK', '0') != '0':
+        return
+    scheduler = build_scheduler(stage.scheduler.name, stage.scheduler.arguments)
+    if isinstance(scheduler, PhaseScheduler) and stage.batches is not None:
+        schedule, unit = scheduler.schedule(str(stage.max_duration))
+        print(f'{stage.run_name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}')
+        print(format_phases(schedule, unit, stage.max_duration.value), flush=True)
+    if with_cost:
+        try:
+            print_costs({stage.run_name: stage}, Console(width=140), gpus=int(os.environ.get('WORLD_SIZE', '1')))
+        except ValueError as error:  # epochs, mixtures of experts: they can be trained
+            print(f'what it will cost is not known: {error}')
+
+
 def print_costs(
-    configs: Mapping[str, Config],
+    stages: Mapping[str, Stage],
     console: Console,
     *,
     gpu: str = 'h100',
     gpus: int = 8,
     mfu: float = 0.4,
-    stages: Mapping[str, int] | None = None,
+    budgets: Mapping[str, int] | None = None,
 ) -> dict[str, Costs]:
     """FLOPs and GPU-hours, memory per GPU by part, checkpoints and disk, and the saving against union retraining.
 
     Args:
-        configs: Resolved train YAMLs, by name. Those that train nothing (merges) are left out.
+        stages: Stages, by name. Those that train nothing (merges) are left out.
         console: Where to print.
         gpu: A name in ``cost.GPUS``, or a peak in FLOP/s. Default: ``h100``.
         gpus: How many each run is on. Default: ``8``.
         mfu: Model FLOPs utilisation to reckon with. Default: ``0.4``.
-        stages: Token budget of each stage, for the saving. Default: ``None``, no such table, as for one stage.
+        budgets: Token budget of each stage, for the saving. Default: ``None``, no such table, as for one stage.
 
     Returns:
         The numbers, by name.
@@ -139,7 +153,7 @@ def print_costs(
     Raises:
         ValueError: If a YAML, or one of the numbers, is not right.
     """
-    costs = {name: costs_of(config, gpu, gpus, mfu) for name, config in configs.items() if total_batches(config) != 0}
+    costs = {name: costs_of(stage, gpu, gpus, mfu) for name, stage in stages.items() if stage.batches != 0}
     chip = next(iter(costs.values())).gpu
     _show(console, f'compute, {gpus} x {chip.name} at {percent(mfu)} MFU', _compute_table(costs))
     if any(cost.hardware_flops > cost.flops for cost in costs.values()):
@@ -159,8 +173,8 @@ def print_costs(
     _show(console, f'memory of one GPU{holds}', _memory_table(costs))
     console.print('  besides, some 10 %: CUDA, NCCL, fragmentation\n', highlight=False)
     _show(console, 'checkpoints and disk', _disk_table(costs))
-    if stages and len(stages) > 1:
-        _show(console, 'updating against training from scratch on everything', _saving_table(against_union(stages)))
+    if budgets and len(budgets) > 1:
+        _show(console, 'updating against training from scratch on everything', _saving_table(against_union(budgets)))
     return costs
 
 

@@ -32,8 +32,9 @@ from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 from torch import distributed as dist
 
+from cpt_algorithms.replay.mix import DOWNLOAD_RETRY
 from cpt_algorithms.replay.shard_index import ShardIndex, ShardOfSample, Shards
-from cpt_algorithms.replay.streams import DOWNLOAD_RETRY, ResilientStream, StreamError, is_ending
+from cpt_algorithms.replay.streams import ResilientStream, StreamError, is_ending
 
 __all__ = ['LazyStreamingDataset']
 

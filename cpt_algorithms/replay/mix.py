@@ -12,9 +12,11 @@ from pydantic import ConfigDict, model_validator
 from cpt_algorithms.replay.functional import Interleaving, exact_fraction, shares_of
 from cpt_algorithms.validation import PathStr, Section, parse_section, short_repr
 
-__all__ = ['Mix', 'OldStream', 'Stream', 'read_mix', 'row_length']
+__all__ = ['DOWNLOAD_RETRY', 'STREAM_KEYS', 'Mix', 'OldStream', 'Stream', 'read_mix', 'row_length']
 
 WHERE = 'train_loader.dataset'
+# Attempts after the first: they outlive a server gone for 75 s.
+DOWNLOAD_RETRY = 8
 
 
 class Stream(Section):

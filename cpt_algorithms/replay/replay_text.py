@@ -8,8 +8,6 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -26,144 +24,24 @@ from cpt_algorithms.replay.consumed import read_consumed, read_positions
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.functional import (
     DEFAULT_BLOCK_SIZE,
-    Interleaving,
     MixedSequence,
     StreamOrder,
     check_budget,
     differences,
     exact_fraction,
-    shares_of,
     worker_slots,
 )
 from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
+from cpt_algorithms.replay.mix import Mix, OldStream, Stream, read_mix, row_length
 from cpt_algorithms.replay.streams import ResilientStream, StreamError
-from cpt_algorithms.validation import check_keys, check_path, check_type
+from cpt_algorithms.validation import check_keys
 
 __all__ = ['ReplayTextDataset', 'build_replay_text_dataloader']
 
-STREAM_KEYS = ('remote', 'local', 'split', 'download_retry', 'download_timeout', 'validate_hash', 'keep_zip')
-_STREAM_TYPES: dict[str, Any] = {
-    **dict.fromkeys(('remote', 'local', 'split', 'consumed_by', 'stand_in_for'), str),
-    'download_retry': int,
-    'download_timeout': float | str,  # such as 1m 30s
-    'validate_hash': str | bool,
-    'keep_zip': bool,
-    'weight': int | float | str,
-}
-# Of old streams.
-OLD_STREAM_KEYS = (*STREAM_KEYS, 'weight', 'consumed_by', 'stand_in_for')
 # Added to the seed of old streams read in an order of their own: any constant that is not 0 will do.
 FRESH_SHUFFLE = 1_000_003
 # Slots a worker turns into sample ids at once.
 CHUNK = 4096
-
-
-def _named_streams(where: str, section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """``{name: stream keywords}`` of a section that is one stream or a mapping of several."""
-    if 'remote' in section or 'local' in section:
-        return {where.rsplit('.', 1)[-1]: dict(section)}
-    for name, stream in section.items():
-        if not isinstance(stream, Mapping):
-            raise ValueError(
-                f'{where}.{name}={stream!r} is not a stream; give {where} as one stream '
-                '({remote: ..., local: ..., split: ...}) or as a mapping of several named ones'
-            )
-    return {str(name): dict(stream) for name, stream in section.items()}
-
-
-@dataclass(frozen=True)
-class Mix:
-    """The ``new`` and ``replay`` sections of a YAML, read and checked.
-
-    Args:
-        new: Stream keywords of the new data, by name.
-        old: Stream keywords of the old data, by name.
-        weights: Weight of each old stream.
-        consumed_by: The checkpoint whose run has read what there is to replay, of the old streams that name one.
-        stand_ins: What is not known, of the old streams that stand in for it.
-        fraction: Replay fraction.
-        order: Order of the old data, ``pretraining`` or ``shuffled``.
-        interleaving: Which stream each slot belongs to: the new data, then each old stream.
-    """
-
-    new: dict[str, dict[str, Any]]
-    old: dict[str, dict[str, Any]]
-    weights: dict[str, Any]
-    consumed_by: dict[str, str]
-    stand_ins: dict[str, str]
-    fraction: Fraction
-    order: str
-    interleaving: Interleaving
-
-
-def check_stream(where: str, stream: Mapping[str, Any]) -> None:
-    """Refuse a stream whose values have other types than theirs.
-
-    Args:
-        where: Its key in the YAML.
-        stream: Its keywords.
-
-    Raises:
-        ValueError: Naming the key, its value and the right type.
-    """
-    for key, value in stream.items():
-        if key in _STREAM_TYPES:
-            check_type(f'{where}.{key}', value, _STREAM_TYPES[key] | None)
-        if key in ('remote', 'local', 'split') and value:
-            check_path(f'{where}.{key}', value)
-    if not (stream.get('remote') or stream.get('local')):
-        raise ValueError(f'{where} has neither remote nor local: say where the data lies')
-
-
-def read_mix(new: Mapping[str, Any] | None, replay: Mapping[str, Any] | None) -> Mix:
-    """Read what :class:`ReplayTextDataset` calls ``new`` and ``replay``.
-
-    Raises:
-        ValueError: If a key is unknown, the fraction or a weight is out of range, there is nothing to read, or two
-            streams share a name.
-    """
-    where = 'train_loader.dataset'
-    check_type(f'{where}.new', new, Mapping[str, Any] | None)
-    check_type(f'{where}.replay', replay, Mapping[str, Any] | None)
-    replay = dict(replay or {})
-    check_type(f'{where}.replay.streams', replay.get('streams'), Mapping[str, Any] | None)
-    check_keys(f'{where}.replay', replay, ('fraction', 'streams', 'order'))
-    order = replay.get('order', 'pretraining')
-    if order not in ('pretraining', 'shuffled'):
-        raise ValueError(f"replay.order={order!r} is not possible; use 'pretraining' or 'shuffled'")
-    new_streams = _named_streams(f'{where}.new', new or {})
-    old_streams = _named_streams(f'{where}.replay.streams', replay.get('streams') or {})
-    if not new_streams:
-        raise ValueError(f'{where}.new is empty: name the data to learn')
-    if shared := sorted(new_streams.keys() & old_streams.keys() | {'new'} & old_streams.keys()):
-        raise ValueError(f'stream name {shared[0]!r} is used in both new and replay.streams; names must differ')
-    for section, named, keys in (('new', new_streams, STREAM_KEYS), ('replay.streams', old_streams, OLD_STREAM_KEYS)):
-        for name, stream in named.items():
-            check_keys(f'{where}.{section}.{name}', stream, keys)
-            check_stream(f'{where}.{section}.{name}', stream)
-    weights = {name: stream.pop('weight', 1) for name, stream in old_streams.items()}
-    consumed, stand_ins = (
-        {name: str(stream.pop(key)) for name, stream in old_streams.items() if stream.get(key)}
-        for key in ('consumed_by', 'stand_in_for')
-    )
-    for name, stream in old_streams.items():
-        for key in ('consumed_by', 'stand_in_for'):
-            stream.pop(key, None)
-        if name in consumed and name in stand_ins:
-            raise ValueError(
-                f'{where}.replay.streams.{name} has consumed_by and stand_in_for: it is what that run read, or stands '
-                'in for data that is not known, not both'
-            )
-    fraction = replay.get('fraction', 0)
-    interleaving = Interleaving(shares_of(fraction, weights))
-    exact = exact_fraction('replay.fraction', fraction)
-    return Mix(new_streams, old_streams, weights, consumed, stand_ins, exact, order, interleaving)
-
-
-def row_length(encoding: str) -> int | None:
-    """Tokens per row of an MDS column encoding such as ``ndarray:int32:128``; None if rows may differ."""
-    kind, *rest = encoding.split(':')
-    return int(rest[1]) if kind == 'ndarray' and len(rest) == 2 and rest[1].isdigit() else None
 
 
 class _Work:
@@ -255,7 +133,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
     ) -> None:
         mix = read_mix(new, replay)
         streams = [
-            ResilientStream(cache_limit=kwargs.get('cache_limit'), **stream)
+            ResilientStream(cache_limit=kwargs.get('cache_limit'), **stream.keywords)
             for stream in (*mix.new.values(), *mix.old.values())
         ]
         LazyStreamingDataset.__init__(
@@ -300,8 +178,8 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
                 'max_seq_len': max_seq_len,
                 'global_batch_size': self.global_batch_size,
                 'drop_last': drop_last,
-                **self._describe_streams('new', mix.new, 0, {}),
-                **self._describe_streams('replay', mix.old, len(mix.new), mix.weights),
+                **self._describe_streams('new', mix.new, 0),
+                **self._describe_streams('replay', mix.old, len(mix.new)),
             }
         )
         if continues is not None:
@@ -313,21 +191,19 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         index, block_size = self.indexes[stream], int(self.shuffle_block_size or 0)
         seed = self.shuffle_seed if self.shuffle else None
         fresh = self.shuffle_seed + FRESH_SHUFFLE if mix.order == 'shuffled' else None
-        if name not in mix.consumed_by:
+        if (checkpoint := mix.old[name].consumed_by) is None:
             return StreamOrder(index.samples, seed if fresh is None else fresh, block_size)
         where = f'train_loader.dataset.replay.streams.{name}.consumed_by'
-        consumed = read_consumed(where, mix.consumed_by[name], index.digest)
+        consumed = read_consumed(where, checkpoint, index.digest)
         if not consumed.samples:
-            raise ValueError(f'{where}={mix.consumed_by[name]}: that run had read nothing yet')
+            raise ValueError(f'{where}={checkpoint}: that run had read nothing yet')
         return StreamOrder(index.samples, consumed.seed, consumed.block_size, consumed.samples, fresh)
 
-    def _describe_streams(
-        self, role: str, named: Mapping[str, Any], first: int, weights: Mapping[str, Any]
-    ) -> dict[str, str]:
+    def _describe_streams(self, role: str, named: Mapping[str, Stream], first: int) -> dict[str, str]:
         """Identity of each stream by its shards' sizes and hashes: moved data is still the same data."""
         described = {}
-        for stream, name in enumerate(named, start=first):
-            weight = f', weight {weights[name]}' if name in weights else ''
+        for stream, (name, given) in enumerate(named.items(), start=first):
+            weight = f', weight {given.weight}' if isinstance(given, OldStream) else ''
             digest = self.indexes[stream].digest
             described[f'{role}.{name}'] = f'{self.samples_per_stream[stream]:,} samples ({digest}){weight}'
             order = self.sequence.orders[stream - first + 1] if role == 'replay' else None

@@ -33,12 +33,11 @@ from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-__all__ = ['DOWNLOAD_RETRY', 'ResilientStream', 'StreamError']
+__all__ = ['ResilientStream', 'StreamError']
 
 log = logging.getLogger(__name__)
 
-# Waits of 1, 2, 4, 8, 15, 15, 15, 15 s and some jitter: a server may be gone for 75 s.
-DOWNLOAD_RETRY = 8
+# Between attempts: 1, 2, 4, 8, 15, 15, ... s and some jitter.
 FIRST_WAIT, LONGEST_WAIT = 1.0, 15.0
 # Downloads of a file whose hash is wrong, after the first.
 CORRUPT_RETRY = 2

@@ -12,12 +12,11 @@ from typing import Any
 
 from cpt_algorithms.checkpoints.exports import pretrained_model_of
 from cpt_algorithms.replay.functional import Interleaving, shares_of
-from cpt_algorithms.replay.replay_text import STREAM_KEYS, check_stream
+from cpt_algorithms.replay.mix import STREAM_KEYS, Stream
 from cpt_algorithms.sequence.branches import anneal_branch, in_batches
 from cpt_algorithms.stage.form import check_form, parse_time
-from cpt_algorithms.stage.preflight import resolve
 from cpt_algorithms.stage.stage_start import budget_in_samples
-from cpt_algorithms.validation import check_keys, check_path, check_type, check_yaml_scalars, short_repr
+from cpt_algorithms.validation import check_keys, check_path, check_type, check_yaml_scalars, parse_section, short_repr
 from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS
 
 __all__ = [
@@ -369,7 +368,7 @@ def check_sequence(spec: Config) -> None:
             raise ValueError(f'seeds: {seed} is there twice')
     for name, stream in spec['data'].items():
         check_keys(f'data.{name}', stream, (*STREAM_KEYS, 'stand_in_for'))
-        check_stream(f'data.{name}', stream)
+        parse_section(Stream, {key: value for key, value in stream.items() if key in STREAM_KEYS}, f'data.{name}')
     if taken := [name for name in ('common', 'baseline') if name in spec['stages']]:
         raise ValueError(f'stages.{taken[0]}: a stage cannot have this name, which means something else in arms')
     for where, section in (

@@ -23,7 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from cpt_algorithms.checkpoints.exports import exports, folder_of_pretrained, pretrained_model_of
 from cpt_algorithms.files import StorageError, fetch, is_remote, list_names, read_json
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer
-from cpt_algorithms.replay.replay_text import read_mix
+from cpt_algorithms.replay.mix import read_mix
 from cpt_algorithms.validation import check_type
 
 __all__ = ['find_data_problems']
@@ -226,8 +226,8 @@ def _read_streams(loaders: list[tuple[str, Config]]) -> list[_Stream]:
         dataset = section.get('dataset') or {}
         if section.get('name') == 'replay_text':
             mix = read_mix(dataset.get('new'), dataset.get('replay'))
-            named = {f'{loader}.dataset.new.{name}': stream for name, stream in mix.new.items()}
-            named |= {f'{loader}.dataset.replay.streams.{name}': stream for name, stream in mix.old.items()}
+            named = {f'{loader}.dataset.new.{name}': stream.given for name, stream in mix.new.items()}
+            named |= {f'{loader}.dataset.replay.streams.{name}': stream.given for name, stream in mix.old.items()}
         elif dataset.get('streams'):
             named = {f'{loader}.dataset.streams.{name}': stream for name, stream in dataset['streams'].items()}
         else:

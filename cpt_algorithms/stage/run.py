@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train one stage and export it: locks, what a kill left behind, lineage, resuming, object storage, lm-eval."""
+
+import logging
+import multiprocessing
+import os
+import platform
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from composer import Trainer
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State
+from composer.loggers import Logger, RemoteUploaderDownloader, remote_uploader_downloader
+from composer.utils import dist, get_device, parse_uri, remote_uploader
+from filelock import FileLock, Timeout
+from llmfoundry import registry
+from llmfoundry.command_utils import train
+from omegaconf import OmegaConf
+from torch.distributed.checkpoint.api import CheckpointException
+
+from cpt_algorithms.checkpoints.exports import folder_of_pretrained, models_of, parent_of
+from cpt_algorithms.checkpoints.open import CheckpointError, guard_loading, is_complete, newest_remote, resolve_latest
+from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
+from cpt_algorithms.files import StorageError, exists, is_remote, read_json, write_atomic, write_json
+from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
+from cpt_algorithms.replay.streams import StreamError
+from cpt_algorithms.stage.preflight import PreflightError, latest_batch, preflight
+from cpt_algorithms.stage.record import StageRecord, read_record
+from cpt_algorithms.stage.saving import StoppedError, disk_problem
+from cpt_algorithms.stage.stage import Stage
+
+__all__ = ['DATASETS_LOCK', 'check_or_exit', 'evaluate', 'train_stage', 'write_record']
+
+# Streaming numbers the datasets of a machine, and two runs that start at the same moment can pick the same number.
+DATASETS_LOCK = FileLock(Path(tempfile.gettempdir()) / f'cpt_algorithms_datasets_{os.getuid()}.lock')
+STACK = ('cpt-algorithms', 'llm-foundry', 'mosaicml', 'mosaicml-streaming', 'torch', 'transformers')
+
+
+class DatasetsBuilt(Callback):
+    """Lets the next run of this machine build its datasets."""
+
+    def init(self, state: State, logger: Logger) -> None:
+        """The trainer is made after its dataloaders."""
+        DATASETS_LOCK.release()
+
+
+class OneWriter(Callback):
+    """Saves into object storage only while no other process has started to, and keeps the local disk free.
+
+    There are no locks in object storage. Every start leaves its token in ``writer.json``: the process that started last
+    goes on, another stops with an error when it comes to its next checkpoint, before it writes it.
+
+    Args:
+        folder: The run's ``save_folder``.
+        token: What this start has left there.
+    """
+
+    def __init__(self, folder: str, token: str) -> None:
+        self.folder, self.token = folder, token
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Look before every checkpoint."""
+        for saver in state.callbacks:
+            if isinstance(saver, CheckpointSaver):
+                self._guard(saver)
+
+    def _guard(self, saver: CheckpointSaver) -> None:
+        save = saver._save_checkpoint
+
+        def save_if_it_is_ours(state: State, logger: Logger) -> None:
+            there = [read_json(f'{self.folder}/writer.json')] if dist.get_global_rank() == 0 else [None]
+            dist.broadcast_object_list(there)
+            writer = there[0] or {}
+            if writer.get('token') != self.token:
+                raise RuntimeError(
+                    f'save_folder={self.folder}: another process has started to train there '
+                    f'({writer.get("host")}, process {writer.get("pid")}), and goes on; this one stops'
+                )
+            save(state, logger)
+            # what is being uploaded is a copy; Composer deletes this one on rank 0 only, or never
+            shutil.rmtree(saver.folder, ignore_errors=True)
+
+        saver._save_checkpoint = save_if_it_is_ours
+
+
+def fork_upload_workers() -> None:
+    """Let Composer fork its upload workers from one process that has imported what they need, and that dies with us.
+
+    It spawns them, eight for each rank: every one imports everything again, for ten seconds and almost a gigabyte, and
+    lives on if the run is killed.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['cpt_algorithms.stage.upload_workers'])
+    for module in (remote_uploader, remote_uploader_downloader):
+        module.multiprocessing = SimpleNamespace(get_context=lambda method: context)
+
+
+def wait_for_uploads(trainer: Trainer) -> None:
+    """Return when the export is in the bucket; Composer itself waits only until the upload of its last file has begun.
+
+    Raises:
+        Exception: What went wrong with an upload.
+    """
+    for callback in trainer.state.callbacks:
+        if isinstance(callback, RemoteUploaderDownloader):
+            while callback._logged_objects or callback._enqueued_objects:
+                callback._check_workers()
+                time.sleep(0.1)
+
+
+def _parent_files(stage: Stage) -> dict[str, list[int]] | None:
+    """Size and time of the files of the model that a stage starts from; None if they are not here."""
+    try:
+        pretrained = stage.pretrained_model
+        parent = folder_of_pretrained(pretrained) if pretrained else Path(stage.load_path or '')
+        stats = {file.name: file.stat() for file in (sorted(parent.iterdir()) if parent.is_dir() else [parent])}
+    except (OSError, ValueError):
+        return None
+    # to be compared for equality: which of two is older is a matter of the clock, which may have been set
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def write_record(stage: Stage, resumes: bool = False) -> StageRecord:
+    """Write ``stage.json``: whose checkpoints these are, from which parent, on what data, made with what.
+
+    It is written when the stage starts, and when a restart extends it. In a local folder, the parent's losses of a
+    start that was stopped before its first checkpoint are kept if nothing has changed since, and otherwise removed.
+
+    Args:
+        stage: The stage.
+        resumes: Whether it goes on from a checkpoint of its own. Default: ``False``.
+    """
+    folder, losses = stage.folder, Path(stage.folder) / 'forgetting.json'
+    before = read_record(folder)
+    if before is not None and resumes and before.config.max_duration == stage.max_duration:
+        return before
+    record = {
+        'run_name': stage.run_name,
+        'parent': stage.parent,
+        'pretrained_model': stage.pretrained_model,
+        'config': stage.to_train_yaml(),
+        'versions': {name: version(name) for name in STACK},
+        'parent_files': _parent_files(stage),
+        'wandb_id': (before and before.wandb_id) or secrets.token_hex(4),
+    }
+    if not is_remote(folder) and losses.exists() and not resumes:
+        if before is None or dict(before.given) != record or record['parent_files'] is None:
+            losses.unlink()
+    write_json(f'{folder}/stage.json', record)
+    return StageRecord.model_validate(record)
+
+
+def _tracked(loggers: dict[str, Any], wandb_id: str) -> dict[str, Any]:
+    """Loggers with which a restarted run goes on as the same W&B run."""
+    given = loggers.get('wandb') or {}
+    if 'wandb' not in loggers or not given.get('rank_zero_only', True):
+        return loggers
+    init = {'id': wandb_id, 'resume': 'allow', **(given.get('init_kwargs') or {})}
+    return {**loggers, 'wandb': {**given, 'init_kwargs': init}}
+
+
+def evaluate(folder: Path, given: str | list[str]) -> tuple[dict[str, float], bool]:
+    """Run lm-eval on what was exported, beside the parent.
+
+    Returns:
+        The scores as metrics, and whether there is nothing left to try again.
+    """
+    try:
+        suite, models = load_suite_of(given), models_of(folder)
+        try:
+            parent = parent_of(folder)
+        except ValueError as missing:
+            print(missing)
+            parent = None
+        results = evaluate_all([models], [parent], suite)
+    except Exception as error:  # of any kind: the model is trained and exported, and others may start from it
+        print(f'{folder}: lm-eval could not be run; the same command tries again: {type(error).__name__}: {error}')
+        return {}, False
+    metrics = {}
+    for model in models:
+        print_result(results[model], results[parent] if parent else None)
+        average = model.name.partition('-')[2]
+        for name, task in results[model]['tasks'].items():
+            metrics[f'lm_eval/{name}/{average}' if average else f'lm_eval/{name}'] = task['score']
+    expected = set(suite.get('missing') or {})
+    return metrics, all(set(results[model]['missing']) == expected for model in models)
+
+
+def mend(folder: Path) -> None:
+    """Undo what a kill in the middle of saving leaves behind.
+
+    Composer writes a checkpoint under its final name, then replaces the ``latest`` link by removing it, then deletes
+    the oldest checkpoint. What is half written or half deleted is deleted, and ``latest`` made to point at the newest
+    whole checkpoint, if there is one.
+    """
+    whole: dict[int, Path] = {}
+    for path in folder.glob('ep*-ba*'):
+        batch = re.search(r'-ba(\d+)', path.name)
+        if is_complete(path) and batch:
+            whole[int(batch.group(1))] = path
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if whole:
+        newest = whole[max(whole)]
+        link = folder / ('latest-sharded-rank0' if newest.is_dir() else 'latest-rank0.pt')
+        if not (link.is_symlink() and link.resolve() == newest.resolve()):
+            new_link = folder / '.latest'
+            new_link.unlink(missing_ok=True)
+            new_link.symlink_to(newest.name)
+            new_link.replace(link)
+
+
+def take_local(folder: Path, lock: FileLock) -> None:
+    """Lock a local folder, mend it, and forget that a shorter run, which is now extended, was done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=30)
+    except Timeout:
+        sys.exit(f'save_folder={folder}: another process is training there; wait for it or stop it')
+    mend(folder)
+    (folder / 'done.json').unlink(missing_ok=True)
+
+
+def take_remote(folder: str) -> tuple[str, str | None]:
+    """The same in object storage, where nothing is locked and Composer deletes nothing.
+
+    Returns:
+        The token of this start, and the newest whole checkpoint, to which ``latest`` leads now.
+    """
+    token = secrets.token_hex(8)
+    write_json(f'{folder}/writer.json', {'token': token, 'host': platform.node(), 'pid': os.getpid()})
+    if exists(f'{folder}/done.json'):
+        write_json(f'{folder}/done.json', {'batch': 0})
+    checkpoint = newest_remote(folder)[1]
+    if checkpoint is not None:
+        link = 'latest-rank0.pt' if checkpoint.endswith('.pt') else 'latest-sharded-rank0'
+        write_atomic(f'{folder}/{link}.symlink', parse_uri(checkpoint)[2].encode())
+    return token, checkpoint
+
+
+def check_or_exit(stage: Stage, what: str) -> None:
+    """Refuse a stage before anything expensive starts: on all ranks, with every problem, and exit.
+
+    Args:
+        stage: The stage.
+        what: What to call its YAML.
+    """
+    world_size, rank_zero = _ranks()
+    if world_size > 1:  # llm-foundry's tokenizer builder wants it; train() finds it done
+        dist.initialize_dist(get_device(None), timeout=stage.dist_timeout)
+    problems: list[str] = []
+    try:
+        preflight(stage, world_size)
+    except PreflightError as error:
+        problems = error.problems
+    if world_size > 1:  # a cache or a network may be another on each node, and all must stop at once
+        problems = list(dict.fromkeys(problem for each in dist.all_gather_object(problems) for problem in each))
+    if problems:
+        sys.exit(f'{what} was refused before training:\n{PreflightError(problems)}' if rank_zero else 1)
+
+
+def _ranks() -> tuple[int, bool]:
+    return int(os.environ.get('WORLD_SIZE', '1')), os.environ.get('RANK', '0') == '0'
+
+
+def train_stage(stage: Stage) -> None:
+    """Train and export what passed preflight, unless that is done already; exit with one line if it has to stop."""
+    # Composer has downloaded a copy, which messages name
+    copied = f' (copied from load_path={stage.load_path})' if is_remote(stage.load_path or '') else ''
+    try:
+        _train(stage)
+    except (StorageError, StreamError, CheckpointError, StoppedError) as error:
+        sys.exit(f'{stage.run_name} stopped: {error}{copied}')
+    except CheckpointException as failures:  # torch's, of all ranks
+        for error, _ in failures.failures.values():
+            if isinstance(error, CheckpointError):
+                sys.exit(f'{stage.run_name} stopped: {error}{copied}')
+        raise
+    except OSError as error:
+        if (reason := disk_problem(error)) is None:
+            raise
+        sys.exit(f'{stage.run_name} stopped: {error.filename or stage.folder}: {reason}')
+
+
+def _train(stage: Stage) -> None:
+    guard_loading()  # stage_start may say otherwise
+    unique_shm_prefixes()
+    world_size, rank_zero = _ranks()
+    suite, total, folder = stage.suite, stage.batches, stage.folder
+    done = read_json(f'{folder}/done.json') or {'batch': 0}
+    if done['batch'] and (total is None or done['batch'] >= total):
+        if rank_zero:
+            print(f'{stage.run_name}: finished already, at batch {done["batch"]}')
+            if suite and done.get('lm_eval') != suite and evaluate(Path(folder), suite)[1]:
+                write_json(f'{folder}/done.json', {**done, 'lm_eval': suite})
+        return
+    remote = is_remote(folder)
+    lock = FileLock(Path(folder) / '.lock')  # a local folder is ours until we return
+    cfg = {**stage.to_train_yaml(), 'save_folder': folder}
+    there: list[Any] = [None] * 6
+    if rank_zero:
+        token = checkpoint = None
+        if remote:
+            token, checkpoint = take_remote(folder)
+        else:
+            take_local(Path(folder), lock)
+        latest = latest_batch(folder)
+        record = write_record(stage, resumes=latest > 0)
+        parent_is_evaluated = exists(f'{folder}/forgetting.json') and (latest > 0 or not remote)
+        # Composer finds latest-rank0.pt in object storage, but no latest-sharded-rank0
+        parent = resolve_latest(stage.load_path) if is_remote(stage.load_path or '') else stage.load_path
+        there = [latest, parent_is_evaluated, checkpoint, token, parent, record.wandb_id]
+    if world_size > 1:
+        dist.broadcast_object_list(there)  # also waits for what rank 0 does above
+    latest, parent_is_evaluated, checkpoint, token, cfg['load_path'], wandb_id = there
+    cfg['loggers'] = _tracked(cfg.get('loggers') or {}, wandb_id)
+    if parent_is_evaluated:
+        cfg['eval_first'] = False
+    if not latest:
+        # there is nothing to resume; Composer would ask W&B for it, which fails if W&B is offline
+        cfg['autoresume'] = False
+    if remote:
+        # Composer's own way takes the copy that an earlier resume has left in the working folder, however old
+        cfg['autoresume'] = False
+        if checkpoint:
+            cfg |= {'load_path': checkpoint, 'load_weights_only': False, 'load_ignore_keys': None}
+        # half of a checkpoint may be there, or come yet from a killed process; OneWriter keeps others away
+        cfg |= {'save_overwrite': True, 'save_num_checkpoints_to_keep': -1}
+        fork_upload_workers()
+        registry.callbacks.register('one_writer', func=OneWriter)
+        cfg['callbacks']['one_writer'] = {'folder': folder, 'token': token}
+    # killed between the last checkpoint and the end of the export
+    cfg['only_hf_checkpoint'] = total is not None and latest >= total
+    registry.callbacks.register('datasets_built', func=DatasetsBuilt)
+    cfg['callbacks']['datasets_built'] = {}
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        DATASETS_LOCK.acquire()
+    logging.getLogger('cpt_algorithms').setLevel(logging.INFO)  # what the first step used, whatever python_log_level
+    try:
+        trainer = train(OmegaConf.create(cfg))
+    finally:
+        DATASETS_LOCK.release(force=True)  # which it had kept if it failed before the datasets were built
+    wait_for_uploads(trainer)
+    if rank_zero:
+        done = {'batch': int(trainer.state.timestamp.batch.value), 'lm_eval': None}
+        write_json(f'{folder}/done.json', done)
+        if suite:
+            # their memory is wanted for the exported models
+            for optimizer in trainer.state.optimizers:
+                optimizer.state.clear()
+            trainer.state.model.to_empty(device='meta')
+            metrics, complete = evaluate(Path(folder), suite)
+            trainer.logger.log_metrics(metrics)
+            if complete:
+                write_json(f'{folder}/done.json', {**done, 'lm_eval': suite})

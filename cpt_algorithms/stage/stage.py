@@ -1,0 +1,480 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stage: an LLM Foundry train YAML, read once into a typed object that every later part receives.
+
+What is not ours to read stays as it is (``given``), and :meth:`Stage.to_train_yaml` hands the whole to LLM Foundry. No
+torch and no Composer in here.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BeforeValidator, Field
+from yaml import YAMLError
+
+from cpt_algorithms.duration import ABSOLUTE, UNITS, Duration
+from cpt_algorithms.files import read_yaml
+from cpt_algorithms.replay.mix import DOWNLOAD_RETRY, STREAM_KEYS, Mix, Stream, read_mix
+from cpt_algorithms.validation import ConfigError, PathStr, Section, parse_section, short_repr
+
+__all__ = ['KEEP_OPTIMIZER_IGNORE_KEYS', 'Callbacks', 'Dataset', 'Loader', 'Merge', 'Model', 'Stage']
+
+# What a stage that keeps its parent's optimizer must not load. Exact keys: with a star, a sharded load takes
+# `state/schedulers*` out of the *live* scheduler, whose learning rate then never changes again.
+KEEP_OPTIMIZER_IGNORE_KEYS = [
+    'state/schedulers',
+    'state/timestamp',
+    'state/dataset_state',
+    'state/callbacks',
+    'state/algorithms',
+    'rng',
+]
+
+
+def _time(units: tuple[str, ...]) -> Any:
+    def parse(value: Any) -> Duration:
+        if isinstance(value, int) and not isinstance(value, bool) and 'dur' in units:
+            value = f'{value}ep'  # Composer's meaning of a number
+        return Duration.parse('KEY', value, units)
+
+    return BeforeValidator(parse)
+
+
+MaxDuration = Annotated[Duration, _time((*ABSOLUTE, 'ep'))]
+Interval = Annotated[Duration, _time(UNITS)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[int, Field(ge=-1)]
+OneOrSeveral = BeforeValidator(lambda given: [given] if isinstance(given, Mapping) else given)
+LowerCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+
+
+class ConfigOverrides(Section):
+    """Of a Hugging Face model's configuration."""
+
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
+
+
+class Model(Section):
+    """The model, as LLM Foundry builds it."""
+
+    name: str = ''
+    init_device: Literal['cpu', 'meta', 'mixed'] | None = None
+    pretrained: bool = True
+    pretrained_model_name_or_path: str | None = None
+    config_overrides: ConfigOverrides = ConfigOverrides()
+    master_weights_dtype: str | None = None
+    loss_fn: str | None = None
+    # made without any of these, and without a word
+    d_model: Positive | None = None
+    n_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    vocab_size: Positive | None = None
+    max_seq_len: Positive | None = None
+    expansion_ratio: Annotated[float, Field(gt=0)] | None = None
+
+
+class TokenizerKwargs(Section):
+    """What the tokenizer is built with."""
+
+    model_max_length: Positive | None = None
+
+
+class Tokenizer(Section):
+    """The tokenizer: a folder, or a name on the hub."""
+
+    name: str = ''
+    kwargs: TokenizerKwargs = TokenizerKwargs()
+
+
+class Optimizer(Section):
+    """The optimizer; ``weight_decay`` of a decoupled one is a share of the weights, times the rate's own multiplier."""
+
+    name: str = ''
+    lr: Annotated[float, Field(gt=0)] | None = None
+    betas: list[float] | None = None
+    eps: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+
+class Scheduler(Section):
+    """The schedule of the learning rate."""
+
+    name: str = ''
+
+
+class Dataset(Section):
+    """What a loader reads: ``new`` and ``replay`` of ``replay_text``; one stream or several of ``text``."""
+
+    max_seq_len: Positive | None = None
+    local: str | None = None
+    remote: str | None = None
+    split: str | None = None
+    streams: dict[str, dict[str, Any]] = {}
+    new: dict[str, Any] = {}
+    replay: dict[str, Any] = {}
+    max_passes: float | str = 1
+    continues: PathStr | None = None
+
+    @property
+    def text_streams(self) -> dict[str, Stream]:
+        """What ``text`` reads: one stream, called ``stream``, or several.
+
+        Raises:
+            ValueError: If one is not right.
+        """
+        given = self.streams or {'stream': self.given}
+        return {
+            name: parse_section(Stream, {key: stream[key] for key in STREAM_KEYS if key in stream}, f'streams.{name}')
+            for name, stream in given.items()
+        }
+
+
+class Loader(Section):
+    """A train or evaluation loader."""
+
+    name: str = ''
+    label: str | None = None
+    dataset: Dataset = Dataset()
+
+    @cached_property
+    def mix(self) -> Mix | None:
+        """What ``replay_text`` reads; None of another loader.
+
+        Raises:
+            ValueError: If it is not right.
+        """
+        return read_mix(self.dataset.new, self.dataset.replay) if self.name == 'replay_text' else None
+
+
+class FSDP(Section):
+    """How the model is sharded."""
+
+    state_dict_type: str | None = None
+    sharding_strategy: str = 'FULL_SHARD'
+    reshard_after_forward: bool = True
+    activation_checkpointing: bool = False
+    mixed_precision: Any = None
+    data_parallel_shard_degree: int = -1
+    data_parallel_replicate_degree: int | None = None
+
+
+class StageStartArguments(Section):
+    """How the stage begins."""
+
+    optimizer: str = 'reset'
+    trust_checkpoint: bool = False
+
+
+class ForgettingArguments(Section):
+    """Labels of what was learned before, and now."""
+
+    old: list[str] = []
+    new: list[str] = []
+
+
+class EMAArguments(Section):
+    """One or several half-lives."""
+
+    half_life: list[str] | str = []
+
+    @property
+    def count(self) -> int:
+        """Averages that are kept."""
+        return 1 if isinstance(self.half_life, str) else len(self.half_life)
+
+
+class LAWAArguments(Section):
+    """The window."""
+
+    k: int = 5
+    offload: bool = True
+
+
+class HuggingFaceCheckpointer(Section):
+    """When and how the model is exported."""
+
+    save_folder: str | None = None
+    save_interval: Interval = Duration(1, 'dur')
+    precision: str = 'float32'
+
+
+class BranchPointArguments(Section):
+    """Batches whose checkpoints stay."""
+
+    at: list[int] = []
+
+
+class Callbacks(Section):
+    """The callbacks that are looked into; ``name: null`` is one without arguments."""
+
+    stage_start: StageStartArguments | None = None
+    final_loss: Section | None = None
+    forgetting: ForgettingArguments | None = None
+    ema: EMAArguments | None = None
+    lawa: LAWAArguments | None = None
+    hf_checkpointer: HuggingFaceCheckpointer = HuggingFaceCheckpointer()
+    branch_points: BranchPointArguments | None = None
+
+    @classmethod
+    def without_null(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A callback without arguments is there."""
+        return {name: {} if arguments is None else arguments for name, arguments in given.items()}
+
+
+class Merge(Section):
+    """The average that a run is, in place of training: the last checkpoints of a trunk."""
+
+    of: PathStr
+    batch: int
+    last: Annotated[int, Field(ge=2)]
+    every: Interval
+    weights: str = 'uniform'
+
+
+class Variables(Section):
+    """What LLM Foundry leaves to the YAML's author, and we read."""
+
+    lm_eval: str | list[str] | None = None
+    merge: Merge | None = None
+
+
+class Stage(Section):
+    """A train YAML. Attributes are what we read of it, under LLM Foundry's names; the methods say what follows."""
+
+    model: Model
+    tokenizer: Tokenizer
+    optimizer: Optimizer
+    scheduler: Scheduler
+    train_loader: Loader
+    max_duration: MaxDuration
+    max_seq_len: Positive
+    global_train_batch_size: Positive
+    run_name: str = ''
+    save_folder: str = ''
+    save_interval: Interval = Duration(1000, 'ba')
+    save_num_checkpoints_to_keep: Share = -1
+    save_overwrite: bool = False
+    save_weights_only: bool = False
+    load_path: PathStr | None = None
+    load_weights_only: bool = False
+    load_ignore_keys: list[str] = []
+    autoresume: bool = True
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
+    precision: Annotated[Literal['fp32', 'amp_fp16', 'amp_bf16', 'amp_fp8'], LowerCase] = 'amp_bf16'
+    python_log_level: Annotated[Literal['debug', 'info', 'warning', 'error', 'critical'], LowerCase] = 'debug'
+    console_log_interval: Interval = Duration(1, 'ba')
+    # Composer cannot split a batch of text into parts of 2.5 rows
+    device_train_microbatch_size: Positive | Literal['auto'] = 'auto'
+    device_eval_batch_size: Positive | None = None
+    train_subset_num_batches: Share = -1
+    eval_loader: Annotated[
+        list[Loader], BeforeValidator(lambda given: [given] if isinstance(given, Mapping) else given)
+    ] = []
+    eval_interval: Interval = Duration(1, 'ep')
+    eval_first: bool = False
+    eval_subset_num_batches: Share = -1
+    callbacks: Callbacks = Callbacks()
+    algorithms: dict[str, dict[str, Any] | None] = {}
+    loggers: dict[str, dict[str, Any] | None] = {}
+    fsdp_config: FSDP | None = None
+    tp_config: dict[str, Any] | None = None
+    dist_timeout: Annotated[float, Field(ge=1)] = 600.0
+    code_paths: list[str] = []
+    variables: Variables = Variables()
+
+    @classmethod
+    def read(cls, path: str, overrides: Sequence[str] = ()) -> 'Stage':
+        """Read a YAML.
+
+        Args:
+            path: An LLM Foundry train YAML.
+            overrides: ``key=value``, applied before anything is read.
+
+        Raises:
+            ValueError: If it cannot be read, or is not right, naming everything that is wrong.
+        """
+        try:
+            merged = OmegaConf.merge(read_yaml(path), OmegaConf.from_cli(list(overrides)))
+            given: Any = OmegaConf.to_container(merged, resolve=True)
+        except (OSError, OmegaConfBaseException, YAMLError, TypeError) as error:
+            raise ValueError(f'{path} cannot be read: {error}') from None
+        return cls.from_yaml(given)
+
+    @classmethod
+    def from_yaml(cls, given: Mapping[str, Any]) -> 'Stage':
+        """Read a train YAML that is a mapping already, and fill in what follows from the rest of it.
+
+        * ``model: FILE.yaml``: its content, such as ``yamls/models/gpt_neox_405m.yaml``.
+        * ``autoresume: true``: llm-foundry says it turns it on, and does not.
+        * ``load_weights_only`` and ``load_ignore_keys`` as ``callbacks.stage_start.optimizer`` needs them.
+        * ``save_folder`` of ``callbacks.final_loss``, ``forgetting`` and ``hf_checkpointer`` (export at the end).
+        * ``eval_first: true`` for ``callbacks.forgetting``, which wants the parent's losses.
+        * ``model.pretrained: false`` with ``load_path``: the checkpoint's weights would replace those that were read.
+        * ``model.trust_remote_code: false`` for ``hf_causal_lm``: llm-foundry runs code that a model brings along.
+        * ``stream_name: resilient`` for evaluators that read one remote stream.
+
+        Args:
+            given: The YAML, interpolations resolved. It stays as it is.
+
+        Raises:
+            ConfigError: With everything that is wrong.
+        """
+        if isinstance(given, Mapping) and isinstance(given.get('model'), str):
+            given = {**given, 'model': _model_file(given['model'])}
+        return parse_section(cls, _filled_in(given, parse_section(cls, given)))
+
+    def to_train_yaml(self) -> dict[str, Any]:
+        """What LLM Foundry is handed: the YAML as it was given, with what was filled in."""
+        return copy.deepcopy(dict(self.given))
+
+    def but(self, **changes: Any) -> 'Stage':
+        """Another stage that differs from this one.
+
+        Args:
+            **changes: Top-level keys of the YAML.
+        """
+        return Stage.from_yaml({**self.to_train_yaml(), **changes})
+
+    @cached_property
+    def batches(self) -> int | None:
+        """Batches of the whole stage; None if it is given in epochs, whose length only the data knows."""
+        return self.max_duration.batches(self.global_train_batch_size, self.max_seq_len)
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Of all ranks, if rows are packed."""
+        return self.global_train_batch_size * self.max_seq_len
+
+    def batches_of(self, key: str, time: Duration) -> int:
+        """Whole batches that a time of this stage takes.
+
+        Args:
+            key: What it is called in an error.
+            time: Not in epochs; of ``dur``, a share of the stage.
+
+        Raises:
+            ValueError: If only the data knows.
+        """
+        whole = self.batches if time.unit == 'dur' else time.batches(self.global_train_batch_size, self.max_seq_len)
+        if whole is None:
+            raise ValueError(
+                f'{key}={self.max_duration if time.unit == "dur" else time} is in epochs, whose length only the data '
+                'knows; write it in tok, ba or sp'
+            )
+        return time.of(whole) if time.unit == 'dur' else whole
+
+    @property
+    def mix(self) -> Mix | None:
+        """What the train loader reads, of ``replay_text``; None of another loader."""
+        return self.train_loader.mix
+
+    def tokens_by_stream(self, batches: int | None = None) -> dict[str, int]:
+        """Tokens that the stage takes from each stream, the new data first; of another loader all under ``data``.
+
+        Args:
+            batches: Of only so many first batches. Default: all.
+
+        Raises:
+            ValueError: If the stage is given in epochs.
+        """
+        batches = self.batches_of('max_duration', self.max_duration) if batches is None else batches
+        samples = batches * self.global_train_batch_size
+        counts = {'data': samples} if self.mix is None else self.mix.counts(samples)
+        return {name: count * self.max_seq_len for name, count in counts.items()}
+
+    @property
+    def folder(self) -> str:
+        """``save_folder``, with the run's name in it.
+
+        Raises:
+            ValueError: If anything else stands in braces.
+        """
+        try:
+            return self.save_folder.format(run_name=self.run_name)
+        except (KeyError, IndexError, ValueError, AttributeError):
+            raise ValueError(
+                f'save_folder={short_repr(self.save_folder)}: only {{run_name}} can stand in braces'
+            ) from None
+
+    @property
+    def pretrained_model(self) -> str | None:
+        """The pretrained Hugging Face model that the stage starts from, a folder or a name; None if from others."""
+        model = self.model
+        is_pretrained = model.name == 'hf_causal_lm' and model.pretrained and not self.load_path
+        return model.pretrained_model_name_or_path if is_pretrained else None
+
+    @property
+    def parent(self) -> str | None:
+        """The checkpoint or the pretrained model that the stage starts from; None from scratch."""
+        return self.load_path or self.pretrained_model
+
+    @property
+    def keeps_optimizer_state(self) -> bool:
+        """Whether it goes on with its parent's."""
+        return self.callbacks.stage_start is not None and self.callbacks.stage_start.optimizer == 'keep'
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its checkpoints are folders with a file of each rank."""
+        return self.fsdp_config is not None and self.fsdp_config.state_dict_type == 'sharded'
+
+    @property
+    def loaders(self) -> list[tuple[str, Loader]]:
+        """The train loader and every evaluation loader, each with its key."""
+        return [
+            ('train_loader', self.train_loader),
+            *((f'eval_loader[{index}]', loader) for index, loader in enumerate(self.eval_loader)),
+        ]
+
+    @property
+    def suite(self) -> str | list[str] | None:
+        """The lm-eval suite that the stage ends with."""
+        return self.variables.lm_eval
+
+    @property
+    def merge(self) -> Merge | None:
+        """Of what the run is an average, if it is not trained."""
+        return self.variables.merge
+
+
+def _model_file(path: str) -> dict[str, Any]:
+    try:
+        model: Any = OmegaConf.to_container(read_yaml(path), resolve=True)
+    except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError([f'model={short_repr(path)} cannot be read: {error}']) from None
+    parse_section(Model, model, path)
+    return model
+
+
+def _filled_in(given: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+    """See :meth:`Stage.from_yaml`; ``stage`` is what the YAML says, read."""
+    filled: dict[str, Any] = {'autoresume': True, **given, 'callbacks': {**(given.get('callbacks') or {})}}
+    if stage.eval_loader:
+        filled['eval_loader'] = [_resilient(loader) for loader in stage.eval_loader]
+    if stage.load_path and stage.callbacks.stage_start is not None:
+        filled.setdefault('load_weights_only', not stage.keeps_optimizer_state)
+        if stage.keeps_optimizer_state:
+            filled.setdefault('load_ignore_keys', list(KEEP_OPTIMIZER_IGNORE_KEYS))
+    if stage.model.name == 'hf_causal_lm':
+        trained = {'pretrained': False} if stage.load_path else {}
+        filled['model'] = {'trust_remote_code': False, **given['model'], **trained}
+    callbacks, folder = filled['callbacks'], given.get('save_folder')
+    for name in ('final_loss', 'forgetting'):
+        if name in callbacks:
+            callbacks[name] = {'save_folder': folder, **(callbacks[name] or {})}
+    if 'forgetting' in callbacks:
+        filled.setdefault('eval_first', True)
+    callbacks.setdefault('hf_checkpointer', {'save_folder': folder, 'save_interval': '1dur', 'precision': 'float32'})
+    return filled
+
+
+def _resilient(loader: Loader) -> dict[str, Any]:
+    given, dataset = dict(loader.given), loader.dataset.given
+    if loader.name != 'text' or not dataset.get('remote'):
+        return given
+    defaults: dict[str, Any] = {'stream_name': 'resilient', 'download_retry': DOWNLOAD_RETRY}
+    if 'cache_limit' in dataset and dataset.get('stream_name', 'resilient') == 'resilient':
+        defaults['stream_config'] = {'cache_limit': dataset['cache_limit']}
+    return {**given, 'dataset': {**defaults, **dataset}}
