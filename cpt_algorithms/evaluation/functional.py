@@ -115,7 +115,7 @@ def changes(
         new: Datasets of this stage.
 
     Returns:
-        ``{'forgetting/<label>': ..., 'forgetting/average[/<average>]': ..., 'adaptation/<label>': ..., ...}``.
+        ``{'forgetting/<label>': ..., 'forgetting/mean[/<average>]': ..., 'adaptation/<label>': ..., ...}``.
     """
     result: dict[str, float] = {}
     for average, of in by_average(losses, [*old, *new]).items():
@@ -124,7 +124,7 @@ def changes(
             changed = {name: change(of[name], parent[name]) for name in datasets if name in of}
             result |= {f'{key}/{name}{suffix}': value for name, value in changed.items()}
             if changed and len(changed) == len(datasets):
-                result[f'{key}/average{suffix}'] = sum(changed.values()) / len(changed)
+                result[f'{key}/mean{suffix}'] = sum(changed.values()) / len(changed)
     return result
 
 

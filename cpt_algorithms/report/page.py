@@ -213,7 +213,7 @@ def _as_json(report: Report) -> dict[str, Any]:
 
 
 def _loss_columns(study: RunSet) -> list[str]:
-    return [*(f'loss {name}' for name in study.data), *(['loss average'] if len(study.data) > 1 else [])]
+    return [*(f'loss {name}' for name in study.data), *(['loss mean'] if len(study.data) > 1 else [])]
 
 
 def _number(row: Row, column: str) -> _Cell:
@@ -254,7 +254,7 @@ def _cards_of(report: Report, size: int | None) -> list[dict[str, str]]:
     questions = [
         ('Forgot', 'least', 'forgetting', min, 'nats/token'),
         ('Learned', 'most', 'adaptation', max, 'nats/token'),
-        ('Average loss:', 'best', 'loss average', min, 'nats/token'),
+        ('Mean loss:', 'best', 'loss mean', min, 'nats/token'),
         ('Cost of an update:', 'lowest', 'compute against union', min, 'of training on everything'),
     ]
     for title, superlative, column, choose, unit in questions:
@@ -294,7 +294,7 @@ def _states(study: RunSet) -> list[tuple[str, int]]:
 def _tables(report: Report) -> list[_Table]:
     study, rows = report.study, report.rows
     labels = {name: f'D{index} {name}' for index, name in enumerate(study.data)}
-    losses = {column: labels.get(column.removeprefix('loss '), 'AVG') for column in _loss_columns(study)}
+    losses = {column: labels.get(column.removeprefix('loss '), 'mean') for column in _loss_columns(study)}
     changed = {'forgetting': 'forgetting', 'adaptation': 'adaptation'}
     note = 'Mean ± 95 % interval over seeds (Student’s t)' if any(len(row.runs) > 1 for row in rows) else 'One seed'
     note += '; bold: the best.' if any(len(contenders(rows, size)) > 1 for size in study.sizes) else '.'
@@ -376,8 +376,8 @@ def _benchmark_tables(report: Report, losses: Mapping[str, str]) -> list[_Table]
     for row in report.rows:
         found = [of.get((id(row), suite)) for suite in suites]
         if any(found):
-            averages = [_score(s.average, s.average_delta) if s and s.average else _Cell() for s in found]
-            lines.append(line(row, [*(_number(row, column) for column in losses), *averages]))
+            means = [_score(s.mean, s.mean_delta) if s and s.mean else _Cell() for s in found]
+            lines.append(line(row, [*(_number(row, column) for column in losses), *means]))
     groups = [('validation loss (nats/token)', list(losses.values())), ('mean of accuracies (%)', suites)]
     tables = [_Table('Losses and benchmarks', note, groups, lines)]
     for suite in suites:
@@ -389,10 +389,10 @@ def _benchmark_tables(report: Report, losses: Mapping[str, str]) -> list[_Table]
                 _score(scores.tasks[task], scores.deltas.get(task)) if task in scores.tasks else _Cell()
                 for task in tasks
             ]
-            average = _score(scores.average, scores.average_delta) if scores.average else _Cell()
-            lines.append(line(scores.row, [*cells, average]))
+            mean = _score(scores.mean, scores.mean_delta) if scores.mean else _Cell()
+            lines.append(line(scores.row, [*cells, mean]))
         heads = [_task_head(report, suite, task) for task in tasks]
-        tables.append(_Table(f'Benchmarks: {suite}', note, [('scores, accuracies in %', [*heads, 'AVG'])], lines))
+        tables.append(_Table(f'Benchmarks: {suite}', note, [('scores, accuracies in %', [*heads, 'mean'])], lines))
     return tables
 
 
@@ -460,7 +460,7 @@ def _lineage(study: RunSet) -> _Table:
             _Cell(', '.join(f'{stream} {short(tokens)}' for stream, tokens in run.tokens.items())),
             _Cell(f'{name}, lr {run.config["optimizer"]["lr"]:g}' if run.config.get('optimizer') else name, settings),
             *(
-                _Cell(signed(changed[f'{key}/average'], 3) if f'{key}/average' in changed else '-')
+                _Cell(signed(changed[f'{key}/mean'], 3) if f'{key}/mean' in changed else '-')
                 for key in ('forgetting', 'adaptation')
             ),
         ]

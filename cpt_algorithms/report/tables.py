@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from cpt_algorithms.evaluation.functional import Mean, bits_per_byte, by_average, changes, training_flops
-from cpt_algorithms.evaluation.lm_eval import macro_average, paired_delta, within_noise
+from cpt_algorithms.evaluation.lm_eval import mean_over_tasks, paired_delta, within_noise
 from cpt_algorithms.files import write_atomic
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
 
@@ -115,16 +115,16 @@ class Scores:
         suite: The suite of tasks.
         tasks: ``{task: score}``, accuracies in percent.
         deltas: ``{task: change against the parent's training weights, paired by item}``, where these were scored too.
-        average: Mean over the accuracies that all rows have.
-        average_delta: Its change against the parent.
+        mean: Over the accuracies that all rows have.
+        mean_delta: Its change against the parent.
     """
 
     row: Row
     suite: str
     tasks: dict[str, OverSeeds]
     deltas: dict[str, Mean]
-    average: OverSeeds | None
-    average_delta: Mean | None
+    mean: OverSeeds | None
+    mean_delta: Mean | None
 
 
 def over_seeds(values: Sequence[float]) -> OverSeeds:
@@ -178,12 +178,12 @@ def _columns(run: RunRecord, average: str, study: RunSet, union_hours: float | N
     losses = by_average(run.final, study.data).get(average, {})
     columns = {f'loss {name}': losses[name] for name in study.data if name in losses}
     if losses and len(columns) == len(study.data):
-        columns['loss average'] = sum(losses.values()) / len(losses)
+        columns['loss mean'] = sum(losses.values()) / len(losses)
     changed = changes(run.final, run.at_start, run.old, run.new)
     suffix = f'/{average}' if average else ''
     for key in ('forgetting', 'adaptation'):
-        if f'{key}/average{suffix}' in changed:
-            columns[key] = changed[f'{key}/average{suffix}']
+        if f'{key}/mean{suffix}' in changed:
+            columns[key] = changed[f'{key}/mean{suffix}']
         columns |= {
             f'{key} {name}': changed[f'{key}/{name}{suffix}']
             for name in study.data
@@ -277,10 +277,10 @@ def _scores(
             delta = _against_parents(study, suite, name, with_task)
             if delta is not None:
                 deltas[name] = delta
-    averages = [float(np.mean([tasks[name]['score'] * 100 for name in common])) for _, tasks in found if common]
+    over_tasks = [float(np.mean([tasks[name]['score'] * 100 for name in common])) for _, tasks in found if common]
     changed = [deltas[name] for name in common if name in deltas]
-    average_delta = macro_average(changed) if changed and len(changed) == len(common) else None
-    return Scores(row, suite, means, deltas, over_seeds(averages) if averages else None, average_delta)
+    mean_delta = mean_over_tasks(changed) if changed and len(changed) == len(common) else None
+    return Scores(row, suite, means, deltas, over_seeds(over_tasks) if over_tasks else None, mean_delta)
 
 
 def _scale(result: Mapping[str, Any]) -> float:
@@ -326,22 +326,22 @@ def contenders(rows: Sequence[Row], size: int | None) -> list[Row]:
 
 
 def finding(rows: Sequence[Row], size: int | None) -> str:
-    """The answer in a sentence or two: the arm with the lowest average loss, what it forgot, learned and cost."""
+    """The answer in a sentence or two: the arm with the lowest mean loss, what it forgot, learned and cost."""
     rows = [row for row in rows if row.size == size]
-    done = [row for row in rows if row.is_finished and 'loss average' in row.columns]
-    able = [row for row in contenders(rows, size) if 'loss average' in row.columns]
+    done = [row for row in rows if row.is_finished and 'loss mean' in row.columns]
+    able = [row for row in contenders(rows, size) if 'loss mean' in row.columns]
     updates = [row for row in able if {'forgetting', 'adaptation'} <= row.columns.keys()]
     if not done:
         return 'Nothing has finished yet: every number is the latest one.'
     if not updates:
-        best = min(able or done, key=lambda row: row.columns['loss average'].mean)
+        best = min(able or done, key=lambda row: row.columns['loss mean'].mean)
         tried = [run for row in done if row.kind == 'update' for run in row.runs]
         if tried and all(run.has_diverged for run in tried):
             return 'Every update that has finished has diverged.'
         waiting = any(row.kind == 'update' for row in rows)
-        text = f'{best.name}: average final loss {best.columns["loss average"].mean:.3f}'
+        text = f'{best.name}: mean final loss {best.columns["loss mean"].mean:.3f}'
         return f'{text}. No update of a parent has finished yet.' if waiting else f'{text}, the lowest of {len(done)}.'
-    best = min(updates, key=lambda row: row.columns['loss average'].mean)
+    best = min(updates, key=lambda row: row.columns['loss mean'].mean)
     forgot, learned = best.columns['forgetting'].mean, best.columns['adaptation'].mean
     old, new = (' and '.join(names) for names in (best.runs[0].old, best.runs[0].new))
     did = f'forgot {forgot:.2f} nats/token' if forgot >= 0.005 else f'forgot nothing ({signed(forgot, 2)} nats/token)'
@@ -351,13 +351,13 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
         cost = f'for {short(best.columns["tokens"].mean)} tokens'
     text = f'{best.name}: {did} of {old} and learned {learned:.2f} of {new}, {cost}'
     if union := [row for row in done if row.kind == 'union' and not row.average]:
-        gap = best.columns['loss average'].mean - min(row.columns['loss average'].mean for row in union)
+        gap = best.columns['loss mean'].mean - min(row.columns['loss mean'].mean for row in union)
         side = 'above' if gap > 0 else 'below'
-        text += f'; its average loss is {abs(gap):.2f} {side} that of union'
-    if best.columns['loss average'].half is not None:
+        text += f'; its mean loss is {abs(gap):.2f} {side} that of union'
+    if best.columns['loss mean'].half is not None:
         others = [row for row in updates if row.arm != best.arm]
-        close = dict.fromkeys(row.arm for row in others if not _is_told_apart(best, row, 'loss average'))
-        text += f'. The seeds do not tell its average loss from that of {" or ".join(close)}' if close else ''
+        close = dict.fromkeys(row.arm for row in others if not _is_told_apart(best, row, 'loss mean'))
+        text += f'. The seeds do not tell its mean loss from that of {" or ".join(close)}' if close else ''
     waiting = len({row.arm for row in rows if row.kind == 'update' and not row.is_finished})
     text += f'. Not finished yet: {waiting} of the updates' if waiting else ''
     return f'{text}.'
@@ -449,8 +449,8 @@ def flat_scores(scores: Scores) -> dict[str, Any]:
         'suite': scores.suite,
         'tasks': {task: asdict(score) for task, score in scores.tasks.items()},
         'against parent': {task: {**asdict(d), 'noise': within_noise(d)} for task, d in scores.deltas.items()},
-        'average': None if scores.average is None else asdict(scores.average),
-        'average against parent': None if scores.average_delta is None else asdict(scores.average_delta),
+        'mean': None if scores.mean is None else asdict(scores.mean),
+        'mean against parent': None if scores.mean_delta is None else asdict(scores.mean_delta),
     }
 
 
