@@ -10,7 +10,7 @@ from typing import Any
 
 from cpt_algorithms.checkpoints.exports import pretrained_model_of
 from cpt_algorithms.files import exists, is_remote, list_names, read_json
-from cpt_algorithms.report.tables import short
+from cpt_algorithms.formatting import short
 from cpt_algorithms.sequence.expand import tokens_per_stream
 from cpt_algorithms.stage.preflight import total_batches
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from cpt_algorithms.evaluation.functional import Mean, changes
 from cpt_algorithms.evaluation.lm_eval import within_noise
 from cpt_algorithms.files import write_atomic, write_json
+from cpt_algorithms.formatting import flop, percent, short, signed
 from cpt_algorithms.report.lineage import Node, details, read_lineage, status
 from cpt_algorithms.report.plots import plots_of, png, svg
 from cpt_algorithms.report.run_records import RunSet, read_runs
@@ -28,14 +29,10 @@ from cpt_algorithms.report.tables import (
     finding,
     flat,
     flat_scores,
-    flop,
     missing,
-    percent,
     progress,
     rows_of,
     scores_of,
-    short,
-    signed,
     size_name,
     write_csv,
 )

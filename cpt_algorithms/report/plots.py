@@ -20,8 +20,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from cpt_algorithms.evaluation.functional import by_average
+from cpt_algorithms.formatting import exact, flop, percent, scientific, short
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
-from cpt_algorithms.report.tables import Row, flop, percent, short, size_name
+from cpt_algorithms.report.tables import Row, size_name
 
 __all__ = ['Plot', 'plots_of', 'png', 'svg']
 
@@ -193,9 +194,15 @@ def _draw(axis: Axes, lines: Sequence[_Line]) -> None:
     for start in {line.start for line in lines if line.start}:
         axis.axvline(start, color=SHARED, linewidth=0.9, linestyle=':')
     last = max((points[-1][0] for line in lines for points in line.seeds), default=0)
-    _tokens(axis.xaxis, last)
+    _count_tokens(axis.xaxis)
     axis.set_xlabel('tokens')
     axis.set_xlim(0, last or None)
+
+
+def _count_tokens(axis: Axis) -> None:
+    """Ticks such as 2.5 M."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: exact(value)))
+    axis.set_major_locator(MaxNLocator(6))
 
 
 def _mean_line(line: _Line) -> tuple[list[float], list[float]]:
@@ -205,13 +212,6 @@ def _mean_line(line: _Line) -> tuple[list[float], list[float]]:
     tokens = [token for token, _ in seeds[0]]
     values = [np.interp(tokens, [p[0] for p in points], [p[1] for p in points]) for points in seeds]
     return tokens, np.mean(values, axis=0).tolist()
-
-
-def _tokens(axis: Axis, last: float) -> None:
-    """Ticks such as 0.5 M."""
-    power, letter = next(((p, x) for p, x in ((12, 'T'), (9, 'B'), (6, 'M'), (3, 'k')) if last >= 10**p / 2), (0, ''))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value / 10**power:g} {letter}'.strip()))
-    axis.set_major_locator(MaxNLocator(6))
 
 
 def _legend(figure: Figure, axis: Axes, extra: Sequence[Line2D] = ()) -> None:
@@ -304,7 +304,7 @@ def _learning_rates(study: RunSet, arms: Sequence[Arm]) -> Plot | None:
     figure, axis = _figure()
     _draw(axis, lines)
     axis.set_ylim(0)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _scientific(value)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scientific(value)))
     axis.set_ylabel('learning rate')
     _legend(figure, axis)
     return Plot('learning-rate', 'Learning rate, as applied', figure)
@@ -317,11 +317,6 @@ def _merged(lines: Sequence[_Line]) -> list[_Line]:
         groups.setdefault(repr((line.style, line.seeds)), []).append(line)
     merged = [(same[0], len(same) - 1) for same in groups.values()]
     return [replace(line, label=f'{line.label} and {more} alike') if more else line for line, more in merged]
-
-
-def _scientific(value: float) -> str:
-    mantissa, exponent = f'{value:.1e}'.split('e')
-    return '0' if value == 0 else f'{float(mantissa):g}e{int(exponent)}'
 
 
 def _plane(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
@@ -428,7 +423,7 @@ def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
     axis.set_yticks([])
     axis.grid(visible=False)
     axis.spines['left'].set_visible(False)
-    _tokens(axis.xaxis, last)
+    _count_tokens(axis.xaxis)
     figure.set_figheight(max(0.75 + 0.39 * count, 2.4))
     return Plot('cost', 'Cost of the last stage', figure)
 

@@ -15,6 +15,7 @@ from scipy.stats import t as student
 from cpt_algorithms.evaluation.functional import Mean, bits_per_byte, by_average, changes, training_flops
 from cpt_algorithms.evaluation.lm_eval import mean_over_tasks, paired_delta, within_noise
 from cpt_algorithms.files import write_atomic
+from cpt_algorithms.formatting import percent, short, signed
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
 
 __all__ = [
@@ -26,15 +27,11 @@ __all__ = [
     'finding',
     'flat',
     'flat_scores',
-    'flop',
     'missing',
     'over_seeds',
-    'percent',
     'progress',
     'rows_of',
     'scores_of',
-    'short',
-    'signed',
     'size_name',
     'write_csv',
 ]
@@ -137,31 +134,6 @@ def over_seeds(values: Sequence[float]) -> OverSeeds:
 def size_name(size: int | None) -> str:
     """A number of parameters as people write it: 405 M."""
     return 'unknown size' if size is None else f'{short(size)} parameters'
-
-
-def short(value: float) -> str:
-    """A large number as people write it: 0.53 M, 299 B."""
-    power, letter = next(((p, x) for p, x in ((12, 'T'), (9, 'B'), (5, 'M'), (3, 'k')) if value >= 10**p), (0, ''))
-    value /= 10 ** (6 if power == 5 else power)
-    digits = 2 if value < 10 else 1 if value < 100 else 0
-    return f'{value:.{digits}f} {letter}' if letter else f'{value:.0f}'
-
-
-def percent(share: float) -> str:
-    """A share as people write it: 37 %."""
-    return f'{100 * share:.0f} %'
-
-
-def signed(value: float, digits: int) -> str:
-    """A change with its sign, but no sign on a zero."""
-    text = f'{value:+.{digits}f}'
-    return text if float(text) else text[1:]
-
-
-def flop(value: float) -> str:
-    """Floating point operations as people write them: 3.86 TFLOP."""
-    power, letter = next(((p, x) for p, x in ((21, 'Z'), (18, 'E'), (15, 'P'), (12, 'T')) if value >= 10**p), (9, 'G'))
-    return f'{value / 10**power:.3g} {letter}FLOP'
 
 
 def progress(run: RunRecord) -> str:
