@@ -21,8 +21,8 @@ from matplotlib.transforms import Bbox
 
 from cpt_algorithms.evaluation.functional import by_average
 from cpt_algorithms.formatting import exact, flop, percent, scientific, short
-from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
-from cpt_algorithms.report.tables import Row, size_name
+from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet, size_name
+from cpt_algorithms.report.tables import Row
 
 __all__ = ['Plot', 'plots_of', 'png', 'svg']
 
@@ -161,7 +161,7 @@ def _lines(study: RunSet, arms: Sequence[Arm], values: Values) -> list[_Line]:
         for last in arm.runs:
             begun = 0  # tokens before the stage
             for run in study.chain(last):
-                start = begun + sum(run.trunk.values())
+                start = begun + sum(run.tokens_before_branch.values())
                 is_shared = users[run.folder] > 1
                 label = f'{run.stage} (shared)' if is_shared else arm.name
                 colour, style = SHARED if is_shared else colours[arm.name], '-' if run is last else '--'
@@ -245,7 +245,7 @@ def _from_parent(study: RunSet, run: RunRecord, name: str) -> list[list[float]]:
     """Its losses; a stage starts where its parent ended."""
     points = run.losses.get(name, [])
     # on the data that its parent learned, it is not compared with that
-    parents = study.runs[run.parent].losses.get(name) if run.parent and not run.trunk else None
+    parents = study.runs[run.parent].losses.get(name) if run.parent and not run.tokens_before_branch else None
     start = run.at_start.get(name, parents[-1][2] if parents else None)
     return [[0, 0, start], *points] if start is not None and (not points or points[0][1] > 0) else points
 
@@ -414,7 +414,7 @@ def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
             axis.barh(y, replayed, 0.36, left=new, color='white', edgecolor=colour, hatch='/////', linewidth=0.8)
         said = [f'{short(new + replayed)} tokens']
         said += [flop(columns['flops'].mean)] if 'flops' in columns else []
-        said += [percent(columns['compute against union'].mean)] if 'compute against union' in columns else []
+        said += [percent(columns['compute vs union'].mean)] if 'compute vs union' in columns else []
         _bar_text(axis, y, row.arm, ', '.join(said))
     if union is not None and not is_run:
         axis.barh(1, union, 0.36, color='white', edgecolor=SHARED, linestyle=':')
