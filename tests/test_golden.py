@@ -16,6 +16,8 @@ import pytest
 import sequence
 from omegaconf import OmegaConf
 
+from cpt_algorithms.stage.stage import Stage
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name('golden.json')
 KNOWN = json.loads(GOLDEN.read_text(encoding='utf-8'))
@@ -26,9 +28,7 @@ def hash_of(config):
 
 
 def stage_of(path):
-    import continue_pretraining
-
-    return hash_of(continue_pretraining.load(path, []))
+    return hash_of(Stage.read(path).to_train_yaml())
 
 
 def plan_of(words):
