@@ -21,7 +21,9 @@ def runs(tmp_path):
     old = {'a': {'local': 'y', 'weight': 1}, 'web': {'local': 'z', 'weight': 3, 'stand_in_for': 'the base data'}}
     write_run(folder / 'b', {'b': 5.0}, f'{folder}/a/latest-rank0.pt', batches=100, replay=old, reached=40)
     write_run(folder / 'a-early', parent=f'{folder}/a/ep0-ba60-rank0.pt', batches=20)
-    write_run(folder / 'a-anneal', parent=f'{folder}/a/ep0-ba100-rank0.pt', batches=20, reached=5, log=['ValueError: no'])
+    write_run(
+        folder / 'a-anneal', parent=f'{folder}/a/ep0-ba100-rank0.pt', batches=20, reached=5, log=['ValueError: no']
+    )
     merge = {'of': f'{folder}/a', 'batch': 100, 'last': 3, 'every': '20ba', 'weights': 'uniform'}
     write_run(folder / 'a-merged', {'a': 3.8}, batches=0, variables={'merge': merge}, max_duration='0ba')
     (folder / 'a' / 'huggingface' / 'ba100').mkdir(parents=True)
