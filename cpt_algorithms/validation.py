@@ -314,13 +314,13 @@ def _problem(path: str, value: Any, errors: list[Any], kind: type[BaseModel] | N
 def _keys_at(kind: Any, loc: Sequence[int | str]) -> list[str]:
     """The keys that a section below a type has."""
     for step in loc:
-        kinds = [kind] if isinstance(kind, type) else []
-        for each in kinds:
-            if issubclass(each, BaseModel) and step in each.model_fields:
-                kind = each.model_fields[str(step)].annotation
-        while get_args(kind) and not isinstance(kind, type):
-            sections = [each for each in get_args(kind) if each is not NoneType]
-            kind = sections[-1]
-        if get_origin(kind) is not None:
-            kind = get_args(kind)[-1]
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            kind = get_args(kind)[-1] if get_args(kind) else None  # of a mapping or list
+        elif step in kind.model_fields:
+            kind = kind.model_fields[str(step)].annotation
+        else:
+            kind = get_args(kind.__annotations__.get('__pydantic_extra__', dict[str, Any]))[-1]
+        while get_origin(kind) in (Annotated, Union, UnionType):
+            kinds = [each for each in get_args(kind) if each is not NoneType]
+            kind = kinds[0] if get_origin(kind) is Annotated else kinds[-1]
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []

@@ -13,12 +13,13 @@ from typing import Any
 
 import continue_pretraining
 import recorder
-from continue_pretraining import DATASETS_LOCK
+
 from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
 from streaming import StreamingDataset
 
 from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
+from cpt_algorithms.stage.run import DATASETS_LOCK
 
 SEQ_LEN = 16
 VOCAB = 256
