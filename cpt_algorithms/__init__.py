@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from cpt_algorithms.schedulers.preview import preview
     from cpt_algorithms.schedulers.rewarm import RewarmConstantScheduler, RewarmCosineScheduler
     from cpt_algorithms.schedulers.wsd import WSDScheduler
-    from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+    from cpt_algorithms.stage.preflight import PreflightError, preflight
+    from cpt_algorithms.stage.stage import Stage
     from cpt_algorithms.stage.stage_start import StageStart
     from cpt_algorithms.weight_averaging.ema import EMA
     from cpt_algorithms.weight_averaging.lawa import LAWA
@@ -33,6 +34,7 @@ __all__ = [
     'ReplayTextDataset',
     'RewarmConstantScheduler',
     'RewarmCosineScheduler',
+    'Stage',
     'StageStart',
     'WSDScheduler',
     'adaptation',
@@ -41,7 +43,6 @@ __all__ = [
     'forgetting',
     'preflight',
     'preview',
-    'resolve',
 ]
 
 __getattr__ = lazy_names(
@@ -55,7 +56,8 @@ __getattr__ = lazy_names(
         'preview': 'schedulers.preview',
         **dict.fromkeys(('RewarmConstantScheduler', 'RewarmCosineScheduler'), 'schedulers.rewarm'),
         'WSDScheduler': 'schedulers.wsd',
-        **dict.fromkeys(('PreflightError', 'preflight', 'resolve'), 'stage.preflight'),
+        **dict.fromkeys(('PreflightError', 'preflight'), 'stage.preflight'),
+        'Stage': 'stage.stage',
         'StageStart': 'stage.stage_start',
         'EMA': 'weight_averaging.ema',
         'LAWA': 'weight_averaging.lawa',

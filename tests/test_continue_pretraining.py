@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint import save
 
 from cpt_algorithms.checkpoints.exports import exports
+from cpt_algorithms.stage.run import mend
 
 RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
 
@@ -139,7 +140,7 @@ def test_an_extended_stage_says_so(data, tmp_path):
     assert written('losses')['final']['new']['count'] == 2
     tiny.recipe_here({**cfg, 'max_duration': '8ba'}, tmp_path)
     assert written('done')['batch'] == 8
-    assert written('stage')['max_duration'] == '8ba'
+    assert written('stage')['config']['max_duration'] == '8ba'
     assert written('stage')['wandb_id'] == first['wandb_id']
     rows = written('losses')['losses']['new']
     assert [row[0] for row in rows] == [3, 4, 7, 8]
@@ -157,7 +158,7 @@ def test_mend_takes_whole_sharded_folders_only(tmp_path):
     (tmp_path / 'ep0-ba8' / '.metadata').unlink()
     (cut_off,) = (tmp_path / 'ep0-ba10').glob('*.distcp')
     os.truncate(cut_off, cut_off.stat().st_size // 2)
-    continue_pretraining.mend(tmp_path)
+    mend(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['ep0-ba4', 'ep0-ba6', 'latest-sharded-rank0']
     assert (tmp_path / 'latest-sharded-rank0').resolve().name == 'ep0-ba6'
 

@@ -19,7 +19,8 @@ import cpt_algorithms
 from cpt_algorithms.report.tables import over_seeds
 from cpt_algorithms.sequence.expand import plan
 from cpt_algorithms.sequence.sweep import sequence_of, trials_of
-from cpt_algorithms.stage.preflight import preflight, resolve
+from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.stage import Stage
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'cpt_algorithms').rglob('README.md'))]
 YAMLS = sorted((ROOT / 'yamls').rglob('*.yaml'))
@@ -172,4 +173,4 @@ def test_every_yaml_passes_preflight(path, big_data, tmp_path):
     else:
         configs = [{'load_path': 'parent.pt', **spec, 'save_folder': str(tmp_path)}]
     for config in configs:
-        preflight(resolve(config), parent_is_there=False)
+        preflight(Stage.from_yaml(config), parent_is_there=False)

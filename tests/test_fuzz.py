@@ -15,7 +15,6 @@ import secrets
 import signal
 from pathlib import Path
 
-import continue_pretraining
 import pytest
 import sequence
 import tiny
@@ -25,7 +24,7 @@ from hypothesis import strategies as st
 from mutations import INTERPOLATIONS, VALUES, names_it, spoil, spoilt
 from rich.console import Console
 
-from cpt_algorithms.cost.tables import print_costs
+from cpt_algorithms.cost.tables import print_costs, print_stage
 from cpt_algorithms.evaluation.lm_eval import load_suite
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.sequence.expand import stage_tokens
@@ -33,6 +32,7 @@ from cpt_algorithms.sequence.scale import load_scaled
 from cpt_algorithms.sequence.sweep import plan_trials, sequence_of, trials_of
 from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.stage import Stage
 
 SECONDS = 20  # of computing, for one input
 MINUTES = 5  # of waiting, on a busy machine
@@ -266,15 +266,10 @@ def read_stage(root):
     def read(value):
         path = root.parent / f'{root.name}-stage.yaml'
         path.write_text(yaml.safe_dump(value, allow_unicode=True, sort_keys=False), encoding='utf-8')
-        try:
-            cfg = continue_pretraining.load(str(path), [])
-        except SystemExit as stopped:
-            raise ValueError(str(stopped)) from None
-        preflight(cfg, 1, parent_is_there=False)
+        stage = Stage.read(str(path))
+        preflight(stage, 1, parent_is_there=False)
         with contextlib.redirect_stdout(io.StringIO()):
-            continue_pretraining.print_phases(cfg)
-        with contextlib.suppress(ValueError):  # the recipe says that it is not known
-            print_costs({'stage': cfg}, Console(file=io.StringIO()), gpus=1)
+            print_stage(stage, with_cost=True)
 
     return read
 

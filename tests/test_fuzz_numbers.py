@@ -20,7 +20,8 @@ from test_fuzz import FEW, MANY, SIZES, in_time
 
 from cpt_algorithms.replay.functional import MAX_PERIOD, worker_slots
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
-from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import PreflightError, preflight
+from cpt_algorithms.stage.stage import Stage
 
 NEW, OLD = (1, 7, 16, 97, 400), (1, 13, 300)
 FRACTIONS = [0, 0.0, '0', 1e-9, 1e-6, 0.001, 0.05, 0.25, '1/3', 1 / 3, '2/7', 0.5, 0.9, 0.9999, 0.999999, 1 - 1e-9, 1, -0.1, 2, '5%']  # fmt: skip
@@ -72,7 +73,7 @@ def judge(case, data, sized, folder):
     wrong = mistake(fraction, batch, ranks, batches, new, old)
     with in_time():
         try:
-            preflight(resolve(cfg), ranks)
+            preflight(Stage.from_yaml(cfg), ranks)
             said = None
         except PreflightError as refused:
             said = refused.problems

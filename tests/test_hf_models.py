@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import average_checkpoints
-import continue_pretraining
 import evaluate
 import prepare_data
 import pytest
@@ -30,7 +29,10 @@ from cpt_algorithms.checkpoints.exports import PretrainedModel, folder_of_pretra
 from cpt_algorithms.report.page import write_report
 from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.report.tables import rows_of
-from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.run import write_record
+from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import ConfigError
 
 SIZES = {
     'vocab_size': tiny.VOCAB, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
@@ -98,8 +100,8 @@ def read(path):
 
 
 def problems(cfg, world_size=1):
-    with pytest.raises(PreflightError) as caught:
-        preflight(resolve(cfg), world_size)
+    with pytest.raises(ConfigError) as caught:
+        preflight(Stage.from_yaml(cfg), world_size)
     return caught.value.problems
 
 
@@ -306,14 +308,14 @@ def test_runs_of_one_base_measure_it_once(updated, offline, bases, data, tmp_pat
 
 def test_what_is_right_passes(bases, data, tmp_path):
     for kind, base in bases.items():
-        preflight(resolve(stage(tmp_path, data, kind, base)))
+        preflight(Stage.from_yaml(stage(tmp_path, data, kind, base)))
     overridden = {'model': {'config_overrides': {'attention_dropout': 0.1}, 'use_flash_attention_2': True}}
-    preflight(resolve(tiny.merge(stage(tmp_path, data, 'run', bases['neox']), overridden)))
+    preflight(Stage.from_yaml(tiny.merge(stage(tmp_path, data, 'run', bases['neox']), overridden)))
     scratch = {
         'model': {'pretrained': False, 'config_overrides': {'num_hidden_layers': 1}},
         'callbacks': {'forgetting': None},
     }
-    preflight(resolve(tiny.merge(stage(tmp_path, data, 'run', bases['llama']), scratch)))
+    preflight(Stage.from_yaml(tiny.merge(stage(tmp_path, data, 'run', bases['llama']), scratch)))
 
 
 def test_bases_as_they_are_published_pass(bases, data, tmp_path):
@@ -335,7 +337,7 @@ def test_bases_as_they_are_published_pass(bases, data, tmp_path):
     load(bases['neox']).save_pretrained(published['in_parts'], max_shard_size='20KB')
     torch.save(whole, published['pickled'] / 'pytorch_model.bin')
     for name, folder in published.items():
-        preflight(resolve(stage(tmp_path, data, name, folder)))
+        preflight(Stage.from_yaml(stage(tmp_path, data, name, folder)))
     assert (published['in_parts'] / 'model.safetensors.index.json').exists()
     assert 'embed_tokens.weight' in load_file(published['without_prefix'] / 'model.safetensors')
 
@@ -376,7 +378,7 @@ def test_a_base_that_is_not_whole_is_refused(bases, data, tmp_path):
     (base / 'model.safetensors').unlink()
     [found] = problems(cfg)
     assert f'{base} is no checkpoint' in found
-    preflight(resolve({**cfg, 'load_path': 'later.pt'}), parent_is_there=False)  # which reads no base
+    preflight(Stage.from_yaml({**cfg, 'load_path': 'later.pt'}), parent_is_there=False)  # which reads no base
     assert pretrained_model_of(cfg) == str(base) and pretrained_model_of({**cfg, 'load_path': 'later.pt'}) is None
 
 
@@ -408,7 +410,7 @@ def test_several_ranks_cannot_begin_on_the_meta_device(bases, data, tmp_path):
 
 def test_the_base_is_evaluated_again_if_it_has_changed(bases, data, tmp_path):
     shutil.copytree(bases['neox'], tmp_path / 'base')
-    cfg, run = resolve(stage(tmp_path, data, 'run', tmp_path / 'base')), tmp_path / 'run'
+    cfg, run = Stage.from_yaml(stage(tmp_path, data, 'run', tmp_path / 'base')), tmp_path / 'run'
     run.mkdir()
     losses = run / 'forgetting.json'
 
@@ -418,7 +420,7 @@ def test_the_base_is_evaluated_again_if_it_has_changed(bases, data, tmp_path):
         for path in (tmp_path / 'base', *(tmp_path / 'base').iterdir()):
             os.utime(path, (1, 1))
         change()
-        continue_pretraining.note_lineage(cfg, str(run), resumes=False)
+        write_record(cfg)
         return losses.exists()
 
     change = lambda: None  # noqa: E731
@@ -427,10 +429,10 @@ def test_the_base_is_evaluated_again_if_it_has_changed(bases, data, tmp_path):
     change = lambda: os.utime(tmp_path / 'base' / 'model.safetensors')  # noqa: E731
     assert not kept(cfg), 'the weights were replaced'
     change = lambda: None  # noqa: E731
-    assert not kept({**cfg, 'seed': 3}), 'another run'
+    assert not kept(cfg.but(seed=3)), 'another run'
     shutil.rmtree(tmp_path / 'base')
     losses.write_text('{}')
-    continue_pretraining.note_lineage({**cfg, 'seed': 3}, str(run), resumes=False)
+    write_record(cfg.but(seed=3))
     assert not losses.exists()
 
 

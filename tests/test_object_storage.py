@@ -15,7 +15,6 @@ from pathlib import Path
 import average_checkpoints
 import boto3
 import composer.callbacks.checkpoint_saver as checkpoint_saver
-import continue_pretraining
 import pytest
 import recorder
 import sequence
@@ -31,7 +30,10 @@ from cpt_algorithms import files
 from cpt_algorithms.checkpoints.exports import parent_of
 from cpt_algorithms.checkpoints.open import newest_remote, resolve_latest
 from cpt_algorithms.report.run_records import read_runs
-from cpt_algorithms.stage.preflight import PreflightError, latest_batch, preflight, resolve
+from cpt_algorithms.stage import run as stage_run
+from cpt_algorithms.stage.preflight import latest_batch, preflight
+from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import ConfigError
 
 RUN = 's3://bucket/runs/run'
 
@@ -96,7 +98,7 @@ def original(data, tmp_path_factory, s3_server):
         patch.chdir(folder)
         client = boto3.client('s3', endpoint_url=s3_server)
         client.create_bucket(Bucket='bucket')
-        upload, write = S3ObjectStore.upload_object, continue_pretraining.write_json
+        upload, write = S3ObjectStore.upload_object, stage_run.write_json
 
         def upload_slowly(self, object_name, filename, *args, **kwargs):
             time.sleep(1.5 * object_name.endswith(('model.safetensors', 'ba8-rank0.pt')))
@@ -108,7 +110,7 @@ def original(data, tmp_path_factory, s3_server):
             write(place, value)
 
         patch.setattr(S3ObjectStore, 'upload_object', upload_slowly)
-        patch.setattr(continue_pretraining, 'write_json', write_and_look)
+        patch.setattr(stage_run, 'write_json', write_and_look)
         found = {}
         tiny.recipe_here(settings(folder, data), folder)
         left_here = {path.name for path in folder.iterdir()}
@@ -193,13 +195,13 @@ def test_killed(case, finished, original, data, tmp_path, monkeypatch):
         stale.parent.mkdir(parents=True)
         stale.write_bytes(b'not to be read')
         # an upload that outlives its process for a while
-        track = continue_pretraining.track
+        tracked = stage_run._tracked
 
         def late(*args):
-            track(*args)
             finished.put_object(Bucket='bucket', Key='runs/run/ep0-ba8-rank0.pt', Body=b'to be written over')
+            return tracked(*args)
 
-        monkeypatch.setattr(continue_pretraining, 'track', late)
+        monkeypatch.setattr(stage_run, '_tracked', late)
     else:
         gone += ['ep0', 'latest', 'losses.json']
     for name in everything:
@@ -286,14 +288,14 @@ def test_checkpoints_of_a_run_are_averaged_from_there(finished, tmp_path):
 
 
 def problems(cfg):
-    with pytest.raises(PreflightError) as caught:
-        preflight(resolve(cfg))
+    with pytest.raises(ConfigError) as caught:
+        preflight(Stage.from_yaml(cfg))
     return '\n'.join(caught.value.problems)
 
 
 def test_somebody_elses_folder(finished, data, tmp_path):
     cfg = settings(tmp_path, data)
-    preflight(resolve(cfg))
+    preflight(Stage.from_yaml(cfg))
     assert f"save_folder={RUN} holds the checkpoints of run 'run', and run_name is 'mine'" in problems(
         {**cfg, 'run_name': 'mine'}
     )
@@ -303,7 +305,7 @@ def test_somebody_elses_folder(finished, data, tmp_path):
 
 def test_a_parent_that_is_not_there_or_does_not_fit(finished, data, tmp_path):
     cfg = settings(tmp_path, data, 'child', load_path=f'{RUN}/latest-rank0.pt')
-    preflight(resolve(cfg))
+    preflight(Stage.from_yaml(cfg))
     assert f'load_path={RUN}/latest.pt does not exist; did you mean {RUN}/latest-rank0.pt?' in problems(
         {**cfg, 'load_path': f'{RUN}/latest.pt'}
     )
@@ -331,7 +333,7 @@ def test_a_sharded_checkpoint_counts_when_all_it_names_is_there(finished, origin
         == f'{folder}/ep0-ba4'
     )
     cfg = settings(tmp_path, data, 'child', load_path=f'{folder}/latest-sharded-rank0')
-    preflight(resolve(cfg))
+    preflight(Stage.from_yaml(cfg))
     assert 'does not fit the model' in problems({**cfg, 'model': {**cfg['model'], 'd_model': 32}})
     # Composer uploads .metadata first
     finished.delete_object(Bucket='bucket', Key='runs/sharded/ep0-ba4/__0_0.distcp')
@@ -349,7 +351,7 @@ def test_data_in_a_bucket_is_measured(bucket, data, tmp_path):
         loader = {**loader, 'dataset': {**loader['dataset'], 'new': new, **over.pop('dataset', {})}}
         return {**tiny.config(tmp_path, data, 'x', **over), 'train_loader': loader}
 
-    preflight(resolve(stage('s3://bucket/data/new')))
+    preflight(Stage.from_yaml(stage('s3://bucket/data/new')))
     assert 'too little data' in problems(stage('s3://bucket/data/new', max_duration='51ba'))
     long = {'max_seq_len': 32, 'dataset': {'max_seq_len': 32}}
     assert 'packed to rows of 16 tokens' in problems(stage('s3://bucket/data/new', **long))

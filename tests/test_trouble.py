@@ -16,7 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import ConfigError
 
 PATHS = [str(tiny.ROOT / 'tests' / f'{file}.py') for file in ('recorder', 'trouble')]
 LARGEST = 30_000  # bytes, of which a checkpoint of these stages has more
@@ -128,8 +130,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused_by_its_key(stage, data, t
         'save_folder': str(tmp_path / 'file' / 'run'), 'train_loader': {'dataset': {'new': new}},
         'eval_loader': [tiny.merge(tiny.eval_loader('old', data['old']), evaluated)],
     }  # fmt: skip
-    with pytest.raises(PreflightError) as refused:
-        preflight(resolve(stage('run', over=over)))
+    with pytest.raises(ConfigError) as refused:
+        preflight(Stage.from_yaml(stage('run', over=over)))
     assert refused.value.problems == refused.value.unseen, 'another machine may have such folders'
     blamed = [problem.partition(f': {tmp_path}/file is no folder; ')[0] for problem in refused.value.problems]
     assert sorted(set(blamed)) == ['eval_loader[0].stream.local', 'save_folder', 'train_loader.dataset.new.new.local']

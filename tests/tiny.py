@@ -13,13 +13,13 @@ from typing import Any
 
 import continue_pretraining
 import recorder
-
 from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
 from streaming import StreamingDataset
 
 from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
 from cpt_algorithms.stage.run import DATASETS_LOCK
+from cpt_algorithms.stage.stage import Stage
 
 SEQ_LEN = 16
 VOCAB = 256
@@ -142,8 +142,9 @@ def sequence_common(folder: Path, data: dict[str, Path], **over: Any) -> dict[st
     return merge(base, over)
 
 
-def run(cfg: dict[str, Any]) -> dict[int, dict]:
-    """Train in this process and return the witness's lines by batch."""
+def run(cfg: dict[str, Any] | Stage) -> dict[int, dict]:
+    """Train in this process, without the recipe, and return the witness's lines by batch."""
+    cfg = cfg.to_train_yaml() if isinstance(cfg, Stage) else cfg
     trainer = None
     try:
         trainer = train(OmegaConf.create(cfg))

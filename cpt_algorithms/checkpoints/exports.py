@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     'PretrainedModel',
-    'pretrained_model_of',
     'export_atomically',
     'exports',
     'folder_of_pretrained',
@@ -39,17 +37,6 @@ class PretrainedModel:
 
     name: str
     run: Path
-
-
-def pretrained_model_of(config: Mapping[str, Any]) -> str | None:
-    """The pretrained Hugging Face model whose weights a stage starts from; none if it starts from others.
-
-    Args:
-        config: Its llm-foundry YAML.
-    """
-    model = config.get('model') or {}
-    is_base = model.get('name') == 'hf_causal_lm' and model.get('pretrained', True) and not config.get('load_path')
-    return model.get('pretrained_model_name_or_path') if is_base else None
 
 
 def folder_of_pretrained(name: str) -> Path:
@@ -111,7 +98,7 @@ def parent_of(given: Path) -> Path | PretrainedModel | None:
         return None
     if not load_path:
         return None
-    if base := pretrained_model_of(stage.get('config') or {}):
+    if base := stage.get('pretrained_model'):
         folder_of_pretrained(base)
         return PretrainedModel(base, run)
     if is_remote(load_path):

@@ -116,16 +116,18 @@ def print_stage(stage: Stage, with_cost: bool) -> None:
     """
     if os.environ.get('RANK', '0') != '0':
         return
+    console = Console(width=140)
     scheduler = build_scheduler(stage.scheduler.name, stage.scheduler.arguments)
     if isinstance(scheduler, PhaseScheduler) and stage.batches is not None:
         schedule, unit = scheduler.schedule(str(stage.max_duration))
-        print(f'{stage.run_name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}')
-        print(format_phases(schedule, unit, stage.max_duration.value), flush=True)
+        lines = format_phases(schedule, unit, stage.max_duration.value)
+        said = f'{stage.run_name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}\n{lines}'
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     if with_cost:
         try:
-            print_costs({stage.run_name: stage}, Console(width=140), gpus=int(os.environ.get('WORLD_SIZE', '1')))
+            print_costs({stage.run_name: stage}, console, gpus=int(os.environ.get('WORLD_SIZE', '1')))
         except ValueError as error:  # epochs, mixtures of experts: they can be trained
-            print(f'what it will cost is not known: {error}')
+            console.print(f'what it will cost is not known: {error}', highlight=False, markup=False, soft_wrap=True)
 
 
 def print_costs(

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,17 +20,16 @@ from llmfoundry.utils.builders import build_tokenizer
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.checkpoints.exports import exports, folder_of_pretrained, pretrained_model_of
+from cpt_algorithms.checkpoints.exports import exports, folder_of_pretrained
 from cpt_algorithms.files import StorageError, fetch, is_remote, list_names, read_json
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer
-from cpt_algorithms.replay.mix import read_mix
+from cpt_algorithms.stage.record import read_record
+from cpt_algorithms.stage.stage import Loader, Model, Stage, Tokenizer
 from cpt_algorithms.validation import check_type
 
 __all__ = ['find_data_problems']
 
 log = logging.getLogger(__name__)
-
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,29 +59,30 @@ class _Stream:
 
     Args:
         where: Its key.
-        loader: Key of its loader.
+        of: Key of its loader.
+        loader: The loader.
         folders: Where its shards lie.
         split: Name of these folders.
         prepared: What is known of it.
     """
 
     where: str
-    loader: str
+    of: str
+    loader: Loader
     folders: frozenset[str]
     split: str
     prepared: _Prepared | None
 
     @property
     def trains(self) -> bool:
-        return self.loader == 'train_loader'
+        return self.of == 'train_loader'
 
 
-def find_data_problems(cfg: Config, loaders: Iterable[tuple[str, Config]], parent_is_there: bool) -> Iterator[str]:
+def find_data_problems(stage: Stage, parent_is_there: bool) -> Iterator[str]:
     """Find what is wrong with a stage's tokenizer, vocabulary, row length and held-out data.
 
     Args:
-        cfg: The resolved YAML.
-        loaders: ``train_loader`` and each evaluator, by key.
+        stage: The stage.
         parent_is_there: Whether to look at the parent's tokenizer.
 
     Yields:
@@ -91,22 +91,21 @@ def find_data_problems(cfg: Config, loaders: Iterable[tuple[str, Config]], paren
     Cost: reads the manifests, and the parent's tokenizer, also from object storage; half a second of CPU for a
     vocabulary of 50,000.
     """
-    loaders = list(loaders)
-    tokenizer = _tokenizer_of(cfg)
+    tokenizer = _load(stage.tokenizer)
     ours = cache(lambda: None if tokenizer is None else _hash_of(tokenizer))
-    yield from _model_mistakes(cfg, loaders, tokenizer)
-    if parent_is_there or not cfg.get('load_path'):
-        yield from _parent_mistakes(cfg, ours)
-    streams = _read_streams(loaders)
-    yield from _tokenizer_mistakes(cfg, ours, streams)
-    yield from _length_mistakes(dict(loaders), streams)
-    yield from _held_out_mistakes(streams)
+    yield from _model_problems(stage, tokenizer)
+    if parent_is_there or not stage.load_path:
+        yield from _parent_problems(stage, ours)
+    streams = _read_streams(stage)
+    yield from _tokenizer_problems(stage.tokenizer, ours, streams)
+    yield from _length_problems(streams)
+    yield from _held_out_problems(streams)
 
 
-def _tokenizer_of(cfg: Config) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a YAML; none if it cannot be loaded, which is said elsewhere."""
+def _load(tokenizer: Tokenizer) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a YAML; none if it cannot be loaded, which preflight says."""
     try:
-        return build_tokenizer(cfg['tokenizer']['name'], dict(cfg['tokenizer'].get('kwargs') or {}))
+        return build_tokenizer(tokenizer.name, dict(tokenizer.kwargs.given))
     except Exception:
         return None
 
@@ -122,49 +121,45 @@ def _hash_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
             return None
 
 
-def _model_sizes(model: Mapping[str, Any]) -> tuple[int | None, int | None]:
+def _model_sizes(model: Model) -> tuple[int | None, int | None]:
     """Vocabulary and longest row of a model; none where they are not known."""
-    if model.get('name') == 'mpt_causal_lm':
+    if model.name == 'mpt_causal_lm':
         default = MPTConfig()
-        return model.get('vocab_size', default.vocab_size), model.get('max_seq_len', default.max_seq_len)
-    if model.get('name') != 'hf_causal_lm':
+        return model.vocab_size or default.vocab_size, model.max_seq_len or default.max_seq_len
+    name = model.pretrained_model_name_or_path
+    if model.name != 'hf_causal_lm' or name is None:
         return None, None
-    name = model['pretrained_model_name_or_path']
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=model.get('trust_remote_code', True))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=model.given.get('trust_remote_code', True))
     except Exception as error:  # a hub has errors of its own
         first_line = str(error).strip().splitlines()[:1]
         raise ValueError(
             f'model.pretrained_model_name_or_path={name}: its configuration cannot be read: {" ".join(first_line)}'
         ) from None
-    for key, value in (model.get('config_overrides') or {}).items():
+    for key, value in model.config_overrides.given.items():
         if not isinstance(value, Mapping):
             setattr(config, key, value)  # which knows the names that each architecture has for these two
     text = config.get_text_config()
-    vocab_size = None if model.get('allow_embedding_resizing') else getattr(text, 'vocab_size', None)
+    vocab_size = None if model.given.get('allow_embedding_resizing') else getattr(text, 'vocab_size', None)
     return vocab_size, getattr(text, 'max_position_embeddings', None)
 
 
-def _model_mistakes(
-    cfg: Config, loaders: list[tuple[str, Config]], tokenizer: PreTrainedTokenizerBase | None
-) -> Iterator[str]:
+def _model_problems(stage: Stage, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
     try:
-        vocab_size, longest = _model_sizes(cfg['model'])
+        vocab_size, longest = _model_sizes(stage.model)
     except ValueError as error:
         yield str(error)
         return
-    section = 'model' if cfg['model']['name'] == 'mpt_causal_lm' else 'model.config_overrides'
+    section = 'model' if stage.model.name == 'mpt_causal_lm' else 'model.config_overrides'
     if tokenizer is not None and vocab_size is not None and len(tokenizer) > vocab_size:
-        enlarge = '' if pretrained_model_of(cfg) else f'set {section}.vocab_size to at least {len(tokenizer)}, or '
+        enlarge = '' if stage.pretrained_model else f'set {section}.vocab_size to at least {len(tokenizer)}, or '
         yield (
-            f'tokenizer={cfg["tokenizer"]["name"]} has {len(tokenizer):,} tokens, more than the {vocab_size:,} of the '
+            f'tokenizer={stage.tokenizer.name} has {len(tokenizer):,} tokens, more than the {vocab_size:,} of the '
             f'model: {enlarge}name the tokenizer of the model'
         )
-    lengths = {'max_seq_len': cfg['max_seq_len']}
-    lengths |= {
-        f'{where}.dataset.max_seq_len': (each.get('dataset') or {}).get('max_seq_len') for where, each in loaders
-    }
-    too_long = {key: value for key, value in lengths.items() if value and longest is not None and value > longest}
+    lengths = {'max_seq_len': stage.max_seq_len}
+    lengths |= {f'{where}.dataset.max_seq_len': each.dataset.max_seq_len or 0 for where, each in stage.loaders}
+    too_long = {key: value for key, value in lengths.items() if longest is not None and value > longest}
     if too_long:
         key = section + ('.max_seq_len' if section == 'model' else '.max_position_embeddings')
         yield (
@@ -173,20 +168,21 @@ def _model_mistakes(
         )
 
 
-def _parent_mistakes(cfg: Config, ours: Callable[[], str | None]) -> Iterator[str]:
-    model, path = cfg['model'], cfg.get('load_path')
+def _parent_problems(stage: Stage, ours: Callable[[], str | None]) -> Iterator[str]:
     try:
-        if path:
-            parent, found = f'load_path={path}', _tokenizer_of_run(os.path.dirname(str(path).rstrip('/')))
-        elif name := pretrained_model_of(cfg):
-            parent, theirs = f'model.pretrained_model_name_or_path={name}', _tokenizer_of({'tokenizer': {'name': name}})
+        if stage.load_path:
+            parent = f'load_path={stage.load_path}'
+            found = _tokenizer_of_run(os.path.dirname(stage.load_path.rstrip('/')))
+        elif name := stage.pretrained_model:
+            parent, theirs = f'model.pretrained_model_name_or_path={name}', _load(Tokenizer(name=name))
             if theirs is None:
                 folder_of_pretrained(name)  # of one that is not there at all, another check speaks
                 yield (
                     f'{parent} has no tokenizer that can be loaded, so nothing tells that it is that of the data: put '
                     'its files (tokenizer.json, tokenizer_config.json) there'
                 )
-            found = None if theirs is None or model.get('allow_embedding_resizing') else (_hash_of(theirs), name)
+            is_resized = stage.model.given.get('allow_embedding_resizing')
+            found = None if theirs is None or is_resized else (_hash_of(theirs), name)
         else:
             return
     except (OSError, ValueError) as error:
@@ -194,7 +190,7 @@ def _parent_mistakes(cfg: Config, ours: Callable[[], str | None]) -> Iterator[st
         return
     if found and found[0] and ours() and found[0] != ours():
         yield (
-            f'tokenizer={cfg["tokenizer"]["name"]} is not the tokenizer of the parent, {parent}: the same numbers '
+            f'tokenizer={stage.tokenizer.name} is not the tokenizer of the parent, {parent}: the same numbers '
             f'would stand for other text; use {found[1]}, and data prepared with it'
         )
 
@@ -214,33 +210,21 @@ def _tokenizer_of_run(folder: str) -> tuple[str | None, str] | None:
             for name in ('tokenizer.json', 'tokenizer_config.json'):
                 fetch(f'{export}/{name}', Path(here) / name)
             return hash_tokenizer(Path(here)), export
-    stage = read_json(f'{folder}/stage.json')
-    tokenizer = _tokenizer_of(stage['config']) if stage and 'config' in stage else None
-    return None if tokenizer is None else (_hash_of(tokenizer), str(stage['config']['tokenizer']['name']))
+    record = read_record(folder)
+    tokenizer = None if record is None else _load(record.config.tokenizer)
+    return None if record is None or tokenizer is None else (_hash_of(tokenizer), record.config.tokenizer.name)
 
 
-def _read_streams(loaders: list[tuple[str, Config]]) -> list[_Stream]:
+def _read_streams(stage: Stage) -> list[_Stream]:
     known: dict[str, Any] = {}
     streams = []
-    for loader, section in loaders:
-        dataset = section.get('dataset') or {}
-        if section.get('name') == 'replay_text':
-            mix = read_mix(dataset.get('new'), dataset.get('replay'))
-            named = {f'{loader}.dataset.new.{name}': stream.given for name, stream in mix.new.items()}
-            named |= {f'{loader}.dataset.replay.streams.{name}': stream.given for name, stream in mix.old.items()}
-        elif dataset.get('streams'):
-            named = {f'{loader}.dataset.streams.{name}': stream for name, stream in dataset['streams'].items()}
-        else:
-            named = {f'{loader}.dataset': dataset} if dataset.get('remote') or dataset.get('local') else {}
-        for where, stream in named.items():
-            places = [str(stream[key]).rstrip('/') for key in ('remote', 'local') if stream.get(key)]
-            folders = [os.path.join(place, stream.get('split') or '').rstrip('/') for place in places]
+    for where, loader in stage.loaders:
+        for name, stream in loader.streams.items():
+            places = [place.rstrip('/') for place in (stream.remote, stream.local) if place]
+            folders = [os.path.join(place, stream.split or '').rstrip('/') for place in places]
             folders = [folder if is_remote(folder) else os.path.realpath(folder) for folder in folders]
-            streams.append(
-                _Stream(
-                    where, loader, frozenset(folders), os.path.basename(folders[0]), _read(where, folders[0], known)
-                )
-            )
+            key, split = f'{where}.{name}', os.path.basename(folders[0])
+            streams.append(_Stream(key, where, loader, frozenset(folders), split, _read(key, folders[0], known)))
     return streams
 
 
@@ -273,32 +257,31 @@ def _read(where: str, folder: str, known: dict[str, Any]) -> _Prepared | None:
     return prepared
 
 
-def _tokenizer_mistakes(cfg: Config, ours: Callable[[], str | None], streams: list[_Stream]) -> Iterator[str]:
+def _tokenizer_problems(tokenizer: Tokenizer, ours: Callable[[], str | None], streams: list[_Stream]) -> Iterator[str]:
     hashes = {stream.prepared.root: stream.prepared.tokenizer for stream in streams if stream.prepared}
     for root, theirs in hashes.items():
         if theirs and ours() and theirs != ours():
             readers = [stream.where for stream in streams if stream.prepared and stream.prepared.root == root]
             yield (
-                f'tokenizer={cfg["tokenizer"]["name"]} is not the one that the data of {", ".join(readers)} was made '
-                f'with: use {root}/tokenizer, or prepare the data again with --tokenizer {cfg["tokenizer"]["name"]}'
+                f'tokenizer={tokenizer.name} is not the one that the data of {", ".join(readers)} was made '
+                f'with: use {root}/tokenizer, or prepare the data again with --tokenizer {tokenizer.name}'
             )
 
 
-def _length_mistakes(loaders: dict[str, Config], streams: list[_Stream]) -> Iterator[str]:
+def _length_problems(streams: list[_Stream]) -> Iterator[str]:
     for stream in streams:
-        dataset = loaders[stream.loader]['dataset']
-        length, rows = dataset.get('max_seq_len'), stream.prepared.max_seq_len if stream.prepared else None
-        if loaders[stream.loader]['name'] == 'replay_text' or not length or not rows:
+        length, rows = stream.loader.dataset.max_seq_len, stream.prepared.max_seq_len if stream.prepared else None
+        if stream.loader.name == 'replay_text' or not length or not rows:
             continue  # replay_text looks at the shards
         if rows > length or (stream.trains and rows != length):
             yield (
-                f'{stream.loader}.dataset.max_seq_len={length}, but the data of {stream.where} was packed to rows of '
+                f'{stream.of}.dataset.max_seq_len={length}, but the data of {stream.where} was packed to rows of '
                 f'{rows} tokens, which would be {"cut" if rows > length else "counted for more than they have"}; set '
                 'it to that, or prepare the data again'
             )
 
 
-def _held_out_mistakes(streams: list[_Stream]) -> Iterator[str]:
+def _held_out_problems(streams: list[_Stream]) -> Iterator[str]:
     training = [stream for stream in streams if stream.trains]
     for stream in training:
         if stream.split == 'val':
@@ -313,10 +296,10 @@ def _held_out_mistakes(streams: list[_Stream]) -> Iterator[str]:
                     'it is trained on; evaluate on split: val'
                 )
             elif evaluated.split == 'val' and evaluated.prepared and trained.prepared:
-                yield from _fraction_mistakes(evaluated, evaluated.prepared, trained, trained.prepared)
+                yield from _fraction_problems(evaluated, evaluated.prepared, trained, trained.prepared)
 
 
-def _fraction_mistakes(evaluated: _Stream, val: _Prepared, trained: _Stream, train: _Prepared) -> Iterator[str]:
+def _fraction_problems(evaluated: _Stream, val: _Prepared, trained: _Stream, train: _Prepared) -> Iterator[str]:
     """A document is held out if its digest, as a fraction, is below the data's ``val_fraction``."""
     apart = val.sources in train.earlier or train.sources in val.earlier
     if val.val_fraction > train.val_fraction and not apart:

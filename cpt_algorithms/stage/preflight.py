@@ -246,7 +246,7 @@ def _check_loader(where: str, loader: Loader) -> None:
                 'train_loader.name=text mixes several streams without saving the mix and may leave data unread; '
                 'use name: replay_text with the same streams under dataset.new'
             )
-        _sizes_of(where, dataset.text_streams)
+        _sizes_of(loader.streams, where)
 
 
 def _check_workers(where: str, loader: Loader) -> None:
@@ -377,9 +377,8 @@ def _check_forgetting(stage: Stage) -> None:
     labels = [str(loader.label) for loader in stage.eval_loader]
     for key in ('old', 'new'):
         if unknown := [label for label in getattr(given, key) if label not in labels]:
-            raise ValueError(
-                f'callbacks.forgetting.{key}: no eval_loader has the label {unknown[0]!r}; {nearest(unknown[0], labels)}'
-            )
+            where, hint = f'callbacks.forgetting.{key}', nearest(unknown[0], labels)
+            raise ValueError(f'{where}: no eval_loader has the label {unknown[0]!r}; {hint}')
 
 
 def _check_lm_eval(stage: Stage) -> None:
@@ -486,7 +485,7 @@ def _summary(index: ShardIndex) -> tuple[int, set[str]]:
     return int(index.samples.sum()), {code for kind in index.kinds for code in kind['column_encodings'] or ()}
 
 
-def _sizes_of(where: str, streams: Mapping[str, Stream], max_seq_len: int | None = None) -> dict[str, int | None]:
+def _sizes_of(streams: Mapping[str, Stream], where: str, max_seq_len: int | None = None) -> dict[str, int | None]:
     """Samples of each stream; None if that is not known here."""
     sizes: dict[str, int | None] = {}
     for name, stream in streams.items():
@@ -521,8 +520,8 @@ def _check_data(stage: Stage, parent_is_there: bool) -> None:
     length = dataset.max_seq_len
     if length != stage.max_seq_len:
         raise ValueError(f'train_loader.dataset.max_seq_len={length} and max_seq_len={stage.max_seq_len} must be equal')
-    new_sizes = _sizes_of('train_loader.dataset.new', mix.new, length)
-    old_sizes = _sizes_of('train_loader.dataset.replay.streams', mix.old, length)
+    new_sizes = _sizes_of(mix.new, 'train_loader.dataset.new', length)
+    old_sizes = _sizes_of(mix.old, 'train_loader.dataset.replay.streams', length)
     if None in [*new_sizes.values(), *old_sizes.values()]:
         log.warning('not all data can be looked at from here: whether there is enough is checked when training starts')
         return

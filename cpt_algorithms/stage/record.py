@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``stage.json``, which a run leaves in its folder: written when it starts, read by whoever wants to know what it was."""
+"""``stage.json`` in a run's folder: written when the run starts, read by whoever wants to know what it was."""
 
 from pathlib import Path
 from typing import Annotated, Any

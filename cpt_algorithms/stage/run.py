@@ -101,7 +101,7 @@ def fork_upload_workers() -> None:
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['cpt_algorithms.stage.upload_workers'])
     for module in (remote_uploader, remote_uploader_downloader):
-        module.multiprocessing = SimpleNamespace(get_context=lambda method: context)
+        vars(module)['multiprocessing'] = SimpleNamespace(get_context=lambda method: context)
 
 
 def wait_for_uploads(trainer: Trainer) -> None:
@@ -319,7 +319,9 @@ def _train(stage: Stage) -> None:
         record = write_record(stage, resumes=latest > 0)
         parent_is_evaluated = exists(f'{folder}/forgetting.json') and (latest > 0 or not remote)
         # Composer finds latest-rank0.pt in object storage, but no latest-sharded-rank0
-        parent = resolve_latest(stage.load_path) if is_remote(stage.load_path or '') else stage.load_path
+        parent = stage.load_path
+        if parent and is_remote(parent):
+            parent = resolve_latest(parent)
         there = [latest, parent_is_evaluated, checkpoint, token, parent, record.wandb_id]
     if world_size > 1:
         dist.broadcast_object_list(there)  # also waits for what rank 0 does above

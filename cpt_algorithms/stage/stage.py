@@ -123,19 +123,6 @@ class Dataset(Section):
     max_passes: float | str = 1
     continues: PathStr | None = None
 
-    @property
-    def text_streams(self) -> dict[str, Stream]:
-        """What ``text`` reads: one stream, called ``stream``, or several.
-
-        Raises:
-            ValueError: If one is not right.
-        """
-        given = self.streams or {'stream': self.given}
-        return {
-            name: parse_section(Stream, {key: stream[key] for key in STREAM_KEYS if key in stream}, f'streams.{name}')
-            for name, stream in given.items()
-        }
-
 
 class Loader(Section):
     """A train or evaluation loader."""
@@ -152,6 +139,24 @@ class Loader(Section):
             ValueError: If it is not right.
         """
         return read_mix(self.dataset.new, self.dataset.replay) if self.name == 'replay_text' else None
+
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """Every stream that is read, by its key below the loader's; none of a loader that reads otherwise.
+
+        Raises:
+            ValueError: If one is not right.
+        """
+        if self.mix is not None:
+            new = {f'dataset.new.{name}': stream for name, stream in self.mix.new.items()}
+            return {**new, **{f'dataset.replay.streams.{name}': stream for name, stream in self.mix.old.items()}}
+        given: dict[str, Any] = {f'dataset.streams.{name}': each for name, each in self.dataset.streams.items()}
+        if not given and (self.dataset.remote or self.dataset.local or self.name == 'text'):
+            given = {'dataset': self.dataset.given}
+        return {
+            key: parse_section(Stream, {name: each[name] for name in STREAM_KEYS if name in each}, key)
+            for key, each in given.items()
+        }
 
 
 class FSDP(Section):

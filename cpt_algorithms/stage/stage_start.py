@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, State, Time, TimeUnit
+from composer.core import Callback, State, Time
 from composer.loggers import Logger
 from composer.optim import ComposerScheduler
 from composer.utils import dist, format_name_with_dist
@@ -21,49 +21,21 @@ from torch.distributed.fsdp import FSDPModule
 
 from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.checkpoints.open import guard_loading
+from cpt_algorithms.duration import Duration
 from cpt_algorithms.replay.functional import differences
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.stage.saving import check_loss, guard_saving
+from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS
 
-__all__ = ['KEEP_OPTIMIZER_IGNORE_KEYS', 'StageStart', 'budget_in_samples']
+__all__ = ['StageStart']
 
 log = logging.getLogger(__name__)
 
-# What a stage that keeps its parent's optimizer must not load. Exact keys: with a star, a sharded load takes
-# `state/schedulers*` out of the *live* scheduler, whose learning rate then never changes again.
-KEEP_OPTIMIZER_IGNORE_KEYS = [
-    'state/schedulers',
-    'state/timestamp',
-    'state/dataset_state',
-    'state/callbacks',
-    'state/algorithms',
-    'rng',
-]
 _LOAD_LINES = {
     'reset': 'load_weights_only: true',
     'keep': f'load_weights_only: false, load_ignore_keys: [{", ".join(KEEP_OPTIMIZER_IGNORE_KEYS)}]',
 }
-
-
-def budget_in_samples(duration: Time, global_batch_size: int, max_seq_len: int) -> int | None:
-    """Samples that a duration reads, in whole batches; None for a duration in epochs.
-
-    Args:
-        duration: The stage's ``max_duration``.
-        global_batch_size: Samples per batch over all ranks.
-        max_seq_len: Tokens per sample.
-    """
-    if duration.unit == TimeUnit.EPOCH:
-        return None
-    per_batch = {
-        TimeUnit.BATCH: 1,
-        TimeUnit.SAMPLE: global_batch_size,
-        TimeUnit.TOKEN: global_batch_size * max_seq_len,
-    }.get(duration.unit)
-    if per_batch is None:
-        raise ValueError(f'max_duration={duration.to_timestring()} must be in tok, ba, sp or ep')
-    return -(-int(duration.value) // per_batch) * global_batch_size
 
 
 class StageStart(Callback):
@@ -212,10 +184,10 @@ class StageStart(Callback):
         guard_saving(state)
         dataset = _train_dataset(state)
         if isinstance(dataset, ReplayTextDataset) and state.max_duration is not None:
-            samples = budget_in_samples(state.max_duration, dataset.global_batch_size, dataset.max_seq_len)
-            if samples is None:
-                samples = int(state.max_duration.value) * dataset.slots_per_pass
-            dataset.check_budget(samples)
+            duration = Duration.parse('max_duration', state.max_duration.to_timestring())
+            batches = duration.batches(dataset.global_batch_size, dataset.max_seq_len)
+            passes = int(duration.value) * dataset.slots_per_pass
+            dataset.check_budget(passes if batches is None else batches * dataset.global_batch_size)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """At the first batch of a stage, compare what the optimizer is about to use with the YAML."""

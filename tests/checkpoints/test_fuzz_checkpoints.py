@@ -29,7 +29,8 @@ from cpt_algorithms.checkpoints.open import (
     read_metadata,
     safe_globals,
 )
-from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import PreflightError, preflight
+from cpt_algorithms.stage.stage import Stage
 
 MEGABYTES = 500  # more than one checkpoint here may take; a member of a zip file that is a bomb has 64
 
@@ -143,7 +144,7 @@ def preflight_of(data):
 
     def read(path: Path) -> None:
         cfg = tiny.config(path.parent, data, 'child', load_path=str(path), load_weights_only=True)
-        preflight(resolve(cfg))
+        preflight(Stage.from_yaml(cfg))
 
     return read
 

@@ -34,7 +34,9 @@ from cpt_algorithms.checkpoints.open import (
     read_metadata,
     safe_globals,
 )
-from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import ConfigError
 
 WHAT_TO_DO = r'set callbacks\.stage_start\.trust_checkpoint: true if you trust whoever made it'
 
@@ -341,8 +343,8 @@ def test_another_check_in_the_environment_is_not_replaced(monkeypatch):
 
 def test_trust_is_true_or_false(data, tmp_path):
     cfg = tiny.config(tmp_path, data, 'x', callbacks={'stage_start': {'trust_checkpoint': 'no'}})
-    with pytest.raises(PreflightError, match="trust_checkpoint='no' is not possible; use true or false"):
-        preflight(resolve(cfg))
+    with pytest.raises(ConfigError, match="trust_checkpoint='no' is not possible; use true or false"):
+        preflight(Stage.from_yaml(cfg))
 
 
 def test_a_pretrained_model_that_brings_code_along(data, tmp_path):
@@ -356,11 +358,11 @@ def test_a_pretrained_model_that_brings_code_along(data, tmp_path):
     )
     model = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(folder), 'pretrained': False}
     cfg = {**tiny.config(tmp_path, data, 'x'), 'model': model}
-    with pytest.raises(PreflightError, match='trust_remote_code=True'):
-        preflight(resolve(cfg))
+    with pytest.raises(ConfigError, match='trust_remote_code=True'):
+        preflight(Stage.from_yaml(cfg))
     assert not sign.exists()
-    with pytest.raises(PreflightError, match='model cannot be built'):  # it is no model
-        preflight(resolve({**cfg, 'model': {**model, 'trust_remote_code': True}}))
+    with pytest.raises(ConfigError, match='model cannot be built'):  # it is no model
+        preflight(Stage.from_yaml({**cfg, 'model': {**model, 'trust_remote_code': True}}))
     assert sign.exists()
 
 

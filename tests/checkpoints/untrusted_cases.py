@@ -8,7 +8,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import continue_pretraining
 import test_untrusted_checkpoints as untrusted
 import tiny
 from composer.utils import dist
@@ -16,6 +15,8 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cpt_algorithms.checkpoints.open import CheckpointError
+from cpt_algorithms.stage.run import check_or_exit, train_stage
+from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS
 
 KEEP = {'load_weights_only': False, 'load_ignore_keys': KEEP_OPTIMIZER_IGNORE_KEYS}
@@ -40,7 +41,9 @@ def plain(cfg):
 def recipe(cfg):
     """What the recipe says."""
     try:
-        continue_pretraining.check_and_run(cfg, 'case', dry_run=False)
+        stage = Stage.from_yaml(cfg)
+        check_or_exit(stage, 'case')
+        train_stage(stage)
     except SystemExit as stopped:
         return str(stopped)
     finally:

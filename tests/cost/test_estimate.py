@@ -42,7 +42,8 @@ from cpt_algorithms.cost.estimate import (
 )
 from cpt_algorithms.cost.tables import print_costs, print_phases
 from cpt_algorithms.evaluation.functional import training_flops
-from cpt_algorithms.stage.preflight import model_on_meta, preflight, resolve
+from cpt_algorithms.stage.preflight import model_on_meta, preflight
+from cpt_algorithms.stage.stage import Stage
 
 MODELS = sorted((tiny.ROOT / 'yamls' / 'models').glob('*.yaml'))
 ADAMW = {'name': 'decoupled_adamw', 'lr': 3e-4, 'betas': [0.9, 0.95], 'weight_decay': 1e-5}
@@ -122,7 +123,7 @@ def test_a_tied_llama_counts_its_embedding_once():
 @pytest.mark.parametrize('name', [path.stem for path in MODELS if path.stem != 'hf_base'])  # a base must be there
 def test_model_yamls_pass_preflight(name, data, tmp_path):
     config = tiny.config(tmp_path, data, 'r') | {'model': f'yamls/models/{name}.yaml'}
-    preflight(resolve(config))
+    preflight(Stage.from_yaml(config))
 
 
 # FLOPs
@@ -344,7 +345,7 @@ def test_disk_is_what_a_run_leaves(data, tmp_path):
         callbacks=callbacks,
         save_interval='2ba',
     )
-    config = resolve({**given, 'model': model})
+    config = Stage.from_yaml({**given, 'model': model})
     expected = costs_of(config, gpus=1).disk
     tiny.run(config)
     left = [path for path in (tmp_path / 'r').glob('ep*') if path.is_file()]

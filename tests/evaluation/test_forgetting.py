@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forgetting against the untouched parent: by hand, in real runs, after restarts, and as W&B gets it."""
 
-import copy
 import json
 import shutil
 from math import exp, log
 
-import continue_pretraining
 import pytest
 import recorder
 import tiny
@@ -20,7 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from cpt_algorithms import Forgetting
 from cpt_algorithms.evaluation.forgetting import token_bytes
 from cpt_algorithms.evaluation.functional import bits_per_byte, by_average, changes, thinned
-from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.run import _tracked, write_record
+from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import ConfigError
 
 TEXT = 'def f(x): return "Grüße, мир, 世界 🌍"\n\tif a  ==  b:\n'
 
@@ -137,7 +138,7 @@ def parent(data, tmp_path_factory):
     """A model that has learned a little of the old data."""
     folder = tmp_path_factory.mktemp('parent')
     cfg = tiny.config(folder, data, 'parent', train_loader={'dataset': {'new': {'local': str(data['old'])}}})
-    tiny.run(resolve(cfg))
+    tiny.run(Stage.from_yaml(cfg))
     return folder / 'parent'
 
 
@@ -235,7 +236,7 @@ def test_the_parent_is_evaluated_once(child, data, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / 'child')
 
     other = tiny.config(tmp_path, data, 'other', seed=3)
-    tiny.run(resolve(other))
+    tiny.run(Stage.from_yaml(other))
     judged, _ = recipe(tiny.merge(straight, {'load_path': str(tmp_path / 'other' / 'latest-rank0.pt')}), stop=1)
     assert judged['parent'] != expected[1]['parent']
     judged, when = recipe(straight, stop=1)
@@ -249,18 +250,17 @@ def test_a_restart_goes_on_as_the_same_wandb_run(child, tmp_path):
     cfg = tiny.merge(child, {'loggers': {'wandb': {}}})
     ids = []
     for given in (cfg, cfg, tiny.merge(cfg, {'loggers': {'wandb': {'init_kwargs': {'id': 'mine'}}}})):
-        continue_pretraining.note_lineage(given, str(tmp_path), resumes=False)
-        tracked = copy.deepcopy(given)
-        continue_pretraining.track(tracked, str(tmp_path))
-        assert tracked['loggers']['wandb']['init_kwargs']['resume'] == 'allow'
-        ids.append(tracked['loggers']['wandb']['init_kwargs']['id'])
+        record = write_record(Stage.from_yaml(given))
+        loggers = _tracked(given['loggers'], record.wandb_id)
+        assert loggers['wandb']['init_kwargs']['resume'] == 'allow'
+        ids.append(loggers['wandb']['init_kwargs']['id'])
     assert ids[0] == ids[1] != ids[2] == 'mine'
 
 
 def test_what_cannot_be_judged_is_refused(child, data, write_mds, tmp_path):
     def problems(over):
-        with pytest.raises(PreflightError) as refused:
-            preflight(resolve(tiny.merge(child, over)))
+        with pytest.raises(ConfigError) as refused:
+            preflight(Stage.from_yaml(tiny.merge(child, over)))
         return str(refused.value)
 
     assert 'callbacks.forgetting compares with the parent, and load_path is missing' in problems({'load_path': None})
@@ -273,8 +273,8 @@ def test_what_cannot_be_judged_is_refused(child, data, write_mds, tmp_path):
     assert 'eval_loader[0].stream: the dataset is empty' in problems({'eval_loader': [tiny.eval_loader('past', empty)]})
     small = {**tiny.eval_loader('past', data['old']), 'drop_last': True}
     with pytest.raises(ValueError, match=r'eval_loader past: nothing was evaluated.*less than a batch'):
-        tiny.run(resolve(tiny.merge(child, {
+        tiny.run(Stage.from_yaml(tiny.merge(child, {
             'eval_loader': [tiny.eval_loader('fresh', data['new']), small], 'device_eval_batch_size': 64,
         })))  # fmt: skip
     with pytest.raises(ValueError, match='the parent was not evaluated on .past.*set eval_first: true'):
-        tiny.run({**resolve(child), 'eval_first': False})
+        tiny.run({**Stage.from_yaml(child), 'eval_first': False})

@@ -16,7 +16,9 @@ from cpt_algorithms.checkpoints.open import dataset_state_of
 from cpt_algorithms.replay.consumed import Consumed, consumed_by, positions_behind, read_consumed, read_positions
 from cpt_algorithms.replay.functional import ShuffledOrder, StreamOrder
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
-from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import ConfigError
 
 NEW, OLD = 0, 1
 
@@ -216,13 +218,13 @@ def test_preflight_knows_how_much_that_is(parent, data, tmp_path):
     streams = {'old': {'local': str(data['old']), 'split': 'train', 'consumed_by': str(parent[0])}}
     replay = {'fraction': 0.5, 'streams': streams}
     cfg = tiny.config(tmp_path, data, 'stage', max_duration='16ba', train_loader={'dataset': {'replay': replay}})
-    preflight(resolve(cfg))
-    with pytest.raises(PreflightError, match=r"replay stream 'old', which has 1,024 \(1.25 passes"):
-        preflight(resolve({**cfg, 'max_duration': '20ba'}))
+    preflight(Stage.from_yaml(cfg))
+    with pytest.raises(ConfigError, match=r"replay stream 'old', which has 1,024 \(1.25 passes"):
+        preflight(Stage.from_yaml({**cfg, 'max_duration': '20ba'}))
     streams['old']['consumed_by'] = str(tmp_path / 'later.pt')
-    with pytest.raises(PreflightError, match='later.pt does not exist'):
-        preflight(resolve(cfg))
-    preflight(resolve(cfg), parent_is_there=False)
+    with pytest.raises(ConfigError, match='later.pt does not exist'):
+        preflight(Stage.from_yaml(cfg))
+    preflight(Stage.from_yaml(cfg), parent_is_there=False)
 
 
 def test_epochs_go_on_after_a_restart_at_their_end(data, tmp_path):

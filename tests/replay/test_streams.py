@@ -21,7 +21,7 @@ from tiny import DATASETS_LOCK
 from torch.utils.data import DataLoader
 
 from cpt_algorithms.replay import ReplayTextDataset, StreamError, streams
-from cpt_algorithms.stage.preflight import resolve
+from cpt_algorithms.stage.stage import Stage
 
 SEQ_LEN = 16
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
@@ -159,7 +159,7 @@ def test_by_default_a_server_may_be_gone_for_a_minute(proxy, tmp_path):
     assert sum(waits) > 60
     assert {stream.download_retry for stream in training(tmp_path).streams} == {streams.DOWNLOAD_RETRY}
     loader = {'name': 'text', 'dataset': stream(tmp_path, 'new'), 'label': 'new'}
-    dataset = resolve({'eval_loader': loader, 'save_folder': 'x'})['eval_loader'][0]['dataset']
+    dataset = Stage.from_yaml({'eval_loader': loader, 'save_folder': 'x'})['eval_loader'][0]['dataset']
     assert (dataset['stream_name'], dataset['download_retry']) == ('resilient', streams.DOWNLOAD_RETRY)
 
 

@@ -11,7 +11,9 @@ import tiny
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from cpt_algorithms.files import write_json
-from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import ConfigError
 
 VOCAB = 280
 LONG = 10**30  # transformers' own value for no limit
@@ -68,8 +70,8 @@ def config(folder, roots, *evaluated, new='new', old=(), **over):
 
 
 def problems(cfg, **how):
-    with pytest.raises(PreflightError) as caught:
-        preflight(resolve(cfg), **how)
+    with pytest.raises(ConfigError) as caught:
+        preflight(Stage.from_yaml(cfg), **how)
     return caught.value.problems
 
 
@@ -83,7 +85,7 @@ def only_problem(cfg, *said, **how):
 
 
 def fine(cfg, **how):
-    preflight(resolve(cfg), **how)
+    preflight(Stage.from_yaml(cfg), **how)
 
 
 def test_what_is_right_passes(roots, tmp_path):

@@ -5,8 +5,10 @@ import pytest
 import tiny
 import torch
 
-from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS
+from cpt_algorithms.validation import ConfigError
 
 
 def replay(data, fraction=0.05, **over):
@@ -15,13 +17,13 @@ def replay(data, fraction=0.05, **over):
 
 
 def problems(cfg, world_size=1):
-    with pytest.raises(PreflightError) as caught:
-        preflight(resolve(cfg), world_size)
+    with pytest.raises(ConfigError) as caught:
+        preflight(Stage.from_yaml(cfg), world_size)
     return caught.value.problems
 
 
 def test_a_good_yaml_passes(data, tmp_path):
-    preflight(resolve(tiny.config(tmp_path, data, 'good', train_loader=replay(data))), world_size=2)
+    preflight(Stage.from_yaml(tiny.config(tmp_path, data, 'good', train_loader=replay(data))), world_size=2)
 
 
 BAD = {
@@ -111,7 +113,7 @@ def test_a_parent_of_another_shape_is_named(data, tmp_path):
     tiny.run(tiny.config(tmp_path, data, 'parent', max_duration='2ba', scheduler={'t_max': '8ba'}))
     parent = str(tmp_path / 'parent' / 'latest-rank0.pt')
     cfg = tiny.config(tmp_path, data, 'child', load_path=parent)
-    preflight(resolve(cfg))
+    preflight(Stage.from_yaml(cfg))
     wider = tiny.merge(cfg, {'model': {'d_model': 32}})
     assert 'wte.weight is (256, 16) there and (256, 32) here' in problems(wider)[0]
     deeper = tiny.merge(cfg, {'model': {'n_layers': 2}})
@@ -136,15 +138,15 @@ def test_somebody_elses_checkpoints_are_not_taken_over(data, tmp_path):
     assert 'holds the checkpoints of a run that this recipe did not start' in problems(cfg)[0]
     (tmp_path / 'one' / 'stage.json').write_text('{"run_name": "one"}')
     assert "holds the checkpoints of run 'one', and run_name is 'two'" in problems(cfg)[0]
-    preflight(resolve(tiny.config(tmp_path, data, 'one')))
+    preflight(Stage.from_yaml(tiny.config(tmp_path, data, 'one')))
 
 
 def test_resolve_fills_in_what_follows(data, tmp_path):
-    cfg = resolve(tiny.config(tmp_path, data, 'child', load_path='parent.pt', autoresume=None))
+    cfg = Stage.from_yaml(tiny.config(tmp_path, data, 'child', load_path='parent.pt', autoresume=None))
     assert cfg['autoresume'] is True
     assert cfg['load_weights_only'] is True
     assert cfg['callbacks']['hf_checkpointer']['save_folder'] == str(tmp_path / 'child')
     keep = {'stage_start': {'optimizer': 'keep'}}
-    cfg = resolve(tiny.config(tmp_path, data, 'child', load_path='parent.pt', callbacks=keep))
+    cfg = Stage.from_yaml(tiny.config(tmp_path, data, 'child', load_path='parent.pt', callbacks=keep))
     assert cfg['load_weights_only'] is False
     assert cfg['load_ignore_keys'] == KEEP_OPTIMIZER_IGNORE_KEYS

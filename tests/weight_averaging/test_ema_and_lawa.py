@@ -15,7 +15,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
-from cpt_algorithms.stage.preflight import PreflightError, preflight, resolve
+from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import ConfigError
 from cpt_algorithms.weight_averaging.ema import EMA
 from cpt_algorithms.weight_averaging.functional import window_weights
 from cpt_algorithms.weight_averaging.lawa import LAWA
@@ -425,18 +427,18 @@ def test_tied_frozen_and_half_precision_parameters(tmp_path):
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_before_training(data, tmp_path, averages, words):
-    with pytest.raises(PreflightError, match=words) as refused:
-        preflight(resolve(config(tmp_path, data, 'bad', averages=averages)))
+    with pytest.raises(ConfigError, match=words) as refused:
+        preflight(Stage.from_yaml(config(tmp_path, data, 'bad', averages=averages)))
     assert len(refused.value.problems) == 1
 
 
 def test_fsdp1_is_refused_before_training(data, tmp_path, monkeypatch):
-    cfg = resolve(config(tmp_path, data, 'fsdp1', fsdp_config={'state_dict_type': 'sharded'}))
+    cfg = Stage.from_yaml(config(tmp_path, data, 'fsdp1', fsdp_config={'state_dict_type': 'sharded'}))
     monkeypatch.setenv('FSDP_VERSION', '2')
     preflight(cfg, world_size=2)
     monkeypatch.delenv('FSDP_VERSION')  # Composer's default is 1
     preflight(cfg, world_size=1)  # no FSDP
-    with pytest.raises(PreflightError, match='callbacks.ema works on plain, DDP and FSDP2 models.*set FSDP_VERSION=2'):
+    with pytest.raises(ConfigError, match='callbacks.ema works on plain, DDP and FSDP2 models.*set FSDP_VERSION=2'):
         preflight(cfg, world_size=2)
     # and by the callbacks themselves: torch makes FSDP1 modules on a GPU only, so this one is not initialised
     wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
