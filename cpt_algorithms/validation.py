@@ -33,6 +33,7 @@ __all__ = [
     'check_path',
     'check_type',
     'check_yaml_scalars',
+    'differences',
     'nearest',
     'parse_section',
     'short_repr',
@@ -124,6 +125,21 @@ def nearest(word: Any, known: Iterable[str]) -> str:
     known = sorted(known)
     near = get_close_matches(str(word), known, n=1)
     return f'did you mean {near[0]!r}?' if near else f'one of {", ".join(known) or "none"} is possible'
+
+
+def differences(old: Any, new: Any, path: str = '') -> list[str]:
+    """What changed, a line for each leaf: ``optimizer.lr: 0.001 -> 0.01``.
+
+    Args:
+        old: Mappings in each other, as they were.
+        new: As they are now.
+        path: Of both. Default: the top.
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = (differences(old.get(k), new.get(k), f'{path}.{k}' if path else k) for k in {**old, **new})
+        return [line for lines in found for line in lines]
+    then, now = ('absent' if each is None else each for each in (old, new))
+    return [] if old == new else [f'{path}: {then} -> {now}']
 
 
 def check_keys(where: str, given: Iterable[str], allowed: Iterable[str]) -> None:

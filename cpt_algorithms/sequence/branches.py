@@ -187,5 +187,7 @@ def branch_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
         del dataset['new']
     if 'streams' in (own.get('replay') or {}):
         (dataset.get('replay') or {}).pop('streams', None)
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(branch), OmegaConf.create(given)), resolve=True)
+    merged: Any = OmegaConf.to_container(
+        OmegaConf.merge(OmegaConf.create(branch), OmegaConf.create(given)), resolve=True
+    )
     return Stage.from_yaml(merged)

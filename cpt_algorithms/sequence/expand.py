@@ -13,7 +13,15 @@ from typing import Any
 
 from cpt_algorithms.duration import Duration, per_batch_of
 from cpt_algorithms.sequence.branches import annealed, checkpoint_after, latest
-from cpt_algorithms.sequence.spec import ANNEAL_KEYS, DERIVED, FROM_SCRATCH, Arm, Branch, SequenceSpec, StageSettings, merge
+from cpt_algorithms.sequence.spec import (
+    ANNEAL_KEYS,
+    FROM_SCRATCH,
+    Arm,
+    Branch,
+    SequenceSpec,
+    StageSettings,
+    merge,
+)
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import ConfigError, check_keys, check_type, parse_section
 from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS
@@ -120,7 +128,9 @@ def _expand_arm(spec: SequenceSpec, name: str, arm: Arm, seed: int, runs: dict[s
                     run = make_it(trunk, [*words, branch], start, given, own, earlier, read_by)
                 else:
                     all_earlier = [*earlier, *new]
-                    run = make_branch.anneal(trunk, [*words, branch], start, given, settings.given, all_earlier, read_by)
+                    run = make_branch.anneal(
+                        trunk, [*words, branch], start, given, settings.given, all_earlier, read_by
+                    )
             except ValueError as error:
                 raise ValueError(f'stages.{stage}.branches.{branch}, in the arm {name}: {error}') from None
             _added(run, runs, is_new=is_last)

@@ -90,7 +90,9 @@ def _optional(name: str) -> Any:
 
 AbsoluteTime = Annotated[Duration, BeforeValidator(lambda value: Duration.parse('KEY', value, ABSOLUTE))]
 _set_here = _refuse('is set by the sequence for each run; leave it out')
-_from_its_trunk = _refuse('cannot be changed: a branch has this from its trunk; t_anneal, anneal and alpha_f say the rest')
+_from_its_trunk = _refuse(
+    'cannot be changed: a branch has this from its trunk; t_anneal, anneal and alpha_f say the rest'
+)
 _PartOfAStage: Any = create_model(
     '_PartOfAStage', __base__=Section, **{name: _optional(name) for name in Stage.model_fields}
 )  # fmt: skip
