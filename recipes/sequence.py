@@ -50,7 +50,7 @@ def summary_of(report: 'Report', arm: str) -> dict[str, float]:
                 if name == 'loss':
                     summary[f'final_loss/{dataset}{of_average}'] = value.mean
                 elif name in ('forgetting', 'adaptation'):
-                    summary[f'final_{name}/{dataset or "average"}{of_average}'] = value.mean
+                    summary[f'final_{name}/{dataset or "mean"}{of_average}'] = value.mean
     return summary
 
 
