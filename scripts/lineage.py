@@ -10,24 +10,23 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.tree import Tree
+if TYPE_CHECKING:  # and when they are needed, so that --help answers at once
+    from rich.tree import Tree
 
-from cpt_algorithms.report.lineage import Node, details, read_lineage, status
+    from cpt_algorithms.report.lineage import Node
 
-LOOKS = {'finished': 'green', 'unfinished': 'yellow', 'failed': 'red'}
+LOOKS = {'finished': 'green', 'unfinished': 'yellow', 'failed': 'red', 'started': 'cyan', 'not started': 'dim'}
 
 
-def draw(nodes: Sequence[Node], tree: Tree) -> Tree:
-    """Add nodes, and all that began from them, to a tree."""
+def draw(nodes: Sequence['Node'], tree: 'Tree') -> 'Tree':
+    """Add nodes, and all that began from them, to a tree of rich."""
+    from rich.markup import escape
+
     for node in nodes:
-        look = LOOKS.get(node.state, 'red' if node.kind == 'missing' else 'cyan')
-        kind = 'merge, ' if node.kind == 'merge' else ''
-        lines = [f'[bold]{escape(node.name)}[/bold]  [{look}]{kind}{escape(status(node))}[/{look}]']
-        draw(node.children, tree.add('\n'.join([*lines, *(f'[dim]{escape(line)}[/dim]' for line in details(node))])))
+        head = f'[bold]{escape(node.name)}[/bold]  [{LOOKS[node.look]}]{escape(node.status)}[/]'
+        draw(node.children, tree.add('\n'.join([head, *(f'[dim]{escape(line)}[/dim]' for line in node.details)])))
     return tree
 
 
@@ -37,12 +36,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('folders', nargs='+', metavar='FOLDER', help='folders with runs below them, local or URIs')
     parser.add_argument('--json', action='store_true', help='print the trees as JSON')
     arguments = parser.parse_args(argv)
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    from cpt_algorithms.report.lineage import read_lineage
+
     try:
         roots = read_lineage(arguments.folders)
     except ValueError as error:
         sys.exit(str(error))
     if arguments.json:
-        print(json.dumps([asdict(root) for root in roots], indent=1))
+        print(json.dumps([root.data for root in roots], indent=1))
         return
     # rich would take a log file for a narrow terminal
     console = Console(width=None if sys.stdout.isatty() else 140)

@@ -12,10 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from cpt_algorithms.report.page import print_report, write_report
-
 
 def main(argv: list[str] | None = None) -> None:
     """Read, write, print the table."""
@@ -23,6 +19,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='sequence folders or run folders')
     parser.add_argument('--out', type=Path, help='folder to write to (default: the first RUN)')
     arguments = parser.parse_args(argv)
+    # so that --help answers at once
+    from rich.console import Console
+
+    from cpt_algorithms.report.page import print_report, write_report
+
     try:
         report = write_report(arguments.runs, arguments.out or arguments.runs[0])
     except (OSError, ValueError) as error:

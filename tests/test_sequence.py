@@ -163,9 +163,9 @@ def test_a_crashing_arm_does_not_stop_the_others_and_the_next_run_trains_what_is
     none = tracked['new-s17']
     assert (none.group, none.job_type, none.tags) == ('test', 'new', ['mine', 'new', 'none', 'seed 17'])
     row = next(row for row in page['rows'] if row['arm'] == 'none')
-    assert none.summary['final_loss/average'] == pytest.approx(row['loss average'])
-    assert none.summary['final_forgetting/average'] == pytest.approx(row['forgetting'])
-    assert none.summary['final_adaptation/average'] == pytest.approx(row['adaptation'])
+    assert none.summary['final_loss/mean'] == pytest.approx(row['loss mean'])
+    assert none.summary['final_forgetting/mean'] == pytest.approx(row['forgetting'])
+    assert none.summary['final_adaptation/mean'] == pytest.approx(row['adaptation'])
 
     # the same command again
     bad.unlink()

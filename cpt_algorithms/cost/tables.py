@@ -13,7 +13,7 @@ from rich.table import Table
 from cpt_algorithms.cost.estimate import Costs, Memory, Saving, against_union, costs_of
 from cpt_algorithms.duration import per_batch_of
 from cpt_algorithms.evaluation.functional import training_flops
-from cpt_algorithms.report.tables import flop, percent, short
+from cpt_algorithms.formatting import flop, gigabytes, hours, percent, short
 from cpt_algorithms.schedulers.functional import Span
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
 from cpt_algorithms.stage.stage import Stage
@@ -29,17 +29,6 @@ _PARTS = {
     'activations': 'activations and logits',
     'evaluation': 'or, in evaluations, their logits and copies',
 }
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as people write them: 116 GB, 10.5 MB."""
-    power, letter = next(((p, x) for p, x in ((12, 'T'), (9, 'G')) if size >= 10**p), (6, 'M'))
-    return f'{size / 10**power:.3g} {letter}B'
-
-
-def hours(value: float) -> str:
-    """GPU-hours as people write them: 12,300, 3.1, 0.0004."""
-    return f'{float(f"{value:.3g}"):,g}'
 
 
 def print_phases(stages: Mapping[str, Stage], console: Console) -> None:

@@ -65,7 +65,7 @@ class FinalLoss(Callback):
     YAML needs nothing else. All validation losses of the run, with their batch and token, learning rate and loss of its
     batches and what it has cost are kept in the checkpoint, so a restart neither loses nor repeats one. They are
     written to ``save_folder/losses.json`` after every evaluation. At the end, ``final_loss/<dataset>``, ``..._stderr``,
-    ``final_loss/average``, ``cost/tokens``, ``cost/flops`` and ``cost/device_hours`` are logged.
+    ``final_loss/mean``, ``cost/tokens``, ``cost/flops`` and ``cost/device_hours`` are logged.
 
     Args:
         save_folder: Where ``losses.json`` goes, a path or URI; ``{run_name}`` is filled in. ``None`` writes no file.
@@ -182,7 +182,7 @@ class FinalLoss(Callback):
                 logger.log_metrics({f'final_loss/{label}': mean['mean'], f'final_loss/{label}_stderr': mean['stderr']})
             means = {label: mean['mean'] for label, mean in final.items()}
             for average, losses in by_average(means, self._datasets(state)).items():
-                key = f'final_loss/average/{average}' if average else 'final_loss/average'
+                key = f'final_loss/mean/{average}' if average else 'final_loss/mean'
                 logger.log_metrics({key: sum(losses.values()) / len(losses)})
             cost = self._cost(state)
             flops = training_flops(cost['parameters'], cost['tokens'])

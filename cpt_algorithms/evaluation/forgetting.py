@@ -63,8 +63,8 @@ class Forgetting(Callback):
     losses are part of the run's checkpoints and of ``save_folder/forgetting.json``, and are not evaluated again. At
     every evaluation these are logged, for the training weights and, as ``<dataset>/<average>``, for averaged ones:
 
-    * ``forgetting/<old dataset>`` = loss - the parent's loss, and ``forgetting/average``;
-    * ``adaptation/<new dataset>`` = the parent's loss - loss, and ``adaptation/average``;
+    * ``forgetting/<old dataset>`` = loss - the parent's loss, and ``forgetting/mean``;
+    * ``adaptation/<new dataset>`` = the parent's loss - loss, and ``adaptation/mean``;
     * ``perplexity/<dataset>`` = exp(loss) and ``bits_per_byte/<dataset>`` = loss / ln 2 / bytes per token.
 
     The parent against itself is exactly 0. At the end, if ``final_loss`` is among the callbacks, the same follows from

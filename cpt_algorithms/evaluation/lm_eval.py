@@ -44,7 +44,7 @@ __all__ = [
     'load_model',
     'load_suite',
     'load_suite_of',
-    'macro_average',
+    'mean_over_tasks',
     'paired_delta',
     'print_result',
     'result_file',
@@ -105,8 +105,8 @@ def within_noise(delta: Mean) -> bool:
     return delta.count < 2 or abs(delta.value) <= 1.96 * delta.stderr
 
 
-def macro_average(means: Sequence[Mean]) -> Mean:
-    r"""Average over tasks, each counting the same: :math:`\frac1k \sum m_j \pm \frac1k \sqrt{\sum s_j^2}`.
+def mean_over_tasks(means: Sequence[Mean]) -> Mean:
+    r"""Mean over tasks, each counting the same: :math:`\frac1k \sum m_j \pm \frac1k \sqrt{\sum s_j^2}`.
 
     Args:
         means: Scores of the tasks, or differences, at least one.
@@ -525,12 +525,12 @@ def _value(metric: str, value: Any) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """A task of a suite, or the average of several, as a table shows it.
+    """A task of a suite, or the mean of several, as a table shows it.
 
     Args:
         name: As the suite calls it.
-        num_fewshot: Examples in the prompt; ``None`` of an average.
-        metric: The metric; empty of an average.
+        num_fewshot: Examples in the prompt; ``None`` of a mean.
+        metric: The metric; empty of a mean.
         is_accuracy: Whether it is a mean of items that are better the higher.
         score: Of the model.
         parent: Of the parent; ``None`` if that is not there.
@@ -551,7 +551,7 @@ def _mean(task: Mapping[str, Any]) -> Mean:
 
 
 def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list[Row]:
-    """The tasks of a result beside the parent's, and the macro-average over those that measure an accuracy.
+    """The tasks of a result beside the parent's, and the mean over those that measure an accuracy.
 
     Args:
         result: Of :func:`evaluate`, or its file.
@@ -570,9 +570,9 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
         parents = [row.parent for row in averaged if row.parent and row.delta]
         deltas = [row.delta for row in averaged if row.delta]
         whole = len(deltas) == len(averaged)
-        average = macro_average([row.score for row in averaged])
-        both = (macro_average(parents), macro_average(deltas)) if whole else (None, None)
-        rows.append(Row(f'average of {len(averaged)}', None, '', True, average, *both))
+        average = mean_over_tasks([row.score for row in averaged])
+        both = (mean_over_tasks(parents), mean_over_tasks(deltas)) if whole else (None, None)
+        rows.append(Row(f'mean of {len(averaged)}', None, '', True, average, *both))
     return rows
 
 

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.evaluation.functional import Mean, changes
-from cpt_algorithms.evaluation.lm_eval import within_noise
+from cpt_algorithms.evaluation.functional import Mean, within_noise
 from cpt_algorithms.files import write_atomic, write_json
-from cpt_algorithms.report.lineage import Node, details, read_lineage, status
+from cpt_algorithms.formatting import flop, percent, short, signed
+from cpt_algorithms.report.lineage import tree_of
 from cpt_algorithms.report.plots import plots_of, png, svg
-from cpt_algorithms.report.run_records import RunSet, read_runs
+from cpt_algorithms.report.run_records import RunSet, read_runs, size_name
 from cpt_algorithms.report.tables import (
     COUNTS,
     OverSeeds,
@@ -28,15 +28,9 @@ from cpt_algorithms.report.tables import (
     finding,
     flat,
     flat_scores,
-    flop,
     missing,
-    percent,
-    progress,
     rows_of,
     scores_of,
-    short,
-    signed,
-    size_name,
     write_csv,
 )
 
@@ -89,19 +83,13 @@ class _Table:
     note: str
     groups: list[tuple[str, list[str]]]
     lines: list[_Line]
-    first: str = 'arm'
-    is_text: bool = False
 
 
-def stand_ins(study: RunSet) -> list[tuple[str, str]]:
+def _stand_ins(study: RunSet) -> list[tuple[str, str]]:
     """Old datasets that stand in for data that is not known, and for which, as the runs' YAMLs say."""
-    found = {}
-    for run in study.runs.values():
-        dataset = (run.config.get('train_loader') or {}).get('dataset') or {}
-        for name, stream in ((dataset.get('replay') or {}).get('streams') or {}).items():
-            if stream.get('stand_in_for'):
-                found[name] = stream['stand_in_for']
-    return sorted(found.items())
+    mixes = [run.config.mix for run in study.runs.values() if run.config]
+    streams = {name: stream for mix in mixes if mix for name, stream in mix.old.items()}
+    return sorted((name, stream.stand_in_for) for name, stream in streams.items() if stream.stand_in_for)
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Report:
@@ -126,7 +114,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
             f'At {size_name(size)}, {text.replace("Nothing", "nothing", 1)}'
             for size, text in zip(study.sizes, findings, strict=True)
         ]
-    findings += [f'{name} stands in for {what}: forgetting is measured on it.' for name, what in stand_ins(study)]
+    findings += [f'{name} stands in for {what}: forgetting is measured on it.' for name, what in _stand_ins(study)]
     report = Report(study.name, findings, rows, scores, missing(study, rows), out / 'report.html', study)
     out.mkdir(parents=True, exist_ok=True)
     plots = list(plots_of(study, rows))
@@ -134,7 +122,6 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
         write_atomic(out / f'{plot.name}.png', png(plot))
     write_csv(out / 'table.csv', [flat(row) for row in rows])
     write_json(out / 'report.json', _as_json(report))
-    begun = [run.folder for run in study.runs.values() if (run.folder / 'stage.json').exists()]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -148,8 +135,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
         count=_count(study, rows),
         states=_states(study),
         tables=_tables(report),
-        lineage=_lineage(study),
-        tree=_tree(read_lineage(begun)) if begun else [],
+        tree=tree_of(dict(study.runs)),
         versions=_versions(study),
         plots=[(plot.title, Markup(svg(plot))) for plot in plots],
     )
@@ -166,12 +152,11 @@ def rich_table(report: Report) -> Table:
         shown.add_column(escape(column.replace('loss ', 'loss\n')), justify='right')
     for column in ('update\ntokens', 'update\nFLOP', 'compute\nvs union'):
         shown.add_column(column, justify='right')
-    several = len(report.study.sizes) > 1
     for row in report.rows:
         cells = [_number(row, column) for column in columns]
         texts = [f'{cell.text} {cell.small}'.strip() for cell in cells]
-        cost = [_number(row, column).text for column in ('tokens', 'flops', 'compute against union')]
-        name = f'{row.name} ({size_name(row.size)})' if several else row.name
+        cost = [_number(row, column).text for column in ('tokens', 'flops', 'compute vs union')]
+        name = report.study.label(row.name, row.size)
         shown.add_row(escape(f'{name}\n  {row.note}' if row.note else name), *texts, *cost)
     return shown
 
@@ -198,13 +183,13 @@ def _as_json(report: Report) -> dict[str, Any]:
             {
                 'name': run.name,
                 'state': run.state,
-                'batch': run.cost.get('batch', 0),
+                'batch': run.batch,
                 'batches': run.batches,
-                'parent': study.runs[run.parent].name if run.parent else run.load_path,
+                'parent': study.runs[run.parent].name if run.parent else run.began_from,
                 'tokens': run.tokens,
                 'cost': run.cost,
-                'scheduler': run.config.get('scheduler'),
-                'versions': run.versions,
+                'scheduler': dict(run.config.scheduler.given) if run.config else None,
+                'versions': run.record.versions if run.record else {},
             }
             for run in study.runs.values()
         ],
@@ -213,7 +198,7 @@ def _as_json(report: Report) -> dict[str, Any]:
 
 
 def _loss_columns(study: RunSet) -> list[str]:
-    return [*(f'loss {name}' for name in study.data), *(['loss average'] if len(study.data) > 1 else [])]
+    return [*(f'loss {name}' for name in study.data), *(['loss mean'] if len(study.data) > 1 else [])]
 
 
 def _number(row: Row, column: str) -> _Cell:
@@ -225,7 +210,7 @@ def _number(row: Row, column: str) -> _Cell:
         return _Cell(short(value.mean))
     if column == 'flops':
         return _Cell(flop(value.mean))
-    if column == 'compute against union':
+    if column == 'compute vs union':
         return _Cell(percent(value.mean))
     is_change = column.startswith(('forgetting', 'adaptation'))
     return _Cell(signed(value.mean, 3) if is_change else f'{value.mean:.3f}', _interval(value, '.3f'))
@@ -254,12 +239,12 @@ def _cards_of(report: Report, size: int | None) -> list[dict[str, str]]:
     questions = [
         ('Forgot', 'least', 'forgetting', min, 'nats/token'),
         ('Learned', 'most', 'adaptation', max, 'nats/token'),
-        ('Average loss:', 'best', 'loss average', min, 'nats/token'),
-        ('Cost of an update:', 'lowest', 'compute against union', min, 'of training on everything'),
+        ('Mean loss:', 'best', 'loss mean', min, 'nats/token'),
+        ('Cost of an update:', 'lowest', 'compute vs union', min, 'of training on everything'),
     ]
     for title, superlative, column, choose, unit in questions:
         able = [row for row in updates if column in row.columns]
-        if not able or (column == 'compute against union' and able[0].kind != 'update'):
+        if not able or (column == 'compute vs union' and able[0].kind != 'update'):
             continue
         best = choose(able, key=lambda row, column=column: row.columns[column].mean)
         level = [row.name for row in able if row.columns[column].mean == best.columns[column].mean]
@@ -280,21 +265,21 @@ def _cards_of(report: Report, size: int | None) -> list[dict[str, str]]:
 def _count(study: RunSet, rows: Sequence[Row]) -> dict[str, str]:
     numbers = {
         'arms': len({row.arm for row in rows}),
-        'seeds': len({run.seed for run in study.runs.values() if run.is_asked_for}),
+        'seeds': len({run.seed for run in study.given}),
     }
     return {what: f'{number} {what.removesuffix("s") if number == 1 else what}' for what, number in numbers.items()}
 
 
 def _states(study: RunSet) -> list[tuple[str, int]]:
     """Runs by state, the good ones first."""
-    found = Counter(run.state for run in study.runs.values() if run.is_asked_for)
+    found = Counter(run.state for run in study.given)
     return [(state, found[state]) for state in ('finished', 'unfinished', 'failed', 'not started') if found[state]]
 
 
 def _tables(report: Report) -> list[_Table]:
     study, rows = report.study, report.rows
     labels = {name: f'D{index} {name}' for index, name in enumerate(study.data)}
-    losses = {column: labels.get(column.removeprefix('loss '), 'AVG') for column in _loss_columns(study)}
+    losses = {column: labels.get(column.removeprefix('loss '), 'mean') for column in _loss_columns(study)}
     changed = {'forgetting': 'forgetting', 'adaptation': 'adaptation'}
     note = 'Mean ± 95 % interval over seeds (Student’s t)' if any(len(row.runs) > 1 for row in rows) else 'One seed'
     note += '; bold: the best.' if any(len(contenders(rows, size)) > 1 for size in study.sizes) else '.'
@@ -317,7 +302,7 @@ def _tables(report: Report) -> list[_Table]:
         tables.append(_Table('Final loss by model size', note, groups, lines))
     else:
         lengths = {f'bits per byte {name}': labels[name] for name in study.data if name in study.bytes_per_token}
-        cost = {'tokens': 'tokens', 'compute against union': 'vs union'}
+        cost = {'tokens': 'tokens', 'compute vs union': 'vs union'}
         groups = [
             ('validation loss (nats/token)', losses),
             ('against the parent', changed),
@@ -325,21 +310,17 @@ def _tables(report: Report) -> list[_Table]:
             ('last stage', cost),
         ]
         groups = [(title, columns) for title, columns in groups if columns]
+        every = [column for _, columns in groups for column in columns]
         lines = [
-            _Line(
-                row.name,
-                row.note,
-                row.kind,
-                [
-                    *(_ranked(row, column, rows) for _, columns in groups for column in columns),
-                    _Cell(_seeds(row)),
-                ],
-            )
-            for row in rows
+            _line(study, row, [*(_ranked(row, column, rows) for column in every), _Cell(_seeds(row))]) for row in rows
         ]
         heads = [(title, list(columns.values())) for title, columns in groups]
         tables.append(_Table('Final loss', note, [*heads, ('', ['seeds'])], lines))
     return [*tables, *_benchmark_tables(report, losses), _cost_table(report)]
+
+
+def _line(study: RunSet, row: Row, cells: list[_Cell]) -> _Line:
+    return _Line(study.label(row.name, row.size), row.note, row.kind, cells)
 
 
 def _seeds(row: Row) -> str:
@@ -364,11 +345,6 @@ def _benchmark_tables(report: Report, losses: Mapping[str, str]) -> list[_Table]
         return []
     suites = list(dict.fromkeys(scores.suite for scores in report.scores))
     of = {(id(scores.row), scores.suite): scores for scores in report.scores}
-    several = len(report.study.sizes) > 1
-
-    def line(row: Row, cells: list[_Cell]) -> _Line:
-        return _Line(f'{row.name} ({size_name(row.size)})' if several else row.name, row.note, row.kind, cells)
-
     note = 'Small: change against the parent on the same items ± its standard error; grey: within noise (1.96 of them).'
     if any(len(scores.row.runs) > 1 for scores in report.scores):
         note += ' Beside a score: 95 % interval over seeds.'
@@ -376,8 +352,8 @@ def _benchmark_tables(report: Report, losses: Mapping[str, str]) -> list[_Table]
     for row in report.rows:
         found = [of.get((id(row), suite)) for suite in suites]
         if any(found):
-            averages = [_score(s.average, s.average_delta) if s and s.average else _Cell() for s in found]
-            lines.append(line(row, [*(_number(row, column) for column in losses), *averages]))
+            means = [_score(s.mean, s.mean_delta) if s and s.mean else _Cell() for s in found]
+            lines.append(_line(report.study, row, [*(_number(row, column) for column in losses), *means]))
     groups = [('validation loss (nats/token)', list(losses.values())), ('mean of accuracies (%)', suites)]
     tables = [_Table('Losses and benchmarks', note, groups, lines)]
     for suite in suites:
@@ -389,10 +365,10 @@ def _benchmark_tables(report: Report, losses: Mapping[str, str]) -> list[_Table]
                 _score(scores.tasks[task], scores.deltas.get(task)) if task in scores.tasks else _Cell()
                 for task in tasks
             ]
-            average = _score(scores.average, scores.average_delta) if scores.average else _Cell()
-            lines.append(line(scores.row, [*cells, average]))
+            mean = _score(scores.mean, scores.mean_delta) if scores.mean else _Cell()
+            lines.append(_line(report.study, scores.row, [*cells, mean]))
         heads = [_task_head(report, suite, task) for task in tasks]
-        tables.append(_Table(f'Benchmarks: {suite}', note, [('scores, accuracies in %', [*heads, 'AVG'])], lines))
+        tables.append(_Table(f'Benchmarks: {suite}', note, [('scores, accuracies in %', [*heads, 'mean'])], lines))
     return tables
 
 
@@ -406,10 +382,11 @@ def _task_head(report: Report, suite: str, task: str) -> str:
 
 
 def _score(score: OverSeeds, delta: Mean | None) -> _Cell:
-    text = f'{score.mean:.2f}' + (f' ± {score.half:.2f}' if score.half is not None else '')
     if delta is None:
-        return _Cell(text)
-    return _Cell(text, f'{signed(delta.value, 2)} ± {delta.stderr:.2f}', 'noise' if within_noise(delta) else 'signal')
+        return _Cell(score.text(2))
+    return _Cell(
+        score.text(2), f'{signed(delta.value, 2)} ± {delta.stderr:.2f}', 'noise' if within_noise(delta) else 'signal'
+    )
 
 
 def _cost_table(report: Report) -> _Table:
@@ -418,8 +395,7 @@ def _cost_table(report: Report) -> _Table:
     longest = max((run.hours or 0 for run in study.runs.values()), default=0)
     scale, unit = (60, 'minutes') if longest < 1 else (1, 'hours')
     hours = f'{next(iter(devices)).upper() if len(devices) == 1 else "device"}-{unit}'
-    has_new = ('new tokens', 'replayed tokens', 'flops', 'compute against union')
-    several = len(study.sizes) > 1
+    has_new = ('new tokens', 'replayed tokens', 'flops', 'compute vs union')
     lines = []
     is_estimate = False
     for row in report.rows:
@@ -431,8 +407,7 @@ def _cost_table(report: Report) -> _Table:
             saved, is_estimate = _Cell(f'≈ {guess.text}', guess.small), True
         spent = _hours(row.columns.get('device hours'), scale)
         cells = [*(_number(row, column) for column in has_new), spent, saved]
-        name = f'{row.name} ({size_name(row.size)})' if several else row.name
-        lines.append(_Line(name, row.note, row.kind, cells))
+        lines.append(_line(study, row, cells))
     note = 'Of the last stage of each arm: what came before is paid for already. Compute: 6 × parameters N × tokens T.'
     if is_estimate:
         note += ' ≈: union was not run to its end; estimated from the hours that this run took for a token.'
@@ -444,51 +419,11 @@ def _cost_table(report: Report) -> _Table:
     return _Table('Cost', note, groups, lines)
 
 
-def _lineage(study: RunSet) -> _Table:
-    """Every run under its ancestors."""
-    lines = []
-    for run in study.runs.values():
-        depth = len(study.chain(run)) - 1
-        parent = study.runs[run.parent].name if run.parent else run.load_path or 'from scratch'
-        section = dict(run.config.get('scheduler') or {})
-        name = section.pop('name', '-')
-        settings = ', '.join(f'{key} {value}' for key, value in section.items())
-        changed = changes(run.final, run.at_start, run.old, run.new)
-        cells = [
-            _Cell(progress(run), run.error),
-            _Cell(parent),
-            _Cell(', '.join(f'{stream} {short(tokens)}' for stream, tokens in run.tokens.items())),
-            _Cell(f'{name}, lr {run.config["optimizer"]["lr"]:g}' if run.config.get('optimizer') else name, settings),
-            *(
-                _Cell(signed(changed[f'{key}/average'], 3) if f'{key}/average' in changed else '-')
-                for key in ('forgetting', 'adaptation')
-            ),
-        ]
-        lines.append(_Line(f'{"└ " * bool(depth)}{run.name}', '', f'depth{min(depth, 3)}', cells))
-    heads = ['state', 'parent', 'tokens', 'schedule', 'forgetting', 'adaptation']
-    return _Table('Lineage', '', [('', heads)], lines, first='run', is_text=True)
-
-
-def _tree(nodes: Sequence[Node]) -> list[dict[str, Any]]:
-    """Runs with what began from them, in words."""
-    return [
-        {
-            'name': node.name,
-            'kind': 'merge, ' if node.kind == 'merge' else '',
-            'state': 'failed' if node.kind == 'missing' else node.state or 'started',
-            'status': status(node),
-            'details': ' · '.join(details(node)),
-            'children': _tree(node.children),
-        }
-        for node in nodes
-    ]
-
-
 def _versions(study: RunSet) -> list[tuple[str, str]]:
     """``[(versions, runs that had them), ...]``."""
     groups: dict[str, list[str]] = {}
     for run in study.runs.values():
-        if run.versions:
-            groups.setdefault(', '.join(f'{k} {v}' for k, v in run.versions.items()), []).append(run.name)
+        if run.record and run.record.versions:
+            groups.setdefault(', '.join(f'{k} {v}' for k, v in run.record.versions.items()), []).append(run.name)
     every = sum(len(names) for names in groups.values())
     return [(text, 'all runs' if len(names) == every else ', '.join(names)) for text, names in groups.items()]

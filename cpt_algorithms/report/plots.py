@@ -20,8 +20,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from cpt_algorithms.evaluation.functional import by_average
-from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
-from cpt_algorithms.report.tables import Row, flop, percent, short, size_name
+from cpt_algorithms.formatting import exact, flop, percent, scientific, short
+from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet, size_name
+from cpt_algorithms.report.tables import Row
 
 __all__ = ['Plot', 'plots_of', 'png', 'svg']
 
@@ -160,7 +161,7 @@ def _lines(study: RunSet, arms: Sequence[Arm], values: Values) -> list[_Line]:
         for last in arm.runs:
             begun = 0  # tokens before the stage
             for run in study.chain(last):
-                start = begun + sum(run.trunk.values())
+                start = begun + sum(run.tokens_before_branch.values())
                 is_shared = users[run.folder] > 1
                 label = f'{run.stage} (shared)' if is_shared else arm.name
                 colour, style = SHARED if is_shared else colours[arm.name], '-' if run is last else '--'
@@ -193,9 +194,15 @@ def _draw(axis: Axes, lines: Sequence[_Line]) -> None:
     for start in {line.start for line in lines if line.start}:
         axis.axvline(start, color=SHARED, linewidth=0.9, linestyle=':')
     last = max((points[-1][0] for line in lines for points in line.seeds), default=0)
-    _tokens(axis.xaxis, last)
+    _count_tokens(axis.xaxis)
     axis.set_xlabel('tokens')
     axis.set_xlim(0, last or None)
+
+
+def _count_tokens(axis: Axis) -> None:
+    """Ticks such as 2.5 M."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: exact(value)))
+    axis.set_major_locator(MaxNLocator(6))
 
 
 def _mean_line(line: _Line) -> tuple[list[float], list[float]]:
@@ -205,13 +212,6 @@ def _mean_line(line: _Line) -> tuple[list[float], list[float]]:
     tokens = [token for token, _ in seeds[0]]
     values = [np.interp(tokens, [p[0] for p in points], [p[1] for p in points]) for points in seeds]
     return tokens, np.mean(values, axis=0).tolist()
-
-
-def _tokens(axis: Axis, last: float) -> None:
-    """Ticks such as 0.5 M."""
-    power, letter = next(((p, x) for p, x in ((12, 'T'), (9, 'B'), (6, 'M'), (3, 'k')) if last >= 10**p / 2), (0, ''))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value / 10**power:g} {letter}'.strip()))
-    axis.set_major_locator(MaxNLocator(6))
 
 
 def _legend(figure: Figure, axis: Axes, extra: Sequence[Line2D] = ()) -> None:
@@ -245,7 +245,7 @@ def _from_parent(study: RunSet, run: RunRecord, name: str) -> list[list[float]]:
     """Its losses; a stage starts where its parent ended."""
     points = run.losses.get(name, [])
     # on the data that its parent learned, it is not compared with that
-    parents = study.runs[run.parent].losses.get(name) if run.parent and not run.trunk else None
+    parents = study.runs[run.parent].losses.get(name) if run.parent and not run.tokens_before_branch else None
     start = run.at_start.get(name, parents[-1][2] if parents else None)
     return [[0, 0, start], *points] if start is not None and (not points or points[0][1] > 0) else points
 
@@ -304,7 +304,7 @@ def _learning_rates(study: RunSet, arms: Sequence[Arm]) -> Plot | None:
     figure, axis = _figure()
     _draw(axis, lines)
     axis.set_ylim(0)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _scientific(value)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scientific(value)))
     axis.set_ylabel('learning rate')
     _legend(figure, axis)
     return Plot('learning-rate', 'Learning rate, as applied', figure)
@@ -317,11 +317,6 @@ def _merged(lines: Sequence[_Line]) -> list[_Line]:
         groups.setdefault(repr((line.style, line.seeds)), []).append(line)
     merged = [(same[0], len(same) - 1) for same in groups.values()]
     return [replace(line, label=f'{line.label} and {more} alike') if more else line for line, more in merged]
-
-
-def _scientific(value: float) -> str:
-    mantissa, exponent = f'{value:.1e}'.split('e')
-    return '0' if value == 0 else f'{float(mantissa):g}e{int(exponent)}'
 
 
 def _plane(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
@@ -419,7 +414,7 @@ def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
             axis.barh(y, replayed, 0.36, left=new, color='white', edgecolor=colour, hatch='/////', linewidth=0.8)
         said = [f'{short(new + replayed)} tokens']
         said += [flop(columns['flops'].mean)] if 'flops' in columns else []
-        said += [percent(columns['compute against union'].mean)] if 'compute against union' in columns else []
+        said += [percent(columns['compute vs union'].mean)] if 'compute vs union' in columns else []
         _bar_text(axis, y, row.arm, ', '.join(said))
     if union is not None and not is_run:
         axis.barh(1, union, 0.36, color='white', edgecolor=SHARED, linestyle=':')
@@ -428,7 +423,7 @@ def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
     axis.set_yticks([])
     axis.grid(visible=False)
     axis.spines['left'].set_visible(False)
-    _tokens(axis.xaxis, last)
+    _count_tokens(axis.xaxis)
     figure.set_figheight(max(0.75 + 0.39 * count, 2.4))
     return Plot('cost', 'Cost of the last stage', figure)
 

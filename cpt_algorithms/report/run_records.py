@@ -1,43 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What run folders hold, as plain data: curves, final losses, costs, lineage, of whatever has been trained so far."""
+"""What run folders hold, as plain data: one reader, for the report, for lineage and for who judges runs otherwise."""
 
-import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cpt_algorithms.checkpoints.exports import pretrained_model_of
 from cpt_algorithms.evaluation.functional import has_diverged
-from cpt_algorithms.files import is_remote
-from cpt_algorithms.sequence.expand import FROM_SCRATCH, tokens_per_stream
-from cpt_algorithms.stage.preflight import total_batches
+from cpt_algorithms.files import exists, is_remote, read_json
+from cpt_algorithms.formatting import short
+from cpt_algorithms.stage.record import StageRecord, read_record
+from cpt_algorithms.stage.stage import Stage
 
-__all__ = ['Arm', 'RunRecord', 'RunSet', 'last_error', 'read_runs']
+__all__ = ['Arm', 'RunRecord', 'RunSet', 'batch_in', 'find_run', 'read_run', 'read_runs', 'size_name']
 
 Curve = list[list[float]]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder.
+    """One run: what its folder holds or, before it begins, what its sequence plans.
 
     Args:
-        folder: Where it lies; runs are known by it.
+        folder: Its folder or URI; runs are known by it.
         name: Its name.
         arm: The arm that named it.
-        stage: The stage it trains.
+        stage: The name of the stage it trains.
         seed: Its seed.
-        parent: Folder of the run it starts from, if that is a run of the study.
-        load_path: What it starts from, as its YAML says: a checkpoint, or a pretrained model; None from scratch.
+        kind: ``update`` (starts from a parent), ``union`` (from scratch on everything) or ``scratch``; of a branch,
+            that of its trunk.
+        parent: Folder of the run it starts from, if that is there.
         tokens: Tokens of its budget by stream, the new data first.
-        trunk: Of a branch: what its parent had read of each stream where it starts; its stage took both.
+        tokens_before_branch: Of a branch: what its parent had read of each stream where it starts; its stage took both.
         batches: Batches of its budget; None if only the data knows.
         union_tokens: Tokens of training on all data from scratch; None if unknown.
-        is_asked_for: Whether it was given, and not only found as an ancestor.
+        record: Its ``stage.json``; None before it begins.
         state: ``finished``, ``unfinished``, ``failed`` or ``not started``.
-        error: Last error line of a failed run. Default: ``''``.
+        batch: The last batch that is known to be trained.
+        error: Last error line of a failed run.
         losses: ``{label: [[batch, token, loss], ...]}``; a label is a dataset or ``<dataset>/<average>``.
         final: ``{label: loss}``: final losses, or the latest ones of a run that has not finished.
         learning_rate: ``[[batch, token, learning rate], ...]`` as applied.
@@ -48,54 +50,58 @@ class RunRecord:
         new: Datasets of this stage.
         at_start: ``{dataset: loss of the untouched parent}``.
         bytes_per_token: ``{dataset: bytes per token}``.
-        config: Its resolved llm-foundry YAML.
-        versions: ``{package: version}`` it ran with.
         benchmarks: ``{suite: {average, or '' for the training weights: lm-eval result}}`` of its latest export.
-        base: The pretrained model that it starts from; None from a checkpoint or from scratch.
-        base_benchmarks: ``{suite: {'': lm-eval result}}`` of that.
+        base_benchmarks: ``{suite: {'': lm-eval result}}`` of the pretrained model that it starts from.
     """
 
-    folder: Path
+    folder: str
     name: str
     arm: str
     stage: str
     seed: int
-    parent: Path | None
-    load_path: str | None
+    kind: str
+    parent: str | None
     tokens: dict[str, int]
+    tokens_before_branch: dict[str, int]
     batches: int | None
     union_tokens: int | None
-    is_asked_for: bool
+    record: StageRecord | None
     state: str
-    error: str = ''
-    losses: dict[str, Curve] = field(default_factory=dict)
-    final: dict[str, float] = field(default_factory=dict)
-    learning_rate: Curve = field(default_factory=list)
-    training_loss: Curve = field(default_factory=list)
-    cost: dict[str, Any] = field(default_factory=dict)
-    parameters: int | None = None
-    old: list[str] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)
-    at_start: dict[str, float] = field(default_factory=dict)
-    bytes_per_token: dict[str, float] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    batch: int
+    error: str
+    losses: dict[str, Curve]
+    final: dict[str, float]
+    learning_rate: Curve
+    training_loss: Curve
+    cost: dict[str, Any]
+    parameters: int | None
+    old: list[str]
+    new: list[str]
+    at_start: dict[str, float]
+    bytes_per_token: dict[str, float]
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    base: str | None = None
     base_benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    trunk: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Stage | None:
+        """Its train YAML; None before it begins."""
+        return self.record.config if self.record else None
+
+    @property
+    def began_from(self) -> str | None:
+        """The checkpoint or the pretrained model that it starts from; None from scratch, or before it begins."""
+        return self.record.parent if self.record else None
 
     @property
     def budget(self) -> int:
         """Tokens of its stage's budget."""
-        return sum(self.tokens.values()) + sum(self.trunk.values())
+        return sum(self.tokens.values()) + sum(self.tokens_before_branch.values())
 
     @property
     def replayed(self) -> int:
-        """Those that are not new data."""
-        new = sum(next(iter(tokens.values()), 0) for tokens in (self.tokens, self.trunk))
-        is_update = (self.load_path or self.parent) and self.stage not in FROM_SCRATCH
-        return self.budget - new if is_update else 0
+        """Those that are not new data; from scratch, all data is new."""
+        new = sum(next(iter(tokens.values()), 0) for tokens in (self.tokens, self.tokens_before_branch))
+        return self.budget - new if self.kind == 'update' else 0
 
     @property
     def has_diverged(self) -> bool:
@@ -107,6 +113,15 @@ class RunRecord:
         """Device-hours so far."""
         return self.cost['seconds'] * self.cost['devices'] / 3600 if self.cost else None
 
+    @property
+    def progress(self) -> str:
+        """How far it has come, in words."""
+        if self.state in ('finished', 'not started'):
+            return self.state
+        batches = 'an unknown number' if self.batches is None else f'{self.batches:,}'
+        at = f'at batch {self.batch:,} of {batches}'
+        return f'failed, last evaluated {at}' if self.state == 'failed' else at
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -114,7 +129,7 @@ class Arm:
 
     Args:
         name: Its name.
-        kind: ``update`` (starts from a parent), ``union`` (from scratch on everything) or ``scratch``.
+        kind: As that of its runs.
         runs: One for each seed.
     """
 
@@ -131,25 +146,31 @@ class RunSet:
         name: Names of the sequences or runs.
         data: Datasets in the order they arrive.
         runs: By folder, parents before children.
-        lost: ``{run name: parent's folder that is not there}``.
+        given: Those that were asked for, and not only found as ancestors.
+        missing_parents: ``{run name: parent's folder that is not there}``.
     """
 
     name: str
     data: list[str]
-    runs: dict[Path, RunRecord]
-    lost: dict[str, str]
+    runs: dict[str, RunRecord]
+    given: list[RunRecord]
+    missing_parents: dict[str, str]
+
+    def label(self, name: str, size: int | None) -> str:
+        """A name with the model's size, if there are several sizes."""
+        return f'{name} ({size_name(size)})' if len(self.sizes) > 1 else name
 
     def hours(self, run: RunRecord) -> float | None:
         """Device-hours of a run so far; of a branch, with those of its trunk until there."""
-        trunk = self.runs[run.parent] if run.trunk and run.parent else None
+        trunk = self.runs[run.parent] if run.tokens_before_branch and run.parent else None
         if run.hours is None or trunk is None or not trunk.hours:
             return run.hours
-        return run.hours + trunk.hours * sum(run.trunk.values()) / trunk.budget
+        return run.hours + trunk.hours * sum(run.tokens_before_branch.values()) / trunk.budget
 
     @property
     def sizes(self) -> list[int | None]:
         """Model sizes, the smallest first; None if nothing is known of a run's."""
-        return sorted({run.parameters for run in self.runs.values() if run.is_asked_for}, key=lambda size: size or 0)
+        return sorted({run.parameters for run in self.given}, key=lambda size: size or 0)
 
     @property
     def bytes_per_token(self) -> dict[str, float]:
@@ -158,78 +179,95 @@ class RunSet:
 
     def chain(self, run: RunRecord) -> list[RunRecord]:
         """The run with its ancestors, the oldest first."""
-        chain = [run]
-        while chain[0].parent is not None:
-            chain.insert(0, self.runs[chain[0].parent])
-        return chain
+        return [*_ancestors(run.parent, self.runs), run]
 
     def arms(self, size: int | None) -> list[Arm]:
         """Leaves and first stages of a model size, in the order of the runs."""
         # a trunk is a parent of the next stage, and not of its branches
-        parents = {run.parent for run in self.runs.values() if not run.trunk}
-        first: dict[tuple[Path, str, int], str] = {}
+        parents = {run.parent for run in self.runs.values() if not run.tokens_before_branch}
+        first: dict[tuple[str, str, int], str] = {}
         arms: dict[str, Arm] = {}
         for run in self.runs.values():
-            name, is_sequence = run.arm, run.stage != run.name
-            if is_sequence and run.folder in parents:
+            name, sequence = run.arm, os.path.dirname(run.folder)
+            if run.stage != run.name and run.folder in parents:
                 if run.parent is not None:
                     continue
                 # an arm that changes the first stage has one of its own
-                shared = first.setdefault((run.folder.parent, run.stage, run.seed), run.name) == run.name
-                name = f'{run.stage} only' + ('' if shared else f' ({run.arm})')
-            if run.is_asked_for and run.parameters == size:
-                from_scratch = 'union' if run.stage == 'union' else 'scratch'
-                start = self.runs[run.parent] if run.trunk and run.parent else run
-                kind = 'update' if start.load_path or start.parent else from_scratch
+                is_shared = first.setdefault((sequence, run.stage, run.seed), run.name) == run.name
+                name = f'{run.stage} only' + ('' if is_shared else f' ({run.arm})')
+            if run in self.given and run.parameters == size:
                 if name in arms and run.seed in (other.seed for other in arms[name].runs):
-                    name = f'{name} ({run.folder.parent.name})'  # not another seed, but another sequence
-                arms.setdefault(name, Arm(name, kind, [])).runs.append(run)
+                    name = f'{name} ({os.path.basename(sequence)})'  # not another seed, but another sequence
+                arms.setdefault(name, Arm(name, run.kind, [])).runs.append(run)
         return list(arms.values())
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f'{path} cannot be read: {error}') from None
+def size_name(size: int | None) -> str:
+    """A number of parameters as people write it: 405 M parameters."""
+    return 'unknown size' if size is None else f'{short(size)} parameters'
 
 
-def last_error(lines: Sequence[str]) -> str:
-    """What a log says of how its run ended: the recipe's own line, the last that names an exception, or the last."""
-    lines = [line.strip() for line in lines if line.strip()]
-    if stopped := [line for line in lines if re.match(r'\S+ stopped: ', line)]:
-        return stopped[-1].partition(' stopped: ')[2]
-    errors = [line for line in lines if re.match(r'(\[rank\d+\]:\s*)?[\w.]+(Error|Exception|Interrupt)\b', line)]
-    return (errors or lines or ['it says nothing'])[-1]
+def batch_in(checkpoint: str) -> int | None:
+    """The batch that a checkpoint's name tells; None of ``latest``."""
+    found = re.search(r'-ba(\d+)', checkpoint.rpartition('/')[2])
+    return int(found[1]) if found else None
 
 
-def _benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
-    """lm-eval results of the latest export, by suite and average."""
-    found: dict[str, dict[str, tuple[int, Any]]] = {}
-    for path in sorted((folder / 'huggingface' / 'lm_eval').glob('*/ba*.json')):
-        if match := re.fullmatch(r'ba(\d+)(?:-(.+))?', path.stem):
-            of_suite, average, batch = found.setdefault(path.parent.name, {}), match[2] or '', int(match[1])
-            if average not in of_suite or batch > of_suite[average][0]:
-                of_suite[average] = (batch, _json(path))
-    return {suite: {average: result for average, (_, result) in of.items()} for suite, of in found.items()}
+def find_run(folder: str, place: str, written_at: str) -> str | None:
+    """The folder of a run that another run names, which may have been moved together with that.
+
+    Args:
+        folder: As the other run's YAML names it.
+        place: Where the other run lies now. Of a local one, nothing is looked up in object storage.
+        written_at: Where that was trained.
+    """
+    written, was = (each if is_remote(each) else os.path.realpath(each) for each in (folder, written_at))
+    moved = os.path.normpath(f'{place}/{os.path.relpath(written, was)}')
+    candidates = [written] if is_remote(place) else [moved] if is_remote(written) else [moved, written]
+    return next((each for each in candidates if exists(f'{each}/stage.json')), None)
 
 
-def _read_run(folder: Path, planned: Mapping[str, Any]) -> RunRecord:
-    """A run folder; ``planned`` are the fields that a sequence knows before it exists."""
-    stage, measured, forgotten = (_json(folder / f'{name}.json') for name in ('stage', 'losses', 'forgetting'))
-    is_finished, failed = (folder / 'done.json').exists(), _json(folder / 'failed.json')
+def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | None = None) -> None:
+    """Read a run, after its ancestors, into ``runs``.
+
+    Args:
+        folder: Its folder or URI.
+        runs: What has been read, by folder. Without ``plan``, what is there is not read again.
+        plan: What a sequence knows of it, with its parent's folder. Default: ``None``, its parent is looked for.
+
+    Raises:
+        ValueError: If it has not begun and there is no plan, or a file of it is damaged.
+        StorageError: If object storage cannot be reached.
+    """
+    if plan is None and folder in runs:
+        return
+    record = read_record(folder)
+    measured, forgotten, done, failed = (
+        read_json(f'{folder}/{name}.json') or {} for name in ('losses', 'forgetting', 'done', 'failed')
+    )
     cost, losses = measured.get('cost', {}), measured.get('losses', {})
-    state = 'unfinished' if stage or losses else 'not started'
+    if plan is None:
+        if record is None:
+            raise ValueError(f'{folder} holds neither sequence.json nor stage.json: it is not a sequence or run folder')
+        plan = _plan_of(record, folder, cost.get('tokens', 0), runs)
+    trunk = runs[plan['parent']] if plan['tokens_before_branch'] and plan['parent'] else None
+    is_update = plan['parent'] or (record and record.parent)
+    # a run that is extended, or trained again, is done with less than its budget, or with nothing
+    is_finished = done and (done['batch'] >= plan['batches'] if plan['batches'] is not None else done['batch'] > 0)
+    state = 'unfinished' if record or losses else 'not started'
     state = 'finished' if is_finished else 'failed' if failed else state
-    latest = {label: rows[-1][2] for label, rows in losses.items() if rows}
-    final = {label: mean['mean'] for label, mean in measured.get('final', {}).items()}
-    return RunRecord(
+    final = {label: rows[-1][2] for label, rows in losses.items() if rows}
+    if is_finished:
+        final |= {label: mean['mean'] for label, mean in measured.get('final', {}).items()}
+    runs[folder] = RunRecord(
         folder=folder,
-        load_path=stage.get('parent'),
+        kind=trunk.kind if trunk else 'update' if is_update else 'union' if plan['stage'] == 'union' else 'scratch',
+        record=record,
         state=state,
-        error=last_error(failed.get('log', [])) if state == 'failed' else '',
+        batch=int(done.get('batch') or cost.get('batch', 0)),
+        error=_last_error(failed.get('log', [])) if state == 'failed' else '',
         losses=losses,
-        final={**latest, **final} if is_finished else latest,
+        final=final,
         learning_rate=measured.get('learning_rate', []),
         training_loss=measured.get('training_loss', []),
         cost=cost,
@@ -238,114 +276,12 @@ def _read_run(folder: Path, planned: Mapping[str, Any]) -> RunRecord:
         new=forgotten.get('new', []),
         at_start=forgotten.get('parent', {}),
         bytes_per_token=forgotten.get('bytes_per_token', {}),
-        config=stage.get('config', {}),
-        versions=stage.get('versions', {}),
-        benchmarks=_benchmarks(folder),
-        base=pretrained_model_of(stage.get('config', {})),
-        base_benchmarks={
-            path.parent.name: {'': _json(path)}
-            for path in sorted((folder / 'huggingface' / 'lm_eval').glob('*/base.json'))
-        },
-        **planned,
+        **_benchmarks(folder),
+        **plan,
     )
 
 
-def _read_sequence(folder: Path) -> tuple[dict[str, Any], list[RunRecord]]:
-    sequence = _json(folder / 'sequence.json')
-    union = [
-        sum(run['tokens'].values()) + sum(run['trunk'].values()) for run in sequence['runs'] if run['stage'] == 'union'
-    ]
-    stages = sequence['stages']
-    # what a union run would take; with one stage there is nothing to unite
-    union_tokens = max(union) if union else sum(stages.values()) if len(stages) > 1 else None
-    runs = [
-        _read_run(
-            folder / run['name'],
-            {
-                **{key: run[key] for key in ('name', 'arm', 'stage', 'seed', 'tokens', 'trunk', 'batches')},
-                'parent': None if run['parent'] is None else folder / run['parent'],
-                'union_tokens': union_tokens,
-                'is_asked_for': True,
-            },
-        )
-        for run in sequence['runs']
-    ]
-    if not union and any(run.base for run in runs):  # what a pretrained model has read is not known
-        runs = [replace(run, union_tokens=None) for run in runs]
-    sizes = {run.parameters for run in runs} - {None}
-    # a run that has not started is as large as the others
-    return sequence, [replace(run, parameters=next(iter(sizes))) for run in runs] if len(sizes) == 1 else runs
-
-
-def _budget(config: Mapping[str, Any], new_labels: Sequence[str], trained: int) -> tuple[dict[str, int], int | None]:
-    """Tokens by stream and batches of a run's budget; epochs have what was trained so far."""
-    batches = total_batches(dict(config))
-    if batches is None:
-        return {'data': trained}, None
-    new = config['train_loader']['dataset'].get('new')
-    if new is None:
-        return {'data': batches * config['global_train_batch_size'] * config['max_seq_len']}, batches
-    (name, tokens), *replayed = tokens_per_stream(dict(config)).items()
-    if not all(isinstance(stream, Mapping) for stream in new.values()):  # one stream, without a name
-        name = ' + '.join(new_labels) or 'new data'
-    return {name: tokens, **dict(replayed)}, batches
-
-
-def _read_single(folder: Path, is_asked_for: bool) -> tuple[list[RunRecord], dict[str, str]]:
-    """A run folder after its ancestors, and the ancestor that is not there."""
-    stage = _json(folder / 'stage.json')
-    if not stage:
-        raise ValueError(f'{folder} holds neither sequence.json nor stage.json: it is not a sequence or run folder')
-    config, name = stage['config'], stage['run_name']
-    ancestors: list[RunRecord] = []
-    lost: dict[str, str] = {}
-    parent: Path | None = None
-    if stage['parent'] and not pretrained_model_of(config):
-        there = Path(stage['parent']).parent
-        candidates = [path for path in (there, folder.parent / there.name) if (path / 'stage.json').exists()]
-        if candidates:
-            parent = candidates[0].resolve()
-            ancestors, lost = _read_single(parent, False)
-        else:
-            lost = {name: stage['parent'].rpartition('/')[0]}
-    seed = int(config.get('seed', 0))
-    measured = _json(folder / 'losses.json')
-    trained = measured.get('cost', {}).get('tokens', 0)
-    tokens, batches = _budget(config, _json(folder / 'forgetting.json').get('new', []), trained)
-    # what a pretrained model has read is not known
-    is_complete = parent is not None and not lost and not any(run.base for run in ancestors)
-    trunk, before = {}, ancestors
-    at = re.search(r'-ba(\d+)', str(stage['parent']))
-    if parent is not None and at and config['train_loader']['dataset'].get('continues'):  # of recipes/anneal.py
-        trunk = _budget({**ancestors[-1].config, 'max_duration': f'{at[1]}ba'}, ancestors[-1].new, 0)[0]
-        before = ancestors[:-1]
-        is_complete = is_complete and bool(before)
-    planned = {
-        'name': name,
-        'trunk': trunk,
-        'arm': name.removesuffix(f'-s{seed}'),
-        'stage': name,
-        'seed': seed,
-        'parent': parent,
-        'tokens': tokens,
-        'batches': batches,
-        'union_tokens': sum([*tokens.values(), *trunk.values(), *(run.budget for run in before)])
-        if is_complete
-        else None,
-        'is_asked_for': is_asked_for,
-    }
-    return [*ancestors, _read_run(folder, planned)], lost
-
-
-def _datasets(runs: Sequence[RunRecord]) -> list[str]:
-    """Datasets of single runs, as their evaluators are labelled."""
-    given = [run.config.get('eval_loader') or [] for run in runs]
-    labels = [each['label'] for loaders in given if isinstance(loaders, list) for each in loaders]
-    labels += [label for run in runs for label in run.losses]
-    return [name for name in dict.fromkeys(labels) if not any(name.startswith(f'{other}/') for other in labels)]
-
-
-def read_runs(folders: Sequence[Path]) -> RunSet:
+def read_runs(folders: Sequence[str | Path]) -> RunSet:
     """Everything that lies in these folders, finished or not.
 
     Args:
@@ -356,28 +292,122 @@ def read_runs(folders: Sequence[Path]) -> RunSet:
     """
     names: list[str] = []
     data: list[str] = []
-    runs: dict[Path, RunRecord] = {}
-    lost: dict[str, str] = {}
-    singles: list[RunRecord] = []
-    for folder in folders:
-        if is_remote(folder):
+    given: list[str] = []
+    runs: dict[str, RunRecord] = {}
+    singles: dict[str, RunRecord] = {}
+    for each in folders:
+        if is_remote(each):
             raise ValueError(
-                f'{folder} lies in object storage; copy its JSON files into a local folder, and name that (aws s3 sync '
+                f'{each} lies in object storage; copy its JSON files into a local folder, and name that (aws s3 sync '
                 "URI FOLDER --exclude '*' --include '*.json')"
             )
-        folder = folder.resolve()
-        if (folder / 'sequence.json').exists():
-            sequence, records = _read_sequence(folder)
+        folder = os.path.realpath(each)
+        sequence = read_json(f'{folder}/sequence.json')
+        if sequence:
             names.append(sequence['name'])
             data += sequence['data']
+            given += _read_sequence(folder, sequence, runs)
         else:
-            records, gone = _read_single(folder, True)
-            names.append(records[-1].name)
-            lost |= gone
-            singles += records
-        for run in records:
-            # one that is given and another's ancestor stays a given one
-            is_asked_for = run.is_asked_for or (run.folder in runs and runs[run.folder].is_asked_for)
-            runs[run.folder] = replace(run, is_asked_for=is_asked_for)
-    data += _datasets(singles)
-    return RunSet(', '.join(dict.fromkeys(names)), list(dict.fromkeys(data)), runs, lost)
+            read_run(folder, runs)
+            names.append(runs[folder].name)
+            given.append(folder)
+            singles |= {run.folder: run for run in [*_ancestors(runs[folder].parent, runs), runs[folder]]}
+    missing_parents = {
+        run.name: run.began_from.rpartition('/')[0]
+        for run in singles.values()
+        if run.config and run.began_from and not run.parent and not run.config.pretrained_model
+    }
+    data = list(dict.fromkeys([*data, *_datasets(singles.values())]))
+    asked = [run for run in runs.values() if run.folder in given]
+    return RunSet(', '.join(dict.fromkeys(names)), data, runs, asked, missing_parents)
+
+
+def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, RunRecord]) -> list[str]:
+    for run in sequence['runs']:
+        parent = run['parent'] and f'{folder}/{run["parent"]}'
+        read_run(f'{folder}/{run["name"]}', runs, {**run, 'parent': parent, 'union_tokens': None})
+    names = [f'{folder}/{run["name"]}' for run in sequence['runs']]
+    read = [runs[name] for name in names]
+    union, stages = [run.budget for run in read if run.stage == 'union'], sequence['stages']
+    has_base = any(run.config and run.config.pretrained_model for run in read)  # what that has read is not known
+    # what a union run would take; with one stage there is nothing to unite
+    union_tokens = max(union) if union else sum(stages.values()) if len(stages) > 1 and not has_base else None
+    sizes = {run.parameters for run in read} - {None}
+    for run in read:
+        # a run that has not started is as large as the others
+        size = next(iter(sizes)) if len(sizes) == 1 else run.parameters
+        runs[run.folder] = replace(run, union_tokens=union_tokens, parameters=size)
+    return names
+
+
+def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, RunRecord]) -> dict[str, Any]:
+    """What a sequence would know of a run; its ancestors are read."""
+    stage, name = record.config, record.run_name
+    checkpoint = f'{stage.merge.of}/' if stage.merge else record.parent
+    parent, before = None, {}
+    if checkpoint and not stage.pretrained_model:
+        parent = find_run(checkpoint.rpartition('/')[0], folder, stage.folder or folder)
+    if parent:
+        read_run(parent, runs)
+        continues = batch_in(record.parent or '') if stage.train_loader.dataset.continues else None  # a branch
+        at, trunk = stage.merge.batch if stage.merge else continues, runs[parent].config
+        before = trunk.tokens_by_stream(at) if trunk and at is not None else {}
+    tokens = stage.tokens_by_stream(0 if stage.batches is None else None)
+    if stage.batches is None:  # of epochs, what was trained so far
+        tokens[next(iter(tokens))] = trained
+    earlier = _ancestors(parent, runs)
+    earlier = earlier[:-1] if before else earlier
+    budgets = [*tokens.values(), *before.values(), *(run.budget for run in earlier)]
+    return {
+        'name': name,
+        'arm': name.removesuffix(f'-s{stage.seed}'),
+        'stage': name,
+        'seed': stage.seed,
+        'parent': parent,
+        'tokens': tokens,
+        'tokens_before_branch': before,
+        'batches': stage.batches,
+        # what a pretrained model, or a parent that is not there, has read is not known
+        'union_tokens': sum(budgets) if earlier and earlier[0].began_from is None else None,
+    }
+
+
+def _ancestors(parent: str | None, runs: Mapping[str, RunRecord]) -> list[RunRecord]:
+    chain: list[RunRecord] = []
+    while parent is not None:
+        chain.insert(0, runs[parent])
+        parent = chain[0].parent
+    return chain
+
+
+def _last_error(lines: Sequence[str]) -> str:
+    """What a log says of how its run ended: the recipe's own line, the last that names an exception, or the last."""
+    lines = [line.strip() for line in lines if line.strip()]
+    if stopped := [line for line in lines if re.match(r'\S+ stopped: ', line)]:
+        return stopped[-1].partition(' stopped: ')[2]
+    errors = [line for line in lines if re.match(r'(\[rank\d+\]:\s*)?[\w.]+(Error|Exception|Interrupt)\b', line)]
+    return (errors or lines or ['it says nothing'])[-1]
+
+
+def _benchmarks(folder: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """lm-eval results of a local run's latest export, and of the pretrained model."""
+    latest: dict[tuple[str, str], tuple[int, Path]] = {}
+    base = {}
+    for path in sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/*.json')):
+        suite = path.parent.name
+        if path.stem == 'base':
+            base[suite] = {'': read_json(path)}
+        elif match := re.fullmatch(r'ba(\d+)(?:-(.+))?', path.stem):
+            of = (suite, match[2] or '')
+            latest[of] = max(latest.get(of, (-1, path)), (int(match[1]), path))
+    found: dict[str, dict[str, Any]] = {}
+    for (suite, average), (_, path) in latest.items():
+        found.setdefault(suite, {})[average] = read_json(path)
+    return {'benchmarks': found, 'base_benchmarks': base}
+
+
+def _datasets(runs: Iterable[RunRecord]) -> list[str]:
+    """Datasets of single runs, as their evaluators are labelled."""
+    labels = [each.label for run in runs if run.config for each in run.config.eval_loader if each.label]
+    labels += [label for run in runs for label in run.losses]
+    return [name for name in dict.fromkeys(labels) if not any(name.startswith(f'{other}/') for other in labels)]

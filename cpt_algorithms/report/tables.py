@@ -5,6 +5,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,18 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from cpt_algorithms.evaluation.functional import Mean, bits_per_byte, by_average, changes, training_flops
-from cpt_algorithms.evaluation.lm_eval import macro_average, paired_delta, within_noise
+from cpt_algorithms.evaluation.functional import (
+    Mean,
+    bits_per_byte,
+    by_average,
+    changes,
+    mean_over_tasks,
+    paired_delta,
+    training_flops,
+    within_noise,
+)
 from cpt_algorithms.files import write_atomic
+from cpt_algorithms.formatting import percent, short, signed
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
 
 __all__ = [
@@ -26,19 +36,12 @@ __all__ = [
     'finding',
     'flat',
     'flat_scores',
-    'flop',
     'missing',
     'over_seeds',
-    'percent',
-    'progress',
     'rows_of',
     'scores_of',
-    'short',
-    'signed',
-    'size_name',
     'write_csv',
 ]
-
 
 # columns that count tokens
 COUNTS = ('tokens', 'new tokens', 'replayed tokens')
@@ -62,6 +65,16 @@ class OverSeeds:
     def count(self) -> int:
         """Seeds."""
         return len(self.values)
+
+    def text(self, digits: int, scale: float = 1) -> str:
+        """As people read it: ``1.23 ± 0.04``.
+
+        Args:
+            digits: After the point.
+            scale: What to multiply it by, such as 100. Default: ``1``.
+        """
+        half = '' if self.half is None else f' ± {scale * self.half:.{digits}f}'
+        return f'{scale * self.mean:.{digits}f}{half}'
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ class Row:
     @property
     def note(self) -> str:
         """What is not as it should be: empty for a row that is finished, and has not diverged."""
-        notes = [] if self.is_finished else [progress(self.runs[0])]
+        notes = [] if self.is_finished else [self.runs[0].progress]
         notes += [f'{len(self.others)} more not finished'] if self.others else []
         if diverged := sum(run.has_diverged for run in self.runs):
             notes += ['diverged' if len(self.runs) == 1 else f'{diverged} of {len(self.runs)} diverged']
@@ -115,16 +128,16 @@ class Scores:
         suite: The suite of tasks.
         tasks: ``{task: score}``, accuracies in percent.
         deltas: ``{task: change against the parent's training weights, paired by item}``, where these were scored too.
-        average: Mean over the accuracies that all rows have.
-        average_delta: Its change against the parent.
+        mean: Over the accuracies that all rows have.
+        mean_delta: Its change against the parent.
     """
 
     row: Row
     suite: str
     tasks: dict[str, OverSeeds]
     deltas: dict[str, Mean]
-    average: OverSeeds | None
-    average_delta: Mean | None
+    mean: OverSeeds | None
+    mean_delta: Mean | None
 
 
 def over_seeds(values: Sequence[float]) -> OverSeeds:
@@ -134,73 +147,30 @@ def over_seeds(values: Sequence[float]) -> OverSeeds:
     return OverSeeds(float(np.mean(values)), None if spread is None else float(spread), tuple(values))
 
 
-def size_name(size: int | None) -> str:
-    """A number of parameters as people write it: 405 M."""
-    return 'unknown size' if size is None else f'{short(size)} parameters'
-
-
-def short(value: float) -> str:
-    """A large number as people write it: 0.53 M, 299 B."""
-    power, letter = next(((p, x) for p, x in ((12, 'T'), (9, 'B'), (5, 'M'), (3, 'k')) if value >= 10**p), (0, ''))
-    value /= 10 ** (6 if power == 5 else power)
-    digits = 2 if value < 10 else 1 if value < 100 else 0
-    return f'{value:.{digits}f} {letter}' if letter else f'{value:.0f}'
-
-
-def percent(share: float) -> str:
-    """A share as people write it: 37 %."""
-    return f'{100 * share:.0f} %'
-
-
-def signed(value: float, digits: int) -> str:
-    """A change with its sign, but no sign on a zero."""
-    text = f'{value:+.{digits}f}'
-    return text if float(text) else text[1:]
-
-
-def flop(value: float) -> str:
-    """Floating point operations as people write them: 3.86 TFLOP."""
-    power, letter = next(((p, x) for p, x in ((21, 'Z'), (18, 'E'), (15, 'P'), (12, 'T')) if value >= 10**p), (9, 'G'))
-    return f'{value / 10**power:.3g} {letter}FLOP'
-
-
-def progress(run: RunRecord) -> str:
-    """How far a run has come."""
-    if run.state in ('finished', 'not started'):
-        return run.state
-    batches = 'an unknown number' if run.batches is None else f'{run.batches:,}'
-    at = f'at batch {run.cost.get("batch", 0):,} of {batches}'
-    return f'failed, last evaluated {at}' if run.state == 'failed' else at
-
-
 def _columns(run: RunRecord, average: str, study: RunSet, union_hours: float | None) -> dict[str, float]:
     """All numbers of one run, under the names they have in the table."""
     losses = by_average(run.final, study.data).get(average, {})
     columns = {f'loss {name}': losses[name] for name in study.data if name in losses}
     if losses and len(columns) == len(study.data):
-        columns['loss average'] = sum(losses.values()) / len(losses)
+        columns['loss mean'] = sum(losses.values()) / len(losses)
     changed = changes(run.final, run.at_start, run.old, run.new)
     suffix = f'/{average}' if average else ''
-    for key in ('forgetting', 'adaptation'):
-        if f'{key}/average{suffix}' in changed:
-            columns[key] = changed[f'{key}/average{suffix}']
-        columns |= {
-            f'{key} {name}': changed[f'{key}/{name}{suffix}']
-            for name in study.data
-            if f'{key}/{name}{suffix}' in changed
-        }
-    for name, length in study.bytes_per_token.items():
-        if name in losses:
-            columns[f'bits per byte {name}'] = bits_per_byte(losses[name], length)
+    for key, name in product(('forgetting', 'adaptation'), ('mean', *study.data)):
+        if f'{key}/{name}{suffix}' in changed:
+            columns[key if name == 'mean' else f'{key} {name}'] = changed[f'{key}/{name}{suffix}']
+    lengths = study.bytes_per_token
+    columns |= {
+        f'bits per byte {name}': bits_per_byte(losses[name], lengths[name]) for name in lengths if name in losses
+    }
     columns |= {'tokens': run.budget, 'new tokens': run.budget - run.replayed, 'replayed tokens': run.replayed}
     if run.parameters is not None:
         columns['flops'] = training_flops(run.parameters, run.budget)
     if run.union_tokens:
-        columns['compute against union'] = run.budget / run.union_tokens
+        columns['compute vs union'] = run.budget / run.union_tokens
     hours = study.hours(run)
     if hours is not None:
         columns['device hours'] = hours
-        if run.state == 'finished' and run.load_path:
+        if run.state == 'finished' and run.began_from:
             # without a union run: what one would have taken at this run's pace
             estimate = hours / run.budget * run.union_tokens if run.union_tokens else None
             against, key = (union_hours, '') if union_hours is not None else (estimate, ' (estimated)')
@@ -212,7 +182,7 @@ def _columns(run: RunRecord, average: str, study: RunSet, union_hours: float | N
 def _row(arm: Arm, average: str, size: int | None, study: RunSet, union_hours: float | None) -> Row:
     finished = [run for run in arm.runs if run.state == 'finished']
     # the latest losses of seeds that have come to different batches have no mean
-    runs = finished or [max(arm.runs, key=lambda run: run.cost.get('batch', 0))]
+    runs = finished or [max(arm.runs, key=lambda run: run.batch)]
     others = [run for run in arm.runs if run not in runs]
     by_run = [_columns(run, average, study, union_hours) for run in runs]
     names = [name for name in by_run[0] if all(name in columns for columns in by_run)]
@@ -243,21 +213,21 @@ def scores_of(study: RunSet, rows: Sequence[Row]) -> list[Scores]:
     """lm-eval scores by suite and row, with their change against the parent's training weights on the same items."""
     scores = []
     for suite in dict.fromkeys(suite for row in rows for run in row.runs for suite in run.benchmarks):
-        tasks_of = {
-            index: [(run, run.benchmarks[suite][row.average]['tasks']) for run in row.runs if _has(run, suite, row)]
-            for index, row in enumerate(rows)
-        }
-        every = [tasks for found in tasks_of.values() for _, tasks in found]
+        of_rows = [
+            [
+                (run, run.benchmarks[suite][row.average]['tasks'])
+                for run in row.runs
+                if row.average in run.benchmarks.get(suite, {})
+            ]
+            for row in rows
+        ]
+        every = [tasks for found in of_rows for _, tasks in found]
         names = list(dict.fromkeys(task for tasks in every for task in tasks))
         common = [name for name in names if all(name in tasks and _is_accuracy(tasks[name]) for tasks in every)]
         scores += [
-            _scores(study, rows[index], suite, found, names, common) for index, found in tasks_of.items() if found
+            _scores(study, row, suite, found, names, common) for row, found in zip(rows, of_rows, strict=True) if found
         ]
     return scores
-
-
-def _has(run: RunRecord, suite: str, row: Row) -> bool:
-    return row.average in run.benchmarks.get(suite, {})
 
 
 def _scores(
@@ -277,10 +247,10 @@ def _scores(
             delta = _against_parents(study, suite, name, with_task)
             if delta is not None:
                 deltas[name] = delta
-    averages = [float(np.mean([tasks[name]['score'] * 100 for name in common])) for _, tasks in found if common]
+    over_tasks = [float(np.mean([tasks[name]['score'] * 100 for name in common])) for _, tasks in found if common]
     changed = [deltas[name] for name in common if name in deltas]
-    average_delta = macro_average(changed) if changed and len(changed) == len(common) else None
-    return Scores(row, suite, means, deltas, over_seeds(averages) if averages else None, average_delta)
+    mean_delta = mean_over_tasks(changed) if changed and len(changed) == len(common) else None
+    return Scores(row, suite, means, deltas, over_seeds(over_tasks) if over_tasks else None, mean_delta)
 
 
 def _scale(result: Mapping[str, Any]) -> float:
@@ -326,60 +296,56 @@ def contenders(rows: Sequence[Row], size: int | None) -> list[Row]:
 
 
 def finding(rows: Sequence[Row], size: int | None) -> str:
-    """The answer in a sentence or two: the arm with the lowest average loss, what it forgot, learned and cost."""
+    """The answer in a sentence or two: the arm with the lowest mean loss, what it forgot, learned and cost."""
     rows = [row for row in rows if row.size == size]
-    done = [row for row in rows if row.is_finished and 'loss average' in row.columns]
-    able = [row for row in contenders(rows, size) if 'loss average' in row.columns]
+    done = [row for row in rows if row.is_finished and 'loss mean' in row.columns]
+    able = [row for row in contenders(rows, size) if 'loss mean' in row.columns]
     updates = [row for row in able if {'forgetting', 'adaptation'} <= row.columns.keys()]
     if not done:
         return 'Nothing has finished yet: every number is the latest one.'
+    best = min(updates or able or done, key=lambda row: row.columns['loss mean'].mean)
+    mean = {column: value.mean for column, value in best.columns.items()}
     if not updates:
-        best = min(able or done, key=lambda row: row.columns['loss average'].mean)
         tried = [run for row in done if row.kind == 'update' for run in row.runs]
         if tried and all(run.has_diverged for run in tried):
             return 'Every update that has finished has diverged.'
         waiting = any(row.kind == 'update' for row in rows)
-        text = f'{best.name}: average final loss {best.columns["loss average"].mean:.3f}'
+        text = f'{best.name}: mean final loss {mean["loss mean"]:.3f}'
         return f'{text}. No update of a parent has finished yet.' if waiting else f'{text}, the lowest of {len(done)}.'
-    best = min(updates, key=lambda row: row.columns['loss average'].mean)
-    forgot, learned = best.columns['forgetting'].mean, best.columns['adaptation'].mean
     old, new = (' and '.join(names) for names in (best.runs[0].old, best.runs[0].new))
+    forgot = mean['forgetting']
     did = f'forgot {forgot:.2f} nats/token' if forgot >= 0.005 else f'forgot nothing ({signed(forgot, 2)} nats/token)'
-    if 'compute against union' in best.columns:
-        cost = f'for {percent(best.columns["compute against union"].mean)} of the compute of training on everything'
-    else:
-        cost = f'for {short(best.columns["tokens"].mean)} tokens'
-    text = f'{best.name}: {did} of {old} and learned {learned:.2f} of {new}, {cost}'
-    if union := [row for row in done if row.kind == 'union' and not row.average]:
-        gap = best.columns['loss average'].mean - min(row.columns['loss average'].mean for row in union)
-        side = 'above' if gap > 0 else 'below'
-        text += f'; its average loss is {abs(gap):.2f} {side} that of union'
-    if best.columns['loss average'].half is not None:
-        others = [row for row in updates if row.arm != best.arm]
-        close = dict.fromkeys(row.arm for row in others if not _is_told_apart(best, row, 'loss average'))
-        text += f'. The seeds do not tell its average loss from that of {" or ".join(close)}' if close else ''
-    waiting = len({row.arm for row in rows if row.kind == 'update' and not row.is_finished})
-    text += f'. Not finished yet: {waiting} of the updates' if waiting else ''
+    cost = f'for {short(mean["tokens"])} tokens'
+    if 'compute vs union' in mean:
+        cost = f'for {percent(mean["compute vs union"])} of the compute of training on everything'
+    text = f'{best.name}: {did} of {old} and learned {mean["adaptation"]:.2f} of {new}, {cost}'
+    if union := [row.columns['loss mean'].mean for row in done if row.kind == 'union' and not row.average]:
+        gap = mean['loss mean'] - min(union)
+        text += f'; its mean loss is {abs(gap):.2f} {"above" if gap > 0 else "below"} that of union'
+    others = [row for row in updates if row.arm != best.arm and best.columns['loss mean'].half is not None]
+    if close := dict.fromkeys(row.arm for row in others if not _is_told_apart(best, row, 'loss mean')):
+        text += f'. The seeds do not tell its mean loss from that of {" or ".join(close)}'
+    if waiting := len({row.arm for row in rows if row.kind == 'update' and not row.is_finished}):
+        text += f'. Not finished yet: {waiting} of the updates'
     return f'{text}.'
 
 
 def missing(study: RunSet, rows: Sequence[Row]) -> list[str]:
     """What a reader might take for granted and is not there."""
     said: list[str] = []
-    several = len(study.sizes) > 1
-    runs = [run for run in study.runs.values() if run.is_asked_for]
+    runs = study.given
     for run in runs:
         if run.state == 'not started':
             parent = study.runs[run.parent] if run.parent else None
-            why = f' (its parent {parent.name}: {progress(parent)})' if parent and parent.state != 'finished' else ''
+            why = f' (its parent {parent.name}: {parent.progress})' if parent and parent.state != 'finished' else ''
             said.append(f'{run.name}: not started{why}')
         elif run.state == 'failed':
-            said.append(f'{run.name}: {progress(run)}: {run.error}')
+            said.append(f'{run.name}: {run.progress}: {run.error}')
         elif run.state == 'unfinished':
-            said.append(f'{run.name}: unfinished, {progress(run)}; its numbers are the latest ones')
+            said.append(f'{run.name}: unfinished, {run.progress}; its numbers are the latest ones')
     said += [
         f'{name}: the folder of its parent ({folder}) is not there, so its own stage is all that is shown'
-        for name, folder in study.lost.items()
+        for name, folder in study.missing_parents.items()
     ]
     for run in runs:
         if run.has_diverged:
@@ -392,8 +358,7 @@ def missing(study: RunSet, rows: Sequence[Row]) -> list[str]:
             said.append(f'{run.name}: not evaluated on {", ".join(unseen)}')
         if lost := [label for label, loss in run.final.items() if not isfinite(loss)]:
             said.append(f'{run.name}: its loss on {", ".join(lost)} is not a number')
-        from_scratch = run.trunk and run.parent and not study.runs[run.parent].load_path  # the first stage's branch
-        if run.load_path and run.losses and not run.at_start and not from_scratch:
+        if run.kind == 'update' and run.began_from and run.losses and not run.at_start:
             said.append(f'{run.name}: no forgetting.json, so neither forgetting nor adaptation is known')
     if any(row.kind == 'update' for row in rows) and not any(row.kind == 'union' for row in rows):
         said.append('No union baseline: what training on everything from scratch would have reached is not known')
@@ -401,7 +366,7 @@ def missing(study: RunSet, rows: Sequence[Row]) -> list[str]:
     if rows and len(single) == len(rows):
         said.append('Only one seed: no intervals, and small differences between arms may be chance')
     elif single:
-        names = dict.fromkeys(f'{row.arm} ({size_name(row.size)})' if several else row.arm for row in single)
+        names = dict.fromkeys(study.label(row.arm, row.size) for row in single)
         said.append(f'Only one seed, so no interval: {", ".join(names)}')
     return said + list(_missing_benchmarks(runs))
 
@@ -436,7 +401,7 @@ def flat(row: Row) -> dict[str, Any]:
     for column, value in row.columns.items():
         result[column] = value.mean
         # the same for every seed
-        if value.half is not None and column not in (*COUNTS, 'flops', 'compute against union'):
+        if value.half is not None and column not in (*COUNTS, 'flops', 'compute vs union'):
             result[f'{column} interval'] = value.half
     return result
 
@@ -449,8 +414,8 @@ def flat_scores(scores: Scores) -> dict[str, Any]:
         'suite': scores.suite,
         'tasks': {task: asdict(score) for task, score in scores.tasks.items()},
         'against parent': {task: {**asdict(d), 'noise': within_noise(d)} for task, d in scores.deltas.items()},
-        'average': None if scores.average is None else asdict(scores.average),
-        'average against parent': None if scores.average_delta is None else asdict(scores.average_delta),
+        'mean': None if scores.mean is None else asdict(scores.mean),
+        'mean against parent': None if scores.mean_delta is None else asdict(scores.mean_delta),
     }
 
 

@@ -105,18 +105,18 @@ class Evidence:
         runs, new = self.shifts[shift]
         return runs.final(self.after(shift, percent), new)
 
-    def average(self, shift: str, run: str) -> np.ndarray:
+    def mean_loss(self, shift: str, run: str) -> np.ndarray:
         """Mean of the losses on old and new data."""
         runs, new = self.shifts[shift]
-        return runs.average_final(run, ('python', new))
+        return runs.mean_final(run, ('python', new))
 
     def parameters(self, shift: str) -> int:
         """Of the model."""
         return self.shifts[shift][0].named('python')[0].parameters or 0
 
     def gap(self, shift: str) -> np.ndarray:
-        """Average loss minus union's, of the replay fraction that the paper recommends for the shift."""
-        return self.average(shift, self.after(shift, RECOMMENDED[shift])) - self.average(
+        """Mean loss minus union's, of the replay fraction that the paper recommends for the shift."""
+        return self.mean_loss(shift, self.after(shift, RECOMMENDED[shift])) - self.mean_loss(
             shift, f'union_{self.shifts[shift][1]}'
         )
 
@@ -203,13 +203,13 @@ def c3(of: Evidence) -> list[Condition]:
 
 @claim('2.47 to 2.35 weak, 2.34 to 1.73 strong')
 def c4(of: Evidence) -> list[Condition]:
-    """More replay, lower average loss."""
+    """More replay, lower mean loss."""
     conditions = []
     for shift in of.shifts:
         percents = (0, 1, 5, 10, 50)
-        averages = [of.average(shift, of.after(shift, percent)) for percent in percents]
+        means = [of.mean_loss(shift, of.after(shift, percent)) for percent in percents]
         conditions += [
-            Condition(f'average loss, {low} % minus {high} %, {shift}', averages[i] - averages[i + 1], above=0)
+            Condition(f'mean loss, {low} % minus {high} %, {shift}', means[i] - means[i + 1], above=0)
             for i, (low, high) in enumerate(zip(percents, percents[1:], strict=False))
         ]
     return conditions
@@ -219,8 +219,8 @@ def c4(of: Evidence) -> list[Condition]:
 def c5(of: Evidence) -> list[Condition]:
     """Re-warming, re-decaying and replay are as good as union."""
     return [
-        Condition('average loss minus union, weak, 5 %', of.gap('weak'), below=0.03),
-        Condition('average loss minus union, strong, 25 %', of.gap('strong'), below=0.03),
+        Condition('mean loss minus union, weak, 5 %', of.gap('weak'), below=0.03),
+        Condition('mean loss minus union, strong, 25 %', of.gap('strong'), below=0.03),
     ]
 
 
@@ -277,11 +277,11 @@ def c8(of: Evidence) -> list[Condition]:
 @claim('0, 0.5, 1, 2 % alike')
 def c9(of: Evidence) -> list[Condition]:
     """The length of the warm-up does not matter."""
-    one = of.average('strong', 'cpp')
+    one = of.mean_loss('strong', 'cpp')
     return [
         Condition(
-            f'average loss, warm-up {percent} % minus 1 %',
-            of.average('strong', f'cpp-warm_up_{percent}pct') - one,
+            f'mean loss, warm-up {percent} % minus 1 %',
+            of.mean_loss('strong', f'cpp-warm_up_{percent}pct') - one,
             above=-EQUAL,
             below=EQUAL,
         )
@@ -307,7 +307,7 @@ def c11(of: Evidence) -> list[Condition]:
     runs, splits = of.infinite, ('split_1', 'split_2', 'split_3')
     conditions = []
     for index, stage in ((1, 'split_1'), (3, 'split_3')):
-        gap = runs.average_final(f'{stage}-infinite-anneal', splits) - runs.average_final(stage, splits)
+        gap = runs.mean_final(f'{stage}-infinite-anneal', splits) - runs.mean_final(stage, splits)
         conditions.append(Condition(f'annealed minus cosine, after split {index}', gap, below=EQUAL))
     rises = []
     for cosine, infinite, before in (
@@ -504,7 +504,7 @@ def print_findings(findings: list[Finding], title: str) -> None:
 
 @dataclass(frozen=True)
 class Point:
-    """Average loss minus union's under a shift, with so many parameters and tokens of each stage."""
+    """Mean loss minus union's under a shift, with so many parameters and tokens of each stage."""
 
     label: str
     parameters: int
@@ -537,7 +537,7 @@ def page(findings: list[Finding], points: list[Point], made: str) -> str:
                 decides = f'{condition.what}: {measured(condition).partition(" (")[0]}'
             whole.append(f'| {claim.name} | {condition.what} | {condition.bounds} | {measured(condition)} |')
         short.append(f'| {claim.name} {claim.says} | {claim.paper} | {decides} | {finding.verdict} |')
-    gaps = ['| shift | parameters | tokens of each stage | average loss minus union |', '|---|---|---|---|']
+    gaps = ['| shift | parameters | tokens of each stage | mean loss minus union |', '|---|---|---|---|']
     gaps += [f'| {each.label} | {each.parameters:,} | {each.tokens:,} | {number_of(each.gap)} |' for each in points]
     return '\n'.join([made, '', *short, '', *whole, '', *gaps, ''])
 
@@ -581,7 +581,7 @@ def draw(points: list[Point], path: Path) -> None:
     ticks = sorted({each.tokens for each in points})
     axes.set_xticks(ticks, [f'{tokens:,}' for tokens in ticks])
     axes.minorticks_off()
-    axes.set(xlabel='tokens of each stage', ylabel='average loss minus union, nats/token')
+    axes.set(xlabel='tokens of each stage', ylabel='mean loss minus union, nats/token')
     figure.legend(loc='outside upper center', ncols=2, fontsize='small', frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -153,7 +153,7 @@ class Runs:
         label = f'{dataset}/{average}' if average else dataset
         return np.array([run.final[label] for run in self.named(name)])
 
-    def average_final(self, name: str, datasets: Sequence[str]) -> np.ndarray:
+    def mean_final(self, name: str, datasets: Sequence[str]) -> np.ndarray:
         """The mean of final losses over datasets."""
         return np.mean([self.final(name, dataset) for dataset in datasets], axis=0)
 

@@ -34,7 +34,7 @@ def test_runs_are_given_seed_by_seed(tmp_path):
     assert [run.name for run in runs.named('a')] == ['a-s1', 'a-s2']
     assert runs.final('a', 'd').tolist() == [11, 12]
     assert runs.final('a', 'd', 'ema').tolist() == [8, 16]
-    assert runs.average_final('a', ['d', 'e']).tolist() == [6.5, 7.0]
+    assert runs.mean_final('a', ['d', 'e']).tolist() == [6.5, 7.0]
     assert runs.last('a', 'd').tolist() == [7, 8]
     assert runs.last('a', 'd', 'ema').tolist() == [6.75, 7.75]
 

@@ -32,14 +32,14 @@ def test_changes_by_hand():
     assert changes(losses, parent, ['pile', 'books'], ['german']) == {
         'forgetting/pile': 0.5,
         'forgetting/books': -0.25,
-        'forgetting/average': 0.125,
+        'forgetting/mean': 0.125,
         'adaptation/german': 2.5,
-        'adaptation/average': 2.5,
+        'adaptation/mean': 2.5,
         'forgetting/pile/lawa': 0.25,
         'forgetting/books/lawa': 0.0,
-        'forgetting/average/lawa': 0.125,
+        'forgetting/mean/lawa': 0.125,
         'adaptation/german/lawa': 3.0,
-        'adaptation/average/lawa': 3.0,
+        'adaptation/mean/lawa': 3.0,
     }
     assert set(changes(parent, parent, ['pile', 'books'], ['german']).values()) == {0.0}
     # a mean over some of the datasets would be taken for one over all
@@ -194,7 +194,7 @@ def test_a_real_stage_against_its_parent(child, parent, data, tmp_path, monkeypa
     [written] = wandb_files.read(tmp_path)
     first, summary = written.history[0], written.summary
     assert first['_step'] == 0
-    assert {first[key] for key in ('forgetting/past', 'forgetting/average', 'adaptation/fresh')} == {0.0}
+    assert {first[key] for key in ('forgetting/past', 'forgetting/mean', 'adaptation/fresh')} == {0.0}
     assert first['bits_per_byte/past'] == pytest.approx(
         judged['parent']['past'] / log(2) / judged['bytes_per_token']['past']
     )
@@ -203,11 +203,11 @@ def test_a_real_stage_against_its_parent(child, parent, data, tmp_path, monkeypa
     last = {label: rows[-1][2] for label, rows in losses['losses'].items()}
     for average in ('', '/lawa'):
         assert summary[f'final_loss/fresh{average}'] == final[f'fresh{average}']
-        assert summary[f'final_loss/average{average}'] == pytest.approx(
+        assert summary[f'final_loss/mean{average}'] == pytest.approx(
             (final[f'fresh{average}'] + final[f'past{average}']) / 2
         )
         assert summary[f'final_forgetting/past{average}'] == final[f'past{average}'] - judged['parent']['past']
-        assert summary[f'final_adaptation/average{average}'] == judged['parent']['fresh'] - final[f'fresh{average}']
+        assert summary[f'final_adaptation/mean{average}'] == judged['parent']['fresh'] - final[f'fresh{average}']
         assert summary[f'forgetting/past{average}'] == last[f'past{average}'] - judged['parent']['past']
         assert summary[f'perplexity/past{average}'] == pytest.approx(exp(last[f'past{average}']))
     assert summary['cost/tokens'] == tokens

@@ -27,7 +27,7 @@ from cpt_algorithms.evaluation.lm_eval import (
     compare,
     load_model,
     load_suite,
-    macro_average,
+    mean_over_tasks,
     paired_delta,
     score,
     within_noise,
@@ -73,8 +73,8 @@ def test_within_noise():
     assert within_noise(Mean(1, 0, 1))  # one item says nothing
 
 
-def test_macro_average_by_hand():
-    assert macro_average([Mean(0.2, 0.03, 10), Mean(0.6, 0.04, 1000)]) == Mean(0.4, pytest.approx(0.025), 1010)
+def test_mean_over_tasks_by_hand():
+    assert mean_over_tasks([Mean(0.2, 0.03, 10), Mean(0.6, 0.04, 1000)]) == Mean(0.4, pytest.approx(0.025), 1010)
 
 
 # Suites
@@ -263,7 +263,7 @@ def test_a_run_its_average_and_its_parent(runs: Path, suite_file: Path, capsys: 
         assert result['suite'] == 'small' and result['model'].endswith(f'child/huggingface/{name}')
         assert result['missing'] == {'Later': 'does not exist yet'}
         assert result['settings']['lm_eval'] == harness.__version__ and result['settings']['limit'] is None
-        assert [row.name for row in compare(result, parent)] == ['bits', 'choice', 'exact', 'average of 2']
+        assert [row.name for row in compare(result, parent)] == ['bits', 'choice', 'exact', 'mean of 2']
         for task in result['tasks'].values():
             assert task['version'] == 3 and task['num_fewshot'] == 0
             assert len(task['values']) == len(task['weights']) == task['count']

@@ -15,7 +15,7 @@ from cpt_algorithms.launch.wandb_runs import environment_of_children, trial_run
 child = 'import wandb; run = wandb.init(project="p", name="child"); run.log({"loss": 1.0}); run.finish()'
 with trial_run({'sequence': 'quickstart'}) as summary:
     subprocess.run([sys.executable, '-c', child], env=environment_of_children(os.environ), check=True, timeout=60)
-    summary['final_loss/average'] = 3.25
+    summary['final_loss/mean'] = 3.25
     sys.exit(int(sys.argv[1]))
 """
 
@@ -35,7 +35,7 @@ def test_the_agents_run_gets_the_summary_and_children_have_their_own(tmp_path):
     runs = {run.id: run for run in wandb_files.read(tmp_path)}
     trial, child = runs.pop('trial'), runs.popitem()[1]
     assert not runs
-    assert trial.summary['final_loss/average'] == 3.25
+    assert trial.summary['final_loss/mean'] == 3.25
     assert trial.config['cpp.replay.fraction'] == 0.05
     assert trial.config['sequence'] == 'quickstart'
     assert (child.name, child.summary['loss']) == ('child', 1.0)
@@ -63,6 +63,6 @@ def wandb_files_say(folder, run_id):
 def test_without_an_agent_nothing_is_opened(monkeypatch):
     monkeypatch.delenv('WANDB_SWEEP_ID', raising=False)
     with trial_run({}) as summary:
-        summary['final_loss/average'] = 1.0
+        summary['final_loss/mean'] = 1.0
     given = {'PATH': '/bin', 'WANDB_MODE': 'offline', 'WANDB_SWEEP_ID': 'x', 'WANDB_RUN_ID': 'y', 'WANDB_SERVICE': 'z'}
     assert environment_of_children(given) == {'PATH': '/bin', 'WANDB_MODE': 'offline'}

@@ -122,7 +122,7 @@ def test_table_by_hand(tmp_path):
     assert list(found) == ['old only', 'none', 'replay 25 %', 'union']
     columns = found['none'].columns
     assert columns['loss old'].mean == pytest.approx(4.2)
-    assert columns['loss average'].mean == pytest.approx((4.2 + 1.2) / 2)
+    assert columns['loss mean'].mean == pytest.approx((4.2 + 1.2) / 2)
     assert columns['forgetting'].mean == pytest.approx(4.2 - 3.0)
     assert columns['forgetting'].half == pytest.approx(4.302653 * 0.1 / sqrt(3))
     assert columns['adaptation'].mean == pytest.approx(5.0 - 1.2)
@@ -157,7 +157,7 @@ def test_finding(tmp_path):
     study = read_runs([write_sequence(tmp_path)])
     assert finding(rows_of(study), PARAMETERS) == (
         'replay 25 %: forgot 0.40 nats/token of old and learned 3.30 of new, for 50 % of the compute of training on '
-        'everything; its average loss is 0.70 above that of union.'
+        'everything; its mean loss is 0.70 above that of union.'
     )
 
 
@@ -166,7 +166,7 @@ def test_arms_that_the_seeds_do_not_tell_apart_are_named(tmp_path):
     for seed, old in ((1, 3.9), (2, 3.0), (3, 5.0)):
         write_run(folder / f'new-none-s{seed}', {'old': old, 'new': 1.0}, f'{folder}/old-s{seed}/latest-rank0.pt')
     found = finding(rows_of(read_runs([folder])), PARAMETERS)
-    assert 'do not tell its average loss from that of replay 25 %.' in found
+    assert 'do not tell its mean loss from that of replay 25 %.' in found
 
 
 def test_half_finished_failed_and_not_started(tmp_path):
@@ -263,7 +263,7 @@ def test_benchmarks_by_hand(tmp_path, no_plots):
     assert none.deltas['arc'].value == pytest.approx(-50)
     assert none.deltas['arc'].stderr == pytest.approx(100 * sqrt(1 / 3) / 2)
     assert none.deltas['wiki'].value == pytest.approx(-1 / 4)
-    assert none.average is not None and none.average.mean == 25, 'of accuracies alone'
+    assert none.mean is not None and none.mean.mean == 25, 'of accuracies alone'
     assert found['old only'].deltas == {}
     report = write_report([folder], tmp_path / 'out')
     assert 'lm-eval english: no results of union-s1' in report.missing
@@ -429,7 +429,7 @@ def test_a_validation_set_that_was_not_evaluated_is_said(tmp_path):
     write_run(folder / 'new-none-s1', {'old': 4.0}, f'{folder}/old-s1/latest-rank0.pt')
     study = read_runs([folder])
     assert 'new-none-s1: not evaluated on new' in missing(study, rows_of(study))
-    assert 'loss average' not in rows(folder)['none'].columns
+    assert 'loss mean' not in rows(folder)['none'].columns
 
 
 def test_a_run_that_diverged_is_said_and_wins_nothing(tmp_path):

@@ -5,7 +5,9 @@ import matplotlib.image
 import numpy as np
 import plot_schedules
 import pytest
-from plot_schedules import curve, find_spans, main, scientific, short
+from plot_schedules import curve, find_spans, main
+
+from cpt_algorithms.formatting import exact, scientific
 
 OURS = """
 variables: {lr: 3.0e-4}
@@ -95,5 +97,5 @@ def test_find_spans_of_a_single_batch() -> None:
 
 
 def test_numbers_as_people_write_them() -> None:
-    assert [short(x) for x in (0, 200, 2500, 183e9, 1.2e12)] == ['0', '200', '2.5k', '183B', '1.2T']
+    assert [exact(x) for x in (0, 200, 2500, 183e9, 1.2e12)] == ['0', '200', '2.5 k', '183 B', '1.2 T']
     assert [scientific(x) for x in (0, 3e-4, 1.65e-4, 1.0)] == ['0', '3e-4', '1.65e-4', '1e0']
