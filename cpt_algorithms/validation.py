@@ -33,6 +33,7 @@ __all__ = [
     'check_path',
     'check_type',
     'check_yaml_scalars',
+    'differences',
     'nearest',
     'parse_section',
     'short_repr',
@@ -124,6 +125,21 @@ def nearest(word: Any, known: Iterable[str]) -> str:
     known = sorted(known)
     near = get_close_matches(str(word), known, n=1)
     return f'did you mean {near[0]!r}?' if near else f'one of {", ".join(known) or "none"} is possible'
+
+
+def differences(old: Any, new: Any, path: str = '') -> list[str]:
+    """What changed, a line for each leaf: ``optimizer.lr: 0.001 -> 0.01``.
+
+    Args:
+        old: Mappings in each other, as they were.
+        new: As they are now.
+        path: Of both. Default: the top.
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = (differences(old.get(k), new.get(k), f'{path}.{k}' if path else k) for k in {**old, **new})
+        return [line for lines in found for line in lines]
+    then, now = ('absent' if each is None else each for each in (old, new))
+    return [] if old == new else [f'{path}: {then} -> {now}']
 
 
 def check_keys(where: str, given: Iterable[str], allowed: Iterable[str]) -> None:
@@ -314,13 +330,13 @@ def _problem(path: str, value: Any, errors: list[Any], kind: type[BaseModel] | N
 def _keys_at(kind: Any, loc: Sequence[int | str]) -> list[str]:
     """The keys that a section below a type has."""
     for step in loc:
-        kinds = [kind] if isinstance(kind, type) else []
-        for each in kinds:
-            if issubclass(each, BaseModel) and step in each.model_fields:
-                kind = each.model_fields[str(step)].annotation
-        while get_args(kind) and not isinstance(kind, type):
-            sections = [each for each in get_args(kind) if each is not NoneType]
-            kind = sections[-1]
-        if get_origin(kind) is not None:
-            kind = get_args(kind)[-1]
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            kind = get_args(kind)[-1] if get_args(kind) else None  # of a mapping or list
+        elif step in kind.model_fields:
+            kind = kind.model_fields[str(step)].annotation
+        else:
+            kind = get_args(kind.__annotations__.get('__pydantic_extra__', dict[str, Any]))[-1]
+        while get_origin(kind) in (Annotated, Union, UnionType):
+            kinds = [each for each in get_args(kind) if each is not NoneType]
+            kind = kinds[0] if get_origin(kind) is Annotated else kinds[-1]
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []

@@ -11,77 +11,13 @@ llm-foundry YAML changes that, such as another mix: ``train_loader.dataset.new={
 be trained on. Run the same command again after a crash. ``save_folder`` is ``<trunk>-anneal-ba<batch>`` by default.
 """
 
-import os
+import argparse
 import sys
 
-from cpt_algorithms.launch.processes import die_with_parent
+from cpt_algorithms.launch.processes import die_with_launcher
 
-if __name__ == '__main__' and 'LOCAL_RANK' in os.environ:
-    # if the launcher is killed, do not train on beside the restarted run; the imports below take seconds
-    die_with_parent()
-
-import argparse
-import re
-from pathlib import Path
-from typing import Any
-
-import continue_pretraining
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from cpt_algorithms.checkpoints.open import resolve_latest
-from cpt_algorithms.files import StorageError, is_remote, read_json
-from cpt_algorithms.sequence.branches import anneal_branch
-from cpt_algorithms.sequence.expand import ANNEAL_KEYS, NOT_OF_A_BRANCH
-from cpt_algorithms.stage.preflight import resolve
-
-
-def branch_of(checkpoint: str, overrides: list[str]) -> dict[str, Any]:
-    """The YAML of the branch.
-
-    Args:
-        checkpoint: A checkpoint of the trunk.
-        overrides: ``key=value``.
-
-    Raises:
-        ValueError: If it is no checkpoint of a run, the trunk is not in its constant phase, or a key is missing.
-    """
-    try:
-        if is_remote(checkpoint):
-            real = resolve_latest(checkpoint)
-        else:
-            link = Path(checkpoint)
-            real = str(link.with_name(os.readlink(link)) if link.is_symlink() else link)
-        folder, _, name = real.rpartition('/')
-        batch, stage = re.search(r'-ba(\d+)', name), read_json(f'{folder or "."}/stage.json')
-        given: Any = OmegaConf.to_container(OmegaConf.from_cli(overrides), resolve=True)
-    except (OSError, StorageError, OmegaConfBaseException) as error:
-        raise ValueError(f'{checkpoint}: {error}') from None
-    if not batch or not stage:
-        raise ValueError(
-            f'{checkpoint} is not a checkpoint of a run of continue_pretraining.py (ep...-ba..., or latest)'
-        )
-    how = {key: given.pop(key) for key in ANNEAL_KEYS if key in given}
-    if 't_anneal' not in how:
-        raise ValueError('t_anneal is missing: the length of the branch, such as t_anneal=45000000000tok')
-    if wrong := [key for key in (*NOT_OF_A_BRANCH, 'load_path') if key in given]:
-        raise ValueError(
-            f'{wrong[0]}: a branch has this from its trunk; {", ".join(ANNEAL_KEYS)} say how it is annealed'
-        )
-    run_name = given.pop('run_name', None) or f'{stage["run_name"]}-anneal-ba{batch[1]}'
-    save_folder = given.pop('save_folder', None) or '/'.join(filter(None, [folder.rpartition('/')[0], run_name]))
-    try:
-        branch = anneal_branch(stage['config'], run_name, save_folder, real, int(batch[1]), **how)
-    except ValueError as error:
-        raise ValueError(f'{checkpoint}: {error}') from None
-    # streams in place of the trunk's, and not both
-    dataset, own = branch['train_loader']['dataset'], given.get('train_loader', {}).get('dataset', {})
-    if 'new' in own:
-        del dataset['new']
-    if 'streams' in (own.get('replay') or {}):
-        (dataset.get('replay') or {}).pop('streams', None)
-    merged = OmegaConf.merge(OmegaConf.create(branch), OmegaConf.create(given))
-    return resolve(OmegaConf.to_container(merged, resolve=True))  # pyright: ignore[reportArgumentType]
+if __name__ == '__main__':
+    die_with_launcher()
 
 
 def main() -> None:
@@ -91,11 +27,19 @@ def main() -> None:
     parser.add_argument('overrides', nargs='*', help='key=value: t_anneal, anneal, alpha_f, and of the YAML')
     parser.add_argument('--dry-run', action='store_true', help='check everything, print phases and cost, and stop')
     arguments = parser.parse_args()
+
+    from cpt_algorithms.cost.tables import print_stage
+    from cpt_algorithms.sequence.branches import branch_of
+    from cpt_algorithms.stage.run import check_or_exit, train_stage
+
     try:
-        cfg = branch_of(arguments.checkpoint, arguments.overrides)
+        branch = branch_of(arguments.checkpoint, arguments.overrides)
     except ValueError as error:
         sys.exit(f'no branch was started: {error}')
-    continue_pretraining.check_and_run(cfg, arguments.checkpoint, arguments.dry_run)
+    check_or_exit(branch, arguments.checkpoint)
+    print_stage(branch, with_cost=arguments.dry_run)
+    if not arguments.dry_run:
+        train_stage(branch)
 
 
 if __name__ == '__main__':

@@ -9,13 +9,12 @@ import hashlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
-import sequence
 from omegaconf import OmegaConf
 
+from cpt_algorithms.sequence.read import read_sequence
 from cpt_algorithms.stage.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,33 +26,28 @@ def hash_of(config):
     return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(config)).encode()).hexdigest()[:16]
 
 
-def stage_of(path):
-    return hash_of(Stage.read(path).to_train_yaml())
-
-
-def plan_of(words):
-    runs = sequence.read(sequence.parse(words))[1]
+def runs_of(words, sweep=None):
     return {
         run.name: {
             'arm': run.arm,
-            'stage': run.stage,
+            'stage': run.stage_name,
             'seed': run.seed,
             'parent': run.parent,
-            'merges': run.script == 'merge.py',
-            'tokens': sequence.tokens_per_stream(run.config),
-            'before_branch': run.trunk,
-            'batches': sequence.batches(run),
-            'yaml': hash_of(run.config),
+            'merges': run.stage.merge is not None,
+            'tokens': run.stage.tokens_by_stream(),
+            'before_branch': run.tokens_before_branch,
+            'batches': run.batches,
+            'yaml': hash_of(run.stage.to_train_yaml()),
         }
-        for run in runs
+        for run in read_sequence(words, sweep)[1]
     }
 
 
 def golden_of(key):
     words = key.split(' ')
     if words[0].startswith('yamls/continue_pretraining/'):
-        return stage_of(words[0])
-    return plan_of(['--sweep', *words] if words[0].startswith('yamls/sweeps/') else words)
+        return hash_of(Stage.read(words[0]).to_train_yaml())
+    return runs_of([], words[0]) if words[0].startswith('yamls/sweeps/') else runs_of(words)
 
 
 def keys():
@@ -83,7 +77,6 @@ def test_what_is_handed_to_llm_foundry_is_what_it_was(key, monkeypatch):
 
 if __name__ == '__main__':
     os.chdir(ROOT)
-    sys.path[:0] = ['recipes', 'scripts', 'tests']
     text = json.dumps({key: golden_of(key) for key in keys()}, indent=1)
     # a run on a line of its own
     GOLDEN.write_text(re.sub(r'\n {3,}|\n  (?=})', ' ', text).replace('{ "', '{"') + '\n', encoding='utf-8')

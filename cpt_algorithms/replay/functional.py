@@ -11,7 +11,6 @@ questions:
 Both are random access: no epoch is ever laid out, so starting and resuming cost the same at 10 k and at 10 B samples.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,7 +28,6 @@ __all__ = [
     'ShuffledOrder',
     'StreamOrder',
     'check_budget',
-    'differences',
     'exact_fraction',
     'row_shift',
     'shares_of',
@@ -418,16 +416,3 @@ def worker_slots(
     batches = first_slot // global_batch_size + worker + batches * num_workers
     rows = (rank * device_batch_size + rows + row_shift(batches, global_batch_size)) % global_batch_size
     return batches * global_batch_size + rows
-
-
-def differences(saved: str, current: str) -> list[str]:
-    """What changed between two flat descriptions of a mix, a line each (``fraction: 0.05 -> 0.25``).
-
-    Args:
-        saved: JSON object as it was saved.
-        current: JSON object as it is now.
-    """
-    old, new = json.loads(saved), json.loads(current)
-    absent = dict.fromkeys([*new, *old], 'absent')
-    old, new = absent | old, absent | new
-    return [f'{key}: {old[key]} -> {new[key]}' for key in absent if old[key] != new[key]]

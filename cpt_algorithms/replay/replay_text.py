@@ -27,14 +27,13 @@ from cpt_algorithms.replay.functional import (
     MixedSequence,
     StreamOrder,
     check_budget,
-    differences,
     exact_fraction,
     worker_slots,
 )
 from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
 from cpt_algorithms.replay.mix import Mix, OldStream, Stream, read_mix, row_length
 from cpt_algorithms.replay.streams import ResilientStream, StreamError
-from cpt_algorithms.validation import check_keys
+from cpt_algorithms.validation import check_keys, differences
 
 __all__ = ['ReplayTextDataset', 'build_replay_text_dataloader']
 
@@ -302,7 +301,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
                 "parent's dataset state: set load_weights_only: true, or add 'state/dataset_state' to "
                 'load_ignore_keys'
             )
-        if changed := differences(mix, self.mix):
+        if changed := differences(json.loads(mix), json.loads(self.mix)):
             raise ValueError(
                 'the data mix is not the one this run was saved with (' + '; '.join(changed) + '). '
                 'Restore it to resume, or start a new stage from the checkpoint under another run_name and save_folder'

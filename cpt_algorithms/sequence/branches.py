@@ -2,71 +2,66 @@
 """Branches: runs that start from a checkpoint of a *trunk* in its constant phase, which stays as it is."""
 
 import copy
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from composer.core import TimeUnit
 from llmfoundry.utils.builders import build_scheduler
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from cpt_algorithms.checkpoints.open import resolve_latest
+from cpt_algorithms.duration import ABSOLUTE, Duration, per_batch_of
+from cpt_algorithms.files import StorageError, is_remote
 from cpt_algorithms.schedulers.functional import multiplier
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
-from cpt_algorithms.stage.form import parse_time
+from cpt_algorithms.sequence.spec import ANNEAL_KEYS, OF_THE_TRUNK
+from cpt_algorithms.stage.record import read_record
+from cpt_algorithms.stage.stage import Stage
 
-__all__ = ['anneal_branch', 'constant_alpha', 'in_batches']
-
-Config = dict[str, Any]
+__all__ = ['annealed', 'branch_of', 'checkpoint_after', 'constant_alpha', 'latest']
 
 # Of the trunk's YAML, what says where it keeps things and how it started.
-_OF_THE_TRUNK = ('run_name', 'save_folder', 'load_path', 'load_weights_only', 'load_ignore_keys', 'autoresume')
+_PLACES = ('run_name', 'save_folder', 'load_path', 'load_weights_only', 'load_ignore_keys', 'autoresume')
 
 
-def in_batches(time: str, cfg: Mapping[str, Any], key: str = 'max_duration') -> int:
-    """Whole batches that a time takes.
-
-    Args:
-        time: In tok, ba or sp; rounded up.
-        cfg: A train YAML: its ``global_train_batch_size`` and ``max_seq_len``.
-        key: What the time is called in an error. Default: ``max_duration``.
-
-    Raises:
-        ValueError: If it is in another unit.
-    """
-    given = parse_time(key, time)
-    for needed in ('global_train_batch_size', 'max_seq_len'):
-        if not isinstance(cfg.get(needed), int):
-            raise ValueError(f'{needed}={cfg.get(needed)!r} must be a whole number: {key} is counted with it')
-    samples = int(cfg['global_train_batch_size'])
-    per_batch = {TimeUnit.BATCH: 1, TimeUnit.SAMPLE: samples, TimeUnit.TOKEN: samples * int(cfg['max_seq_len'])}
-    if given.unit not in per_batch:
-        raise ValueError(f'{key}={time!r} must be in tok, ba or sp')
-    return -(-int(given.value) // per_batch[given.unit])
+def latest(stage: Stage) -> str:
+    """The name of the link to a run's newest checkpoint."""
+    return 'latest-sharded-rank0' if stage.is_sharded else 'latest-rank0.pt'
 
 
-def constant_alpha(cfg: Config, batch: int) -> float:
+def checkpoint_after(stage: Stage, batch: int) -> str:
+    """The name of a run's checkpoint after a batch; of the last one, that of the link to it."""
+    if batch == stage.batches:
+        return latest(stage)
+    return f'ep0-ba{batch}' if stage.is_sharded else f'ep0-ba{batch}-rank0.pt'
+
+
+def constant_alpha(trunk: Stage, batch: int) -> float:
     """The multiplier of the learning rate after a batch of a run, which must be in a constant phase.
 
     Args:
-        cfg: The run's train YAML.
+        trunk: The run.
         batch: Batches that were trained.
 
     Raises:
         ValueError: If the schedule is not constant there, with the phases; or is not one of this library.
     """
-    section = dict(cfg.get('scheduler') or {})
-    name = section.pop('name', None)
-    if name is None:
-        raise ValueError('scheduler.name is missing: a branch starts where the learning rate is constant')
+    name = trunk.scheduler.name
     try:
-        scheduler = build_scheduler(name, section)
+        scheduler = build_scheduler(name, trunk.scheduler.arguments)
     except (TypeError, ValueError) as error:  # a name or an argument that is missing, or unknown
-        raise ValueError(f'scheduler {name}: {error}') from None
+        raise ValueError(f'scheduler.name={name!r}: {error}') from None
     if not isinstance(scheduler, PhaseScheduler):
-        raise ValueError(f'scheduler {name} has no phases that can be looked at; a trunk wants infinite')
-    schedule, unit = scheduler.schedule(cfg['max_duration'])
-    samples = int(cfg['global_train_batch_size'])
-    per_batch = {TimeUnit.BATCH: 1, TimeUnit.SAMPLE: samples, TimeUnit.TOKEN: samples * int(cfg['max_seq_len'])}[unit]
-    time, end = batch * per_batch, in_batches(cfg['max_duration'], cfg) * per_batch
-    spans = list(schedule.spans(end))
+        raise ValueError(f'scheduler.name={name!r} has no phases that can be looked at; a trunk wants infinite')
+    schedule, unit = scheduler.schedule(str(trunk.max_duration))
+    per_batch = per_batch_of(unit.value, trunk.global_train_batch_size, trunk.max_seq_len)
+    total = trunk.batches_of('max_duration', trunk.max_duration)
+    assert per_batch is not None, 'epochs are refused'
+    spans = list(schedule.spans(total * per_batch))
+    time = batch * per_batch
     for span in spans:
         if span.shape == 'constant' and span.begin <= time <= span.until:
             return multiplier(schedule, span.begin)
@@ -80,30 +75,32 @@ def constant_alpha(cfg: Config, batch: int) -> float:
     )
 
 
-def anneal_branch(
-    trunk: Config,
-    run_name: str,
-    save_folder: str,
+def annealed(
+    trunk: Stage,
+    given: Mapping[str, Any],
     checkpoint: str,
     batch: int,
     t_anneal: str,
     anneal: str = 'exponential',
     alpha_f: float = 0.1,
-) -> Config:
+    run_name: str = '',
+    save_folder: str = '',
+) -> dict[str, Any]:
     """The YAML of a run that anneals a trunk's learning rate, from a checkpoint of it to the end.
 
     It is an ordinary stage: it keeps the optimizer's state, starts at the trunk's learning rate, and reads on in the
     trunk's data behind what that has read.
 
     Args:
-        trunk: The trunk's train YAML, resolved or not.
-        run_name: Of the branch.
-        save_folder: Of the branch.
-        checkpoint: A checkpoint of it.
+        trunk: The trunk.
+        given: The YAML that is annealed: the trunk's own, or with another mix.
+        checkpoint: A checkpoint of the trunk.
         batch: Batches of the trunk at that checkpoint.
         t_anneal: Length of the branch, in tok, ba or sp.
         anneal: ``exponential``, ``linear``, ``cosine`` or ``1-sqrt``. Default: ``'exponential'``.
         alpha_f: Multiplier at the end; above 0 for ``exponential``. Default: ``0.1``.
+        run_name: Of the branch. Default: ``''``, still to be named.
+        save_folder: Of the branch. Default: ``''``.
 
     Raises:
         ValueError: If the trunk's learning rate is not constant at that batch, or is as low as ``alpha_f`` already.
@@ -118,18 +115,18 @@ def anneal_branch(
             f'alpha_f={alpha_f}, and the scheduler of the trunk is at {alpha:g} times the learning rate: nothing to '
             'anneal'
         )
-    nothing = f'0{parse_time("t_anneal", t_anneal).unit.value}'
-    folder = trunk.get('save_folder')
-    callbacks = {name: dict(given or {}) for name, given in copy.deepcopy(trunk.get('callbacks') or {}).items()}
+    nothing = f'0{Duration.parse("t_anneal", t_anneal, ABSOLUTE).unit}'
+    callbacks = {name: dict(each or {}) for name, each in copy.deepcopy(given.get('callbacks') or {}).items()}
     callbacks.pop('branch_points', None)
-    for given in callbacks.values():
-        if given.get('save_folder') == folder:
-            given['save_folder'] = save_folder
+    for each in callbacks.values():
+        if each.get('save_folder') == trunk.save_folder:
+            each['save_folder'] = save_folder
     callbacks['stage_start'] = {'optimizer': 'keep'}
     if 'forgetting' in callbacks:
         # of the stage as a whole: against what its trunk started from
-        callbacks['forgetting'] = {'parent_losses': f'{folder}/forgetting.json', **callbacks['forgetting']}
-    branch = {key: copy.deepcopy(value) for key, value in trunk.items() if key not in _OF_THE_TRUNK}
+        losses = f'{trunk.save_folder}/forgetting.json'
+        callbacks['forgetting'] = {'parent_losses': losses, **callbacks['forgetting']}
+    branch = {key: copy.deepcopy(value) for key, value in given.items() if key not in _PLACES}
     branch['train_loader']['dataset']['continues'] = checkpoint
     return {
         **branch,
@@ -143,3 +140,54 @@ def anneal_branch(
         },
         'callbacks': callbacks,
     }  # fmt: skip
+
+
+def branch_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
+    """The branch that ``recipes/anneal.py`` trains.
+
+    Args:
+        checkpoint: A checkpoint of the trunk.
+        overrides: ``key=value``: ``t_anneal``, ``anneal``, ``alpha_f``, and of the YAML.
+
+    Raises:
+        ValueError: If it is no checkpoint of a run, the trunk is not in its constant phase, or a key is missing.
+    """
+    try:
+        if is_remote(checkpoint):
+            real = resolve_latest(checkpoint)
+        else:
+            link = Path(checkpoint)
+            real = str(link.with_name(os.readlink(link)) if link.is_symlink() else link)
+        folder, _, name = real.rpartition('/')
+        batch, record = re.search(r'-ba(\d+)', name), read_record(folder or '.')
+        given: Any = OmegaConf.to_container(OmegaConf.from_cli(list(overrides)), resolve=True)
+    except (OSError, StorageError, OmegaConfBaseException) as error:
+        raise ValueError(f'{checkpoint}: {error}') from None
+    if not batch or not record:
+        raise ValueError(
+            f'{checkpoint} is not a checkpoint of a run of continue_pretraining.py (ep...-ba..., or latest)'
+        )
+    how = {key: given.pop(key) for key in ANNEAL_KEYS if key in given}
+    if 't_anneal' not in how:
+        raise ValueError('t_anneal is missing: the length of the branch, such as t_anneal=45000000000tok')
+    if wrong := [key for key in (*OF_THE_TRUNK, 'load_path') if key in given]:
+        raise ValueError(
+            f'{wrong[0]}: a branch has this from its trunk; {", ".join(ANNEAL_KEYS)} say how it is annealed'
+        )
+    how['run_name'] = given.pop('run_name', None) or f'{record.run_name}-anneal-ba{batch[1]}'
+    beside = '/'.join(filter(None, [folder.rpartition('/')[0], how['run_name']]))
+    how['save_folder'] = given.pop('save_folder', None) or beside
+    try:
+        branch = annealed(record.config, record.config.to_train_yaml(), real, int(batch[1]), **how)
+    except ValueError as error:
+        raise ValueError(f'{checkpoint}: {error}') from None
+    # streams in place of the trunk's, and not both
+    dataset, own = branch['train_loader']['dataset'], given.get('train_loader', {}).get('dataset', {})
+    if 'new' in own:
+        del dataset['new']
+    if 'streams' in (own.get('replay') or {}):
+        (dataset.get('replay') or {}).pop('streams', None)
+    merged: Any = OmegaConf.to_container(
+        OmegaConf.merge(OmegaConf.create(branch), OmegaConf.create(given)), resolve=True
+    )
+    return Stage.from_yaml(merged)

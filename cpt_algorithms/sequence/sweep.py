@@ -14,10 +14,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cpt_algorithms.sequence.expand import Run, plan
+from cpt_algorithms.sequence.expand import Run, expand
+from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.validation import check_keys, check_type, check_yaml_scalars, short_repr
 
-__all__ = ['plan_trials', 'sequence_of', 'trials_of']
+__all__ = ['expand_trials', 'sequence_of', 'trials_of']
 
 Config = dict[str, Any]
 
@@ -175,21 +176,21 @@ def _draw(parameter: Mapping[str, Any], x: float) -> Any:
     return min(max(float(f'{drawn:.4g}'), low), high)
 
 
-def plan_trials(spec: Config, trials: Sequence[Sequence[str]]) -> list[Run]:
+def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[Run]:
     """The runs of a sequence with one arm for each trial, in place of its own arms.
 
     Each trial is planned by itself, so that it means the same runs, in the same folders, whatever other trials there
     are. A first stage that a trial leaves alone is shared; one that it changes is its own.
 
     Args:
-        spec: The sequence YAML; see :func:`~cpt_algorithms.sequence.expand.plan`.
+        spec: The sequence.
         trials: Of :func:`trials_of`, or one from a command line.
 
     Raises:
-        ValueError: If a parameter names no stage, or would make one trial cost more than another; as ``plan`` does.
+        ValueError: If a parameter names no stage, or would make one trial cost more than another; as ``expand`` does.
     """
-    plan({**spec, 'arms': None})  # what is wrong without any trial is said without one
-    stages = list(spec['stages'])
+    expand(spec.with_arms(None))  # what is wrong without any trial is said without one
+    stages = list(spec.stages)
     runs: dict[str, Run] = {}
     for trial in trials:
         if wrong := [word for word in trial if '=' not in word]:
@@ -200,10 +201,10 @@ def plan_trials(spec: Config, trials: Sequence[Sequence[str]]) -> list[Run]:
         leaves = dict(_leaves(overrides))
         for name in leaves:
             _check_name(name, stages)
-        for run in plan({**spec, 'arms': {_arm(leaves, stages[-1]): overrides}}):
+        for run in expand(spec.with_arms({_arm(leaves, stages[-1]): overrides})):
             if len(run.name) > 200:
                 raise ValueError(f'{run.name} is too long for the name of a folder; sweep fewer parameters at once')
-            if runs.setdefault(run.name, run).config != run.config:
+            if runs.setdefault(run.name, run).stage != run.stage:
                 raise ValueError(
                     f'two trials would both be kept in the folder {run.name}; make their values differ more'
                 )

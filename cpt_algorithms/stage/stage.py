@@ -20,7 +20,7 @@ from cpt_algorithms.files import read_yaml
 from cpt_algorithms.replay.mix import DOWNLOAD_RETRY, STREAM_KEYS, Mix, Stream, read_mix
 from cpt_algorithms.validation import ConfigError, PathStr, Section, parse_section, short_repr
 
-__all__ = ['KEEP_OPTIMIZER_IGNORE_KEYS', 'Callbacks', 'Dataset', 'Loader', 'Merge', 'Model', 'Stage']
+__all__ = ['KEEP_OPTIMIZER_IGNORE_KEYS', 'Callbacks', 'Dataset', 'Loader', 'Merge', 'Model', 'Stage', 'read_model_file']
 
 # What a stage that keeps its parent's optimizer must not load. Exact keys: with a star, a sharded load takes
 # `state/schedulers*` out of the *live* scheduler, whose learning rate then never changes again.
@@ -73,6 +73,12 @@ class Model(Section):
     vocab_size: Positive | None = None
     max_seq_len: Positive | None = None
     expansion_ratio: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def pretrained_model(self) -> str | None:
+        """The Hugging Face model whose weights these are, unless a checkpoint is loaded: a folder or a name."""
+        is_pretrained = self.name == 'hf_causal_lm' and self.pretrained
+        return self.pretrained_model_name_or_path if is_pretrained else None
 
 
 class TokenizerKwargs(Section):
@@ -327,7 +333,7 @@ class Stage(Section):
             ConfigError: With everything that is wrong.
         """
         if isinstance(given, Mapping) and isinstance(given.get('model'), str):
-            given = {**given, 'model': _model_file(given['model'])}
+            given = {**given, 'model': read_model_file(given['model'])}
         return parse_section(cls, _filled_in(given, parse_section(cls, given)))
 
     def to_train_yaml(self) -> dict[str, Any]:
@@ -406,9 +412,7 @@ class Stage(Section):
     @property
     def pretrained_model(self) -> str | None:
         """The pretrained Hugging Face model that the stage starts from, a folder or a name; None if from others."""
-        model = self.model
-        is_pretrained = model.name == 'hf_causal_lm' and model.pretrained and not self.load_path
-        return model.pretrained_model_name_or_path if is_pretrained else None
+        return None if self.load_path else self.model.pretrained_model
 
     @property
     def parent(self) -> str | None:
@@ -444,7 +448,12 @@ class Stage(Section):
         return self.variables.merge
 
 
-def _model_file(path: str) -> dict[str, Any]:
+def read_model_file(path: str) -> dict[str, Any]:
+    """The content of ``model: FILE.yaml``.
+
+    Raises:
+        ConfigError: If it cannot be read, or is not right.
+    """
     try:
         model: Any = OmegaConf.to_container(read_yaml(path), resolve=True)
     except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:

@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from judge import Claim, Condition, Finding, NotRun, Runs, judge
+
+from scripts.claims.judge import Claim, Condition, Finding, NotRun, Runs, judge
 
 # Of one seed: [batch, token, loss]; the average is also evaluated at batch 6, and not at 0.
 RAW = [[0, 0, 3.0], [2, 8, 5.0], [4, 16, 4.0], [8, 32, 6.0]]

@@ -16,7 +16,6 @@ from cpt_algorithms.replay.functional import (
     ShuffledOrder,
     StreamOrder,
     check_budget,
-    differences,
     row_shift,
     shares_of,
     worker_slots,
@@ -302,11 +301,3 @@ def test_what_was_read_before_counts():
     check_budget(200, interleaving, sizes, 1, 16, {'new': 1, 'pile': 1})
     with pytest.raises(ValueError, match=r'reads 1,632 tokens of the new data \(32 of them before it begins\), which'):
         check_budget(200, interleaving, sizes, 1, 16, {'new': 2})
-
-
-def test_differences_name_what_changed():
-    assert differences('{"a": 1, "b": 2, "c": 3}', '{"a": 1, "b": 5, "d": 6}') == [
-        'b: 2 -> 5',
-        'd: absent -> 6',
-        'c: 3 -> absent',
-    ]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge: a run's last checkpoints averaged, then evaluated and exported like a run that was trained."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from composer.utils import dist, get_device
+from filelock import FileLock, Timeout
+from llmfoundry.command_utils import evaluate as evaluate_losses
+from llmfoundry.utils.config_utils import EVAL_CONFIG_KEYS
+from omegaconf import OmegaConf
+
+from cpt_algorithms.checkpoints.open import guard_loading
+from cpt_algorithms.files import read_json, write_json
+from cpt_algorithms.launch.processes import die_with_parent
+from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate, write_record
+from cpt_algorithms.stage.stage import Merge, Stage
+
+__all__ = ['merge_stage']
+
+
+def merge_stage(stage: Stage, average_script: Path) -> None:
+    """Average, evaluate and export, unless that is done already; exit with one line if it has to stop.
+
+    Args:
+        stage: A stage with a ``merge``.
+        average_script: ``scripts/average_checkpoints.py``.
+    """
+    merge, suite = stage.merge, stage.suite
+    if merge is None:
+        sys.exit(f'{stage.run_name}: variables.merge is missing: which checkpoints are averaged')
+    folder = Path(stage.folder)
+    checkpoint = folder / 'merged.pt'
+    folder.mkdir(parents=True, exist_ok=True)
+    done = read_json(folder / 'done.json')
+    if done and (not suite or done['lm_eval'] == suite):
+        print(f'{stage.run_name}: finished already')
+        return
+    rank_zero, lock = os.environ.get('RANK', '0') == '0', FileLock(folder / '.lock')
+    if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+        timeout = stage.dist_timeout if 'dist_timeout' in stage.given else 6 * 3600.0  # averaging
+        dist.initialize_dist(get_device(None), timeout=timeout)
+    if rank_zero:
+        try:
+            lock.acquire(timeout=30)
+        except Timeout:
+            sys.exit(f'save_folder={folder}: another process is at work there; wait for it or stop it')
+        write_record(stage)
+        _average(merge, checkpoint, 'pt', average_script)
+        _average(merge, folder / 'huggingface' / f'ba{merge.batch}', 'hf', average_script)
+    dist.barrier()
+    guard_loading()
+    if not done:
+        _measure_losses(stage, checkpoint)
+    if rank_zero:
+        done = {'batch': 0, 'lm_eval': None}
+        write_json(folder / 'done.json', done)
+        if suite and evaluate(folder, suite)[1]:
+            write_json(folder / 'done.json', {**done, 'lm_eval': suite})
+
+
+def _average(merge: Merge, out: Path, kind: str, script: Path) -> None:
+    """Make ``out`` of the trunk's checkpoints, unless it is there."""
+    if out.exists():
+        return
+    how = ['--last', str(merge.last), '--every', str(merge.every), '--weights', merge.weights]
+    command = [sys.executable, str(script), merge.of, *how, '--to', kind, '--out', str(out)]
+    # left alone, it would have a restart refused, which makes the same
+    if subprocess.run(command, check=False, preexec_fn=die_with_parent).returncode:
+        sys.exit(f'the checkpoints of {merge.of} could not be averaged')
+
+
+def _measure_losses(stage: Stage, checkpoint: Path) -> None:
+    """Have ``final_loss`` and ``forgetting`` write what the merged weights are worth."""
+    given = stage.to_train_yaml()
+    config = {key: value for key, value in given.items() if key in EVAL_CONFIG_KEYS}
+    if config.get('fsdp_config'):
+        config['fsdp_config'] = {**config['fsdp_config'], 'state_dict_type': 'full'}
+    callbacks = given['callbacks']
+    config['callbacks'] = {name: callbacks[name] for name in ('final_loss', 'forgetting') if name in callbacks}
+    # llm-foundry's evaluation judges by the metrics of training
+    config['model'] = {**given['model'], 'use_train_metrics': True}
+    config |= {'tokenizer': given['tokenizer'], 'load_path': str(checkpoint), 'log_config': False}
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        DATASETS_LOCK.acquire()
+    try:
+        evaluate_losses(OmegaConf.create(config))
+    finally:
+        DATASETS_LOCK.release(force=True)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sequence and its runs from a command line: overrides, scales, sweeps and trials."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cpt_algorithms.files import read_yaml
+from cpt_algorithms.sequence.expand import Run, expand
+from cpt_algorithms.sequence.scale import scale_file, scaled
+from cpt_algorithms.sequence.spec import SequenceSpec
+from cpt_algorithms.sequence.sweep import expand_trials, sequence_of, trials_of
+from cpt_algorithms.stage.stage import Stage
+
+__all__ = ['load_yaml', 'read_sequence', 'with_caches']
+
+
+def load_yaml(words: Sequence[str]) -> dict[str, Any]:
+    """A YAML with overrides; of a sequence that says ``scale``, at that size.
+
+    Args:
+        words: Its path, and ``key=value``, which apply after scaling. ``scale`` is the path of a scale file, or
+            ``tiny`` for ``yamls/scales/tiny.yaml``, looked for in the folders above the YAML.
+
+    Raises:
+        ValueError: If a file cannot be read, there is no such scale, or it is not right.
+    """
+    try:
+        given, changes = read_yaml(words[0]), OmegaConf.from_cli(list(words[1:]))
+        if scale := _unresolved(OmegaConf.merge(given, changes)).get('scale'):
+            then, now = _unresolved(given), _unresolved(read_yaml(scale_file(str(scale), Path(words[0]))))
+            then.pop('scale', None)
+            given = OmegaConf.create(scaled(then, now))
+        whole: Any = OmegaConf.to_container(OmegaConf.merge(given, changes), resolve=True)
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f'{words[0]} cannot be read: {error}') from None
+    whole.pop('scale', None)
+    return whole
+
+
+def _unresolved(config: Any) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(config)
+    return plain
+
+
+def read_sequence(
+    words: Sequence[str], sweep: str | None = None, trial: Sequence[str] = ()
+) -> tuple[SequenceSpec, list[Run]]:
+    """A sequence, and all its runs.
+
+    Args:
+        words: The path of the sequence YAML and ``key=value``; of a sweep, only the latter.
+        sweep: A W&B sweep file, whose trials take the place of the arms. Default: ``None``.
+        trial: ``STAGE.KEY=VALUE``, one trial instead of the arms. Default: none.
+
+    Raises:
+        ValueError: If the sequence, the sweep or a run is not right.
+    """
+    trials = [list(trial)] if trial else []
+    if sweep:
+        try:
+            # as wandb sweep reads it; OmegaConf would take ${env} for its own
+            given = yaml.safe_load(Path(sweep).read_text(encoding='utf-8'))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f'{sweep} cannot be read: {error}') from None
+        words, trials = [*sequence_of(given), *words], trials_of(given)
+    if not words:
+        raise ValueError('a sequence YAML is missing, or --sweep FILE')
+    spec = SequenceSpec.from_yaml(load_yaml(words))
+    runs = expand_trials(spec, trials) if trials else expand(spec)
+    return spec, [_cached_apart(run) for run in runs] if spec.jobs > 1 else runs
+
+
+def _cached_apart(run: Run) -> Run:
+    """A run with cache folders of its own: no two processes may use one at the same time."""
+
+    def place(stream: dict[str, Any]) -> str:
+        cache = stream.get('local') or 'cache/' + re.sub(r'\W+', '-', stream['remote'])
+        return f'{cache}/{run.name}'
+
+    return replace(run, stage=Stage.from_yaml(with_caches(run.stage.to_train_yaml(), place)))
+
+
+def with_caches(section: Any, place: Callable[[dict[str, Any]], str]) -> Any:
+    """A part of a YAML whose streams from elsewhere are all cached where ``place`` says.
+
+    Args:
+        section: Any part of it.
+        place: The folder of a stream.
+    """
+    if isinstance(section, list):
+        return [with_caches(value, place) for value in section]
+    if not isinstance(section, dict):
+        return section
+    section = {key: with_caches(value, place) for key, value in section.items()}
+    return {**section, 'local': place(section)} if section.get('remote') else section

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the runs of a sequence: parents first, as many at a time as it says, what is done already not again."""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from cpt_algorithms.files import read_json, write_json
+from cpt_algorithms.launch.launcher import Handle, Start
+from cpt_algorithms.sequence.expand import Run
+from cpt_algorithms.sequence.spec import SequenceSpec
+
+__all__ = ['is_done', 'recipe_of', 'run_all', 'write_sequence', 'write_yaml']
+
+# Composer's console logger: [token=40960/1638400]
+_PROGRESS = re.compile(r'^\[(?:token|batch|sample)=(\d+)/(\d+)\]', re.MULTILINE)
+_COLUMNS = (
+    TextColumn('{task.description}'),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn('batches'),
+    TimeElapsedColumn(),
+)
+
+
+def recipe_of(run: Run) -> str:
+    """The script that trains a run, or merges."""
+    return 'merge.py' if run.stage.merge else 'continue_pretraining.py'
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run is trained, exported and evaluated."""
+    done = read_json(run.folder / 'done.json')
+    return done is not None and run.stage.suite in (None, done.get('lm_eval'))
+
+
+def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) -> None:
+    """Write ``sequence.json``: which runs belong together, for the report.
+
+    Args:
+        spec: The sequence.
+        runs: Its runs.
+        keep: Whether to keep those of other trials, which are there. Default: ``False``.
+    """
+    path = Path(spec.folder) / 'sequence.json'
+    planned = [
+        {
+            'name': run.name,
+            'arm': run.arm,
+            'stage': run.stage_name,
+            'seed': run.seed,
+            'parent': run.parent,
+            'tokens': run.stage.tokens_by_stream(),
+            'trunk': run.tokens_before_branch,
+            'batches': run.batches,
+        }
+        for run in runs
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name('.sequence.lock')):
+        others = json.loads(path.read_text(encoding='utf-8'))['runs'] if keep and path.exists() else []
+        names = {run.name for run in runs}
+        all_runs = [*(other for other in others if other['name'] not in names), *planned]
+        write_json(path, {'name': spec.name, 'data': list(spec.data), 'stages': spec.stage_tokens, 'runs': all_runs})
+
+
+def write_yaml(run: Run) -> None:
+    """Write ``run.yaml``, whole or not at all."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    partial = run.folder / '.run.yaml'
+    OmegaConf.save(OmegaConf.create(run.stage.to_train_yaml()), partial)
+    partial.replace(run.folder / 'run.yaml')
+
+
+def run_all(runs: Sequence[Run], start: Start, jobs: int, recipes: Path, console: Console) -> list[str]:
+    """Train what is not done yet.
+
+    Args:
+        runs: The runs of a sequence.
+        start: Starts a run; see :func:`~cpt_algorithms.launch.launcher.make_launcher`.
+        jobs: How many at a time.
+        recipes: The folder of the scripts that they run.
+        console: Where to print.
+
+    Returns:
+        The names of runs that failed, or whose parent did.
+    """
+    loop = _Loop(runs, start, jobs, recipes, console)
+    if loop.done:
+        console.print(f'{len(loop.done)} of {len(runs)} runs are done already')
+    said = time.monotonic()
+    with Progress(*_COLUMNS, console=console) as bars:
+        total = sum(run.batches for run in runs if run.name not in loop.done)
+        overall = bars.add_task('all runs', total=total)
+        while loop.start_what_can_be(bars):
+            time.sleep(0.3)
+            loop.look(bars)
+            bars.update(overall, completed=loop.finished + sum(_progress_of(each.run) for each in loop.running))
+            if not console.is_terminal and time.monotonic() - said > 15:
+                said = time.monotonic()
+                at = (f'{each.run.name} {_progress_of(each.run)}/{each.run.batches}' for each in loop.running)
+                console.print(f'  {", ".join(at)}')
+    return loop.failed
+
+
+@dataclass
+class _Running:
+    """A run that is being trained."""
+
+    run: Run
+    handle: Handle
+    lock: FileLock
+    bar: TaskID
+    started: float = field(default_factory=time.monotonic)
+
+
+class _Loop:
+    """Which runs are done, failed and running."""
+
+    def __init__(self, runs: Sequence[Run], start: Start, jobs: int, recipes: Path, console: Console) -> None:
+        # of those that can start, the one with the longest way to go behind it goes first
+        self.runs = sorted(runs, key=lambda run: -_batches_to_go(run, runs))
+        self.start, self.jobs, self.recipes, self.console = start, jobs, recipes, console
+        self.done = {run.name for run in runs if is_done(run)}
+        self.failed: list[str] = []
+        self.elsewhere: set[str] = set()
+        self.running: list[_Running] = []
+        self.finished = 0  # batches, since the loop began
+
+    def start_what_can_be(self, bars: Progress) -> bool:
+        """Start runs whose parents are done; whether anything is left to wait for."""
+        for run in self.runs:
+            if run.name in {*self.done, *self.failed, *(each.run.name for each in self.running)}:
+                continue
+            if run.parent in self.failed:
+                self.failed.append(run.name)
+                self._print(f'{run.name}: skipped, its parent {run.parent} failed')
+            elif is_done(run):  # by another sequence
+                self._finish(run)
+            elif len(self.running) < self.jobs and (run.parent is None or run.parent in self.done):
+                self._launch(run, bars)
+        return bool(self.running) or any(run.name not in {*self.done, *self.failed} for run in self.runs)
+
+    def _launch(self, run: Run, bars: Progress) -> None:
+        lock = FileLock(run.folder / '.sequence.lock')
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            (run.folder / 'failed.json').unlink(missing_ok=True)
+            write_yaml(run)
+            handle = self.start(self.recipes / recipe_of(run), run.folder)
+        except Timeout:
+            if run.name not in self.elsewhere:
+                self.elsewhere.add(run.name)
+                self._print(f'{run.name}: waiting for another process that trains it')
+        except OSError as error:
+            self.failed.append(run.name)
+            self._print(f'{run.name}: failed: {error.filename}: {error.strerror}')
+        else:
+            self.running.append(_Running(run, handle, lock, bars.add_task(run.name, total=run.batches)))
+            self._print(f'{run.name}: started ({handle.name})')
+
+    def look(self, bars: Progress) -> None:
+        """Note which runs have ended, and how."""
+        for each in list(self.running):
+            bars.update(each.bar, completed=_progress_of(each.run))
+            returncode = each.handle.poll()
+            if returncode is None:
+                continue
+            self.running.remove(each)
+            bars.remove_task(each.bar)
+            if returncode == 0:
+                self._finish(each.run)
+                self._print(f'{each.run.name}: done in {time.monotonic() - each.started:.0f} s')
+            else:
+                self.failed.append(each.run.name)
+                self._say_failed(each.run, returncode)
+            each.lock.release()
+
+    def _finish(self, run: Run) -> None:
+        self.done.add(run.name)
+        self.finished += run.batches
+
+    def _say_failed(self, run: Run, returncode: int) -> None:
+        """Note and print why: the one line that the run has ended with, or else the end of its log."""
+        log = run.folder / 'log.txt'
+        tail = log.read_text(errors='replace').splitlines()[-200:]  # W&B prints many behind it
+        stopped = [line for line in tail if line.startswith(f'{run.name} stopped: ')]
+        tail = stopped[-1:] or tail[-12:]
+        try:
+            write_json(run.folder / 'failed.json', {'returncode': returncode, 'log': tail})
+        except OSError as error:
+            self._print(f'{error.filename}: {error.strerror}; the report cannot say why it failed')
+        self.console.print(f'[red]{run.name}: failed[/red] ({log}):')
+        self._print('\n'.join(tail))
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _batches_to_go(run: Run, runs: Sequence[Run]) -> int:
+    """Batches from this run to the end of the longest chain that starts with it."""
+    return run.batches + max((_batches_to_go(child, runs) for child in runs if child.parent == run.name), default=0)
+
+
+def _progress_of(run: Run) -> int:
+    """The last batch that the log speaks of."""
+    path = run.folder / 'log.txt'
+    if not path.exists():
+        return 0
+    with open(path, 'rb') as file:
+        file.seek(max(0, path.stat().st_size - 20_000))
+        found = _PROGRESS.findall(file.read().decode(errors='replace'))
+    return run.batches * int(found[-1][0]) // int(found[-1][1]) if found else 0

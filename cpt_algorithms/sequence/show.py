@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sequence will train, as it is printed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmfoundry.utils.builders import build_scheduler
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cpt_algorithms.launch.launcher import Resources, command
+from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
+from cpt_algorithms.sequence.expand import Run
+from cpt_algorithms.sequence.run import recipe_of
+
+__all__ = ['print_commands', 'print_runs']
+
+
+def print_runs(title: str, runs: Sequence[Run], console: Console) -> None:
+    """What will be trained, on what, for how long, at which learning rate.
+
+    Args:
+        title: What they are.
+        runs: The runs.
+        console: Where to print.
+    """
+    table = Table(title=escape(f'{title}: {len(runs)} runs'), title_justify='left')
+    for column in ('run', 'parent', 'tokens'):
+        table.add_column(column)
+    table.add_column('batches', justify='right')
+    total = 0
+    for run in runs:
+        tokens = run.stage.tokens_by_stream()
+        total += sum(tokens.values())
+        read = ', '.join(f'{name} {count:,}' for name, count in tokens.items() if count)
+        if merge := run.stage.merge:
+            read = f'average of {merge.last} checkpoints, {merge.every} apart'
+        start = f' at {sum(run.tokens_before_branch.values()):,}' if run.tokens_before_branch else ''
+        table.add_row(run.name, f'{run.parent or "(from scratch)"}{start}', escape(read), f'{run.batches:,}')
+    console.print(table)
+    console.print(f'{total:,} tokens to train in all\n')
+    for run in (run for run in runs if run.batches):
+        stage = run.stage
+        scheduler = build_scheduler(stage.scheduler.name, stage.scheduler.arguments)
+        if isinstance(scheduler, PhaseScheduler):
+            schedule, unit = scheduler.schedule(str(stage.max_duration))
+            console.print(f'{run.name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}')
+            phases = format_phases(schedule, unit, stage.max_duration.value)
+            console.print(phases, highlight=False, markup=False)
+
+
+def print_commands(resources: Resources, runs: Sequence[Run], recipes: Path, console: Console) -> None:
+    """What trains each run, in the shell of each of its nodes, under whatever scheduler starts it there.
+
+    Args:
+        resources: Where the ranks of a run are.
+        runs: The runs.
+        recipes: The folder of the scripts that they run.
+        console: Where to print.
+    """
+    lines = []
+    if resources.nodes > 1:
+        last = resources.nodes - 1
+        lines.append(f'# on each node: NODE_RANK is 0 to {last}, MASTER_ADDR the node whose rank is 0')
+    for run in runs:
+        lines.append(f'# {run.name}{f", when {run.parent} is done" if run.parent else ""}')
+        lines.append(command(resources, recipes / recipe_of(run), run.folder / 'run.yaml'))
+    console.print('\n'.join(lines), soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sequence YAML, read once into a typed object. What it says of stages is checked where it is written."""
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, create_model
+
+from cpt_algorithms.duration import ABSOLUTE, Duration
+from cpt_algorithms.files import is_remote
+from cpt_algorithms.replay.mix import STREAM_KEYS, Stream
+from cpt_algorithms.stage.stage import Loader, Model, Positive, Scheduler, Stage, read_model_file
+from cpt_algorithms.validation import ConfigError, PathStr, Section, parse_section
+
+__all__ = [
+    'ANNEAL_KEYS',
+    'BASELINES',
+    'DERIVED',
+    'FROM_SCRATCH',
+    'OF_THE_TRUNK',
+    'Branch',
+    'SequenceSpec',
+    'StageSettings',
+    'merge',
+]
+
+# From scratch on the data of all stages; or on the last one's. Or later stages: at the learning rate that the first one
+# ended with; re-warmed and not decayed; without replay; re-warmed on the first one's data.
+Baseline = Literal['union', 'single', 'constant_eta_min', 'constant_eta_max', 'no_replay', 'same_data']
+BASELINES: tuple[str, ...] = get_args(Baseline)
+FROM_SCRATCH = ('union', 'single')
+ANNEAL_KEYS = ('t_anneal', 'anneal', 'alpha_f')
+# Filled in for every run.
+DERIVED = ('run_name', 'save_folder', 'load_path', 'load_weights_only', 'load_ignore_keys', 'autoresume', 'seed')
+# What a branch has from its trunk, or from ANNEAL_KEYS.
+OF_THE_TRUNK = (
+    'scheduler', 'max_duration', 'optimizer_state', 'branches', 'global_train_batch_size', 'max_seq_len',
+)  # fmt: skip
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], null_removes: bool = False) -> dict[str, Any]:
+    """Merge sections in depth; one that gives a ``name`` replaces the old one instead of mixing with its arguments.
+
+    Args:
+        base: The mapping below.
+        over: The mapping that wins.
+        null_removes: Whether ``key: null`` removes the key. Default: ``False``.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if value is None and null_removes:
+            merged.pop(key, None)
+        elif isinstance(value, Mapping) and 'name' not in value and (isinstance(old, Mapping) or null_removes):
+            merged[key] = merge(old if isinstance(old, Mapping) else {}, value, null_removes)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _refuse(reason: str) -> Any:
+    def refuse(value: Any) -> None:
+        raise ValueError(f'KEY {reason}')
+
+    return Annotated[Any, BeforeValidator(refuse)]
+
+
+def _not_empty(value: Any) -> Any:
+    if not value:
+        raise ValueError('KEY is empty')
+    return value
+
+
+def _model(value: Any) -> Any:
+    try:
+        return read_model_file(value) if isinstance(value, str) else value
+    except ConfigError as error:
+        raise ValueError('; '.join(error.problems)) from None
+
+
+def _optional(name: str) -> Any:
+    """The type of a key of :class:`Stage`, which a part of a stage need not say."""
+    kind: Any = Stage.model_fields[name].annotation
+    for each in Stage.model_fields[name].metadata:
+        kind = Annotated[kind, each]
+    return kind | None, None
+
+
+AbsoluteTime = Annotated[Duration, BeforeValidator(lambda value: Duration.parse('KEY', value, ABSOLUTE))]
+_set_here = _refuse('is set by the sequence for each run; leave it out')
+_from_its_trunk = _refuse(
+    'cannot be changed: a branch has this from its trunk; t_anneal, anneal and alpha_f say the rest'
+)
+_PartOfAStage: Any = create_model(
+    '_PartOfAStage', __base__=Section, **{name: _optional(name) for name in Stage.model_fields}
+)  # fmt: skip
+
+
+class Replay(Section):
+    """What comes back: ``weights`` of earlier datasets; ``consumed_only``, no more of them than stages have read."""
+
+    model_config = ConfigDict(extra='forbid')
+
+    fraction: float | str = 0
+    order: str | None = None
+    weights: dict[str, float | str] = {}
+    consumed_only: bool = False
+
+
+class BranchMerge(Section):
+    """An average of the trunk's last checkpoints."""
+
+    model_config = ConfigDict(extra='forbid')
+
+    last: Annotated[int, Field(ge=2)] | None = None
+    every: AbsoluteTime | None = None
+    weights: str = 'uniform'
+
+
+class _OfASequence(_PartOfAStage):
+    run_name: _set_here = None
+    save_folder: _set_here = None
+    load_path: _set_here = None
+    load_weights_only: _set_here = None
+    load_ignore_keys: _set_here = None
+    autoresume: _set_here = None
+    seed: _set_here = None
+    model: Annotated[Model, BeforeValidator(_model)] = Model()
+    train_loader: Loader = Loader()
+    eval_loader: Loader = Loader()  # a template, for every dataset
+    new: str | Annotated[list[str], Field(min_length=1)] | None = None
+    replay: Replay = Replay()
+
+
+class Branch(_OfASequence):
+    """A run that starts from a checkpoint of a stage: annealed over ``t_anneal``, or a merge."""
+
+    scheduler: _from_its_trunk = None
+    max_duration: _from_its_trunk = None
+    optimizer_state: _from_its_trunk = None
+    branches: _from_its_trunk = None
+    global_train_batch_size: _from_its_trunk = None
+    max_seq_len: _from_its_trunk = None
+    t_anneal: AbsoluteTime | None = None
+    anneal: str | None = None
+    alpha_f: float | None = None
+    merge: BranchMerge | None = None
+
+
+class StageSettings(_OfASequence):
+    """What a sequence says of a stage, in one place or merged: LLM Foundry's keys and a few more."""
+
+    scheduler: Scheduler = Scheduler()
+    max_duration: AbsoluteTime | None = None
+    global_train_batch_size: Positive | None = None
+    max_seq_len: Positive | None = None
+    optimizer_state: Literal['reset', 'keep'] = 'reset'
+    branches: dict[str, Branch | None] = {}
+
+    @cached_property
+    def batches(self) -> int:
+        """Of the whole stage; needs its length, batch size and length of rows."""
+        return self.batches_of(self.max_duration)
+
+    def batches_of(self, time: Duration | None) -> int:
+        """Whole batches that a time takes."""
+        assert time and self.global_train_batch_size and self.max_seq_len, 'SequenceSpec has looked'
+        batches = time.batches(self.global_train_batch_size, self.max_seq_len)
+        assert batches is not None, 'not in epochs'
+        return batches
+
+
+class Arm(Section):
+    """What differs from ``common`` and ``stages``: by stage, or for all."""
+
+    __pydantic_extra__: dict[str, StageSettings | None]
+
+    baseline: Baseline | None = None
+    common: StageSettings = StageSettings()
+
+
+class Dataset(Stream):
+    """A dataset; ``stand_in_for`` says that it stands in for data that is not known."""
+
+    stand_in_for: str | None = None
+
+    @property
+    def stream(self) -> dict[str, Any]:
+        """As a loader has it."""
+        return {key: value for key, value in self.given.items() if key in STREAM_KEYS}
+
+
+def _local_folder(folder: str) -> str:
+    if is_remote(folder):
+        raise ValueError(
+            'a sequence keeps its plan, logs and runs in a local folder; only its data may lie in object storage'
+        )
+    if '{' in folder:
+        raise ValueError('must be a path without braces')
+    return folder
+
+
+def _each_once(seeds: list[int]) -> list[int]:
+    if len({*seeds}) < len(seeds):
+        raise ValueError('a seed is there twice')
+    return seeds
+
+
+def _stage_names(stages: dict[str, Any]) -> dict[str, Any]:
+    if taken := [name for name in ('common', 'baseline') if name in stages]:
+        raise ValueError(f'KEY.{taken[0]}: a stage cannot have this name, which means something else in arms')
+    return stages
+
+
+class SequenceSpec(Section):
+    """A sequence: stages x arms x seeds.
+
+    * ``data``: ``{name: stream}``, the datasets. If the model is a pretrained one, stand-ins are what it has read.
+    * ``common``: LLM Foundry's keys of all stages.
+    * ``stages``: in order, ``{name: LLM Foundry's keys + new, replay, optimizer_state, branches}``.
+    * ``arms``: ``{arm: {stage or common: overrides}}``, or ``{baseline: one of BASELINES}`` with overrides.
+    * ``lm_eval``: the suite that every run ends with.
+    """
+
+    model_config = ConfigDict(extra='forbid')
+
+    name: Annotated[str, AfterValidator(_not_empty)]
+    folder: Annotated[PathStr, AfterValidator(_local_folder)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], AfterValidator(_each_once)] = [17]
+    jobs: Positive = 1
+    nodes: Positive = 1
+    nproc: Positive = 1
+    slurm: dict[str, Any] | None = None
+    data: Annotated[dict[str, Dataset], AfterValidator(_not_empty)]
+    common: StageSettings = StageSettings()
+    stages: Annotated[dict[str, StageSettings | None], AfterValidator(_not_empty), AfterValidator(_stage_names)]
+    arms: dict[str, Arm | None] = {}
+    variables: dict[str, Any] = {}
+    lm_eval: str | list[str] | None = None
+
+    @classmethod
+    def from_yaml(cls, given: Mapping[str, Any]) -> 'SequenceSpec':
+        """Read a sequence YAML that is a mapping already.
+
+        Args:
+            given: The YAML, interpolations resolved.
+
+        Raises:
+            ConfigError: With everything that is wrong.
+        """
+        spec = parse_section(cls, given)
+        missing = [
+            f'stages.{name}.{key} is missing (or common.{key} for all stages)'
+            for name, stage in spec.merged.items()
+            for key in ('max_duration', 'global_train_batch_size', 'max_seq_len')
+            if stage.get(key) is None
+        ]
+        if missing:
+            raise ConfigError(missing)
+        return spec
+
+    def with_arms(self, arms: Mapping[str, Any] | None) -> 'SequenceSpec':
+        """The same with other arms."""
+        return self.from_yaml({**self.given, 'arms': arms})
+
+    @property
+    def merged(self) -> dict[str, dict[str, Any]]:
+        """Each stage's YAML with ``common``."""
+        return {
+            name: merge({'new': name, **self.common.given}, stage.given if stage else {})
+            for name, stage in self.stages.items()
+        }
+
+    @cached_property
+    def stage_tokens(self) -> dict[str, int]:
+        """The token budget of each stage, as ``stages`` and ``common`` say."""
+        budgets = {}
+        for name, given in self.merged.items():
+            stage = parse_section(StageSettings, given, f'stages.{name}')
+            budgets[name] = stage.batches * given['global_train_batch_size'] * given['max_seq_len']
+        return budgets
