@@ -9,47 +9,39 @@ A run is a folder with the `losses.json` of the `final_loss` callback. Runs that
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student
 
 from cpt_algorithms.evaluation.functional import steps_saved
+from cpt_algorithms.files import read_json
+from cpt_algorithms.report.tables import over_seeds
 
 Curve = list[list[float]]
+Groups = dict[str, list[dict[str, Curve]]]  # of runs that differ in their seed: {label: [[batch, loss], ...]} of each
 
 
-@dataclass
-class Group:
-    """Runs of several seeds.
-
-    Args:
-        name: What they have in common.
-        runs: ``{label: [[batch, loss], ...]}`` of each.
-    """
-
-    name: str
-    runs: list[dict[str, Curve]]
-
-
-def read(folders: list[Path], dataset: str | None) -> list[Group]:
+def read(folders: list[Path], dataset: str | None) -> Groups:
     """Curves by group; a dataset is chosen by its name, and by default the first."""
     groups: dict[str, list[dict[str, Curve]]] = defaultdict(list)
     for folder in folders:
         path = folder / 'losses.json'
-        if not path.exists():
+        measured: dict[str, Any] | None = read_json(path)
+        if measured is None:
             sys.exit(
                 f'{path} does not exist: the run has no final_loss callback with a save_folder, or no evaluation yet'
             )
-        losses: dict[str, Any] = json.loads(path.read_text())['losses']
+        losses = measured['losses']
         name = dataset or next(iter(losses))
         if name not in losses:
             sys.exit(f'{path}: there is no dataset {name!r}; there are {", ".join(k for k in losses if "/" not in k)}')
@@ -59,17 +51,7 @@ def read(folders: list[Path], dataset: str | None) -> list[Group]:
             sys.exit(f'{path}: nothing was averaged in this run; add callbacks.ema or callbacks.lawa')
         group = re.sub(r'-s\d+$', '', folder.name)
         groups[group].append({key: [[row[0], row[2]] for row in rows] for key, rows in curves.items()})
-    return [Group(name, runs) for name, runs in groups.items()]
-
-
-def interval(values: list[float], digits: int = 3, percent: bool = False) -> str:
-    """Mean and half-width of the 95 % interval over seeds."""
-    scale, unit = (100, ' %') if percent else (1, '')
-    mean = float(np.mean(values)) * scale
-    if len(values) < 2:
-        return f'{mean:.{digits}f}{unit}'
-    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))) * scale
-    return f'{mean:.{digits}f} ± {half:.{digits}f}{unit}'
+    return groups
 
 
 def at(curve: Curve, batch: float) -> float:
@@ -78,11 +60,11 @@ def at(curve: Curve, batch: float) -> float:
     return float(np.interp(batch, batches, losses))
 
 
-def rows_of(group: Group, window: int, spike: int | None) -> list[list[str]]:
+def rows_of(group: list[dict[str, Curve]], window: int, spike: int | None) -> list[list[str]]:
     """A table row for each average: gains by third of the run, steps saved, and the rise over a spike."""
     rows = []
-    for name in group.runs[0]:
-        runs = [run for run in group.runs if name in run]
+    for name in group[0]:
+        runs = [run for run in group if name in run]
         cells = [name]
         last = max(row[0] for row in runs[0]['raw'])
         for third in range(3):
@@ -92,12 +74,12 @@ def rows_of(group: Group, window: int, spike: int | None) -> list[list[str]]:
                 points = [row for row in run[name] if lower < row[0] <= upper]
                 if points:
                     gains.append(float(np.mean([at(run['raw'], batch) - loss for batch, loss in points])))
-            cells.append('' if name == 'raw' or not gains else interval(gains))
+            cells.append('' if name == 'raw' or not gains else over_seeds(gains).text(3))
         end = [float(np.mean([loss for batch, loss in run[name] if batch > last - window])) for run in runs]
-        cells.append(interval(end))
+        cells.append(over_seeds(end).text(3))
         saved = [steps_saved(run['raw'], run[name], window) for run in runs]
         reached = [value for value in saved if value is not None]
-        whole = interval(reached, 0, percent=True) if len(reached) == len(saved) else 'not reached'
+        whole = f'{over_seeds(reached).text(0, 100)} %' if len(reached) == len(saved) else 'not reached'
         cells.append('' if name == 'raw' else whole)
         if spike is not None:
             rises = []
@@ -105,23 +87,18 @@ def rows_of(group: Group, window: int, spike: int | None) -> list[list[str]]:
                 before = max(row[0] for row in run[name] if row[0] <= spike)
                 after = [loss for batch, loss in run[name] if spike < batch <= spike + window]
                 rises.append(max(after) - at(run[name], before))
-            cells.append(interval(rises))
+            cells.append(over_seeds(rises).text(3))
         rows.append(cells)
     return rows
 
 
-def draw(groups: list[Group], path: Path) -> None:
+def draw(groups: Groups, path: Path) -> None:
     """A panel for each group: mean over seeds, with the range of the seeds behind it."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.4), squeeze=False, layout='constrained')
-    for axis, group in zip(axes[0], groups, strict=True):
+    for axis, (title, group) in zip(axes[0], groups.items(), strict=True):
         lowest = []
-        for index, name in enumerate(group.runs[0]):
-            runs = [run[name] for run in group.runs if name in run]
+        for index, name in enumerate(group[0]):
+            runs = [run[name] for run in group if name in run]
             batches = [row[0] for row in runs[0]]
             losses = np.array([[at(run, batch) for batch in batches] for run in runs])
             colour = 'black' if name == 'raw' else plt.get_cmap('tab10').colors[index % 10]  # pyright: ignore
@@ -130,9 +107,7 @@ def draw(groups: list[Group], path: Path) -> None:
             lowest.append((losses.mean(0).min(), np.interp(batches[-1] / 4, batches, losses.mean(0))))
         # the start of training would squeeze everything else into a line
         axis.set_ylim(min(low for low, _ in lowest) - 0.05, max(start for _, start in lowest))
-        axis.set(
-            title=f'{group.name} ({len(group.runs)} seeds)', xlabel='batches', ylabel='validation loss (nats/token)'
-        )
+        axis.set(title=f'{title} ({len(group)} seeds)', xlabel='batches', ylabel='validation loss (nats/token)')
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.savefig(path, dpi=110)
@@ -153,8 +128,8 @@ def main() -> None:
     console.width = max(console.width, 110)  # also where it is not a terminal
     columns = ['weights', 'gain, 1st third', '2nd third', '3rd third', f'loss, last {arguments.window}', 'steps saved']
     columns += [] if arguments.spike is None else ['rise in the spike']
-    for group in groups:
-        shown = Table(*columns, title=f'{group.name}: {len(group.runs)} seeds', title_justify='left')
+    for name, group in groups.items():
+        shown = Table(*columns, title=f'{name}: {len(group)} seeds', title_justify='left')
         for row in rows_of(group, arguments.window, arguments.spike):
             shown.add_row(*row)
         console.print(shown)

@@ -258,10 +258,10 @@ def test_lm_eval_compares_with_the_base(updated, bases, offline, tmp_path, capsy
     report = write_report([folder / 'update'], tmp_path / 'report')
     [row, *averages] = report.rows
     assert {row.kind, *(each.kind for each in averages)} == {'update'} and len(averages) == 2
-    assert {'forgetting', 'adaptation'} <= row.columns.keys() and 'compute against union' not in row.columns
+    assert {'forgetting', 'adaptation'} <= row.columns.keys() and 'compute vs union' not in row.columns
     delta = next(scores for scores in report.scores if scores.row is row).deltas[key]
     assert delta.value == pytest.approx(found['ba8']['tasks'][key]['score'] - found['base']['tasks'][key]['score'])
-    assert report.study.lost == {}
+    assert report.study.missing_parents == {}
     page = (tmp_path / 'report' / 'report.html').read_text()
     assert str(bases[kind]) in page and 'stands in for what it was trained on' in page
 
@@ -271,7 +271,7 @@ def test_a_sequence_from_a_base(updated, bases, tmp_path):
     """Its first stage is an update, compared with the base; what training on everything would cost is not known."""
     kind, folder = updated
     shutil.copytree(folder / 'update', tmp_path / 'first-s17')
-    common = {'arm': 'replay', 'seed': 17, 'tokens': {'new': 768, 'old': 256}, 'trunk': {}, 'batches': 8}
+    common = {'arm': 'replay', 'seed': 17, 'tokens': {'new': 768, 'old': 256}, 'tokens_before_branch': {}, 'batches': 8}
     runs = [
         {'name': 'first-s17', 'stage': 'first', 'parent': None, **common},
         {'name': 'second-s17', 'stage': 'second', 'parent': 'first-s17', **common},
@@ -280,7 +280,7 @@ def test_a_sequence_from_a_base(updated, bases, tmp_path):
     (tmp_path / 'sequence.json').write_text(json.dumps(sequence))
     study = read_runs([tmp_path])
     row = next(row for row in rows_of(study) if row.arm == 'first only' and not row.average)
-    assert row.kind == 'update' and 'compute against union' not in row.columns
+    assert row.kind == 'update' and 'compute vs union' not in row.columns
     assert {'forgetting', 'adaptation'} <= row.columns.keys()
     assert row.runs[0].load_path == str(bases[kind])
 

@@ -144,7 +144,7 @@ def test_a_crashing_arm_does_not_stop_the_others_and_the_next_run_trains_what_is
     assert list(rows) == [*arms, 'broken']
     assert rows['broken']['state'] == 'failed, last evaluated at batch 0 of 16'
     for arm in ('none', 'none, lawa'):
-        assert float(rows[arm]['compute against union']) == 0.5
+        assert float(rows[arm]['compute vs union']) == 0.5
     final = results(spec)['new-s17/losses.json']['final']
     assert float(rows['none, lawa']['loss old']) == pytest.approx(final['old/lawa']['mean'])
     at_start = results(spec)['new-s17/forgetting.json']['parent']

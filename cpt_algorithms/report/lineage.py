@@ -190,6 +190,7 @@ class _Tree:
             return self.nodes[run.folder]
         merge, origin = run.config.merge if run.config else None, run.began_from
         if merge:
+            origin = f'{merge.of}/'
             first = merge.batch - int(merge.every.value) * (merge.last - 1)
             merged = [str(batch) for batch in range(first, merge.batch + 1, int(merge.every.value))]
             node = Node(run.name, 'merge', run.folder, run, merged=merged)

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from made_with import made_with
 from rich.console import Console
 from rich.table import Table
+
+from cpt_algorithms.report.made_with import made_with
 
 
 @dataclass(frozen=True)

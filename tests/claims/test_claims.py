@@ -3,10 +3,13 @@
 
 import json
 
-import claims
+import evidence
 import numpy as np
+import papers
 import pytest
+import results
 import sequence
+import training
 from judge import Claim, Condition, Finding, NotRun, judge
 from tiny import ROOT
 
@@ -19,13 +22,13 @@ def test_a_claim_whose_runs_are_not_there_stays_in_the_table():
 
     (finding,) = judge([Claim('C0', 'says', 'paper', test)], None)
     assert finding.verdict == 'not run'
-    assert '| cpp-s17 in runs | not run |' in claims.page([finding], [], 'made here')
+    assert '| cpp-s17 in runs | not run |' in results.page([finding], [], 'made here')
 
 
 def test_a_page_says_what_decided():
     good, bad = Condition('a', [1, 1.1, 0.9], above=0), Condition('b', [-1, -1.1, -0.9], above=0)
     finding = Finding(Claim('C0', 'says', 'paper', lambda evidence: []), [good, bad])
-    lines = claims.page([finding], [], 'made here').splitlines()
+    lines = results.page([finding], [], 'made here').splitlines()
     assert '| C0 says | paper | b: -1.000 ± 0.248 | not reproduced |' in lines
     assert '| C0 | a | > 0 | +1.000 ± 0.248 |' in lines
     assert '| C0 | b | > 0 | -1.000 ± 0.248 (not reproduced) |' in lines
@@ -36,7 +39,7 @@ def test_a_page_says_what_decided():
 
 def constant_run(average, share):
     """An average that is worse at first, and then gains."""
-    gain = {'': 0.0, 'lawa': 0.12, claims.PAPERS_EMA: 0.05}.get(average, 0.121)
+    gain = {'': 0.0, 'lawa': 0.12, papers.PAPERS_EMA: 0.05}.get(average, 0.121)
     return 4 - 0.5 * share - (gain if share > 0.1 else -0.1)
 
 
@@ -134,15 +137,15 @@ def plans():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sequence, 'resolve', lambda config: config)  # it would look for the tokenizer
-        for name in claims.SEQUENCES:
-            words = [f'variables.{key}={value}' for key, value in claims.variables(name, 131072).items()]
-            found[name] = sequence.read(sequence.parse([f'yamls/claims/{name}.yaml', *words]))
+        for name in training.SEQUENCES:
+            overrides = [f'variables.{key}={value}' for key, value in training.stage_times(name, 131072).items()]
+            found[name] = sequence.read(sequence.parse([f'yamls/claims/{name}.yaml', *overrides]))
     return found
 
 
 def world(folder, plans, monkeypatch, run='', losses=None, kept=Kept):
     """All claims hold in it, but for what a changed run shows."""
-    for name, table in zip(claims.SEQUENCES, (WEAK, STRONG, INFINITE, AVERAGING), strict=True):
+    for name, table in zip(training.SEQUENCES, (WEAK, STRONG, INFINITE, AVERAGING), strict=True):
         spec, runs = plans[name]
         sequence.write_sequence({**spec, 'folder': str(folder / name)}, runs, keep=False)
         assert {each.name.removesuffix(f'-s{each.seed}') for each in runs} == set(table)
@@ -150,14 +153,14 @@ def world(folder, plans, monkeypatch, run='', losses=None, kept=Kept):
             kind = each.name.removesuffix(f'-s{each.seed}')
             made_up = losses if (name, kind) == tuple(run.split('/')) else table[kind]
             write(folder / name / each.name, list(spec['data']), made_up, each)
-    monkeypatch.setattr(claims.Evidence, 'kept', [kept(seed) for seed in SEEDS])
-    return claims.Evidence(folder)
+    monkeypatch.setattr(evidence.Evidence, 'kept', [kept(seed) for seed in SEEDS])
+    return evidence.Evidence(folder)
 
 
 def write(folder, data, made_up, run):
     shares = np.arange(1, 129) / 128
     losses, final = {}, {}
-    averages = ('', 'lawa', *claims.EMAS, claims.PAPERS_EMA) if callable(made_up) else ('',)
+    averages = ('', 'lawa', *papers.EMAS, papers.PAPERS_EMA) if callable(made_up) else ('',)
     for average in averages:
         for index, dataset in enumerate(data):
             label = f'{dataset}/{average}' if average else dataset
@@ -176,7 +179,7 @@ def write(folder, data, made_up, run):
 
 
 def test_every_claim_is_reproduced_where_it_holds(tmp_path, plans, monkeypatch):
-    found = judge(claims.CLAIMS, world(tmp_path, plans, monkeypatch))
+    found = judge(papers.CLAIMS, world(tmp_path, plans, monkeypatch))
     assert [finding.claim.name for finding in found] == [f'C{i}' for i in range(1, 12)] + [
         f'W{i}' for i in range(1, 11)
     ]
@@ -202,7 +205,7 @@ FALSE = {
     'W1': ('averaging/python-constant', worse),
     'W2': ('averaging/python-constant_a_tenth', lambda average, share: 5 - share - (0.5 if average else 0)),
     'W4': ('averaging/python-constant', lambda average, share: 4 - share - (0.05 if average else 0)),
-    'W5': ('averaging/python-constant', lambda average, share: constant_run(average.replace('lawa', 'ema'), share) - 0.1 * (average == claims.PAPERS_EMA)),
+    'W5': ('averaging/python-constant', lambda average, share: constant_run(average.replace('lawa', 'ema'), share) - 0.1 * (average == papers.PAPERS_EMA)),
     'W6': ('averaging/python-cosine_to_zero', lambda average, share: 4 - share - (0.1 * share if average else 0)),
     'W7': ('averaging/python-spike', lambda average, share: constant_run('', share) + (0.625 <= share < 0.66) * (1.5 if average else 1)),
     'W8': ('averaging/python-constant', worse),
@@ -212,38 +215,37 @@ FALSE = {
 
 @pytest.mark.parametrize('name', FALSE)
 def test_a_claim_is_not_reproduced_where_it_does_not_hold(name, tmp_path, plans, monkeypatch):
-    found = {each.claim.name: each for each in judge(claims.CLAIMS, world(tmp_path, plans, monkeypatch, *FALSE[name]))}
+    found = {each.claim.name: each for each in judge(papers.CLAIMS, world(tmp_path, plans, monkeypatch, *FALSE[name]))}
     assert found[name].verdict == 'not reproduced', found[name].conditions
 
 
 @pytest.mark.parametrize(('name', 'kept'), [('W3', BestAtOnce), ('W10', UniformFirst)])
 def test_a_claim_about_windows_is_not_reproduced_either(name, kept, tmp_path, plans, monkeypatch):
-    found = {each.claim.name: each for each in judge(claims.CLAIMS, world(tmp_path, plans, monkeypatch, kept=kept))}
+    found = {each.claim.name: each for each in judge(papers.CLAIMS, world(tmp_path, plans, monkeypatch, kept=kept))}
     assert found[name].verdict != 'reproduced', found[name].conditions
 
 
 def test_a_run_that_is_missing_or_unfinished_is_named(tmp_path, plans, monkeypatch):
-    evidence = world(tmp_path, plans, monkeypatch)
-    assert evidence.strong.seeds == list(SEEDS)
+    assert world(tmp_path, plans, monkeypatch).strong.seeds == list(SEEDS)
     (tmp_path / 'strong_shift' / 'cpp-same_data-s18' / 'done.json').unlink()
-    found = {finding.claim.name: finding for finding in judge(claims.CLAIMS, claims.Evidence(tmp_path))}
+    found = {finding.claim.name: finding for finding in judge(papers.CLAIMS, evidence.Evidence(tmp_path))}
     assert found['C10'].verdict == 'not run'
     assert 'cpp-same_data-s18' in found['C10'].missing
     assert found['C7'].verdict == 'reproduced'
 
 
 def test_the_trend_with_tokens(tmp_path, plans, monkeypatch):
-    evidence, larger = (world(tmp_path / name, plans, monkeypatch) for name in ('one', 'larger'))
-    nothing_yet = claims.Evidence(tmp_path / 'nowhere')
+    smaller, larger = (world(tmp_path / name, plans, monkeypatch) for name in ('one', 'larger'))
+    nothing_yet = evidence.Evidence(tmp_path / 'nowhere')
     monkeypatch.setattr(larger, 'parameters', lambda shift: 2)
-    points = claims.trend({8000: [larger, evidence], 1000: [evidence], 32000: [nothing_yet]})
+    points = results.trend({8000: [larger, smaller], 1000: [smaller], 32000: [nothing_yet]})
     labels = ('weak shift, 5 % replay', 'strong shift, 25 % replay')
     places = ((1, 1000), (1, 8000), (2, 8000))
     assert [(each.label, each.parameters, each.tokens) for each in points] == [
         (label, *place) for label in labels for place in places
     ]
-    assert claims.number_of(points[0].gap) == f'{(3.05 + 3.008 - 2.99 - 3.04) / 2:+.3f} ± 0.000'
-    lines = claims.page([], points, 'made here').splitlines()
+    assert results.number_of(points[0].gap) == f'{(3.05 + 3.008 - 2.99 - 3.04) / 2:+.3f} ± 0.000'
+    lines = results.page([], points, 'made here').splitlines()
     assert '| strong shift, 25 % replay | 1 | 8,000 | -0.005 ± 0.000 |' in lines
-    claims.draw(points, tmp_path / 'claims.png')
+    results.draw(points, tmp_path / 'claims.png')
     assert (tmp_path / 'claims.png').stat().st_size > 10_000

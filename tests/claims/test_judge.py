@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from judge import Claim, Condition, Finding, NotRun, Runs, judge
+
+from scripts.claims.judge import Claim, Condition, Finding, NotRun, Runs, judge
 
 # Of one seed: [batch, token, loss]; the average is also evaluated at batch 6, and not at 0.
 RAW = [[0, 0, 3.0], [2, 8, 5.0], [4, 16, 4.0], [8, 32, 6.0]]
@@ -13,7 +14,7 @@ EMA = [[2, 8, 5.5], [4, 16, 3.5], [6, 24, 1.0], [8, 32, 5.75]]
 
 
 def write(folder, seeds=(2, 1), finished=(1, 2)):
-    planned = {'arm': 'a', 'stage': 'x', 'parent': None, 'tokens': {'new': 32}, 'trunk': {}, 'batches': 8}
+    planned = {'arm': 'a', 'stage': 'x', 'parent': None, 'tokens': {'new': 32}, 'tokens_before_branch': {}, 'batches': 8}
     runs = [{**planned, 'name': f'a-s{seed}', 'seed': seed} for seed in seeds]
     (folder / 'sequence.json').write_text(json.dumps({'name': 'q', 'data': ['d', 'e'], 'stages': {}, 'runs': runs}))
     for seed in seeds:

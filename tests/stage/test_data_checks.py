@@ -153,12 +153,17 @@ def test_a_tokenizer_that_is_not_the_parents(roots, tmp_path):
     parent = tmp_path / 'parent'
     cfg = with_parent(config(tmp_path, roots), parent)
     assert not said_of_the_tokenizer(cfg)  # nothing is known of it
+
+    def of_parent(name):
+        given = {**cfg, 'tokenizer': {'name': str(roots[name] / 'tokenizer')}}
+        write_json(parent / 'stage.json', {'run_name': 'parent', 'config': given})
+
     # its YAML tells
-    write_json(parent / 'stage.json', {'config': {'tokenizer': {'name': str(roots['other'] / 'tokenizer')}}})
+    of_parent('other')
     (found,) = said_of_the_tokenizer(cfg)
     assert f'load_path={parent}/latest-rank0.pt' in found
     assert f'use {roots["other"]}/tokenizer, and data prepared with it' in found
-    write_json(parent / 'stage.json', {'config': {'tokenizer': {'name': str(roots['new'] / 'tokenizer')}}})
+    of_parent('new')
     assert not said_of_the_tokenizer(cfg)
     # what was exported tells better: the folder that the YAML names may hold another by now
     for name, batch in (('new', 9), ('other', 10)):

@@ -6,8 +6,7 @@ import tiny
 import torch
 
 from cpt_algorithms.stage.preflight import preflight
-from cpt_algorithms.stage.stage import Stage
-from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS
+from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS, Stage
 from cpt_algorithms.validation import ConfigError
 
 
@@ -26,60 +25,73 @@ def test_a_good_yaml_passes(data, tmp_path):
     preflight(Stage.from_yaml(tiny.config(tmp_path, data, 'good', train_loader=replay(data))), world_size=2)
 
 
+# what is changed, and what a problem must name: the key, the value, what would be right
 BAD = {
-    'top level key': ({'max_durration': '8ba'}, "max_durration is not a key that anything reads; did you mean 'max_duration'"),
-    'missing key': ({'optimizer': None}, 'optimizer is missing'),
-    'missing run_name': ({'run_name': None}, 'run_name is missing'),
-    'scheduler name': ({'scheduler': {'name': 'infinit', 't_warmup': '1ba'}}, "'infinit'; did you mean 'infinite'"),
-    'scheduler key': ({'scheduler': {'t_warmpu': '1ba'}}, "scheduler.t_warmpu is not a key that anything reads; did you mean 't_warmup'"),
-    'scheduler unit': ({'scheduler': {'t_warmup': '1000tok'}}, "t_warmup='1000tok' is in tok, but max_duration='8ba'"),
+    'top level key': ({'max_durration': '8ba'}, 'max_durration', "'max_duration'"),
+    'top level type': ({'expandable_segments': 'maybe'}, 'expandable_segments', "'maybe'"),
+    'missing run_name': ({'run_name': None}, 'run_name'),
+    'scheduler name': ({'scheduler': {'name': 'infinit', 't_warmup': '1ba'}}, 'scheduler', "'infinit'", "'infinite'"),
+    'scheduler key': ({'scheduler': {'t_warmpu': '1ba'}}, 'scheduler.t_warmpu', "'t_warmup'"),
+    'scheduler unit': ({'scheduler': {'t_warmup': '1000tok'}}, 't_warmup', '1000tok', '8ba'),
     'infinite in dur': (
         {'scheduler': {'name': 'infinite', 't_warmup': '0.1dur', 't_cooldown': '1ba', 't_anneal': '0ba', 'alpha_const': 0.5}},
-        't_warmup=',
+        't_warmup', '0.1dur',
     ),
     'exponential to zero': (
         {'scheduler': {'name': 'infinite', 't_warmup': '1ba', 't_cooldown': '1ba', 't_anneal': '1ba', 'alpha_const': 0.5,
                        'alpha_f': 0.0}},
-        'alpha_f=0: an exponential goes between values above 0',
+        'alpha_f=0',
     ),
-    'optimizer key': ({'optimizer': {'weight_decy': 0.1}}, "optimizer.weight_decy is not a key that anything reads; did you mean"),
-    'callback name': ({'callbacks': {'stage_strat': {}}}, "callbacks.stage_strat: nothing is registered as 'stage_strat'; did you mean 'stage_start'"),
-    'callback key': ({'callbacks': {'final_loss': {'windw': '5ba'}}}, "callbacks.final_loss.windw is not a key that anything reads; did you mean 'window'"),
-    'algorithm name': ({'algorithms': {'gradient_cliping': {}}}, "did you mean 'gradient_clipping'"),
-    'loader name': ({'train_loader': {'name': 'replay_txt', 'dataset': {}}}, "did you mean 'replay_text'"),
-    'dataset key': ({'train_loader': {'dataset': {'shuffel': True}}}, "train_loader.dataset.shuffel is not a key that anything reads; did you mean 'shuffle'"),
-    'missing data': ({'train_loader': {'dataset': {'new': {'local': 'nowhere', 'split': 'train'}}}}, 'train_loader.dataset.new.new: there is no dataset; looked for nowhere/train/index.json'),
-    'eval dataset key': ({'eval_loader': {'name': 'text', 'drop_last': False, 'num_workers': 0, 'dataset': {'local': 'x', 'shufle': 1}}}, 'eval_loader[0].dataset.shufle'),
-    'missing eval data': ({'eval_loader': {'name': 'text', 'drop_last': False, 'num_workers': 0, 'dataset': {'local': 'nowhere', 'split': 'val'}}}, 'eval_loader[0].stream: there is no dataset; looked for nowhere/val/index.json'),
-    'batch size': ({'global_train_batch_size': 7}, 'global_train_batch_size=7 is not divisible by the 2 ranks'),
-    'duration': ({'max_duration': '0ba'}, "max_duration='0ba' must be a positive time"),
-    'too little data': ({'max_duration': '51ba'}, 'too little data: a budget of 6,528 tokens reads 6,528 tokens of the new data, which has 6,400'),
-    'no autoresume': ({'autoresume': False}, 'autoresume=false: a restart would begin at batch 0'),
-    'overwrite': ({'save_overwrite': True}, 'save_overwrite=true could destroy checkpoints'),
-    'row length': ({'max_seq_len': 32, 'train_loader': {'dataset': {'max_seq_len': 32}}}, 'max_seq_len=32, but the data was packed to rows of 16 tokens'),
-    'two lengths': ({'max_seq_len': 32}, 'train_loader.dataset.max_seq_len=16 and max_seq_len=32 must be equal'),
-    'tokenizer': ({'tokenizer': {'name': 'no/where'}}, "cannot be loaded"),
-    'fractional batch': ({'global_train_batch_size': 8.0}, 'global_train_batch_size=8.0 must be a whole number'),
-    'seconds': ({'max_duration': '100sec'}, 'max_duration'),
-    'optimizer state': ({'callbacks': {'stage_start': {'optimizer': 'keeep'}}}, "stage_start.optimizer='keeep' is not possible"),
-    'final loss window': ({'callbacks': {'final_loss': {'window': '10tok'}}}, 'final_loss.window=10tok must be in batches'),
-    'code path': ({'code_paths': ['nowhere.py']}, 'code_paths: nowhere.py does not exist'),
-    'no such parent': ({'load_path': 'nowhere.pt'}, 'load_path=nowhere.pt does not exist'),
-    'parent without stage_start': ({'load_path': 'nowhere.pt', 'callbacks': {'stage_start': None}}, 'callbacks.stage_start is missing'),
-    'contradiction': ({'load_path': 'nowhere.pt', 'load_weights_only': False}, 'load_weights_only=False contradicts stage_start.optimizer=reset'),
+    'optimizer key': ({'optimizer': {'weight_decy': 0.1}}, 'optimizer.weight_decy', "'weight_decay'"),
+    'callback name': ({'callbacks': {'stage_strat': {}}}, 'callbacks.stage_strat', "'stage_start'"),
+    'callback key': ({'callbacks': {'final_loss': {'windw': '5ba'}}}, 'callbacks.final_loss.windw', "'window'"),
+    'algorithm name': ({'algorithms': {'gradient_cliping': {}}}, 'algorithms.gradient_cliping', "'gradient_clipping'"),
+    'clipping at 0': (
+        {'algorithms': {'gradient_clipping': {'clipping_type': 'norm', 'clipping_threshold': 0}}},
+        'algorithms.gradient_clipping.clipping_threshold=0',
+    ),
+    'loader name': ({'train_loader': {'name': 'replay_txt', 'dataset': {}}}, 'train_loader', "'replay_text'"),
+    'dataset key': ({'train_loader': {'dataset': {'shuffel': True}}}, 'train_loader.dataset.shuffel', "'shuffle'"),
+    'missing data': (
+        {'train_loader': {'dataset': {'new': {'local': 'nowhere', 'split': 'train'}}}},
+        'train_loader.dataset.new', 'nowhere/train/index.json',
+    ),
+    'eval dataset key': (
+        {'eval_loader': {'name': 'text', 'drop_last': False, 'num_workers': 0, 'dataset': {'local': 'x', 'shufle': 1}}},
+        'eval_loader[0].dataset.shufle', "'shuffle'",
+    ),
+    'missing eval data': (
+        {'eval_loader': {'name': 'text', 'drop_last': False, 'num_workers': 0, 'dataset': {'local': 'nowhere', 'split': 'val'}}},
+        'eval_loader[0].dataset', 'nowhere/val/index.json',
+    ),
+    'batch size': ({'global_train_batch_size': 7}, 'global_train_batch_size=7', '2 ranks'),
+    'duration': ({'max_duration': '0ba'}, 'max_duration=0ba'),
+    'too little data': ({'max_duration': '51ba'}, '6,528 tokens', '6,400'),
+    'no autoresume': ({'autoresume': False}, 'autoresume=false'),
+    'overwrite': ({'save_overwrite': True}, 'save_overwrite=true'),
+    'row length': ({'max_seq_len': 32, 'train_loader': {'dataset': {'max_seq_len': 32}}}, 'max_seq_len=32', '16 tokens'),
+    'two lengths': ({'max_seq_len': 32}, 'train_loader.dataset.max_seq_len=16', 'max_seq_len=32'),
+    'tokenizer': ({'tokenizer': {'name': 'no/where'}}, 'tokenizer', 'no/where'),
+    'optimizer state': ({'callbacks': {'stage_start': {'optimizer': 'keeep'}}}, "stage_start.optimizer='keeep'", 'keep'),
+    'final loss window': ({'callbacks': {'final_loss': {'window': '10tok'}}}, 'final_loss.window', '10tok', 'ba'),
+    'code path': ({'code_paths': ['nowhere.py']}, 'code_paths', 'nowhere.py'),
+    'no such parent': ({'load_path': 'nowhere.pt'}, 'load_path=nowhere.pt'),
+    'parent without stage_start': ({'load_path': 'nowhere.pt', 'callbacks': {'stage_start': None}}, 'callbacks.stage_start'),
+    'contradiction': ({'load_path': 'nowhere.pt', 'load_weights_only': False}, 'load_weights_only=False', 'optimizer=reset'),
     'starred key': (
         {'load_path': 'nowhere.pt', 'callbacks': {'stage_start': {'optimizer': 'keep'}},
          'load_ignore_keys': ['state/schedulers*', *KEEP_OPTIMIZER_IGNORE_KEYS[1:]]},
-        'load_ignore_keys lacks state/schedulers, written exactly so',
+        'load_ignore_keys', 'state/schedulers',
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize('case', BAD)
 def test_bad_input_is_named(case, data, tmp_path):
-    change, message = BAD[case]
-    found = problems(tiny.merge(tiny.config(tmp_path, data, 'bad'), change), world_size=2)
-    assert any(message in problem for problem in found), found
+    change, *named = BAD[case]
+    cfg = tiny.merge(tiny.config(tmp_path, data, 'bad'), change)
+    found = problems(cfg, world_size=2)
+    assert any(all(word in problem for word in named) for problem in found), found
     assert len(found) <= 3, found
 
 
@@ -139,14 +151,3 @@ def test_somebody_elses_checkpoints_are_not_taken_over(data, tmp_path):
     (tmp_path / 'one' / 'stage.json').write_text('{"run_name": "one"}')
     assert "holds the checkpoints of run 'one', and run_name is 'two'" in problems(cfg)[0]
     preflight(Stage.from_yaml(tiny.config(tmp_path, data, 'one')))
-
-
-def test_resolve_fills_in_what_follows(data, tmp_path):
-    cfg = Stage.from_yaml(tiny.config(tmp_path, data, 'child', load_path='parent.pt', autoresume=None))
-    assert cfg['autoresume'] is True
-    assert cfg['load_weights_only'] is True
-    assert cfg['callbacks']['hf_checkpointer']['save_folder'] == str(tmp_path / 'child')
-    keep = {'stage_start': {'optimizer': 'keep'}}
-    cfg = Stage.from_yaml(tiny.config(tmp_path, data, 'child', load_path='parent.pt', callbacks=keep))
-    assert cfg['load_weights_only'] is False
-    assert cfg['load_ignore_keys'] == KEEP_OPTIMIZER_IGNORE_KEYS

@@ -20,7 +20,7 @@ from streaming import StreamingDataset
 from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.schedulers.rewarm import RewarmConstantScheduler
 from cpt_algorithms.stage import stage_start
-from cpt_algorithms.stage.stage_start import StageStart, budget_in_samples
+from cpt_algorithms.stage.stage_start import StageStart
 
 
 class Number(ComposerModel):
@@ -76,16 +76,6 @@ class Run:
     @property
     def group(self):
         return {key: value for key, value in self.optimizer.param_groups[0].items() if key != 'params'}
-
-
-def test_budgets_by_hand():
-    # global batches of 4 samples of 8 tokens
-    for duration, samples in {
-        '3ba': 12, '12sp': 12, '13sp': 16, '96tok': 12, '97tok': 16, '65tok': 12, '1tok': 4, '2ep': None,
-    }.items():  # fmt: skip
-        assert budget_in_samples(Time.from_timestring(duration), 4, 8) == samples, duration
-    with pytest.raises(ValueError, match='^max_duration=30sec must be in tok, ba, sp or ep$'):
-        budget_in_samples(Time.from_timestring('30sec'), 4, 8)
 
 
 def test_a_stage_takes_back_what_its_yaml_says():

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When and with what numbers were made that documents show."""
+"""When, on which machine and with which releases the numbers of a document were made."""
 
 import os
 import platform
 from datetime import date
 from importlib.metadata import version
-
-from composer.utils.collect_env import get_cpu_model
 
 __all__ = ['made_with']
 
@@ -15,6 +13,8 @@ _STACK = ('torch', 'mosaicml', 'llm-foundry', 'mosaicml-streaming', 'transformer
 
 def made_with() -> str:
     """A line: the date, the processor and its cores, Python and the stack."""
+    from composer.utils.collect_env import get_cpu_model  # Composer takes seconds to import
+
     versions = [f'{name} {version(name)}' for name in _STACK]
     python = f'Python {platform.python_version()}'
     return ', '.join([date.today().isoformat(), f'{os.cpu_count()} cores of {get_cpu_model()}', python, *versions])

@@ -2,7 +2,7 @@
 """Which k and nu: the loss of every window of LAWA along stages whose checkpoints were all kept.
 
     python recipes/continue_pretraining.py STAGE.yaml save_interval=10ba save_num_checkpoints_to_keep=-1
-    python scripts/benchmarks/lawa_window.py RUN... --k 2 5 10 20 --nu 10 20 40 80
+    python scripts/claims/lawa_window.py RUN... --k 2 5 10 20 --nu 10 20 40 80
 
 Each cell is the mean, over the runs and over eight ends spread over the second half of a run, of the raw loss minus the
 loss of the uniform average of the latest k checkpoints nu batches apart.
@@ -12,16 +12,17 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from kept_checkpoints import KeptCheckpoints
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cpt_algorithms.weight_averaging.functional import window_weights
-
 
 def grid(run: Path, ks: list[int], nus: list[int], rows: int) -> dict[tuple[int, int], list[float]]:
     """Gains of one run by (k, nu)."""
+    from kept_checkpoints import KeptCheckpoints  # torch and Composer, which take seconds to import
+
+    from cpt_algorithms.weight_averaging.functional import window_weights
+
     kept = KeptCheckpoints(run, rows)
     last = kept.batches[-1]
     ends = [batch for batch in np.linspace(last / 2, last, 8).round(-1).astype(int).tolist() if batch in kept.batches]

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the sequences of yamls/claims/ show, as the claims ask for it: arrays with a number for each seed."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from judge import Runs
+from kept_checkpoints import KeptCheckpoints
+from training import RECOMMENDED, SEQUENCES
+
+from cpt_algorithms.weight_averaging.functional import window_weights
+
+__all__ = ['Evidence', 'window_loss']
+
+
+class Evidence:
+    """All sequences at one number of tokens.
+
+    Args:
+        folder: Where their folders are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.weak, self.strong, self.infinite, self.averaging = (Runs(folder / name) for name in SEQUENCES)
+        self.shifts = {'weak': (self.weak, 'stdlib'), 'strong': (self.strong, 'cpp')}
+
+    def forgetting(self, shift: str, arm: str = '') -> np.ndarray:
+        """On Python, of an update."""
+        runs, new = self.shifts[shift]
+        return runs.final(f'{new}{arm}', 'python') - runs.final('python', 'python')
+
+    def after(self, shift: str, percent: int) -> str:
+        """The run with this much replay."""
+        return self.shifts[shift][1] + (f'-replay_{percent}pct' if percent else '')
+
+    def on_new(self, shift: str, percent: int) -> np.ndarray:
+        """Loss on the new data."""
+        runs, new = self.shifts[shift]
+        return runs.final(self.after(shift, percent), new)
+
+    def mean_loss(self, shift: str, run: str) -> np.ndarray:
+        """Mean of the losses on old and new data."""
+        runs, new = self.shifts[shift]
+        return runs.mean_final(run, ('python', new))
+
+    def parameters(self, shift: str) -> int:
+        """Of the model."""
+        return self.shifts[shift][0].named('python')[0].parameters or 0
+
+    def gap(self, shift: str) -> np.ndarray:
+        """Mean loss minus union's, of the replay fraction that the paper recommends for the shift."""
+        return self.mean_loss(shift, self.after(shift, RECOMMENDED[shift])) - self.mean_loss(
+            shift, f'union_{self.shifts[shift][1]}'
+        )
+
+    def spike(self, run: str) -> np.ndarray:
+        """How far the loss on Python rises in the first tenth of an update."""
+        return self.strong.rise(run, 'python', self.strong.final('python', 'python'), 0.1)
+
+    @cached_property
+    def kept(self) -> list[KeptCheckpoints]:
+        """The checkpoints of the constant run, of each seed."""
+        return [KeptCheckpoints(run.folder) for run in self.averaging.named('python-constant')]
+
+    def window_gain(self, k: int, nu: int) -> np.ndarray:
+        """Raw loss minus that of a window of k checkpoints nu saves apart; mean over ends in the second half."""
+        gains = []
+        for kept in self.kept:
+            last = len(kept.batches)
+            ends = range(last // 2, last + 1, last // 8)
+            gains.append(np.mean([window_loss(kept, end, 1, 1) - window_loss(kept, end, k, nu) for end in ends]))
+        return np.array(gains)
+
+
+def window_loss(kept: KeptCheckpoints, end: int, k: int, nu: int, kind: str = 'uniform') -> float:
+    """Of ``k`` checkpoints, every ``nu``-th, up to the ``end``-th; fewer if there were not as many."""
+    window = kept.batches[end - 1 :: -nu][:k][::-1]
+    return kept.loss(dict(zip(window, window_weights(kind, len(window)), strict=True)))

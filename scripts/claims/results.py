@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What came out, as a table in the terminal, a page for documents, data, and a figure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from evidence import Evidence
+from judge import Condition, Finding, NotRun
+from rich.table import Table
+from training import RECOMMENDED
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+__all__ = ['Point', 'as_data', 'draw', 'number_of', 'page', 'table', 'trend']
+
+
+def number_of(condition: Condition) -> str:
+    """Mean and half-width."""
+    mean = condition.over_seeds
+    return f'{mean.mean:+.3f}' + ('' if mean.half is None else f' ± {mean.half:.3f}')
+
+
+def measured(condition: Condition) -> str:
+    """The same, and what it means if not that the claim holds."""
+    number = number_of(condition)
+    return number if condition.verdict == 'reproduced' else f'{number} ({condition.verdict})'
+
+
+def table(findings: Sequence[Finding], title: str) -> Table:
+    """A table for the terminal."""
+    shown = Table(title=title, title_justify='left')
+    for column in ('claim', 'verdict', 'quantity (nats/token)', 'must be', 'measured'):
+        shown.add_column(column, overflow='fold')
+    for finding in findings:
+        first = [f'{finding.claim.name} {finding.claim.says}', finding.verdict]
+        for condition in finding.conditions:
+            shown.add_row(*first, condition.what, condition.bounds, measured(condition))
+            first = ['', '']
+        if finding.missing:
+            shown.add_row(*first, finding.missing)
+        shown.add_section()
+    return shown
+
+
+@dataclass(frozen=True)
+class Point:
+    """Mean loss minus union's under a shift, with so many parameters and tokens of each stage."""
+
+    label: str
+    parameters: int
+    tokens: int
+    gap: Condition
+
+
+def trend(ran: Mapping[int, Sequence[Evidence]]) -> list[Point]:
+    """The gap to union under each shift, model by model, at each number of tokens where it was run."""
+    points = []
+    for shift in ('weak', 'strong'):
+        for tokens, evidence in ((tokens, each) for tokens, several in ran.items() for each in several):
+            try:
+                gap, parameters = Condition('', evidence.gap(shift)), evidence.parameters(shift)
+            except NotRun:
+                continue
+            points.append(Point(f'{shift} shift, {RECOMMENDED[shift]} % replay', parameters, tokens, gap))
+    order = {point.label: index for index, point in enumerate(points)}
+    return sorted(points, key=lambda point: (order[point.label], point.parameters, point.tokens))
+
+
+def page(findings: Sequence[Finding], points: Sequence[Point], made: str) -> str:
+    """For documents: a line for each claim, with the quantity that decides; all quantities; and the trend."""
+    short = ['| claim | the paper | here, 95 % interval | verdict |', '|---|---|---|---|']
+    whole = ['| claim | quantity (nats/token) | must be | measured |', '|---|---|---|---|']
+    for finding in findings:
+        claim, decides = finding.claim, finding.missing
+        for condition in finding.conditions:
+            if not decides and condition.verdict == finding.verdict:
+                decides = f'{condition.what}: {measured(condition).partition(" (")[0]}'
+            whole.append(f'| {claim.name} | {condition.what} | {condition.bounds} | {measured(condition)} |')
+        short.append(f'| {claim.name} {claim.says} | {claim.paper} | {decides} | {finding.verdict} |')
+    gaps = ['| shift | parameters | tokens of each stage | mean loss minus union |', '|---|---|---|---|']
+    gaps += [f'| {each.label} | {each.parameters:,} | {each.tokens:,} | {number_of(each.gap)} |' for each in points]
+    return '\n'.join([made, '', *short, '', *whole, '', *gaps, ''])
+
+
+def as_data(findings: Sequence[Finding], points: Sequence[Point], made: str) -> dict[str, Any]:
+    """The same, with the number of each seed."""
+    found = [
+        {
+            'claim': each.claim.name,
+            'verdict': each.verdict,
+            'missing': each.missing,
+            'conditions': [
+                {'what': one.what, 'must be': one.bounds, 'values': [*map(float, one.values)], 'verdict': one.verdict}
+                for one in each.conditions
+            ],
+        }
+        for each in findings
+    ]
+    gaps = [
+        {
+            'shift': each.label,
+            'parameters': each.parameters,
+            'tokens': each.tokens,
+            'values': [*map(float, each.gap.values)],
+        }
+        for each in points
+    ]
+    return {'made': made, 'findings': found, 'trend': gaps}
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    """How the gap to union changes with the tokens of a stage and the size of the model."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout='constrained')
+    labels = list(dict.fromkeys(each.label for each in points))
+    sizes = sorted({each.parameters for each in points})
+    series = list(dict.fromkeys((each.label, each.parameters) for each in points))
+    for index, (label, parameters) in enumerate(series):
+        aside = 1.05 ** (index - len(series) / 2)  # or the intervals would hide each other
+        line = [each for each in points if (each.label, each.parameters) == (label, parameters)]
+        means = [each.gap.over_seeds for each in line]
+        axes.errorbar(
+            [each.tokens * aside for each in line],
+            [mean.mean for mean in means],
+            yerr=[mean.half or 0.0 for mean in means],
+            color=f'C{labels.index(label)}',
+            marker='os^D'[sizes.index(parameters) % 4],
+            capsize=3,
+            label=f'{label}, {parameters:,} parameters',
+        )
+    axes.axhline(0, color='black', linewidth=0.8)
+    axes.axhline(0.03, color='grey', linewidth=0.8, linestyle='--', label='bound of C5')
+    axes.set_xscale('log')
+    ticks = sorted({each.tokens for each in points})
+    axes.set_xticks(ticks, [f'{tokens:,}' for tokens in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel='tokens of each stage', ylabel='mean loss minus union, nats/token')
+    figure.legend(loc='outside upper center', ncols=2, fontsize='small', frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
