@@ -35,13 +35,12 @@ if __name__ == '__main__' and 'LOCAL_RANK' in os.environ:
 
 from composer import Trainer
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, State, Time, TimeUnit
+from composer.core import Callback, State
 from composer.loggers import Logger, RemoteUploaderDownloader, remote_uploader_downloader
 from composer.utils import dist, get_device, parse_uri, remote_uploader
 from filelock import FileLock, Timeout
 from llmfoundry import registry
 from llmfoundry.command_utils import train
-from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -55,7 +54,7 @@ from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print
 from cpt_algorithms.files import StorageError, exists, is_remote, read_json, read_yaml, write_atomic, write_json
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.streams import StreamError
-from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
+from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.preflight import PreflightError, latest_batch, preflight, resolve, total_batches
 from cpt_algorithms.stage.saving import StoppedError, disk_problem
 
@@ -150,13 +149,10 @@ def load(yaml: str, overrides: list[str]) -> dict[str, Any]:
 
 def print_phases(cfg: dict[str, Any]) -> None:
     """The schedule, as the multipliers of ``optimizer.lr`` that each batch will be trained with."""
-    section = dict(cfg['scheduler'])
-    scheduler = build_scheduler(section.pop('name'), section)
-    duration = Time.from_timestring(cfg['max_duration'])
-    if isinstance(scheduler, PhaseScheduler) and duration.unit != TimeUnit.EPOCH:
-        schedule, unit = scheduler.schedule(duration)
-        print(f'{cfg["run_name"]}: {cfg["scheduler"]["name"]}, times lr {cfg["optimizer"]["lr"]:g}')
-        print(format_phases(schedule, unit, duration.value), flush=True)
+    if phases := phases_of(cfg['scheduler'], cfg['max_duration']):
+        print(
+            f'{cfg["run_name"]}: {cfg["scheduler"]["name"]}, times lr {cfg["optimizer"]["lr"]:g}\n{phases}', flush=True
+        )
 
 
 def parent_files(cfg: dict[str, Any]) -> dict[str, list[int]] | None:

@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from composer.core import Time
 from filelock import FileLock, Timeout
-from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -40,7 +38,7 @@ from cpt_algorithms.files import is_remote, write_json
 from cpt_algorithms.launch.launcher import Handle, LaunchError, Resources, Start, command, make_launcher, resources_of
 from cpt_algorithms.launch.wandb_runs import trial_run
 from cpt_algorithms.report.page import Report, print_report, write_report
-from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
+from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.sequence.expand import Run, checkpoint_after, descendants, plan, stage_tokens, tokens_per_stream
 from cpt_algorithms.sequence.scale import load_scaled
 from cpt_algorithms.sequence.sweep import plan_trials, sequence_of, trials_of
@@ -78,13 +76,9 @@ def print_plan(spec: dict[str, Any], runs: list[Run]) -> None:
     console.print(shown)
     console.print(f'{total:,} tokens to train in all\n')
     for run in (run for run in runs if batches(run)):
-        section = dict(run.config['scheduler'])
-        scheduler = build_scheduler(section.pop('name'), section)
-        duration = Time.from_timestring(run.config['max_duration'])
-        if isinstance(scheduler, PhaseScheduler):
-            schedule, unit = scheduler.schedule(duration)
+        if phases := phases_of(run.config['scheduler'], run.config['max_duration']):
             console.print(f'{run.name}: {run.config["scheduler"]["name"]}, times lr {run.config["optimizer"]["lr"]:g}')
-            console.print(format_phases(schedule, unit, duration.value), highlight=False, markup=False)
+            console.print(str(phases), highlight=False, markup=False)
 
 
 def check(spec: dict[str, Any], runs: list[Run], is_plan: bool = False) -> list[str]:

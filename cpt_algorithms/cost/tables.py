@@ -4,18 +4,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from composer.core import Time, TimeUnit
-from llmfoundry.utils.builders import build_scheduler
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cpt_algorithms.cost.estimate import Costs, Memory, Saving, against_union, costs_of, tokens_of_streams
+from cpt_algorithms.duration import per_batch_of
 from cpt_algorithms.evaluation.functional import training_flops
 from cpt_algorithms.report.tables import flop, percent, short
 from cpt_algorithms.schedulers.functional import Span
-from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
+from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.preflight import total_batches
 
 __all__ = ['print_costs', 'print_phases']
@@ -102,16 +101,12 @@ def _phase_table(name: str, config: Config) -> tuple[str, Table]:
 
 def _spans(config: Config, batches: int) -> list[tuple[Span | None, int]]:
     """Phases, each with the batch before which it ends: a batch belongs to the phase in which it starts."""
-    section = dict(config['scheduler'])
-    scheduler = build_scheduler(section.pop('name'), section)
-    duration = Time.from_timestring(config['max_duration'])
-    if not isinstance(scheduler, PhaseScheduler):
+    phases = phases_of(config['scheduler'], config['max_duration'])
+    if phases is None:
         return [(None, batches)]
-    schedule, unit = scheduler.schedule(duration)
-    samples = config['global_train_batch_size']
-    per_batch = {TimeUnit.BATCH: 1, TimeUnit.SAMPLE: samples, TimeUnit.TOKEN: samples * config['max_seq_len']}[unit]
-    spans = list(schedule.spans(float(duration.value)))
-    return [(span, min(batches, -int(-span.until // per_batch))) for span in spans]
+    per_batch = per_batch_of(phases.unit, config['global_train_batch_size'], config['max_seq_len'])
+    assert per_batch is not None, 'phases are in tok, ba or sp'
+    return [(span, min(batches, -int(-span.until // per_batch))) for span in phases.spans]
 
 
 def print_costs(

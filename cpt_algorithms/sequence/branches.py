@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from composer.core import TimeUnit
-from llmfoundry.utils.builders import build_scheduler
 
-from cpt_algorithms.schedulers.functional import multiplier
-from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
+from cpt_algorithms.duration import per_batch_of
+from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.form import parse_time
 
 __all__ = ['anneal_branch', 'constant_alpha', 'in_batches']
@@ -52,24 +51,18 @@ def constant_alpha(cfg: Config, batch: int) -> float:
     Raises:
         ValueError: If the schedule is not constant there, with the phases; or is not one of this library.
     """
-    section = dict(cfg.get('scheduler') or {})
-    name = section.pop('name', None)
-    if name is None:
-        raise ValueError('scheduler.name is missing: a branch starts where the learning rate is constant')
-    try:
-        scheduler = build_scheduler(name, section)
-    except (TypeError, ValueError) as error:  # a name or an argument that is missing, or unknown
-        raise ValueError(f'scheduler {name}: {error}') from None
-    if not isinstance(scheduler, PhaseScheduler):
+    phases = phases_of(cfg.get('scheduler') or {}, cfg['max_duration'])
+    name = cfg['scheduler']['name']
+    if phases is None:
         raise ValueError(f'scheduler {name} has no phases that can be looked at; a trunk wants infinite')
-    schedule, unit = scheduler.schedule(cfg['max_duration'])
-    samples = int(cfg['global_train_batch_size'])
-    per_batch = {TimeUnit.BATCH: 1, TimeUnit.SAMPLE: samples, TimeUnit.TOKEN: samples * int(cfg['max_seq_len'])}[unit]
+    per_batch = per_batch_of(phases.unit, int(cfg['global_train_batch_size']), int(cfg['max_seq_len']))
+    assert per_batch is not None, 'phases are in tok, ba or sp'
+    # whole batches: where the last one ends, the run does
     time, end = batch * per_batch, in_batches(cfg['max_duration'], cfg) * per_batch
-    spans = list(schedule.spans(end))
+    spans = list(phases.schedule.spans(end))
     for span in spans:
         if span.shape == 'constant' and span.begin <= time <= span.until:
-            return multiplier(schedule, span.begin)
+            return phases.multiplier_at(span.begin)
     constant = [f'batches {s.begin / per_batch:g} to {s.until / per_batch:g}' for s in spans if s.shape == 'constant']
     inside = next((span.name for span in spans if span.begin <= time < span.until), 'end')
     raise ValueError(

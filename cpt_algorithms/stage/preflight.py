@@ -16,7 +16,6 @@ from typing import Any, get_type_hints
 
 import torch
 from accelerate import init_empty_weights
-from composer.core import TimeUnit
 from composer.models import ComposerModel
 from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
@@ -26,7 +25,6 @@ from llmfoundry.utils.builders import (
     build_callback,
     build_composer_model,
     build_optimizer,
-    build_scheduler,
     build_tokenizer,
 )
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
@@ -73,7 +71,7 @@ from cpt_algorithms.replay.replay_text import (
 )
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.replay.streams import DOWNLOAD_RETRY
-from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
+from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.form import check_form, parse_time
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS, budget_in_samples
@@ -348,20 +346,13 @@ def _check_workers(where: str, loader: Config) -> None:
 
 
 def _check_scheduler(cfg: Config) -> None:
-    section = dict(cfg['scheduler'])
-    name = section.pop('name')
     duration = parse_time('max_duration', cfg['max_duration']) if isinstance(cfg['max_duration'], str) else None
     if duration is None or duration.value <= 0:
         raise ValueError(
             f"max_duration={cfg['max_duration']!r} must be a positive time such as '1000000tok' or '200ba'"
         )
-    try:
-        scheduler = build_scheduler(name, section)
-    except TypeError as error:
-        raise ValueError(f'scheduler: {error}') from None
-    if isinstance(scheduler, PhaseScheduler):
-        # epochs are resolved when the data is known; every other unit is decided here
-        scheduler.schedule(duration, dataloader_len=1 if duration.unit == TimeUnit.EPOCH else None)
+    # epochs are resolved when the data is known; every other unit is decided here
+    phases_of(cfg['scheduler'], cfg['max_duration'], dataloader_len=1)
 
 
 def _check_callbacks(cfg: Config) -> None:
