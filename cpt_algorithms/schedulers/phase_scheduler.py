@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Composer side of every schedule here: time strings in, the exact learning rate of every batch out."""
 
-import abc
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from composer.core import Callback, State, Time
@@ -31,47 +31,43 @@ class PhaseScheduler(ComposerScheduler, Callback):
     for every parameter group. Batch k is trained with exactly the value for the time at which it starts; checkpoints
     and ``LRMonitor``, which reports the learning rate of the batch to come, hold that same number.
 
-    Final classes give their times to this constructor and build their phases in ``build``.
-
     Args:
-        dur: Whether times may be in ``dur``, the fraction of ``max_duration``.
+        function: Makes the schedule, from ``times`` as numbers in the unit of the run and ``values``.
         times: The schedule's time strings, by key.
+        dur: Whether times may be in ``dur``, the fraction of ``max_duration``. If not, ``function`` takes the end of
+            the run as ``t_end``. Default: ``True``.
+        values: What else ``function`` takes.
 
     Raises:
         ValueError: If a time is not a time string in tok, ba, sp or ``dur`` where allowed, if its own times disagree
-            about the unit, or for whatever ``build`` refuses in every run. ``fit`` and ``phases`` also refuse a unit
+            about the unit, or for whatever ``function`` refuses in every run. ``fit`` and ``phases`` also refuse a unit
             that is not that of ``max_duration``, and phases longer than the run.
     """
 
-    def __init__(self, *, dur: bool = True, **times: str | Time) -> None:
-        self.times = {key: _parse(key, value, dur) for key, value in times.items()}
-        self._dur = dur
+    def __init__(
+        self, function: Callable[..., Schedule], times: dict[str, str | Time], *, dur: bool = True, **values: Any
+    ) -> None:
+        self._function, self._values, self._dur = function, values, dur
+        self._times = {key: _parse(key, value, dur) for key, value in times.items()}
         self._ssr = 1.0
         self._started = False
         self._called = False
         self._built: tuple[Any, Phases] | None = None
 
-    @abc.abstractmethod
-    def build(self, t_end: float, **times: float) -> Schedule:
-        """The phases.
-
-        Args:
-            t_end: End of the run.
-            times: The constructor's times as plain numbers, in the same unit.
-        """
-
-    def check(self) -> None:
-        """Refuse now what no run could make right. The last line of a final class's constructor."""
-        absolute = {time.unit for time in self.times.values()} - {'dur'}
+        absolute = {time.unit for time in self._times.values()} - {'dur'}
         if len(absolute) > 1:
-            given = ', '.join(f"{key}='{time}'" for key, time in self.times.items())
+            given = ', '.join(f"{key}='{time}'" for key, time in self._times.items())
             raise ValueError(f'{given}: use one unit for all, that of max_duration')
-        # Build for the run that forgives most: whole and fractional times all fit a very long one, unless the
-        # schedule's own end is fixed; then a very short run makes the fractional ones vanish.
-        t_end = 1.0 if not absolute else 1e15
-        if 't_max' in self.times and self.times['t_max'].unit != 'dur':
-            t_end = 1e-6
-        self.build(t_end, **{key: _length(time, t_end, 1.0) for key, time in self.times.items()})
+        # Refuse now what no run could make right. Build for the run that forgives most: whole and fractional times all
+        # fit a very long one, unless the schedule's own end is fixed; then a very short run makes the fractional ones
+        # vanish.
+        t_max = self._times.get('t_max')
+        self._schedule(1e-6 if t_max and t_max.unit != 'dur' else 1e15 if absolute else 1.0, 1.0)
+
+    def _schedule(self, t_end: float, ssr: float) -> Schedule:
+        # max_duration is scaled already, and with it every fraction of it
+        lengths = {k: t.value * (t_end if t.unit == 'dur' else ssr) for k, t in self._times.items()}
+        return self._function(**lengths, **self._values, **({} if self._dur else {'t_end': t_end}))
 
     def phases(
         self,
@@ -100,13 +96,13 @@ class PhaseScheduler(ComposerScheduler, Callback):
                 what = 'is in epochs and the dataloader has no length: write it in tok, ba or sp'
                 raise ValueError(f"max_duration='{duration}' {what}")
             t_end, unit = int(dataloader_len) * t_end, 'ba'
-        for key, time in self.times.items():
+        for key, time in self._times.items():
             if time.unit not in {unit, 'dur'}:
                 units = f'{unit} or dur' if self._dur else unit
                 raise ValueError(
                     f"{key}='{time}' is in {time.unit}, but max_duration='{duration}': write {key} in {units}"
                 )
-        return Phases(self.build(t_end, **{k: _length(t, t_end, ssr) for k, t in self.times.items()}), unit, t_end)
+        return Phases(self._schedule(t_end, ssr), unit, t_end)
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:
         """The multiplier at ``state.timestamp``.
@@ -186,11 +182,6 @@ def _parse(key: str, value: str | Time, dur: bool) -> Duration:
             f'it would reshape steps already taken. Write {key} in tok, ba or sp'
         )
     return time
-
-
-def _length(time: Duration, t_end: float, ssr: float) -> float:
-    # max_duration is scaled already, and with it every fraction of it
-    return time.value * t_end if time.unit == 'dur' else time.value * ssr
 
 
 def _text(time: Any) -> Any:

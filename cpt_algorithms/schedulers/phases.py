@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one table of phases: which phases the scheduler of a YAML has in a run, and how they are printed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,7 @@ def phases_of(
     return scheduler.phases(max_duration, dataloader_len)
 
 
-def format_spans(spans: Iterable[Span], unit: str, lr: float = 1.0, per_batch: float | None = None) -> str:
+def format_spans(spans: Sequence[Span], unit: str, lr: float = 1.0, per_batch: float | None = None) -> str:
     """Phases as a table of text, one line for each.
 
     Args:
@@ -97,20 +97,17 @@ def format_spans(spans: Iterable[Span], unit: str, lr: float = 1.0, per_batch: f
         lr: What the multipliers are multiplied with. Default: ``1.0``.
         per_batch: How much of the unit a batch has, for a column of batches. Default: ``None``, no such column.
     """
-    rows = [['phase', f'from [{unit}]', f'to [{unit}]', 'start', 'end', 'shape']]
-    for span in spans:
-        times, values = (
-            (f'{span.begin:,.10g}', f'{span.until:,.10g}'),
-            (f'{x * lr:.4g}' for x in (span.start, span.end)),
-        )
-        rows.append([span.name, *times, *values, span.shape])
-        if per_batch is not None:
-            rows[-1].insert(3, f'{(span.until - span.begin) / per_batch:,.10g}')
-    if per_batch is not None:
-        rows[0].insert(3, 'batches')
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *numbers, shape in rows:
-        cells = [name.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=False)), shape]
-        lines.append('  ' + '  '.join(cells))
-    return '\n'.join(lines)
+    table = {
+        'phase': [span.name for span in spans],
+        f'from [{unit}]': [f'{span.begin:,.10g}' for span in spans],
+        f'to [{unit}]': [f'{span.until:,.10g}' for span in spans],
+        'batches': [f'{(span.until - span.begin) / per_batch:,.10g}' for span in spans] if per_batch else None,
+        'start': [f'{span.start * lr:.4g}' for span in spans],
+        'end': [f'{span.end * lr:.4g}' for span in spans],
+        'shape': [span.shape for span in spans],
+    }
+    columns = [[head, *cells] for head, cells in table.items() if cells is not None]
+    for column in columns[:-1]:
+        width = max(map(len, column))
+        column[:] = [cell.ljust(width) if column is columns[0] else cell.rjust(width) for cell in column]
+    return '\n'.join('  ' + '  '.join(row) for row in zip(*columns, strict=True))
