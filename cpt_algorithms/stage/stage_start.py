@@ -234,7 +234,8 @@ def _describe_stock_data(state: State) -> dict[str, Any]:
     dataset = _train_dataset(state)
     if not isinstance(dataset, StreamingDataset) or isinstance(dataset, ReplayTextDataset):
         return {}
-    options: dict[str, Any] = {
+    keys = ('batching_method', 'shuffle', 'shuffle_algo', 'shuffle_seed')
+    options: dict[str, Any] = {key: getattr(dataset, key) for key in keys}
         key: getattr(dataset, key) for key in ('batching_method', 'shuffle', 'shuffle_algo', 'shuffle_seed')
     }
     for index, stream in enumerate(dataset.streams):
