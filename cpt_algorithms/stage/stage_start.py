@@ -236,8 +236,6 @@ def _describe_stock_data(state: State) -> dict[str, Any]:
         return {}
     keys = ('batching_method', 'shuffle', 'shuffle_algo', 'shuffle_seed')
     options: dict[str, Any] = {key: getattr(dataset, key) for key in keys}
-        key: getattr(dataset, key) for key in ('batching_method', 'shuffle', 'shuffle_algo', 'shuffle_seed')
-    }
     for index, stream in enumerate(dataset.streams):
         amounts = {key: getattr(stream, f'_{key}') for key in ('proportion', 'repeat', 'choose')}
         amounts = {key: value for key, value in amounts.items() if value is not None}
