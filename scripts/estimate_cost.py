@@ -56,9 +56,7 @@ def main(argv=None) -> None:
     """Read, reckon, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('words', nargs='+', metavar='YAML | key=value', help='a stage or sequence, and overrides')
-    parser.add_argument(
-        '--gpu', default='h100', help='a name such as a100 or h100, or a peak in FLOP/s (default: h100)'
-    )
+    parser.add_argument('--gpu', default='h100', help='such as a100, or a peak in FLOP/s (default: h100)')
     parser.add_argument('--gpus', type=int, help="that each run is on (default: a sequence's nodes x nproc, or 8)")
     parser.add_argument('--mfu', type=float, default=0.4, help='model FLOPs utilisation (default: 0.4)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the numbers there too')

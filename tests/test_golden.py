@@ -79,4 +79,6 @@ if __name__ == '__main__':
     os.chdir(ROOT)
     text = json.dumps({key: golden_of(key) for key in keys()}, indent=1)
     # a run on a line of its own
-    GOLDEN.write_text(re.sub(r'\n {3,}|\n  (?=})', ' ', text).replace('{ "', '{"') + '\n', encoding='utf-8')
+    GOLDEN.write_text(
+        re.sub(r'(?<={)\n {3,}|\n {2,}(?=})', '', re.sub(r'(?<=,)\n {3,}', ' ', text)) + '\n', encoding='utf-8'
+    )

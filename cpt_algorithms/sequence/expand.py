@@ -123,14 +123,8 @@ def _expand_arm(spec: SequenceSpec, name: str, arm: Arm, seed: int, runs: dict[s
             label_of_branch = f'{label}, {branch}' + ('' if is_last or is_shared else f' after {stage}')
             make_branch = replace(make, label=label_of_branch)
             try:
-                if settings.merge:
-                    own, make_it = settings.merge.given, make_branch.merge
-                    run = make_it(trunk, [*words, branch], start, given, own, earlier, read_by)
-                else:
-                    all_earlier = [*earlier, *new]
-                    run = make_branch.anneal(
-                        trunk, [*words, branch], start, given, settings.given, all_earlier, read_by
-                    )
+                make_it = make_branch.merge if settings.merge else make_branch.anneal
+                run = make_it(trunk, [*words, branch], start, given, settings.given, earlier, read_by)
             except ValueError as error:
                 raise ValueError(f'stages.{stage}.branches.{branch}, in the arm {name}: {error}') from None
             _added(run, runs, is_new=is_last)
@@ -379,7 +373,7 @@ class _RunFactory:
         checkpoint = f'{trunk.folder}/{checkpoint_after(trunk.stage, start)}'
         new = _names(given['new'])
         read_by = {**read_by, **({new[0]: checkpoint} if len(new) == 1 else {})}
-        config = self._judged_as(trunk, _train_yaml(self.spec, merge(given, own), earlier, read_by))
+        config = self._judged_as(trunk, _train_yaml(self.spec, merge(given, own), [*earlier, *new], read_by))
         how = {key: branch[key] for key in ANNEAL_KEYS if key in branch}
         return self._run(annealed(trunk.stage, config, checkpoint, start, **how), words, trunk, start)
 
@@ -389,7 +383,7 @@ class _RunFactory:
         words: Sequence[str],
         end: int,
         given: dict[str, Any],
-        how: Mapping[str, Any],
+        branch: Mapping[str, Any],
         earlier: list[str],
         read_by: Mapping[str, str],
     ) -> Run:
@@ -400,6 +394,7 @@ class _RunFactory:
         if 'forgetting' in config['callbacks']:
             losses = f'{trunk.folder}/forgetting.json'
             config['callbacks']['forgetting'] = {'parent_losses': losses, **config['callbacks']['forgetting']}
+        how = branch['merge']
         every = trunk.stage.batches_of('every', Duration.parse('every', how['every']))
         average = {'last': how['last'], 'every': f'{every}ba', 'weights': how.get('weights', 'uniform')}
         variables = config.get('variables') or {}

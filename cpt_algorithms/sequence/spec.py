@@ -90,12 +90,11 @@ def _optional(name: str) -> Any:
 
 AbsoluteTime = Annotated[Duration, BeforeValidator(lambda value: Duration.parse('KEY', value, ABSOLUTE))]
 _set_here = _refuse('is set by the sequence for each run; leave it out')
-_from_its_trunk = _refuse(
-    'cannot be changed: a branch has this from its trunk; t_anneal, anneal and alpha_f say the rest'
-)
-_PartOfAStage: Any = create_model(
-    '_PartOfAStage', __base__=Section, **{name: _optional(name) for name in Stage.model_fields}
-)  # fmt: skip
+_from_its_trunk = _refuse("of a branch is its trunk's; t_anneal, anneal and alpha_f say the rest")
+_FIELDS: dict[str, Any] = {
+    name: (_set_here, None) if name in DERIVED else _optional(name) for name in Stage.model_fields
+}
+_PartOfAStage: Any = create_model('_PartOfAStage', __base__=Section, **_FIELDS)
 
 
 class Replay(Section):
@@ -120,13 +119,6 @@ class BranchMerge(Section):
 
 
 class _OfASequence(_PartOfAStage):
-    run_name: _set_here = None
-    save_folder: _set_here = None
-    load_path: _set_here = None
-    load_weights_only: _set_here = None
-    load_ignore_keys: _set_here = None
-    autoresume: _set_here = None
-    seed: _set_here = None
     model: Annotated[Model, BeforeValidator(_model)] = Model()
     train_loader: Loader = Loader()
     eval_loader: Loader = Loader()  # a template, for every dataset
@@ -134,15 +126,13 @@ class _OfASequence(_PartOfAStage):
     replay: Replay = Replay()
 
 
-class Branch(_OfASequence):
+_NOT_OF_A_BRANCH: dict[str, Any] = dict.fromkeys(OF_THE_TRUNK, (_from_its_trunk, None))
+_PartOfABranch: Any = create_model('_PartOfABranch', __base__=_OfASequence, **_NOT_OF_A_BRANCH)
+
+
+class Branch(_PartOfABranch):
     """A run that starts from a checkpoint of a stage: annealed over ``t_anneal``, or a merge."""
 
-    scheduler: _from_its_trunk = None
-    max_duration: _from_its_trunk = None
-    optimizer_state: _from_its_trunk = None
-    branches: _from_its_trunk = None
-    global_train_batch_size: _from_its_trunk = None
-    max_seq_len: _from_its_trunk = None
     t_anneal: AbsoluteTime | None = None
     anneal: str | None = None
     alpha_f: float | None = None
@@ -175,7 +165,7 @@ class StageSettings(_OfASequence):
 class Arm(Section):
     """What differs from ``common`` and ``stages``: by stage, or for all."""
 
-    __pydantic_extra__: dict[str, StageSettings | None]
+    __pydantic_extra__: dict[str, StageSettings | None] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     baseline: Baseline | None = None
     common: StageSettings = StageSettings()
