@@ -12,6 +12,9 @@ import training
 from judge import Claim, Condition, Finding, NotRun, judge
 from tiny import ROOT, planned
 
+from cpt_algorithms.sequence.run import write_sequence
+from cpt_algorithms.sequence.spec import SequenceSpec
+
 SEEDS = (17, 18, 19)
 
 
@@ -171,7 +174,7 @@ def write(folder, data, made_up, run):
             losses[label] = [[128 * share, 0, loss + noise] for share, loss in zip(shares, curve, strict=True)]
             final[label] = {'mean': losses[label][-1][2]}
     folder.mkdir(parents=True)
-    (folder / 'stage.json').write_text(json.dumps({'parent': None, 'config': run.config}))
+    (folder / 'stage.json').write_text(json.dumps({'parent': None, 'config': run.stage.to_train_yaml()}))
     (folder / 'losses.json').write_text(json.dumps({'losses': losses, 'final': final, 'cost': {'parameters': 1}}))
     (folder / 'done.json').write_text('{}')
 
