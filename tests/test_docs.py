@@ -17,7 +17,8 @@ from tiny import ROOT
 
 import cpt_algorithms
 from cpt_algorithms.report.tables import over_seeds
-from cpt_algorithms.sequence.expand import plan
+from cpt_algorithms.sequence.expand import expand
+from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.sequence.sweep import sequence_of, trials_of
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Stage
@@ -169,8 +170,8 @@ def test_every_yaml_passes_preflight(path, big_data, tmp_path):
     cfg.variables[key] = str(big_data)
     spec = OmegaConf.to_container(cfg, resolve=True)
     if path.parent.name == 'sequence':
-        configs = [run.config for run in plan({**spec, 'folder': str(tmp_path)})]
+        stages = [run.stage for run in expand(SequenceSpec.from_yaml({**spec, 'folder': str(tmp_path)}))]
     else:
-        configs = [{'load_path': 'parent.pt', **spec, 'save_folder': str(tmp_path)}]
-    for config in configs:
-        preflight(Stage.from_yaml(config), parent_is_there=False)
+        stages = [Stage.from_yaml({'load_path': 'parent.pt', **spec, 'save_folder': str(tmp_path)})]
+    for stage in stages:
+        preflight(stage, parent_is_there=False)

@@ -16,7 +16,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import sequence
 import tiny
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -26,10 +25,13 @@ from rich.console import Console
 
 from cpt_algorithms.cost.tables import print_costs, print_stage
 from cpt_algorithms.evaluation.lm_eval import load_suite
+from cpt_algorithms.launch.launcher import resources_of
 from cpt_algorithms.replay.shard_index import ShardIndex
-from cpt_algorithms.sequence.expand import stage_tokens
-from cpt_algorithms.sequence.scale import load_scaled
-from cpt_algorithms.sequence.sweep import plan_trials, sequence_of, trials_of
+from cpt_algorithms.sequence.check import check
+from cpt_algorithms.sequence.read import load_yaml
+from cpt_algorithms.sequence.show import print_commands, print_runs
+from cpt_algorithms.sequence.spec import SequenceSpec
+from cpt_algorithms.sequence.sweep import expand_trials, sequence_of, trials_of
 from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Stage
@@ -146,14 +148,12 @@ def read_sequence(root):
     def read(spec):
         path = root.parent / f'{root.name}.yaml'
         path.write_text(yaml.safe_dump(spec, allow_unicode=True, sort_keys=False), encoding='utf-8')
-        given, runs = sequence.read(sequence.parse([str(path)]))
-        layout = sequence.resources_of(given)
-        sequence.check(given, runs, is_plan=True)
-        sequence.console = Console(file=io.StringIO(), width=140)
-        sequence.print_plan(given, runs)
-        sequence.print_commands(layout, runs)
-        configs = {run.name: run.config for run in runs}
-        print_costs(configs, sequence.console, gpus=layout.ranks, stages=stage_tokens(given))
+        given, runs = tiny.planned(path)
+        resources, console = resources_of(given.given), Console(file=io.StringIO(), width=140)
+        check(runs, resources.ranks, is_plan=True)
+        print_runs(given.name, runs, console)
+        print_commands(resources, runs, Path('recipes'), console)
+        print_costs({r.name: r.stage for r in runs}, console, gpus=resources.ranks, budgets=given.stage_tokens)
 
     return read
 
@@ -171,13 +171,13 @@ def test_sequences(sequence_spec, root, many, slow):
 def test_sequences_of_the_papers_at_a_small_scale(root, monkeypatch, many, slow):
     """Their plans: the data of all of them may not be here."""
     monkeypatch.chdir(tiny.ROOT)
-    spec = load_scaled(['yamls/sequence/programme.yaml'])
+    spec = load_yaml(['yamls/sequence/programme.yaml'])
     spec['folder'] = str(root / 'programme')
 
     def read(given):
         path = root.parent / f'{root.name}.yaml'
         path.write_text(yaml.safe_dump(given, allow_unicode=True, sort_keys=False), encoding='utf-8')
-        sequence.read(sequence.parse([str(path)]))
+        tiny.planned(path)
 
     cases(spoilt(spec, values=ALL), read, root, 3000 if slow else 60, slow)
 
@@ -193,7 +193,7 @@ def test_scales(root, monkeypatch, many, slow):
         paths = [root.parent / f'{root.name}-{name}.yaml' for name in ('sequence', 'scale')]
         for path, content in zip(paths, (value.get('s'), value.get('t')), strict=True):
             path.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding='utf-8')
-        sequence.read(sequence.parse([str(paths[0]), f'scale={paths[1]}']))
+        tiny.planned(paths[0], f'scale={paths[1]}')
 
     both = {'s': spec, 't': scale}
     read(both)
@@ -209,19 +209,19 @@ def test_what_was_found_in_scales_is_refused(root, monkeypatch, place, value):
     path = root.parent / f'{root.name}-scale.yaml'
     path.write_text(yaml.safe_dump(scale), encoding='utf-8')
     with pytest.raises(ValueError, match=place[-1]):
-        sequence.resources_of(sequence.read(sequence.parse(['yamls/sequence/pile_german.yaml', f'scale={path}']))[0])
+        resources_of(tiny.planned('yamls/sequence/pile_german.yaml', f'scale={path}')[0].given)
 
 
 def test_sweeps(root, sequence_spec):
     sweep = yaml.safe_load((tiny.ROOT / 'yamls/sweeps/eta_max.yaml').read_text(encoding='utf-8'))
     sweep['parameters'] = {
-        'new.optimizer.lr': {'distribution': 'log_uniform_values', 'min': 3e-4, 'max': 1e-2},
-        'new.replay.fraction': {'values': [0.05, 0.25], 'probabilities': [0.5, 0.5]},
+        'new.optimizer.lr': {'values': [3e-4, 1e-2]},
+        'new.train_loader.num_workers': {'min': 0, 'max': 1},
     }
 
     def read(value):
         sequence_of(value)
-        plan_trials(sequence_spec, trials_of(value)[:3])
+        expand_trials(SequenceSpec.from_yaml(sequence_spec), trials_of(value)[:3])
 
     read(sweep)
     cases(spoilt(sweep), read, root, 100, False)

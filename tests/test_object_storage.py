@@ -17,7 +17,6 @@ import boto3
 import composer.callbacks.checkpoint_saver as checkpoint_saver
 import pytest
 import recorder
-import sequence
 import tiny
 import torch
 from composer.core import Callback
@@ -30,6 +29,8 @@ from cpt_algorithms import files
 from cpt_algorithms.checkpoints.exports import parent_of
 from cpt_algorithms.checkpoints.open import newest_remote, resolve_latest
 from cpt_algorithms.report.run_records import read_runs
+from cpt_algorithms.sequence.check import check
+from cpt_algorithms.sequence.run import write_yaml
 from cpt_algorithms.stage import run as stage_run
 from cpt_algorithms.stage.preflight import latest_batch, preflight
 from cpt_algorithms.stage.stage import Stage
@@ -408,26 +409,27 @@ def test_runs_at_the_same_time_have_caches_of_their_own(bucket, data, tmp_path):
     for name in ('old', 'new'):
         for path in data[name].rglob('index.json'):
             put(bucket, {f'{name}/{path.relative_to(data[name])}': path.read_bytes()})
-    spec, together = sequence.read(sequence.parse([sequence_on(data, tmp_path)]))
-    sequence.check(spec, together)
-    _, one_by_one = sequence.read(sequence.parse([sequence_on(data, tmp_path, jobs=1)]))
+    _, together = tiny.planned(sequence_on(data, tmp_path))
+    check(together, 1)
+    _, one_by_one = tiny.planned(sequence_on(data, tmp_path, jobs=1))
 
     def caches(run):
-        loaders = [run.config['train_loader'], *run.config['eval_loader']]
+        loaders = [run.stage.given['train_loader'], *run.stage.given['eval_loader']]
         found = re.findall(r"'local': '([^']+)'", str(loaders))
         return {str(Path(place).relative_to(tmp_path / 'cache')) for place in found}
 
     assert [caches(run) for run in one_by_one] == [{'old', 'new'}] * 3
     assert [caches(run) for run in together] == [{f'old/{run.name}', f'new/{run.name}'} for run in together]
     # how many run at a time changes nothing of a run
-    assert [sequence.of_training(run.config) for run in together] == [
-        sequence.of_training(run.config) for run in one_by_one
-    ]
+    for run in one_by_one:
+        write_yaml(run)
+        (run.folder / 'stage.json').write_text('{}')
+    check(together, 1)
 
 
 def test_a_sequence_keeps_its_runs_in_a_local_folder(data, tmp_path):
-    with pytest.raises(ValueError, match='folder=s3://bucket/runs: a sequence keeps its plan'):
-        sequence.read(sequence.parse([sequence_on(data, tmp_path, folder='s3://bucket/runs')]))
+    with pytest.raises(ValueError, match=r"folder='s3://bucket/runs'.* local folder"):
+        tiny.planned(sequence_on(data, tmp_path, folder='s3://bucket/runs'))
 
 
 # Killed for real, with Composer's upload workers in processes of their own

@@ -17,6 +17,11 @@ import tiny
 import wandb_files
 from filelock import FileLock
 from omegaconf import OmegaConf
+from rich.console import Console
+
+from cpt_algorithms.sequence import run as sequence_run
+from cpt_algorithms.sequence.check import check
+from cpt_algorithms.stage.preflight import PreflightError
 
 RECIPE = tiny.ROOT / 'recipes' / 'sequence.py'
 
@@ -229,20 +234,16 @@ def test_a_run_that_another_process_trains_is_waited_for(spec, tmp_path, monkeyp
     lock.acquire()
     launched = []
 
-    def launch(run, start):
-        if run.name != 'old-s17':
-            launched.append(run.name)
-            raise KeyboardInterrupt
-        return original(run, start)
+    def start(recipe, folder):
+        launched.append(folder.name)
+        raise KeyboardInterrupt
 
     def sleep(seconds):
         (first / 'done.json').write_text('{"lm_eval": null}')  # the other process is done
 
-    original = sequence.launch
-    monkeypatch.setattr(sequence, 'launch', launch)
-    monkeypatch.setattr(sequence.time, 'sleep', sleep)
+    monkeypatch.setattr(sequence_run.time, 'sleep', sleep)
     with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, path)
+        sequence_run.run_all(tiny.planned(path)[1], start, 2, Path(), Console())
     assert launched == ['new-s17']
     assert 'old-s17: waiting for another process' in capsys.readouterr().out
 
@@ -288,16 +289,16 @@ def test_a_branch_is_added_where_a_checkpoint_was_kept(spec):
     trunk = Path(spec['folder']) / 'new-s17'
 
     def runs():
-        return sequence.read(sequence.parse([str(write(spec, Path(spec['folder']).parent))]))[1]
+        return tiny.planned(write(spec, Path(spec['folder']).parent))[1]
 
     for run in runs()[:2]:
-        (Path(spec['folder']) / run.name).mkdir(parents=True)
-        (Path(spec['folder']) / run.name / 'stage.json').write_text(json.dumps({'run_name': run.name, 'config': {}}))
-        sequence.write_yaml(run)
+        run.folder.mkdir(parents=True)
+        (run.folder / 'stage.json').write_text('{}')
+        sequence_run.write_yaml(run)
     spec['stages']['new']['branches']['long'] = {'t_anneal': '6ba'}
-    with pytest.raises(sequence.PreflightError, match=r'new-s17 was .*branch_points: None -> .*10'):
-        sequence.check(spec, runs())
+    with pytest.raises(PreflightError, match=r'new-s17 was .*branch_points: absent -> .*10'):
+        check(runs(), 1)
     (trunk / 'ep0-ba10-rank0.pt').touch()
-    sequence.check(spec, runs())
+    check(runs(), 1)
     del spec['stages']['new']['branches']['long']
-    sequence.check(spec, runs())
+    check(runs(), 1)

@@ -13,11 +13,15 @@ from typing import Any
 
 import continue_pretraining
 import recorder
+import sequence
 from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
 from streaming import StreamingDataset
 
 from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
+from cpt_algorithms.sequence.expand import Run, expand
+from cpt_algorithms.sequence.read import read_sequence
+from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.stage.run import DATASETS_LOCK
 from cpt_algorithms.stage.stage import Stage
 
@@ -140,6 +144,17 @@ def sequence_common(folder: Path, data: dict[str, Path], **over: Any) -> dict[st
         'callbacks': {'final_loss': {'window': '4ba', 'interval': '2ba'}},
     }
     return merge(base, over)
+
+
+def runs_of(spec: dict[str, Any]) -> list[Run]:
+    """The runs of a sequence YAML."""
+    return expand(SequenceSpec.from_yaml(spec))
+
+
+def planned(*words: object) -> tuple[SequenceSpec, list[Run]]:
+    """The sequence that a command line of ``recipes/sequence.py`` means, and its runs."""
+    arguments = sequence.parse([str(word) for word in words])
+    return read_sequence(arguments.words, arguments.sweep, arguments.trial)
 
 
 def run(cfg: dict[str, Any] | Stage) -> dict[int, dict]:

@@ -40,6 +40,8 @@ class Parameter(Section):
     def _has_values(self) -> 'Parameter':
         if 'value' not in self.given and self.values is None and (self.min is None or self.max is None):
             raise ValueError('KEY has neither value, values nor min and max (nested keys are written with dots)')
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f'KEY: min={self.min} is above max={self.max}')
         return self
 
     @property

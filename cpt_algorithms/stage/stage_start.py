@@ -160,9 +160,9 @@ class StageStart(Callback):
             for key, value in values.items()
             if key != 'lr' and _plain(group.get(key)) != _plain(value)
         ]
-        changed += differences(self._loaded['data'], _describe_stock_data(state))
-        changed += differences(self._loaded['schedule'], _describe_schedule(state))
-        changed += differences(self._loaded['training'], _describe_training(state))
+        described = {'data': _describe_stock_data, 'schedule': _describe_schedule, 'training': _describe_training}
+        for name, describe in described.items():
+            changed += differences(json.loads(self._loaded[name]), json.loads(describe(state)))
         if any(isinstance(callback, PhaseScheduler) for callback in state.callbacks) and not changed:
             # stock schedulers lag one batch behind, so that only ours can be compared with the time
             for scheduler in state.schedulers:

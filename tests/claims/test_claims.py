@@ -8,10 +8,12 @@ import numpy as np
 import papers
 import pytest
 import results
-import sequence
 import training
 from judge import Claim, Condition, Finding, NotRun, judge
-from tiny import ROOT
+from tiny import ROOT, planned
+
+from cpt_algorithms.sequence.run import write_sequence
+from cpt_algorithms.sequence.spec import SequenceSpec
 
 SEEDS = (17, 18, 19)
 
@@ -136,10 +138,9 @@ def plans():
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(sequence, 'resolve', lambda config: config)  # it would look for the tokenizer
         for name in training.SEQUENCES:
             overrides = [f'variables.{key}={value}' for key, value in training.stage_times(name, 131072).items()]
-            found[name] = sequence.read(sequence.parse([f'yamls/claims/{name}.yaml', *overrides]))
+            found[name] = planned(f'yamls/claims/{name}.yaml', *overrides)
     return found
 
 
@@ -147,12 +148,12 @@ def world(folder, plans, monkeypatch, run='', losses=None, kept=Kept):
     """All claims hold in it, but for what a changed run shows."""
     for name, table in zip(training.SEQUENCES, (WEAK, STRONG, INFINITE, AVERAGING), strict=True):
         spec, runs = plans[name]
-        sequence.write_sequence({**spec, 'folder': str(folder / name)}, runs, keep=False)
+        write_sequence(SequenceSpec.from_yaml({**spec.given, 'folder': str(folder / name)}), runs)
         assert {each.name.removesuffix(f'-s{each.seed}') for each in runs} == set(table)
         for each in runs:
             kind = each.name.removesuffix(f'-s{each.seed}')
             made_up = losses if (name, kind) == tuple(run.split('/')) else table[kind]
-            write(folder / name / each.name, list(spec['data']), made_up, each)
+            write(folder / name / each.name, list(spec.data), made_up, each)
     monkeypatch.setattr(evidence.Evidence, 'kept', [kept(seed) for seed in SEEDS])
     return evidence.Evidence(folder)
 
@@ -173,7 +174,7 @@ def write(folder, data, made_up, run):
             losses[label] = [[128 * share, 0, loss + noise] for share, loss in zip(shares, curve, strict=True)]
             final[label] = {'mean': losses[label][-1][2]}
     folder.mkdir(parents=True)
-    (folder / 'stage.json').write_text(json.dumps({'parent': None, 'config': run.config}))
+    (folder / 'stage.json').write_text(json.dumps({'parent': None, 'config': run.stage.to_train_yaml()}))
     (folder / 'losses.json').write_text(json.dumps({'losses': losses, 'final': final, 'cost': {'parameters': 1}}))
     (folder / 'done.json').write_text('{}')
 

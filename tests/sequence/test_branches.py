@@ -15,24 +15,22 @@ from omegaconf import OmegaConf
 from cpt_algorithms.replay.consumed import positions_behind
 from cpt_algorithms.replay.functional import Interleaving, MixedSequence, StreamOrder, check_budget, shares_of
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
-from cpt_algorithms.sequence.branches import anneal_branch, constant_alpha, in_batches
+from cpt_algorithms.sequence.branches import annealed, branch_of, constant_alpha
 from cpt_algorithms.stage.branch_points import BranchPoints
+from cpt_algorithms.stage.stage import Stage
 
 INFINITE = {'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '2ba', 'alpha_const': 0.5, 't_anneal': '0ba'}
-SMALL = {'global_train_batch_size': 8, 'max_seq_len': 16}
 
 
-def test_whole_batches():
-    assert [in_batches(time, SMALL) for time in ('3ba', '24sp', '25sp', '384tok', '385tok', '0tok')] == [
-        3,
-        3,
-        4,
-        3,
-        4,
-        0,
-    ]
-    with pytest.raises(ValueError, match=r"t_anneal='1ep' must be in tok, ba or sp"):
-        in_batches('1ep', SMALL, 't_anneal')
+@pytest.fixture
+def stage_of(data, tmp_path):
+    """A stage with a schedule."""
+
+    def stage_of(scheduler, duration='8ba'):
+        given = tiny.config(tmp_path, data, 'trunk', max_duration=duration)
+        return Stage.from_yaml({**given, 'scheduler': scheduler})
+
+    return stage_of
 
 
 @pytest.mark.parametrize(
@@ -44,9 +42,9 @@ def test_whole_batches():
         ({'name': 'wsd', 't_warmup': '2ba', 't_decay': '2ba'}, '8ba', {2: 1.0, 6: 1.0}),
     ],
 )
-def test_where_the_learning_rate_is_constant(scheduler, duration, alphas):
-    cfg = {**SMALL, 'scheduler': scheduler, 'max_duration': duration}
-    assert {batch: constant_alpha(cfg, batch) for batch in alphas} == alphas
+def test_where_the_learning_rate_is_constant(stage_of, scheduler, duration, alphas):
+    trunk = stage_of(scheduler, duration)
+    assert {batch: constant_alpha(trunk, batch) for batch in alphas} == alphas
 
 
 @pytest.mark.parametrize(
@@ -62,17 +60,17 @@ def test_where_the_learning_rate_is_constant(scheduler, duration, alphas):
         ({'name': 'cosine_with_warmup', 't_warmup': '2ba'}, 4, 'has no phases that can be looked at'),
     ],
 )
-def test_where_it_is_not(scheduler, batch, message):
+def test_where_it_is_not(stage_of, scheduler, batch, message):
     with pytest.raises(ValueError, match=message):
-        constant_alpha({**SMALL, 'scheduler': scheduler, 'max_duration': '8ba'}, batch)
+        constant_alpha(stage_of(scheduler), batch)
 
 
-def test_nothing_to_anneal():
-    cfg = {**SMALL, 'scheduler': {'name': 'rewarm_constant', 't_warmup': '0ba', 'alpha': 0.1}, 'max_duration': '8ba'}
+def test_nothing_to_anneal(stage_of):
+    trunk = stage_of({'name': 'rewarm_constant', 't_warmup': '0ba', 'alpha': 0.1})
     with pytest.raises(
         ValueError, match='alpha_f=0.1, and the scheduler of the trunk is at 0.1 times the learning rate'
     ):
-        anneal_branch(cfg, 'branch', 'runs/branch', 'x.pt', 4, '2ba')
+        annealed(trunk, trunk.given, 'x.pt', 4, '2ba')
 
 
 def test_streams_go_on_each_by_itself():
@@ -190,7 +188,7 @@ def test_a_branch_is_what_the_trunk_would_have_been(trunk, data, streams, tmp_pa
         assert float.fromhex(ours['loss']) == pytest.approx(float.fromhex(theirs['loss']), rel=1e-5)
     stage = json.loads((branch / 'stage.json').read_text())
     assert stage['run_name'] == 'trunk-anneal-ba4'
-    assert stage['parent'] == stage['data']['continues'] == str(trunk / 'ep0-ba4-rank0.pt')
+    assert stage['parent'] == stage['config']['train_loader']['dataset']['continues'] == str(trunk / 'ep0-ba4-rank0.pt')
     assert list((branch / 'huggingface').glob('ba4/model.safetensors'))
 
 
@@ -225,11 +223,11 @@ def test_what_is_no_branch_is_refused(trunk, checkpoint, words, message, tmp_pat
 
 def test_other_data_takes_the_place_of_the_trunks(trunk):
     other = 'train_loader.dataset.new={local: books, split: train}'
-    dataset = anneal.branch_of(str(trunk / 'ep0-ba4-rank0.pt'), ['t_anneal=2ba', other])['train_loader']['dataset']
+    dataset = branch_of(str(trunk / 'ep0-ba4-rank0.pt'), ['t_anneal=2ba', other]).given['train_loader']['dataset']
     assert dataset['new'] == {'local': 'books', 'split': 'train'}
     assert list(dataset['replay']['streams']) == ['old']
     other = 'train_loader.dataset.replay.streams={more: {local: more, split: train}}'
-    dataset = anneal.branch_of(str(trunk / 'ep0-ba4-rank0.pt'), ['t_anneal=2ba', other])['train_loader']['dataset']
+    dataset = branch_of(str(trunk / 'ep0-ba4-rank0.pt'), ['t_anneal=2ba', other]).given['train_loader']['dataset']
     assert (dataset['replay']['fraction'], list(dataset['replay']['streams'])) == (0.25, ['more'])
     assert list(dataset['new']) == ['local', 'split']
 

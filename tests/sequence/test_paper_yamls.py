@@ -9,9 +9,7 @@ import prepare_data
 import pytest
 import sequence
 from omegaconf import OmegaConf
-from tiny import ROOT
-
-from cpt_algorithms.sequence.expand import tokens_per_stream
+from tiny import ROOT, planned
 
 PAPERS = {
     path.stem: path
@@ -32,12 +30,8 @@ def from_the_repositorys_root_without_a_network(monkeypatch):
     monkeypatch.setenv('AWS_EC2_METADATA_DISABLED', 'true')
 
 
-def planned(path, *words):
-    return sequence.read(sequence.parse([str(path), *words]))
-
-
 def tokens(runs):
-    return {run.name: tokens_per_stream(run.config) for run in runs}
+    return {run.name: run.stage.tokens_by_stream() for run in runs}
 
 
 def dry_run(path, monkeypatch, capsys):
@@ -58,12 +52,12 @@ def test_every_experiment_is_there():
 def test_it_passes_its_dry_run(path, monkeypatch, capsys):
     printed = dry_run(path, monkeypatch, capsys)
     spec, runs = planned(path)
-    assert f'{spec["name"]}: {len(runs)} runs' in printed
+    assert f'{spec.name}: {len(runs)} runs' in printed
     # here there is neither the data nor the tokenizer, and it says so
     unseen = [line for line in printed.splitlines() if line.startswith('not seen from here: ')]
     assert all('cannot be reached: ' in line or line.split(': ', 1)[1].startswith('tokenizer=') for line in unseen)
     assert any('tokenizer=' in line for line in unseen)
-    for dataset in spec['data']:
+    for dataset in spec.data:
         assert any(f's3://bucket/data/{dataset}/train/index.json' in line for line in unseen)
 
 
@@ -88,7 +82,7 @@ def test_training_does_not_start_with_what_is_not_seen(monkeypatch):
 def test_the_tokens_of_the_header_are_those_of_the_plan(path):
     header = ' '.join(line.lstrip('# ') for line in path.read_text().splitlines() if line.startswith('#'))
     spec, runs = planned(path)
-    size, length = spec['common']['global_train_batch_size'], spec['common']['max_seq_len']
+    size, length = spec.common.global_train_batch_size, spec.common.max_seq_len
     assert f'{size} x {length} = {size * length:,} a batch' in header
     said = {int(number.replace(',', '')) for number in re.findall(r'\d+(?:,\d{3}){2,}', header)} - {size * length}
     counts = tokens(runs)
@@ -121,8 +115,8 @@ def test_budgets_are_the_papers():
     splits = tokens(planned(PAPERS['infinite_three_splits'])[1])
     assert sum(sum(splits[f'split_{number}-s17'].values()) for number in (1, 2, 3)) == STEPS * BATCH
     lawa = {name: planned(PAPERS[f'lawa_{name}'])[1][0] for name in ('125m', '335m', '770m')}
-    assert {name: sequence.batches(run) for name, run in lawa.items()} == dict.fromkeys(lawa, 70_000)
-    assert sum(tokens_per_stream(lawa['125m'].config).values()) == 70_000 * 393_216
+    assert {name: run.batches for name, run in lawa.items()} == dict.fromkeys(lawa, 70_000)
+    assert sum(lawa['125m'].stage.tokens_by_stream().values()) == 70_000 * 393_216
 
 
 @each_paper
@@ -131,18 +125,18 @@ def test_tiny_means_the_same_runs_in_another_folder(path):
     assert [(run.name, run.parent, run.arm) for run in small[1]] == [
         (run.name, run.parent, run.arm) for run in large[1]
     ]
-    assert small[0]['folder'] == f'runs/tiny/{path.stem}'
+    assert small[0].folder == f'runs/tiny/{path.stem}'
     for run in small[1]:
         # the union is as long as all stages
-        assert sequence.batches(run) <= 240
-        assert sequence.batches(run) > 0 or run.script == 'merge.py'
-        assert run.config['model']['d_model'] == 128
-        new = run.config['train_loader']['dataset']['new']
+        assert run.batches <= 240
+        assert run.batches > 0 or run.stage.merge
+        assert run.stage.given['model']['d_model'] == 128
+        new = run.stage.given['train_loader']['dataset']['new']
         assert {name: stream['local'] for name, stream in new.items()} == {name: f'data/tiny/{name}' for name in new}
-    assert max(sequence.batches(run) for run in small[1] if run.arm not in ('union', 'mixed')) == 120
+    assert max(run.batches for run in small[1] if run.arm not in ('union', 'mixed')) == 120
     # shares of replay are what they were
     for one, other in zip(large[1], small[1], strict=True):
-        replay = [run.config['train_loader']['dataset'].get('replay') or {} for run in (one, other)]
+        replay = [run.stage.given['train_loader']['dataset'].get('replay') or {} for run in (one, other)]
         if one.arm not in ('union', 'mixed'):
             assert replay[0].get('fraction') == replay[1].get('fraction')
 
@@ -150,9 +144,9 @@ def test_tiny_means_the_same_runs_in_another_folder(path):
 def test_the_command_line_is_said_of_the_result():
     words = ('scale=tiny', 'folder=elsewhere', 'jobs=1', 'stages.pile.max_duration=4096tok', 'common.optimizer.lr=0.5')
     spec, runs = planned(PAPERS['pile_slimpajama'], *words)
-    assert (spec['folder'], spec['jobs'], 'scale' in spec) == ('elsewhere', 1, False)
-    assert sequence.batches(runs[0]) == 1
-    assert {run.config['optimizer']['lr'] for run in runs} == {0.5}
+    assert (spec.folder, spec.jobs) == ('elsewhere', 1)
+    assert runs[0].batches == 1
+    assert {run.stage.given['optimizer']['lr'] for run in runs} == {0.5}
 
 
 def test_an_unknown_scale_is_named():
@@ -163,7 +157,7 @@ def test_an_unknown_scale_is_named():
 @each_paper
 def test_make_data_tiny_prepares_what_it_reads(path):
     makefile = (ROOT / 'Makefile').read_text()
-    for name in planned(path)[0]['data']:
+    for name in planned(path)[0].data:
         assert f'--dataset {name}=installed:' in makefile
 
 
