@@ -26,7 +26,7 @@ from mutations import INTERPOLATIONS, VALUES, names_it, spoil, spoilt
 from rich.console import Console
 
 from cpt_algorithms.cost.tables import print_costs
-from cpt_algorithms.evaluation.lm_eval import load_suite
+from cpt_algorithms.evaluation.suite import load_suite
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.sequence.expand import stage_tokens
 from cpt_algorithms.sequence.scale import load_scaled

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was forgotten, what was learned, what it cost: arithmetic on validation losses."""
+"""What was forgotten, what was learned, what it cost: arithmetic on validation losses and scores of benchmarks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,13 @@ __all__ = [
     'forgetting',
     'has_diverged',
     'in_final_window',
+    'mean_over_tasks',
+    'paired_delta',
+    'score',
     'steps_saved',
     'thinned',
     'training_flops',
+    'within_noise',
 ]
 
 
@@ -126,6 +130,57 @@ def changes(
             if changed and len(changed) == len(datasets):
                 result[f'{key}/mean{suffix}'] = sum(changed.values()) / len(changed)
     return result
+
+
+def score(values: Sequence[float], weights: Sequence[float]) -> Mean:
+    r"""The score of a task with its standard error, by linearisation of the ratio.
+
+    :math:`r = \sum v_i / \sum w_i`, :math:`s^2 = \frac{n}{n-1} \sum (v_i - r w_i)^2 / (\sum w_i)^2`. With weights 1,
+    the mean and its usual standard error. Items are taken as independent, also those from one document.
+
+    Args:
+        values: Of each item: accuracy, exact match, or bits.
+        weights: Of each item: 1, or bytes for bits per byte.
+
+    Raises:
+        ValueError: If there is no item.
+
+    Source: Cochran 1977, Sampling Techniques, 6.3-6.4.
+    """
+    if not values:
+        raise ValueError('there is no item')
+    count, total = len(values), sum(weights)
+    ratio = sum(values) / total
+    residuals = sum((value - ratio * weight) ** 2 for value, weight in zip(values, weights, strict=True))
+    return Mean(ratio, sqrt(residuals * count / max(count - 1, 1)) / total, count)
+
+
+def paired_delta(values: Sequence[float], parent_values: Sequence[float], weights: Sequence[float]) -> Mean:
+    """Score minus the parent's on the same items; its standard error is that of the differences item by item.
+
+    Items that both models get right, or wrong, cancel: this is much less than the two scores' errors together.
+
+    Args:
+        values: Of each item.
+        parent_values: The parent's, of the same items.
+        weights: Of each item, which do not depend on the model.
+    """
+    return score([ours - theirs for ours, theirs in zip(values, parent_values, strict=True)], weights)
+
+
+def within_noise(delta: Mean) -> bool:
+    """Whether 0 lies in the 95 % confidence interval of a difference, +- 1.96 standard errors; always with one item."""
+    return delta.count < 2 or abs(delta.value) <= 1.96 * delta.stderr
+
+
+def mean_over_tasks(means: Sequence[Mean]) -> Mean:
+    r"""Mean over tasks, each counting the same: :math:`\frac1k \sum m_j \pm \frac1k \sqrt{\sum s_j^2}`.
+
+    Args:
+        means: Scores of the tasks, or differences, at least one.
+    """
+    stderr = sqrt(sum(mean.stderr**2 for mean in means)) / len(means)
+    return Mean(sum(mean.value for mean in means) / len(means), stderr, sum(mean.count for mean in means))
 
 
 def training_flops(num_parameters: int, num_tokens: int) -> float:

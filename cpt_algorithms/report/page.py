@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.evaluation.functional import Mean, changes
-from cpt_algorithms.evaluation.lm_eval import within_noise
+from cpt_algorithms.evaluation.functional import Mean, changes, within_noise
 from cpt_algorithms.files import write_atomic, write_json
 from cpt_algorithms.report.lineage import Node, details, read_lineage, status
 from cpt_algorithms.report.plots import plots_of, png, svg

@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from cpt_algorithms.evaluation.functional import Mean, bits_per_byte, by_average, changes, training_flops
-from cpt_algorithms.evaluation.lm_eval import mean_over_tasks, paired_delta, within_noise
+from cpt_algorithms.evaluation.functional import (
+    Mean,
+    bits_per_byte,
+    by_average,
+    changes,
+    mean_over_tasks,
+    paired_delta,
+    training_flops,
+    within_noise,
+)
 from cpt_algorithms.files import write_atomic
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
 

@@ -46,7 +46,7 @@ from cpt_algorithms.checkpoints.open import (
     read_metadata,
     resolve_latest,
 )
-from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
+from cpt_algorithms.evaluation.suite import check_suite, load_suite
 from cpt_algorithms.files import (
     StorageError,
     check_writable,
@@ -467,7 +467,7 @@ def _check_lm_eval(cfg: Config) -> None:
     if not given:
         return
     try:
-        problems = check_suite(load_suite_of(given))
+        problems = check_suite(load_suite(given))
     except ValueError as error:
         problems = [str(error)]
     if problems:

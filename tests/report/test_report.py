@@ -304,7 +304,11 @@ def test_a_run_without_several_evaluators(loaders, tmp_path, no_plots):
     stage['config']['eval_loader'] = loaders
     write(tmp_path / 'run-s1' / 'stage.json', stage)
     (tmp_path / 'run-s1' / 'losses.json').unlink()
-    write_report([tmp_path / 'run-s1'], tmp_path / 'out')
+    report = write_report([tmp_path / 'run-s1'], tmp_path / 'out')
+    [row] = report.rows
+    assert (row.name, row.kind, report.study.data) == ('run', 'scratch', [])
+    means = {name: column.mean for name, column in row.columns.items()}
+    assert means == {'tokens': 1000, 'new tokens': 1000, 'replayed tokens': 0}
 
 
 def test_names_that_look_like_markup(tmp_path, no_plots):

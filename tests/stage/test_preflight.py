@@ -60,7 +60,7 @@ BAD = {
     'fractional batch': ({'global_train_batch_size': 8.0}, 'global_train_batch_size=8.0 must be a whole number'),
     'seconds': ({'max_duration': '100sec'}, 'max_duration'),
     'optimizer state': ({'callbacks': {'stage_start': {'optimizer': 'keeep'}}}, "stage_start.optimizer='keeep' is not possible"),
-    'final loss window': ({'callbacks': {'final_loss': {'window': '10tok'}}}, 'final_loss.window=10tok must be in batches'),
+    'final loss window': ({'callbacks': {'final_loss': {'window': '10tok'}}}, "final_loss.window='10tok'"),
     'code path': ({'code_paths': ['nowhere.py']}, 'code_paths: nowhere.py does not exist'),
     'no such parent': ({'load_path': 'nowhere.pt'}, 'load_path=nowhere.pt does not exist'),
     'parent without stage_start': ({'load_path': 'nowhere.pt', 'callbacks': {'stage_start': None}}, 'callbacks.stage_start is missing'),
