@@ -434,7 +434,7 @@ def read_index(root):
         for number in range(len(read)):
             for file in read.reader(number, '/folder', 'train').file_pairs[0]:
                 assert file is None or os.path.normpath(f'/folder/{file.basename}').startswith('/folder/')
-        read.present(root)
+        read.cached(root)
 
     return read
 

@@ -35,7 +35,7 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(streams, 'LONGEST_WAIT', 0.05)
     monkeypatch.setattr(streams, 'wait_exponential_jitter', no_jitter)
     monkeypatch.setattr(streams, 'CLAIM_TIMEOUT', 0.5)
-    monkeypatch.setattr(streams, 'TRACKER_TIME', 0.0)
+    monkeypatch.setattr(streams, 'TRACKER_DELAY', 0.0)
     # botocore's own attempts, which wait up to 20 s
     monkeypatch.setenv('AWS_MAX_ATTEMPTS', '1')
 
@@ -343,7 +343,7 @@ def in_another_process(dataset_class, **arguments):
 
 
 def shared_memory_of(tmp_path):
-    return streams._left_behind(str(tmp_path / 'new/train'))
+    return streams._stale_shared_memory(str(tmp_path / 'new/train'))
 
 
 def test_a_killed_run_can_be_started_again_and_a_live_one_is_left_alone(proxy, tmp_path, undisturbed):
