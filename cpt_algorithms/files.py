@@ -296,7 +296,7 @@ def locked_sibling(out: Path, busy: Exception) -> Iterator[Path]:
         partial.mkdir(exist_ok=True)
         yield partial
     finally:
-        file.unlink()  # while it is ours: whoever waits for it sees that it is gone, and makes another
+        file.unlink(missing_ok=True)  # while we hold it: filelock notices in another process that it is gone
         lock.release()
 
 

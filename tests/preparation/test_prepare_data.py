@@ -36,7 +36,6 @@ from streaming.base.util import clean_stale_shared_memory
 from cpt_algorithms.files import locked_sibling
 from cpt_algorithms.preparation import hash_tokenizer, lm_eval_items, parts, sources
 from cpt_algorithms.preparation.duplicates import digests, is_held_out
-from cpt_algorithms.preparation.packing import Selector, cut, pieces
 from cpt_algorithms.preparation.sources import Source
 from cpt_algorithms.preparation.tokenizer import EOS
 
@@ -63,6 +62,11 @@ def write_jsonl(path, texts, key='text'):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(''.join(json.dumps({key: text}) + '\n' for text in texts), encoding='utf-8')
     return path
+
+
+def jsonl(path, texts):
+    """The option for a dataset of these texts, named as its file."""
+    return f'--dataset={path.stem}=jsonl:{write_jsonl(path, texts)}'
 
 
 def prepare(out, *arguments):
@@ -117,140 +121,8 @@ def two(tmp_path_factory):
     return Two(folder / 'out', prepare(folder / 'out', *datasets), texts, datasets)
 
 
-# Pure functions
-
-
 def in_val(text, val_fraction=0.2):
     return bool(is_held_out(digests([text]), val_fraction)[0])
-
-
-def cut_all(tokens, max_seq_len, at_once=1 << 20):
-    """The samples and what is left over."""
-    samples = []
-    generator = cut([np.array(part, np.int32) for part in tokens], max_seq_len, at_once)
-    while True:
-        try:
-            samples += next(generator).tolist()
-        except StopIteration as stop:
-            return samples, stop.value.tolist()
-
-
-def test_cut_by_hand():
-    assert cut_all([[7, 1, 2], [3, 9], [], [4, 5, 9]], 3) == ([[7, 1, 2], [3, 9, 4]], [5, 9])
-    assert cut_all([], 4) == ([], [])
-
-
-@given(st.lists(st.lists(st.integers(1, 9), max_size=12), max_size=8), st.integers(2, 7), st.integers(1, 20))
-def test_samples_do_not_depend_on_what_is_cut_at_once(parts, max_seq_len, at_once):
-    samples, rest = cut_all(parts, max_seq_len)
-    assert cut_all(parts, max_seq_len, at_once) == (samples, rest)
-    assert [*sum(samples, []), *rest] == sum(parts, []) and len(rest) < max_seq_len
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12), st.integers(0, 4))
-def test_pieces_are_the_tokens_of_the_documents(documents, trim):
-    lengths = np.array([length for length, _ in documents], np.uint32)
-    wanted = np.array([chosen and length > trim for length, chosen in documents], bool)
-    texts = np.split(np.arange(lengths.sum(), dtype=np.int32), np.cumsum(lengths)[:-1]) if documents else []
-    expected = sum((text.tolist() for text, chosen in zip(texts, wanted, strict=True) if chosen), [])
-    found = [part.tolist() for part in pieces(np.arange(lengths.sum(), dtype=np.int32), lengths, wanted, trim)]
-    assert sum(found, []) == (expected[:-trim] if trim else expected)
-    assert len(found) <= np.count_nonzero(wanted)
-
-
-def select(documents, **max_tokens):
-    """Each letter is a document of 10 tokens: Val or Train, small where its text came before."""
-    marks = list(documents)
-    selector = Selector({'train': None, 'val': None} | max_tokens)
-    everything = np.ones(len(marks), bool)
-    first = np.array([mark.isupper() for mark in marks])
-    held_out = np.array([mark.upper() == 'V' for mark in marks])
-    selections = selector.select(held_out, np.full(len(marks), 10, np.uint32), first, ~everything)
-    found = {}
-    for split, chosen in selections.items():
-        text = ''.join(mark if wanted else '.' for mark, wanted in zip(marks, chosen.documents, strict=True))
-        found[split] = (text, chosen.trim, chosen.counts.duplicates, selector.ended)
-    return found
-
-
-def test_selection_by_hand():
-    assert select('TVtTV') == {'train': ('T..T.', 0, 1, False), 'val': ('.V..V', 0, 0, False)}
-    # the document that reaches the limit is cut; val without a limit ends with it; what follows is not even counted
-    assert select('TVTVTtvV', train=15) == {'train': ('T.T.....', 5, 0, True), 'val': ('.V......', 0, 0, True)}
-    assert select('TVTtVV', train=20, val=15) == {'train': ('T.T...', 0, 0, True), 'val': ('.V..V.', 5, 0, True)}
-    assert select('TVTtVV', train=20, val=50) == {'train': ('T.T...', 0, 0, False), 'val': ('.V..VV', 0, 0, False)}
-    assert select('TVTvVT', val=10) == {'train': ('T.T..T', 0, 0, False), 'val': ('.V....', 0, 0, False)}
-
-
-@given(st.text('TVtv', max_size=20), st.integers(1, 99), st.none() | st.integers(1, 99), st.integers(0, 20))
-def test_selection_does_not_depend_on_parts(documents, train, val, middle):
-    marks = np.array(list(documents), 'U1')
-    held_out, first = np.isin(marks, ['V', 'v']), np.isin(marks, ['T', 'V'])
-    lengths, near = np.arange(len(marks), dtype=np.uint32), np.zeros(len(marks), bool)
-
-    def selected(cuts):
-        selector = Selector({'train': train, 'val': val})
-        results = [selector.select(held_out[cut], lengths[cut], first[cut], near[cut]) for cut in cuts]
-        return [
-            [
-                np.concatenate([result[split].documents for result in results]).tolist(),
-                sum(result[split].trim for result in results),
-                sum(result[split].counts.duplicates for result in results),
-            ]
-            for split in ('train', 'val')
-        ] + [selector.ended]
-
-    assert selected([slice(0, middle), slice(middle, None)]) == selected([slice(None)])
-
-
-def test_split_shares():
-    share = is_held_out(digests([str(number) for number in range(10_000)]), 0.1).mean()
-    assert abs(share - 0.1) < 0.01  # 3 standard deviations
-
-
-@given(st.lists(st.text(max_size=9)), st.integers(1, 20))
-def test_chunks_keep_every_text_in_order(texts, size):
-    chunks = list(sources.in_chunks(texts, size))
-    assert [text for chunk in chunks for text in chunk] == texts
-    assert all(sum(map(len, chunk[:-1])) < size for chunk in chunks)
-
-
-def test_hash_order_depends_on_names_only():
-    names = [f'package/{number}.py' for number in range(50)]
-    assert sources.hash_order(names) == sources.hash_order(reversed(names)) != names
-
-
-def test_hf_arguments():
-    assert sources.hf_arguments('allenai/c4?name=en&split=validation') == {
-        'path': 'allenai/c4',
-        'name': 'en',
-        'split': 'validation',
-    }
-    assert sources.hf_arguments('org/data') == {'path': 'org/data', 'split': 'train'}
-
-
-@given(st.text(alphabet='ab \n', max_size=60), st.integers(2, 9))
-def test_passages_are_the_text_in_pieces(text, length):
-    pieces = lm_eval_items.passages(text, length)
-    assert ''.join(pieces) == text and all(0 < len(piece) <= length for piece in pieces)
-
-
-def test_passages_by_hand():
-    # after a newline in the second half, else a space there, else anywhere
-    assert lm_eval_items.passages('abc\nd e fghijklmn', 6) == ['abc\n', 'd e ', 'fghijk', 'lmn']
-
-
-def test_continuations_by_hand():
-    # of 16 characters 12 can be context, which is cut after the last space in their second half, and 4 follow
-    documents = [f'{letter * 7} {letter * 4} xyz' for letter in 'abcde']
-    items = lm_eval_items.continuations(documents, 16, 9)
-    assert sorted(item['context'] for item in items) == [f'{letter * 7} ' for letter in 'abcde']
-    for item in items:
-        right = item['context'][0] * 4
-        assert item['choices'][item['answer']] == right and len(set(item['choices'])) == 4
-        assert set(item['choices']) <= {letter * 4 for letter in 'abcde'}
-    assert lm_eval_items.continuations(documents, 16, 2) == items[:2]
-    assert lm_eval_items.continuations(documents[:3], 16, 9) == [], 'there are not three others'
 
 
 # What is written
@@ -315,8 +187,8 @@ def test_lm_eval_items_are_of_documents_held_out(tmp_path, monkeypatch):
     for name in ('SMALLEST_PART', 'LARGEST_PART'):
         monkeypatch.setattr(sources, name, 20_000)
     # documents that came before, in the same part and in another, and one that is blank
-    data = write_jsonl(tmp_path / 'a.jsonl', [*texts[:2], '', *texts[:30], *texts])
-    manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}', '--max-val-tokens', '4000')
+    data = jsonl(tmp_path / 'a.jsonl', [*texts[:2], '', *texts[:30], *texts])
+    manifest = prepare(tmp_path / 'out', data, '--max-val-tokens', '4000')
     counts = manifest['datasets']['a']
     val = [text for text in texts if in_val(text)][: counts['splits']['val']['documents']]
     rows = {}
@@ -339,8 +211,8 @@ def test_too_few_documents_for_lm_eval_give_no_file(tmp_path):
     texts = ['\n'.join(make_texts(at, 8)) for at in range(12)]
     val = [text for text in texts if in_val(text)]
     train = [text for text in texts if text not in val]
-    data = write_jsonl(tmp_path / 'a.jsonl', [*train, val[0]])
-    manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}')
+    data = jsonl(tmp_path / 'a.jsonl', [*train, val[0]])
+    manifest = prepare(tmp_path / 'out', data)
     assert manifest['datasets']['a']['lm_eval']['continuations'] == 0
     assert [file.name for file in (tmp_path / 'out' / 'lm_eval').iterdir()] == ['a_passages.jsonl']
 
@@ -368,16 +240,16 @@ def test_llmfoundry_reads_it(two):
 
 
 def test_limits(tmp_path):
-    data = write_jsonl(tmp_path / 'a.jsonl', make_texts(2, 200))
-    everything = prepare(tmp_path / 'all', f'--dataset=a=jsonl:{data}')['datasets']['a']['splits']
+    data = jsonl(tmp_path / 'a.jsonl', make_texts(2, 200))
+    everything = prepare(tmp_path / 'all', data)['datasets']['a']['splits']
     limits = ('--max-train-tokens', '1000', '--max-val-tokens', '100')
-    some = prepare(tmp_path / 'some', f'--dataset=a=jsonl:{data}', *limits)['datasets']['a']['splits']
+    some = prepare(tmp_path / 'some', data, *limits)['datasets']['a']['splits']
     assert [some[split]['tokens'] for split in ('train', 'val')] == [1000 // LENGTH * LENGTH, 100 // LENGTH * LENGTH]
     for split, counts in some.items():
         tokens = read_tokens(tmp_path / 'some', 'a', split)
         assert tokens.tolist() == read_tokens(tmp_path / 'all', 'a', split)[: len(tokens)].tolist()
         assert counts['bytes'] < everything[split]['bytes']
-    train = prepare(tmp_path / 'train', f'--dataset=a=jsonl:{data}', *limits[:2])['datasets']['a']['splits']
+    train = prepare(tmp_path / 'train', data, *limits[:2])['datasets']['a']['splits']
     assert train['train'] == some['train'] and train['val']['documents'] < everything['val']['documents']
 
 
@@ -750,21 +622,21 @@ def test_object_storage(
 def test_earlier_data(two, tmp_path, capsys):
     out, manifest, texts, _ = two
     fresh = make_texts(30)
-    data = write_jsonl(tmp_path / 'c.jsonl', [*texts['old'][:20], *texts['new'][20:40], *fresh])
-    third = prepare(tmp_path / 'out', f'--dataset=c=jsonl:{data}', '--earlier', str(out))
+    data = jsonl(tmp_path / 'c.jsonl', [*texts['old'][:20], *texts['new'][20:40], *fresh])
+    third = prepare(tmp_path / 'out', data, '--earlier', str(out))
     counts = third['datasets']['c']['splits'].values()
     assert sum(count['duplicates'] for count in counts) == 40
     assert sum(count['documents'] for count in counts) == len(fresh)
     assert third['tokenizer']['hash'] == manifest['tokenizer']['hash']
-    other = prepare(tmp_path / 'other', f'--dataset=c=jsonl:{data}', '--vocab-size', '280')
+    other = prepare(tmp_path / 'other', data, '--vocab-size', '280')
     assert other['tokenizer']['hash'] != manifest['tokenizer']['hash']
-    arguments = (f'--dataset=c=jsonl:{data}', '--tokenizer', str(tmp_path / 'other' / 'tokenizer'))
+    arguments = (data, '--tokenizer', str(tmp_path / 'other' / 'tokenizer'))
     message = error_of(capsys, tmp_path / 'no', *arguments, '--earlier', str(out))
     assert 'have different tokenizers' in message
     assert 'near-duplicates are looked for' in error_of(
-        capsys, tmp_path / 'no', f'--dataset=c=jsonl:{data}', '--earlier', str(out), '--near-duplicates'
+        capsys, tmp_path / 'no', data, '--earlier', str(out), '--near-duplicates'
     )
-    message = error_of(capsys, tmp_path / 'no', f'--dataset=c=jsonl:{data}', '--earlier', str(tmp_path))
+    message = error_of(capsys, tmp_path / 'no', data, '--earlier', str(tmp_path))
     assert 'no manifest.json' in message
 
 
@@ -888,8 +760,8 @@ def test_files_that_are_not_prose_or_code_are_blank(tmp_path):
 
 def test_given_tokenizer(two, tmp_path, capsys):
     out, manifest, _, specs = two
-    data = write_jsonl(tmp_path / 'a.jsonl', make_texts(7))
-    other = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}', '--tokenizer', str(out / 'tokenizer'))
+    data = jsonl(tmp_path / 'a.jsonl', make_texts(7))
+    other = prepare(tmp_path / 'out', data, '--tokenizer', str(out / 'tokenizer'))
     assert other['tokenizer'] == {**manifest['tokenizer'], 'hash': other['tokenizer']['hash']}
     assert other['request']['tokenizer_hash'] == manifest['tokenizer']['hash']
     text = next(text for text in make_texts(7) if not in_val(text))
@@ -928,7 +800,7 @@ def no_work(monkeypatch):
         ('--max-train-tokens=15', '--max-train-tokens 15: .*16'),
         ('--vocab-size=256', '--vocab-size=256 .*at least 257'),
         ('--tokenizer-documents=0', '--tokenizer-documents=0 .*at least 1'),
-        ('--tokenizer=x --tokenizer-documents=9', '--tokenizer-documents .* x '),
+        ('--tokenizer x --tokenizer-documents 9', '--tokenizer-documents .* x '),
         ('--near-threshold=0.9', '--near-threshold 0.9 .*--near-duplicates'),
         ('--compression=zsdt', 'zsdt: .*zstd'),
     ],
@@ -956,10 +828,10 @@ def test_wrong_rows(rows, message, tmp_path, capsys, no_work):
     [('b.txt', b'caf\xe9'), ('b.jsonl', b'{"text": "a"}\n{"text": \n'), ('b.parquet', b'no parquet')],
 )
 def test_broken_files(name, content, tmp_path, capsys):
-    data = write_jsonl(tmp_path / 'a.jsonl', make_texts(8))
+    data = jsonl(tmp_path / 'a.jsonl', make_texts(8))
     (tmp_path / name).write_bytes(content)
     broken = f'{name[2:].replace("txt", "text")}:{tmp_path / name}'
-    message = error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}', f'--dataset=b={broken}')
+    message = error_of(capsys, tmp_path / 'out', data, f'--dataset=b={broken}')
     assert f'dataset b: cannot read {broken}: ' in message
 
 
@@ -971,5 +843,5 @@ def test_broken_files(name, content, tmp_path, capsys):
     ],
 )
 def test_a_preparation_that_cannot_be(texts, options, message, tmp_path, capsys):
-    data = write_jsonl(tmp_path / 'a.jsonl', texts)
-    assert re.search(message, error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}', *options))
+    data = jsonl(tmp_path / 'a.jsonl', texts)
+    assert re.search(message, error_of(capsys, tmp_path / 'out', data, *options))
