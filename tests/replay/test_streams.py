@@ -320,7 +320,7 @@ def in_another_process(dataset_class, **arguments):
     """Another run: build a dataset, read a row, and go on until killed."""
     # forked from a server that has imported the library, and started no threads
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['cpt_algorithms.replay'])
+    context.set_forkserver_preload(['cpt_algorithms.replay.replay_text'])
     begun = context.Event()
     process = context.Process(
         target=read_a_row,
@@ -328,7 +328,7 @@ def in_another_process(dataset_class, **arguments):
         daemon=True,
     )
     process.start()
-    assert begun.wait(60)
+    assert begun.wait(200)
     return process
 
 
