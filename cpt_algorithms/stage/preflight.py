@@ -43,7 +43,8 @@ from cpt_algorithms.checkpoints.open import (
     read_metadata,
     resolve_latest,
 )
-from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
+from cpt_algorithms.evaluation.lm_eval import check_suite
+from cpt_algorithms.evaluation.suite import load_suite
 from cpt_algorithms.files import (
     StorageError,
     check_writable,
@@ -384,7 +385,7 @@ def _check_lm_eval(stage: Stage) -> None:
             'copy the export and use scripts/evaluate.py'
         )
     try:
-        problems = check_suite(load_suite_of(stage.suite))
+        problems = check_suite(load_suite(stage.suite))
     except ValueError as error:
         problems = [str(error)]
     if problems:

@@ -27,9 +27,10 @@ from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cpt_algorithms.checkpoints.exports import folder_of_pretrained, models_of, parent_of
+from cpt_algorithms.checkpoints.exports import folder_of_pretrained
 from cpt_algorithms.checkpoints.open import CheckpointError, guard_loading, is_complete, newest_remote, resolve_latest
-from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
+from cpt_algorithms.evaluation.lm_eval import evaluate_runs
+from cpt_algorithms.evaluation.suite import load_suite
 from cpt_algorithms.files import StorageError, exists, is_remote, read_json, write_atomic, write_json
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.streams import StreamError
@@ -175,24 +176,17 @@ def evaluate(folder: Path, given: str | list[str]) -> tuple[dict[str, float], bo
         The scores as metrics, and whether there is nothing left to try again.
     """
     try:
-        suite, models = load_suite_of(given), models_of(folder)
-        try:
-            parent = parent_of(folder)
-        except ValueError as missing:
-            print(missing)
-            parent = None
-        results = evaluate_all([models], [parent], suite)
+        suite = load_suite(given)
+        results = evaluate_runs([folder], suite)
     except Exception as error:  # of any kind: the model is trained and exported, and others may start from it
         print(f'{folder}: lm-eval could not be run; the same command tries again: {type(error).__name__}: {error}')
         return {}, False
     metrics = {}
-    for model in models:
-        print_result(results[model], results[parent] if parent else None)
+    for model, result in results.items():
         average = model.name.partition('-')[2]
-        for name, task in results[model]['tasks'].items():
+        for name, task in result['tasks'].items():
             metrics[f'lm_eval/{name}/{average}' if average else f'lm_eval/{name}'] = task['score']
-    expected = set(suite.get('missing') or {})
-    return metrics, all(set(results[model]['missing']) == expected for model in models)
+    return metrics, all(set(result['missing']) == set(suite.missing) for result in results.values())
 
 
 def mend(folder: Path) -> None:
