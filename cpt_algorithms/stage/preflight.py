@@ -43,8 +43,7 @@ from cpt_algorithms.checkpoints.open import (
     read_metadata,
     resolve_latest,
 )
-from cpt_algorithms.evaluation.lm_eval import check_suite
-from cpt_algorithms.evaluation.suite import load_suite
+from cpt_algorithms.evaluation.suite import check_suite, load_suite
 from cpt_algorithms.files import (
     StorageError,
     check_writable,

@@ -162,7 +162,7 @@ class StageStart(Callback):
         ]
         described = {'data': _describe_stock_data, 'schedule': _describe_schedule, 'training': _describe_training}
         for name, describe in described.items():
-            changed += differences(json.loads(self._loaded[name]), json.loads(describe(state)))
+            changed += differences(self._loaded[name], describe(state))
         if any(isinstance(callback, PhaseScheduler) for callback in state.callbacks) and not changed:
             # stock schedulers lag one batch behind, so that only ours can be compared with the time
             for scheduler in state.schedulers:
