@@ -55,16 +55,19 @@ class Duration:
     def __str__(self) -> str:
         return f'{self.value:g}{self.unit}' if self.unit == 'dur' else f'{self.value}{self.unit}'
 
-    def batches(self, global_batch_size: int, max_seq_len: int) -> int | None:
+    def batches(self, global_batch_size: int, max_seq_len: int, epoch: int | None = None) -> int | None:
         """Batches that begin before this much has been trained: rounded up, as Composer trains.
 
         Args:
             global_batch_size: Samples of a batch over all ranks.
             max_seq_len: Tokens of a sample.
+            epoch: Batches of an epoch. Default: ``None``, not known.
 
         Returns:
-            None for ``ep`` and ``dur``, whose length this does not tell.
+            None for ``dur``, and for ``ep`` of unknown length.
         """
+        if self.unit == 'ep' and epoch is not None:
+            return int(self.value) * epoch
         per_batch = per_batch_of(self.unit, global_batch_size, max_seq_len)
         return None if per_batch is None else -(-int(self.value) // per_batch)
 

@@ -11,32 +11,22 @@ not.
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use('Agg')
-
-import matplotlib.pyplot as plt
 import numpy as np
-from composer.core import Time, TimeUnit
-from llmfoundry.utils.builders import build_scheduler
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from yaml import YAMLError
 
+from cpt_algorithms.duration import ABSOLUTE, Duration, per_batch_of
 from cpt_algorithms.files import read_yaml
-from cpt_algorithms.formatting import exact, scientific
 from cpt_algorithms.schedulers.functional import Span
-from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
-from cpt_algorithms.schedulers.preview import count_batches, preview
+from cpt_algorithms.schedulers.phases import build, format_spans, phases_of
 
-UNIT_NAMES = {TimeUnit.BATCH: 'batches', TimeUnit.TOKEN: 'tokens', TimeUnit.SAMPLE: 'samples'}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+UNIT_NAMES = {'ba': 'batches', 'tok': 'tokens', 'sp': 'samples'}
 MAX_POINTS = 4000  # more than a panel has pixels
 CHARACTER = 0.0125  # width of a letter of a label, as a part of a panel's
 COLOR, BANDS = '#1f4e79', ('#eef2f7', '#dfe7f1')
@@ -44,14 +34,15 @@ COLOR, BANDS = '#1f4e79', ('#eef2f7', '#dfe7f1')
 
 @dataclass(frozen=True)
 class Curve:
-    """What one YAML does: values are learning rates, ``starts`` and spans are in ``unit``."""
+    """What one YAML does: spans hold multipliers of ``lr``, times are in ``unit``."""
 
     title: str
-    unit: TimeUnit
-    per_batch: float
+    unit: str
+    per_batch: int
     num_batches: int
     starts: np.ndarray
     lrs: np.ndarray
+    lr: float
     spans: list[Span]
 
 
@@ -86,81 +77,65 @@ def curve(path: Path, overrides: list[str]) -> Curve:
         ValueError: If the run cannot be counted in batches (``ep`` needs ``train_subset_num_batches``), or for whatever
             the scheduler refuses.
     """
+    from cpt_algorithms.schedulers.preview import preview  # imports Composer, which --help does not wait for
+
     config = load(path, overrides)
-    section, lr = dict(config['scheduler']), float(config['optimizer']['lr'])
-    name = section.pop('name')
-    duration = Time.from_input(config['max_duration'], TimeUnit.EPOCH)
-    batch, length = config['global_train_batch_size'], config['max_seq_len']
-    per_epoch = config['train_subset_num_batches']
-    per_epoch = per_epoch if per_epoch and per_epoch > 0 else None
-    if duration.unit == TimeUnit.EPOCH and per_epoch is None:
-        raise ValueError(
-            f'{path}: max_duration={duration.to_timestring()!r} is in epochs, whose length only the data knows; '
-            'write it in tok, ba or sp, or give train_subset_num_batches=<batches per epoch>'
-        )
-    tokens = batch * length if batch and length else None
+    section, lr = config['scheduler'], float(config['optimizer']['lr'])
+    batch, length = config['global_train_batch_size'] or 0, config['max_seq_len'] or 0
+    per_epoch = max(config['train_subset_num_batches'] or 0, 0) or None
     try:
-        scheduler = build_scheduler(name, section)
-        num_batches = count_batches(duration, tokens, batch, per_epoch)
-        batches = np.unique(np.linspace(0, num_batches - 1, min(num_batches, MAX_POINTS)).round().astype(int))
-        spans = []
-        if isinstance(scheduler, PhaseScheduler):
-            schedule, unit = scheduler.schedule(duration, per_epoch)
-            end = duration.value if duration.unit == unit else num_batches
-            spans = [
-                Span(s.name, s.begin, s.until, s.start * lr, s.end * lr, s.shape) for s in schedule.spans(float(end))
-            ]
-        # batches that only just are in a phase belong to the picture too
-        unit = TimeUnit.BATCH if duration.unit == TimeUnit.EPOCH else duration.unit
-        per_batch = {TimeUnit.TOKEN: tokens, TimeUnit.SAMPLE: batch}.get(unit, 1) or 1
-        edges = [int(s.begin // per_batch) + k for s in spans for k in (0, 1)]
-        batches = np.unique([*batches, *(k for k in edges if k < num_batches)])
-        alphas = preview(scheduler, duration, tokens, batch, per_epoch, batches.tolist())
+        duration = Duration.parse('max_duration', config['max_duration'], (*ABSOLUTE, 'ep'))
+        unit = 'ba' if duration.unit == 'ep' else duration.unit
+        per_batch = per_batch_of(unit, batch, length)
+        if not per_batch:
+            raise ValueError(f"max_duration='{duration}' needs global_train_batch_size and max_seq_len")
+        num_batches = duration.batches(batch, length, per_epoch)
+        if num_batches is None:
+            raise ValueError(
+                f"max_duration='{duration}' is in epochs, whose length only the data knows; "
+                'write it in tok, ba or sp, or give train_subset_num_batches=<batches per epoch>'
+            )
+        phases = phases_of(section, str(duration), per_epoch)
+        spans = list(phases.spans) if phases else []
+        # a batch at each edge, however coarse the rest
+        edges = [int(span.begin // per_batch) + k for span in spans for k in (0, 1)]
+        some = np.linspace(0, num_batches - 1, min(num_batches, MAX_POINTS)).round().astype(int)
+        batches = np.unique([*some, *(k for k in edges if k < num_batches)])
+        alphas = preview(build(section), str(duration), batch, length, per_epoch, batches.tolist())
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f'{path}: scheduler {name}: {error}') from error
-    starts, lrs = batches * float(per_batch), lr * alphas
-    title = f'{path.stem}  ({name})'
-    return Curve(title, unit, per_batch, num_batches, starts, lrs, spans or find_spans(starts, lrs))
+        raise ValueError(f'{path}: scheduler {section["name"]}: {error}') from error
+    starts = batches * float(per_batch)
+    title = f'{path.stem}  ({section["name"]})'
+    return Curve(title, unit, per_batch, num_batches, starts, lr * alphas, lr, spans or find_spans(starts, alphas))
 
 
-def find_spans(starts: np.ndarray, lrs: np.ndarray) -> list[Span]:
+def find_spans(starts: np.ndarray, alphas: np.ndarray) -> list[Span]:
     """Pieces of a schedule that does not say its phases: where it rises, stays and falls, as finely as sampled."""
-    change = np.diff(lrs)
+    change = np.diff(alphas)
     # rounding is no rise
-    sign = np.where(np.abs(change) <= 1e-9 * np.max(np.abs(lrs)), 0, np.sign(change)).astype(int)
+    sign = np.where(np.abs(change) <= 1e-9 * np.max(np.abs(alphas)), 0, np.sign(change)).astype(int)
     names = {1: 'rises', 0: 'stays', -1: 'falls'}
     cuts = [0, *(np.flatnonzero(np.diff(sign)) + 1).tolist(), len(sign)]
     return [
-        Span(names[int(sign[a])], float(starts[a]), float(starts[b]), float(lrs[a]), float(lrs[b]), '')
+        Span(names[int(sign[a])], float(starts[a]), float(starts[b]), float(alphas[a]), float(alphas[b]), '')
         for a, b in zip(cuts, cuts[1:], strict=False)
         if b > a
     ]
 
 
-def print_table(curve: Curve, console: Console) -> None:
+def describe(curve: Curve) -> str:
     """One row per phase, learning rates as the optimizer gets them."""
     unit = UNIT_NAMES[curve.unit]
-    table = Table(title=f'{curve.title}, times in {unit}', title_justify='left', title_style='bold', box=SIMPLE_HEAD)
-    table.add_column('phase')
-    for column in ('from', 'to', *([] if curve.unit == TimeUnit.BATCH else ['batches'])):
-        table.add_column(column, justify='right')
-    table.add_column('LR from', justify='right')
-    table.add_column('LR to', justify='right')
-    table.add_column('shape', no_wrap=True)
-    for span in curve.spans:
-        times = [exact(t) if t >= 1e6 else f'{t:,.6g}' for t in (span.begin, span.until)]
-        if curve.unit != TimeUnit.BATCH:
-            times.append(f'{(span.until - span.begin) / curve.per_batch:,.1f}'.removesuffix('.0'))
-        table.add_row(span.name, *times, scientific(span.start), scientific(span.end), span.shape)
-    console.print(table)
-    size = '' if curve.unit == TimeUnit.BATCH else f' of {curve.per_batch:,} {unit}'
-    first, high, last = curve.lrs[0], curve.lrs.max(), curve.lrs[-1]
-    console.print(f'{curve.num_batches:,} batches{size}', highlight=False)
-    lrs = f'LR of the first batch {scientific(first)}, highest {scientific(high)}, last {scientific(last)}'
-    console.print(f'{lrs}\n', highlight=False)
+    per_batch = None if curve.unit == 'ba' else curve.per_batch
+    size = f' of {per_batch:,} {unit}' if per_batch else ''
+    first, high, last = (f'{lr:.4g}' for lr in (curve.lrs[0], curve.lrs.max(), curve.lrs[-1]))
+    return (
+        f'{curve.title}, times in {unit}\n{format_spans(curve.spans, curve.unit, curve.lr, per_batch)}\n'
+        f'{curve.num_batches:,} batches{size}; LR of the first {first}, highest {high}, last {last}\n'
+    )
 
 
-def draw(curve: Curve, axes: Axes) -> None:
+def draw(curve: Curve, axes: 'Axes') -> None:
     """One panel: the learning rate over the run, phases as labelled bands."""
     end = curve.num_batches * curve.per_batch
     top = float(curve.lrs.max()) * 1.2 or 1.0
@@ -180,11 +155,25 @@ def draw(curve: Curve, axes: Axes) -> None:
     axes.plot(curve.starts, curve.lrs, color=COLOR, lw=1.8, solid_capstyle='round')
     axes.set(xlim=(0, end), ylim=(0, top), ylabel='learning rate', xlabel=UNIT_NAMES[curve.unit])
     axes.set_title(curve.title, loc='left', fontsize=11, fontweight='bold', color='#22303c', pad=18)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: exact(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scientific(value)))
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    axes.yaxis.set_major_formatter(lambda value, _: scientific(value))
     axes.grid(axis='y', color='white', lw=1)
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
+
+
+def short(value: float) -> str:
+    """A time as people write it: 183B, 2.5k."""
+    for power, letter in ((12, 'T'), (9, 'B'), (6, 'M'), (3, 'k')):
+        if value >= 10**power:
+            return f'{value / 10**power:.6g}{letter}'
+    return f'{value:.6g}'
+
+
+def scientific(value: float) -> str:
+    """A learning rate as people write it: 3e-4."""
+    mantissa, exponent = f'{value:.2e}'.split('e')
+    return '0' if value == 0 else f'{float(mantissa):g}e{int(exponent)}'
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -202,16 +191,15 @@ def main(argv: list[str] | None = None) -> None:
         curves = [curve(path, [text for text in args.inputs if '=' in text]) for path in paths]
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    console = Console()
-    for one in curves:
-        print_table(one, console)
-    figure, panels = plt.subplots(len(curves), 1, figsize=(9, 3.1 * len(curves)), squeeze=False, layout='constrained')
-    for one, axes in zip(curves, panels[:, 0], strict=True):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.1 * len(curves)), layout='constrained')
+    for one, axes in zip(curves, figure.subplots(len(curves), 1, squeeze=False)[:, 0], strict=True):
+        print(describe(one))
         draw(one, axes)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=160)
-    plt.close(figure)
-    console.print(f'wrote {args.out}', highlight=False)
+    print(f'wrote {args.out}')
 
 
 if __name__ == '__main__':

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from cpt_algorithms.checkpoints.exports import exports, models_of
 from cpt_algorithms.checkpoints.open import CheckpointError, is_complete, open_checkpoint, safe_globals
-from cpt_algorithms.launch.fork_server import ForkServer
+from cpt_algorithms.launch.fork_server import fork
 
 SCRIPTS = tiny.ROOT / 'scripts'
 
@@ -46,6 +46,8 @@ os.environ.update(given['environment'])
 sys.argv, sys.path[:0] = given['words'], given['path']
 runpy.run_path(given['words'][0], run_name='__main__')
 """
+# Of the one fork server, whoever starts it.
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'FSDP_VERSION': '2'}
 PHASES = ('start', 'training', 'save', 'average', 'export')
 
 
@@ -87,8 +89,8 @@ def seeded(what):
 class Process:
     """A script that can be started, killed and started again."""
 
-    def __init__(self, place, server, words):
-        self.place, self.server = place, server
+    def __init__(self, place, words):
+        self.place = place
         place.mkdir()
         (place / 'process.py').write_text(PROCESS)
         folders = [tiny.ROOT / 'recipes', tiny.ROOT / 'tests', SCRIPTS]
@@ -96,9 +98,8 @@ class Process:
 
     def start(self, environment=None):
         (self.place / 'process.json').write_text(json.dumps({**self.given, 'environment': environment or {}}))
-        self.process, self.code = self.server.start(
-            self.place / 'process.py', self.place / 'run.yaml', self.place / 'log.txt'
-        )
+        process = fork(self.place / 'process.py', self.place / 'run.yaml', self.place / 'log.txt', ENVIRONMENT)
+        self.process, self.code = process.pid, lambda: process.exitcode
 
     def end(self, seconds=600):
         deadline = time.monotonic() + seconds
@@ -191,12 +192,12 @@ def half_written(run):
 class Stage:
     """The processes of a stage."""
 
-    def __init__(self, folder, cfg, servers):
+    def __init__(self, folder, cfg, ranks=1):
         self.folder, self.name, self.run = folder, cfg['run_name'], folder / cfg['run_name']
         yaml = folder / f'{self.name}.yaml'
         OmegaConf.save(OmegaConf.create(cfg), yaml)
         words = [tiny.ROOT / 'recipes' / 'continue_pretraining.py', yaml]
-        self.ranks = [Process(folder / f'{self.name}-rank{rank}', server, words) for rank, server in enumerate(servers)]
+        self.ranks = [Process(folder / f'{self.name}-rank{rank}', words) for rank in range(ranks)]
 
     def start(self):
         with socket.socket() as free:
@@ -307,10 +308,9 @@ class Stage:
 @pytest.mark.slow
 @pytest.mark.parametrize(('ranks', 'rounds'), [(1, 10), (2, 5)])
 def test_a_stage(ranks, rounds, data, tmp_path, tally):
-    servers = [ForkServer({**os.environ, 'OMP_NUM_THREADS': '1', 'FSDP_VERSION': '2'}) for _ in range(ranks)]
     sharded = {'state_dict_type': 'sharded'} if ranks > 1 else None
     over = {'max_duration': '4ba', 'save_interval': '4ba', 'fsdp_config': sharded}
-    Stage(tmp_path, tiny.config(tmp_path, data, 'parent', **over), servers).finish()  # the servers import meanwhile
+    Stage(tmp_path, tiny.config(tmp_path, data, 'parent', **over), ranks).finish()
     replay = {'fraction': 0.25, 'streams': {'old': {'local': str(data['old']), 'split': 'train'}}}
 
     def stage(name):
@@ -325,7 +325,7 @@ def test_a_stage(ranks, rounds, data, tmp_path, tally):
             train_loader={'dataset': {'replay': replay}}, callbacks=callbacks, fsdp_config=sharded,
             eval_loader=[tiny.eval_loader(label, data[label]) for label in ('old', 'new')],
         )  # fmt: skip
-        return Stage(tmp_path, cfg, servers)
+        return Stage(tmp_path, cfg, ranks)
 
     chance = seeded(f'a stage, processes: {ranks}')
     straight = stage('straight')
@@ -374,7 +374,6 @@ def test_between_stages(data, tmp_path, tally, rounds=4):
         'arms': {'replay': {}},
         'common': tiny.sequence_common(tmp_path, data, **over),
     }
-    server = ForkServer({**os.environ, 'OMP_NUM_THREADS': '1'})
     chance = seeded('between stages')
 
     def sequence(name):
@@ -382,7 +381,7 @@ def test_between_stages(data, tmp_path, tally, rounds=4):
         own = {**spec, 'folder': str(runs)}
         OmegaConf.save(OmegaConf.create(own), tmp_path / f'{name}.yaml')
         words = [tiny.ROOT / 'recipes' / 'sequence.py', tmp_path / f'{name}.yaml']
-        return own, runs, Process(tmp_path / name, server, words)
+        return own, runs, Process(tmp_path / name, words)
 
     def exported(runs):
         return {run.name: exported_by(run) for run in runs.glob('*-s17')}
@@ -439,13 +438,13 @@ def kept(data, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('to', ['hf', 'pt', 'sharded'])
-def test_averaging_offline(to, kept, tmp_path, tally, offline, rounds=4):
+def test_averaging_offline(to, kept, tmp_path, tally, rounds=4):
     chance, key = seeded(f'averaging offline, to {to}'), (f'average_checkpoints --to {to}', 1)
 
     def averaging(name):
         out = tmp_path / name / 'results' / 'out.pt'
         words = [SCRIPTS / 'average_checkpoints.py', kept[0], '--last', 3, '--to', to, '--out', out]
-        return out, out.with_name('.out.pt.partial'), Process(tmp_path / name, offline, words)
+        return out, out.with_name('.out.pt.partial'), Process(tmp_path / name, words)
 
     out, partial, process = averaging('straight')
     process.start()
@@ -474,17 +473,12 @@ def test_averaging_offline(to, kept, tmp_path, tally, offline, rounds=4):
     assert tally.half[key], 'no kill hit the middle of it'
 
 
-@pytest.fixture(scope='module')
-def offline():
-    return ForkServer({**os.environ, 'OMP_NUM_THREADS': '1'})
-
-
 # Of recipes/merge.py, in the order in which it makes them.
 MERGE = ('.merged.pt.partial', 'huggingface/.ba8.partial', 'huggingface/ba8')
 
 
 @pytest.mark.slow
-def test_merge(kept, data, tmp_path, tally, offline, rounds=2):
+def test_merge(kept, data, tmp_path, tally, rounds=2):
     run, cfg = kept
     chance, key = seeded('merge'), ('merge', 1)
 
@@ -496,7 +490,7 @@ def test_merge(kept, data, tmp_path, tally, offline, rounds=2):
         }  # fmt: skip
         OmegaConf.save(OmegaConf.create(merged), tmp_path / f'{name}.yaml')
         words = [tiny.ROOT / 'recipes' / 'merge.py', tmp_path / f'{name}.yaml']
-        return tmp_path / name, Process(tmp_path / f'{name}-process', offline, words)
+        return tmp_path / name, Process(tmp_path / f'{name}-process', words)
 
     def results(folder):
         losses = json.loads((folder / 'losses.json').read_text())

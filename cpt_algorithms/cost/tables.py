@@ -4,7 +4,6 @@
 import os
 from collections.abc import Mapping
 
-from llmfoundry.utils.builders import build_scheduler
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +14,7 @@ from cpt_algorithms.duration import per_batch_of
 from cpt_algorithms.evaluation.functional import training_flops
 from cpt_algorithms.formatting import flop, gigabytes, hours, percent, short
 from cpt_algorithms.schedulers.functional import Span
-from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
+from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.stage import Stage
 
 __all__ = ['print_costs', 'print_phases', 'print_stage']
@@ -86,14 +85,12 @@ def _phase_table(name: str, stage: Stage) -> tuple[str, Table]:
 
 def _spans(stage: Stage, batches: int) -> list[tuple[Span | None, int]]:
     """Phases, each with the batch before which it ends: a batch belongs to the phase in which it starts."""
-    scheduler = build_scheduler(stage.scheduler.name, stage.scheduler.arguments)
-    if not isinstance(scheduler, PhaseScheduler):
+    phases = phases_of(stage.scheduler.given, stage.max_duration)
+    if phases is None:
         return [(None, batches)]
-    schedule, unit = scheduler.schedule(str(stage.max_duration))
-    per_batch = per_batch_of(unit.value, stage.global_train_batch_size, stage.max_seq_len)
-    assert per_batch is not None, 'tokens_by_stream has refused epochs'
-    spans = list(schedule.spans(float(stage.max_duration.value)))
-    return [(span, min(batches, -int(-span.until // per_batch))) for span in spans]
+    per_batch = per_batch_of(phases.unit, stage.global_train_batch_size, stage.max_seq_len)
+    assert per_batch is not None, 'phases are in tok, ba or sp'
+    return [(span, min(batches, -int(-span.until // per_batch))) for span in phases.spans]
 
 
 def print_stage(stage: Stage, with_cost: bool) -> None:
@@ -106,11 +103,8 @@ def print_stage(stage: Stage, with_cost: bool) -> None:
     if os.environ.get('RANK', '0') != '0':
         return
     console = Console(width=140)
-    scheduler = build_scheduler(stage.scheduler.name, stage.scheduler.arguments)
-    if isinstance(scheduler, PhaseScheduler) and stage.batches is not None:
-        schedule, unit = scheduler.schedule(str(stage.max_duration))
-        lines = format_phases(schedule, unit, stage.max_duration.value)
-        said = f'{stage.run_name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}\n{lines}'
+    if phases := phases_of(stage.scheduler.given, stage.max_duration):
+        said = f'{stage.run_name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}\n{phases}'
         console.print(said, highlight=False, markup=False, soft_wrap=True)
     if with_cost:
         try:

@@ -12,18 +12,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import submitit
 import torch
+from pydantic import Field
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from cpt_algorithms.files import read_json
-from cpt_algorithms.launch.fork_server import ForkServer
+from cpt_algorithms.launch.fork_server import fork
 from cpt_algorithms.launch.processes import die_with_parent
 from cpt_algorithms.launch.slurm_node import TrainingNode, launcher_arguments, returncode_file
 from cpt_algorithms.launch.wandb_runs import environment_of_children
-from cpt_algorithms.validation import check_keys
+from cpt_algorithms.validation import Section, check_keys, check_type, parse_section
 
 __all__ = ['Handle', 'LaunchError', 'Resources', 'Start', 'command', 'resources_of', 'make_launcher']
 
@@ -48,19 +49,21 @@ _LAG = 20
 _PAUSE = 2
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(Section):
     """Where the ranks of a run are.
+
+    ``slurm`` holds submitit's own parameters (``slurm_partition``, ``slurm_account``, ``gpus_per_node``, ...), of which
+    ``timeout_min`` must be there.
 
     Args:
         nodes: Nodes of each run. Default: ``1``.
         nproc: Ranks on each. Default: ``1``.
-        slurm: submitit's parameters of the Slurm jobs; None without Slurm. Default: ``None``.
+        slurm: Parameters of the Slurm jobs; None without Slurm. Default: ``None``.
     """
 
-    nodes: int = 1
-    nproc: int = 1
-    slurm: Mapping[str, Any] | None = None
+    nodes: int = Field(1, ge=1)
+    nproc: int = Field(1, ge=1)
+    slurm: dict[str, Any] | None = None
 
     @property
     def ranks(self) -> int:
@@ -92,39 +95,23 @@ Start = Callable[[Path, Path], Handle]
 def resources_of(spec: Mapping[str, Any]) -> Resources:
     """Read ``nodes``, ``nproc`` and ``slurm`` of a sequence.
 
-    ``slurm`` holds submitit's own parameters (``slurm_partition``, ``slurm_account``, ``gpus_per_node``, ...), of which
-    ``timeout_min`` must be there.
-
     Raises:
-        ValueError: On an unknown key or a value that cannot be, naming the key.
+        ValueError: On an unknown key of ``slurm`` or a value that cannot be, naming the key.
     """
-    counts = {}
-    for key in ('nodes', 'nproc'):
-        value = 1 if spec.get(key) is None else spec[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f'{key}={value!r} must be a whole number from 1')
-        counts[key] = value
-    slurm = spec.get('slurm')
-    if slurm is not None:
-        _check_slurm(slurm, counts['nproc'])
-    return Resources(**counts, slurm=slurm)
+    resources = parse_section(Resources, {key: spec[key] for key in Resources.model_fields if key in spec})
+    if resources.slurm is not None:
+        _check_slurm(resources.slurm, resources.nproc)
+    return resources
 
 
-def _check_slurm(slurm: Any, nproc: int) -> None:
-    if not isinstance(slurm, Mapping):
-        raise ValueError(f"slurm={slurm!r} must be a mapping of submitit's parameters, such as slurm_partition: gpu")
+def _check_slurm(slurm: Mapping[str, Any], nproc: int) -> None:
     for key in slurm:
         if key in _SET_HERE:
             raise ValueError(f'slurm.{key} {_SET_HERE[key]}')
     of_slurm = [f'slurm_{name}' for name in submitit.SlurmExecutor._valid_parameters()]
     allowed = {*submitit.AutoExecutor._valid_parameters(), *of_slurm, *_OF_THE_EXECUTOR} - {*_SET_HERE}
     check_keys('slurm', slurm, allowed)
-    minutes = slurm.get('timeout_min')
-    if not isinstance(minutes, int) or isinstance(minutes, bool) or minutes < 1:
-        raise ValueError(
-            f'slurm.timeout_min={minutes!r} must be the time of a job in minutes; a job that needs more is requeued, '
-            'and goes on from its latest checkpoint'
-        )
+    check_type('slurm.timeout_min', slurm.get('timeout_min'), Annotated[int, Field(ge=1)])
     for key in ('gpus_per_node', 'slurm_gpus_per_node'):
         if slurm.get(key) not in (None, nproc):
             raise ValueError(f'slurm.{key}={slurm[key]!r} must be nproc={nproc}: each rank has one GPU')
@@ -136,22 +123,22 @@ def _check_slurm(slurm: Any, nproc: int) -> None:
         raise ValueError(f'slurm: {error}') from None
 
 
-def command(layout: Resources, script: Path, yaml: Path) -> str:
+def command(resources: Resources, script: Path, yaml: Path) -> str:
     """The command that trains a run, for a shell on each of its nodes.
 
     Args:
-        layout: With more than one node, the shell must know ``NODE_RANK`` (from 0) and ``MASTER_ADDR`` (the first).
+        resources: With more than one node, the shell must know ``NODE_RANK`` (from 0) and ``MASTER_ADDR`` (the first).
         script: The recipe.
         yaml: The run's YAML.
     """
     # not quoted: the variables are the shell's
-    arguments = launcher_arguments(layout.nodes, layout.nproc, '$NODE_RANK', '$MASTER_ADDR', '29500')
+    arguments = launcher_arguments(resources.nodes, resources.nproc, '$NODE_RANK', '$MASTER_ADDR', '29500')
     here = Path.cwd()
     named = (path.relative_to(here) if path.is_relative_to(here) else path for path in (script, yaml))
     return ' '.join(['composer', *arguments, *(shlex.quote(str(path)) for path in named)])
 
 
-def make_launcher(layout: Resources, jobs: int, cluster: str = 'slurm') -> Start:
+def make_launcher(resources: Resources, jobs: int, cluster: str = 'slurm') -> Start:
     """What starts runs, once each run's ``run.yaml`` lies in its folder.
 
     * On this machine: a process that writes ``log.txt`` and dies with this one; without a GPU, of one rank, forked from
@@ -160,27 +147,27 @@ def make_launcher(layout: Resources, jobs: int, cluster: str = 'slurm') -> Start
       a run whose job is queued or running is not submitted twice but waited for.
 
     Args:
-        layout: Where the ranks are.
+        resources: Where the ranks are.
         jobs: Runs at a time on this machine, which share its cores.
         cluster: submitit's name of where jobs go; ``local`` needs no Slurm. Default: ``slurm``.
 
     Raises:
         ValueError: If runs cannot be started from here.
     """
-    if layout.slurm is None:
-        if layout.nodes > 1:
+    if resources.slurm is None:
+        if resources.nodes > 1:
             raise ValueError(
-                f'nodes={layout.nodes}: without slurm, runs are started on this machine only; --write prints the '
+                f'nodes={resources.nodes}: without slurm, runs are started on this machine only; --write prints the '
                 'commands for each node'
             )
-        if layout.nproc == 1 and platform.system() == 'Linux' and not torch.cuda.is_available():
-            return partial(_fork, ForkServer(_environment(jobs, 1)))
-        return partial(_start_here, layout.nproc, jobs)
+        if resources.nproc == 1 and platform.system() == 'Linux' and not torch.cuda.is_available():
+            return partial(_fork, _environment(jobs, 1))
+        return partial(_start_here, resources.nproc, jobs)
     if cluster == 'slurm':
         for tool in ('sbatch', 'srun', 'sacct', 'scontrol'):
             if shutil.which(tool) is None:
                 raise ValueError(f'slurm: {tool} is not on this machine; start the sequence where Slurm jobs can be')
-    return partial(_submit, layout, cluster)
+    return partial(_submit, resources, cluster)
 
 
 def _environment(jobs: int, nproc: int) -> dict[str, str]:
@@ -204,22 +191,24 @@ def _start_here(nproc: int, jobs: int, script: Path, folder: Path) -> Handle:
     return Handle(f'process {process.pid}', process.poll)
 
 
-def _fork(server: ForkServer, script: Path, folder: Path) -> Handle:
+def _fork(environment: Mapping[str, str], script: Path, folder: Path) -> Handle:
     try:
-        process, poll = server.start(script, folder / 'run.yaml', folder / 'log.txt')
-    except OSError as error:
-        raise LaunchError(f'{folder.name}: {error}') from None
-    return Handle(f'process {process}', poll)
+        process = fork(script, folder / 'run.yaml', folder / 'log.txt', environment)
+    except (OSError, EOFError):
+        raise LaunchError(
+            f'{folder.name}: the process that imports what training needs has ended; its error is above'
+        ) from None
+    return Handle(f'process {process.pid}', lambda: process.exitcode)
 
 
-def _submit(layout: Resources, cluster: str, script: Path, folder: Path) -> Handle:
-    assert layout.slurm is not None, 'the caller looks'
+def _submit(resources: Resources, cluster: str, script: Path, folder: Path) -> Handle:
+    assert resources.slurm is not None, 'the caller looks'
     folder = folder.resolve()
     jobs = folder / 'slurm'
     if (job := _living(jobs)) is not None:
         return Handle(f'Slurm job {job.job_id}, found again', _Job(job, folder).poll)
-    of_executor = {key: value for key, value in layout.slurm.items() if key in _OF_THE_EXECUTOR}
-    parameters = {key: value for key, value in layout.slurm.items() if key not in _OF_THE_EXECUTOR}
+    of_executor = {key: value for key, value in resources.slurm.items() if key in _OF_THE_EXECUTOR}
+    parameters = {key: value for key, value in resources.slurm.items() if key not in _OF_THE_EXECUTOR}
     executor = submitit.AutoExecutor(folder=jobs, cluster=cluster, **of_executor)
     srun = ['--kill-on-bad-exit=1']  # ranks would wait for those of a node that has failed
     if cpus := parameters.get('slurm_cpus_per_task', parameters.get('cpus_per_task')):
@@ -228,11 +217,11 @@ def _submit(layout: Resources, cluster: str, script: Path, folder: Path) -> Hand
     executor.update_parameters(
         **{**parameters, 'slurm_srun_args': srun},
         name=f'{folder.parent.name}/{folder.name}',
-        nodes=layout.nodes,
+        nodes=resources.nodes,
         tasks_per_node=1,
     )
     unset = tuple(os.environ.keys() - environment_of_children(os.environ).keys())
-    node = TrainingNode(str(script.resolve()), str(folder), layout.nodes, layout.nproc, unset)
+    node = TrainingNode(str(script.resolve()), str(folder), resources.nodes, resources.nproc, unset)
     try:
         job = executor.submit(node).task(0)
     except (FailedJobError, FailedSubmissionError) as error:

@@ -131,8 +131,9 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
     )
     page = environment.get_template('page.html.jinja').render(
         report=report,
-        cards=_cards(report),
-        count=_count(study, rows),
+        cards=[_cards_of(report, size) for size in study.sizes],
+        arms=len({row.arm for row in rows}),
+        seeds=len({run.seed for run in study.given}),
         states=_states(study),
         tables=_tables(report),
         tree=tree_of(dict(study.runs)),
@@ -213,23 +214,14 @@ def _number(row: Row, column: str) -> _Cell:
     if column == 'compute vs union':
         return _Cell(percent(value.mean))
     is_change = column.startswith(('forgetting', 'adaptation'))
-    return _Cell(signed(value.mean, 3) if is_change else f'{value.mean:.3f}', _interval(value, '.3f'))
+    half = '' if value.half is None else f'±{value.half:.3f}'
+    return _Cell(signed(value.mean, 3) if is_change else f'{value.mean:.3f}', half)
 
 
 def _hours(value: OverSeeds | None, scale: int) -> _Cell:
     if value is None:
         return _Cell()
-    half = '' if value.half is None else f'±{scale * value.half:.2g}'
-    return _Cell(f'{scale * value.mean:.3g}', half)
-
-
-def _interval(value: OverSeeds, form: str) -> str:
-    return '' if value.half is None else f'±{value.half:{form}}'
-
-
-def _cards(report: Report) -> list[list[dict[str, str]]]:
-    """The answers for each model size, one for each question."""
-    return [cards for size in report.study.sizes if (cards := _cards_of(report, size))]
+    return _Cell(f'{scale * value.mean:.3g}', '' if value.half is None else f'±{scale * value.half:.2g}')
 
 
 def _cards_of(report: Report, size: int | None) -> list[dict[str, str]]:
@@ -260,14 +252,6 @@ def _cards_of(report: Report, size: int | None) -> list[dict[str, str]]:
             }
         )
     return cards
-
-
-def _count(study: RunSet, rows: Sequence[Row]) -> dict[str, str]:
-    numbers = {
-        'arms': len({row.arm for row in rows}),
-        'seeds': len({run.seed for run in study.given}),
-    }
-    return {what: f'{number} {what.removesuffix("s") if number == 1 else what}' for what, number in numbers.items()}
 
 
 def _states(study: RunSet) -> list[tuple[str, int]]:
@@ -302,7 +286,7 @@ def _tables(report: Report) -> list[_Table]:
         tables.append(_Table('Final loss by model size', note, groups, lines))
     else:
         lengths = {f'bits per byte {name}': labels[name] for name in study.data if name in study.bytes_per_token}
-        cost = {'tokens': 'tokens', 'compute vs union': 'vs union'}
+        cost = {'tokens': 'tokens', 'compute vs union': 'compute vs union'}
         groups = [
             ('validation loss (nats/token)', losses),
             ('against the parent', changed),
@@ -413,7 +397,7 @@ def _cost_table(report: Report) -> _Table:
         note += ' ≈: union was not run to its end; estimated from the hours that this run took for a token.'
     groups = [
         ('tokens', ['new', 'replayed']),
-        ('compute', ['6 N T', 'vs union']),
+        ('compute', ['6 N T', 'compute vs union']),
         (f'measured {hours}', ['spent', 'saved against union']),
     ]
     return _Table('Cost', note, groups, lines)

@@ -17,7 +17,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from matplotlib.transforms import Bbox
 
 from cpt_algorithms.evaluation.functional import by_average
 from cpt_algorithms.formatting import exact, flop, percent, scientific, short
@@ -220,11 +219,7 @@ def _legend(figure: Figure, axis: Axes, extra: Sequence[Line2D] = ()) -> None:
     # two columns, unless names are too long for that
     columns = 2 if max((len(str(handle.get_label())) for handle in handles), default=0) <= 26 else 1
     figure.legend(handles=handles, loc='outside lower left', ncols=columns, handlelength=2.2, columnspacing=1.2)
-    figure.set_figheight(_height(len(handles), columns))
-
-
-def _height(names: int, columns: int = 2) -> float:
-    return HEIGHT + 0.19 * -(-names // columns)
+    figure.set_figheight(HEIGHT + 0.19 * -(-len(handles) // columns))
 
 
 def _frame(axis: Axes, lines: Sequence[_Line], name: str) -> None:
@@ -325,7 +320,6 @@ def _plane(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
     if not rows:
         return None
     figure, axis = _figure()
-    points = []
     for index, row in enumerate(rows):
         forgot, learned = row.columns['forgetting'], row.columns['adaptation']
         colour = colours.get(row.arm, INK)
@@ -333,65 +327,18 @@ def _plane(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
         if forgot.count > 1:
             axis.scatter(forgot.values, learned.values, s=12, color=colour, alpha=0.5, linewidths=0, **look)
         face = colour if row.is_finished else 'white'
-        axis.scatter(forgot.mean, learned.mean, s=60, facecolor=face, edgecolor=colour, linewidths=1.4, **look)
-        points.append((forgot.mean, learned.mean, row.arm if row.is_finished else f'{row.arm} (unfinished)', colour))
+        look |= {
+            'facecolor': face,
+            'edgecolor': colour,
+            'label': row.arm if row.is_finished else f'{row.arm} (unfinished)',
+        }
+        axis.scatter(forgot.mean, learned.mean, s=60, linewidths=1.4, **look)
     axis.axvline(0, color=SHARED, linewidth=0.9)
     axis.margins(0.16, 0.14)
+    axis.annotate('↖ better', (0.015, 0.985), xycoords='axes fraction', va='top', color=SHARED)
     axis.set(xlabel='forgetting (nats/token)', ylabel='adaptation (nats/token)')
-    figure.set_figheight(_height(len(colours) + 1))  # as high as plots with a legend
-    _label(figure, axis, points)
+    _legend(figure, axis)
     return Plot('forgetting-adaptation', 'Forgetting against adaptation', figure)
-
-
-def _label(figure: Figure, axis: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Name each point beside it: the nearest place where the name covers no point and no other name."""
-    axis.set_title('room for the title')
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
-    scale, inside = figure.dpi / 72, axis.get_window_extent(renderer)
-    centres = [axis.transData.transform(point[:2]) for point in points]
-    better = axis.annotate('↖ better', (0.015, 0.985), xycoords='axes fraction', va='top', color=SHARED)
-    taken = [better.get_window_extent(renderer)]
-    taken += [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in centres]
-    look: dict[str, Any] = {'textcoords': 'offset points', 'ha': 'center', 'va': 'center', 'fontsize': 8.5}
-    for (x, y, name, colour), centre in zip(points, centres, strict=True):
-        text = axis.annotate(name, (x, y), (0, 0), color=colour, **look)
-        size = text.get_window_extent(renderer)
-        text.remove()
-        box = _place(centre, size.width + 2 * scale, size.height + scale, scale, taken, inside)
-        offset = (np.array([box.x0 + box.x1, box.y0 + box.y1]) / 2 - centre) / scale
-        # a name that is not beside its point needs a line to it
-        is_far = _common(box, Bbox([centre - 14 * scale, centre + 14 * scale])) == 0
-        arrow = {'arrowstyle': '-', 'color': colour, 'linewidth': 0.7, 'shrinkA': 0, 'shrinkB': 4} if is_far else None
-        text = axis.annotate(name, (x, y), tuple(offset), color=colour, arrowprops=arrow, **look)
-        text.set_in_layout(False)
-        taken.append(box)
-
-
-def _place(centre: Any, width: float, height: float, scale: float, taken: Sequence[Bbox], inside: Bbox) -> Bbox:
-    """The box of a name beside its point: the nearest of those that cover least of other things and stay inside."""
-    best, least = Bbox.null(), np.inf
-    for distance in (8, 14, 22, 32, 44, 58):
-        for angle in np.radians(range(0, 360, 15)):
-            across, up = np.cos(angle), np.sin(angle)
-            # the side of the box that faces the point is `distance` away
-            x = centre[0] + across * distance * scale + np.clip(across * 3, -1, 1) * width / 2
-            y = centre[1] + up * distance * scale + np.clip(up * 3, -1, 1) * height / 2
-            box = Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
-            covered = sum(_common(box, other) for other in taken) + width * height - _common(box, inside)
-            # right and left of a point are easiest to read
-            cost = 100 * covered + distance + 6 * abs(up)
-            if cost < least:
-                best, least = box, cost
-        if least < 100:
-            break
-    return best
-
-
-def _common(one: Bbox, other: Bbox) -> float:
-    """Area that two boxes have in common."""
-    both = Bbox.intersection(one, other)
-    return 0.0 if both is None else both.width * both.height
 
 
 def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:

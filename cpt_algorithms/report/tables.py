@@ -238,15 +238,11 @@ def _scores(
     names: Sequence[str],
     common: Sequence[str],
 ) -> Scores:
-    means: dict[str, OverSeeds] = {}
-    deltas: dict[str, Mean] = {}
-    for name in names:
-        with_task = [(run, tasks[name]) for run, tasks in found if name in tasks]
-        if with_task:
-            means[name] = over_seeds([_scale(result) * result['score'] for _, result in with_task])
-            delta = _against_parents(study, suite, name, with_task)
-            if delta is not None:
-                deltas[name] = delta
+    of_tasks = {name: [(run, tasks[name]) for run, tasks in found if name in tasks] for name in names}
+    of_tasks = {name: of for name, of in of_tasks.items() if of}
+    means = {name: over_seeds([_scale(result) * result['score'] for _, result in of]) for name, of in of_tasks.items()}
+    changed_by = {name: _against_parents(study, suite, name, of) for name, of in of_tasks.items()}
+    deltas = {name: delta for name, delta in changed_by.items() if delta is not None}
     over_tasks = [float(np.mean([tasks[name]['score'] * 100 for name in common])) for _, tasks in found if common]
     changed = [deltas[name] for name in common if name in deltas]
     mean_delta = mean_over_tasks(changed) if changed and len(changed) == len(common) else None

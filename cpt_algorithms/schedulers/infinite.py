@@ -4,7 +4,6 @@
 from composer.core import Time
 
 from cpt_algorithms.schedulers import functional
-from cpt_algorithms.schedulers.functional import Schedule
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 
 __all__ = ['InfiniteScheduler']
@@ -45,24 +44,14 @@ class InfiniteScheduler(PhaseScheduler):
         alpha_i: float = 0.0,
         steepness: float | None = None,
     ) -> None:
-        super().__init__(dur=False, t_warmup=t_warmup, t_cooldown=t_cooldown, t_anneal=t_anneal)
-        self.alpha_const = alpha_const
-        self.cooldown = cooldown
-        self.anneal = anneal
-        self.alpha_f = alpha_f
-        self.alpha_i = alpha_i
-        self.steepness = steepness
-        self.check()
-
-    def build(self, t_end: float, **times: float) -> Schedule:
-        """The phases; see ``PhaseScheduler.build``."""
-        return functional.infinite(
-            **times,
-            t_end=t_end,
-            alpha_const=self.alpha_const,
-            alpha_f=self.alpha_f,
-            alpha_i=self.alpha_i,
-            cooldown=self.cooldown,
-            anneal=self.anneal,
-            steepness=self.steepness,
+        super().__init__(
+            functional.infinite,
+            {'t_warmup': t_warmup, 't_cooldown': t_cooldown, 't_anneal': t_anneal},
+            dur=False,
+            alpha_const=alpha_const,
+            cooldown=cooldown,
+            anneal=anneal,
+            alpha_f=alpha_f,
+            alpha_i=alpha_i,
+            steepness=steepness,
         )

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Composer side of every schedule here: time strings in, the exact learning rate of every batch out."""
 
-import abc
 import logging
-import math
+from collections.abc import Callable
 from typing import Any
 
-from composer.core import Callback, State, Time, TimeUnit
+from composer.core import Callback, State, Time
 from composer.loggers import Logger
 from composer.optim import ComposerScheduler
 from composer.utils import dist
 
-from cpt_algorithms.schedulers.functional import Schedule, multiplier
+from cpt_algorithms.duration import ABSOLUTE, Duration
+from cpt_algorithms.schedulers.functional import Schedule
+from cpt_algorithms.schedulers.phases import Phases
 
-__all__ = ['PhaseScheduler', 'format_phases']
+__all__ = ['PhaseScheduler']
 
 log = logging.getLogger(__name__)
-
-_ABSOLUTE_UNITS = (TimeUnit.TOKEN, TimeUnit.BATCH, TimeUnit.SAMPLE)
 
 
 class PhaseScheduler(ComposerScheduler, Callback):
@@ -32,55 +31,50 @@ class PhaseScheduler(ComposerScheduler, Callback):
     for every parameter group. Batch k is trained with exactly the value for the time at which it starts; checkpoints
     and ``LRMonitor``, which reports the learning rate of the batch to come, hold that same number.
 
-    Final classes give their times to this constructor and build their phases in ``build``.
-
     Args:
-        dur: Whether times may be in ``dur``, the fraction of ``max_duration``.
+        function: Makes the schedule, from ``times`` as numbers in the unit of the run and ``values``.
         times: The schedule's time strings, by key.
+        dur: Whether times may be in ``dur``, the fraction of ``max_duration``. If not, ``function`` takes the end of
+            the run as ``t_end``. Default: ``True``.
+        values: What else ``function`` takes.
 
     Raises:
         ValueError: If a time is not a time string in tok, ba, sp or ``dur`` where allowed, if its own times disagree
-            about the unit, or for whatever ``build`` refuses in every run. ``fit`` and ``schedule`` also refuse a unit
+            about the unit, or for whatever ``function`` refuses in every run. ``fit`` and ``phases`` also refuse a unit
             that is not that of ``max_duration``, and phases longer than the run.
     """
 
-    def __init__(self, *, dur: bool = True, **times: str | Time) -> None:
-        self.times = {key: _parse_time(key, value, dur=dur) for key, value in times.items()}
-        self._dur = dur
+    def __init__(
+        self, function: Callable[..., Schedule], times: dict[str, str | Time], *, dur: bool = True, **values: Any
+    ) -> None:
+        self._function, self._values, self._dur = function, values, dur
+        self._times = {key: _parse(key, value, dur) for key, value in times.items()}
         self._ssr = 1.0
         self._started = False
         self._called = False
-        self._built: tuple[Any, Schedule, TimeUnit] | None = None
+        self._built: tuple[Any, Phases] | None = None
 
-    @abc.abstractmethod
-    def build(self, t_end: float, **times: float) -> Schedule:
-        """The phases.
-
-        Args:
-            t_end: End of the run.
-            times: The constructor's times as plain numbers, in the same unit.
-        """
-
-    def check(self) -> None:
-        """Refuse now what no run could make right. The last line of a final class's constructor."""
-        units = {time.unit: key for key, time in self.times.items()}
-        absolute = [unit for unit in units if unit != TimeUnit.DURATION]
+        absolute = {time.unit for time in self._times.values()} - {'dur'}
         if len(absolute) > 1:
-            given = ', '.join(f'{key}={_text(time)}' for key, time in self.times.items())
+            given = ', '.join(f"{key}='{time}'" for key, time in self._times.items())
             raise ValueError(f'{given}: use one unit for all, that of max_duration')
-        # Build for the run that forgives most: whole and fractional times all fit a very long one, unless the
-        # schedule's own end is fixed; then a very short run makes the fractional ones vanish.
-        t_end = 1.0 if not absolute else 1e15
-        if 't_max' in self.times and self.times['t_max'].unit != TimeUnit.DURATION:
-            t_end = 1e-6
-        self.build(t_end, **{key: _length(time, t_end, 1.0) for key, time in self.times.items()})
+        # Refuse now what no run could make right. Build for the run that forgives most: whole and fractional times all
+        # fit a very long one, unless the schedule's own end is fixed; then a very short run makes the fractional ones
+        # vanish.
+        t_max = self._times.get('t_max')
+        self._schedule(1e-6 if t_max and t_max.unit != 'dur' else 1e15 if absolute else 1.0, 1.0)
 
-    def schedule(
+    def _schedule(self, t_end: float, ssr: float) -> Schedule:
+        # max_duration is scaled already, and with it every fraction of it
+        lengths = {k: t.value * (t_end if t.unit == 'dur' else ssr) for k, t in self._times.items()}
+        return self._function(**lengths, **self._values, **({} if self._dur else {'t_end': t_end}))
+
+    def phases(
         self,
-        max_duration: str | Time,
+        max_duration: str | Time | Duration,
         dataloader_len: int | Time | None = None,
         ssr: float = 1.0,
-    ) -> tuple[Schedule, TimeUnit]:
+    ) -> Phases:
         """The phases of a run; no ``State`` is needed.
 
         Args:
@@ -90,20 +84,25 @@ class PhaseScheduler(ComposerScheduler, Callback):
                 unscaled schedule's at t / ssr; nothing is rounded. Default: ``1.0``.
 
         Returns:
-            The schedule, and the unit of its times: that of ``max_duration``, or ba if that is in epochs.
+            The phases, with times in the unit of ``max_duration``, or in ba if that is in epochs.
 
         Raises:
             ValueError: If a time has another unit, if epochs cannot be converted, or if the phases do not fit.
         """
-        t_end, unit = _run_end(max_duration, dataloader_len)
-        for key, time in self.times.items():
-            if time.unit not in {unit, TimeUnit.DURATION}:
-                units = f'{unit.value} or dur' if self._dur else unit.value
+        duration = Duration.parse('max_duration', _text(max_duration), (*ABSOLUTE, 'ep'))
+        t_end, unit = duration.value, duration.unit
+        if unit == 'ep':
+            if dataloader_len is None:
+                what = 'is in epochs and the dataloader has no length: write it in tok, ba or sp'
+                raise ValueError(f"max_duration='{duration}' {what}")
+            t_end, unit = int(dataloader_len) * t_end, 'ba'
+        for key, time in self._times.items():
+            if time.unit not in {unit, 'dur'}:
+                units = f'{unit} or dur' if self._dur else unit
                 raise ValueError(
-                    f'{key}={_text(time)} is in {time.unit.value}, but max_duration={_text(max_duration)}: '
-                    f'write {key} in {units}'
+                    f"{key}='{time}' is in {time.unit}, but max_duration='{duration}': write {key} in {units}"
                 )
-        return self.build(t_end, **{key: _length(time, t_end, ssr) for key, time in self.times.items()}), unit
+        return Phases(self._schedule(t_end, ssr), unit, t_end)
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:
         """The multiplier at ``state.timestamp``.
@@ -113,7 +112,7 @@ class PhaseScheduler(ComposerScheduler, Callback):
 
         Args:
             state: The run.
-            ssr: Scale schedule ratio, see ``schedule``. Default: ``1.0``.
+            ssr: Scale schedule ratio, see ``phases``. Default: ``1.0``.
         """
         self._called = True
         if self not in state.callbacks:
@@ -143,12 +142,8 @@ class PhaseScheduler(ComposerScheduler, Callback):
             )
         self._set_lr(state)
         if dist.get_global_rank() == 0:
-            assert self._built is not None and state.max_duration is not None
-            _, schedule, unit = self._built
-            t_end, _ = _run_end(state.max_duration, state.dataloader_len)
-            log.info(
-                '%s, multipliers of the learning rate:\n%s', type(self).__name__, format_phases(schedule, unit, t_end)
-            )
+            assert self._built is not None, 'setting the learning rate does'
+            log.info('%s, multipliers of the learning rate:\n%s', type(self).__name__, self._built[1])
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Set the next batch's learning rate: the time has moved on."""
@@ -158,9 +153,9 @@ class PhaseScheduler(ComposerScheduler, Callback):
         assert state.max_duration is not None, 'Composer wants max_duration whenever it calls a scheduler'
         run = (str(state.max_duration), str(state.dataloader_len), ssr)
         if self._built is None or self._built[0] != run:
-            self._built = (run, *self.schedule(state.max_duration, state.dataloader_len, ssr))
-        _, schedule, unit = self._built
-        return multiplier(schedule, state.timestamp.get(unit).value)
+            self._built = (run, self.phases(state.max_duration, state.dataloader_len, ssr))
+        phases = self._built[1]
+        return phases.multiplier_at(state.timestamp.get(phases.unit).value)
 
     def _set_lr(self, state: State) -> None:
         alpha = self._evaluate(state, self._ssr)
@@ -179,66 +174,15 @@ class PhaseScheduler(ComposerScheduler, Callback):
         return self._called
 
 
-def format_phases(schedule: Schedule, unit: TimeUnit, t_end: float) -> str:
-    """A schedule as a table of text: one line per phase of a run that ends at ``t_end``.
-
-    Args:
-        schedule: What to show.
-        unit: Unit of its times.
-        t_end: End of the run.
-    """
-    rows = [('phase', f'from [{unit.value}]', f'to [{unit.value}]', 'start', 'end', 'shape')]
-    rows += [
-        (span.name, f'{span.begin:,.10g}', f'{span.until:,.10g}', f'{span.start:.4g}', f'{span.end:.4g}', span.shape)
-        for span in schedule.spans(t_end)
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *numbers, shape in rows:
-        cells = [name.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=False)), shape]
-        lines.append('  ' + '  '.join(cells))
-    return '\n'.join(lines)
-
-
-def _parse_time(key: str, value: str | Time, *, dur: bool) -> Time:
-    units = 'tok, ba, sp or dur' if dur else 'tok, ba or sp'
-    try:
-        time = Time.from_input(value)
-    except (ValueError, TypeError, OverflowError, RuntimeError):
-        example = '1000ba'
-        raise ValueError(f'{key}={value!r} is not a time string; write a number and {units}: {example!r}') from None
-    if time.unit == TimeUnit.DURATION and not dur:
+def _parse(key: str, value: str | Time, dur: bool) -> Duration:
+    time = Duration.parse(key, _text(value), (*ABSOLUTE, 'dur'))
+    if time.unit == 'dur' and not dur:
         raise ValueError(
-            f'{key}={_text(value)}: dur is a fraction of max_duration, and the end of a continual run moves; extending '
-            f'it would reshape steps already taken. Write {key} in {units}'
+            f"{key}='{time}': dur is a fraction of max_duration, and the end of a continual run moves; extending "
+            f'it would reshape steps already taken. Write {key} in tok, ba or sp'
         )
-    if time.unit not in {*_ABSOLUTE_UNITS, TimeUnit.DURATION}:
-        raise ValueError(f'{key}={_text(value)} is in {time.unit.value}; write {key} in {units}')
-    if not (math.isfinite(time.value) and time.value >= 0):
-        raise ValueError(f'{key}={_text(value)} must be a time of at least 0')
     return time
 
 
-def _run_end(max_duration: str | Time, dataloader_len: int | Time | None) -> tuple[float, TimeUnit]:
-    duration = Time.from_input(max_duration)
-    if duration.unit in _ABSOLUTE_UNITS:
-        return duration.value, duration.unit
-    if duration.unit != TimeUnit.EPOCH:
-        raise ValueError(
-            f'max_duration={_text(max_duration)} is in {duration.unit.value}; write it in tok, ba, sp or ep'
-        )
-    if dataloader_len is None:
-        raise ValueError(
-            f'max_duration={_text(max_duration)} is in epochs and the dataloader has no length: '
-            'write it in tok, ba or sp'
-        )
-    return int(dataloader_len) * duration.value, TimeUnit.BATCH
-
-
-def _length(time: Time, t_end: float, ssr: float) -> float:
-    # max_duration is scaled already, and with it every fraction of it
-    return time.value * t_end if time.unit == TimeUnit.DURATION else time.value * ssr
-
-
-def _text(time: str | Time) -> str:
-    return repr(time.to_timestring() if isinstance(time, Time) else time)
+def _text(time: Any) -> Any:
+    return time.to_timestring() if isinstance(time, Time) else time

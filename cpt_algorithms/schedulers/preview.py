@@ -6,51 +6,20 @@ from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
-from composer.core import State, Time, Timestamp, TimeUnit
+from composer.core import State, Time, Timestamp
 from composer.optim import ComposerScheduler
 
+from cpt_algorithms.duration import ABSOLUTE, Duration
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 
-__all__ = ['count_batches', 'preview']
-
-
-def count_batches(
-    max_duration: str | Time,
-    tokens_per_batch: int | None = None,
-    samples_per_batch: int | None = None,
-    dataloader_len: int | None = None,
-) -> int:
-    """Batches that a run trains on: those that start before its end.
-
-    Args:
-        max_duration: Length of the run, in ba, tok, sp or ep.
-        tokens_per_batch: Tokens of a global batch; needed for tok. Default: ``None``.
-        samples_per_batch: Samples of a global batch; needed for sp. Default: ``None``.
-        dataloader_len: Batches per epoch; needed for ep. Default: ``None``.
-
-    Raises:
-        ValueError: If the number that the unit needs is missing.
-    """
-    duration = Time.from_input(max_duration)
-    length = int(duration.value)
-    if duration.unit == TimeUnit.BATCH:
-        return length
-    if duration.unit == TimeUnit.EPOCH and dataloader_len is not None:
-        return length * dataloader_len
-    per_batch = {TimeUnit.TOKEN: tokens_per_batch, TimeUnit.SAMPLE: samples_per_batch}.get(duration.unit)
-    if per_batch is None:
-        raise ValueError(
-            f'max_duration={duration.to_timestring()!r} cannot be counted in batches: ba always can, tok needs '
-            'tokens_per_batch, sp needs samples_per_batch, ep needs dataloader_len'
-        )
-    return -(-length // per_batch)
+__all__ = ['preview']
 
 
 def preview(
     scheduler: ComposerScheduler,
-    max_duration: str | Time,
-    tokens_per_batch: int | None = None,
-    samples_per_batch: int | None = None,
+    max_duration: str,
+    global_batch_size: int = 1,
+    max_seq_len: int = 1,
     dataloader_len: int | None = None,
     batches: Sequence[int] | None = None,
 ) -> np.ndarray:
@@ -61,9 +30,9 @@ def preview(
 
     Args:
         scheduler: Any Composer scheduler which reads time, ``max_duration`` and the dataloader's length only.
-        max_duration: Length of the run.
-        tokens_per_batch: Tokens of a global batch, if times are in tok. Default: ``None``.
-        samples_per_batch: Samples of a global batch, if times are in sp. Default: ``None``.
+        max_duration: Length of the run, in tok, ba, sp or ep.
+        global_batch_size: Samples of a batch, if times are in sp or tok. Default: ``1``.
+        max_seq_len: Tokens of a sample, if times are in tok. Default: ``1``.
         dataloader_len: Batches per epoch, if times are in ep. Default: ``None``.
         batches: Which ones. Default: all of the run.
 
@@ -76,7 +45,11 @@ def preview(
     Cost: a few microseconds per batch for our schedulers; tens for stock ones, which parse their times in each call.
     """
     if batches is None:
-        batches = range(count_batches(max_duration, tokens_per_batch, samples_per_batch, dataloader_len))
+        duration = Duration.parse('max_duration', max_duration, (*ABSOLUTE, 'ep'))
+        total = duration.batches(global_batch_size, max_seq_len, dataloader_len)
+        if total is None:
+            raise ValueError(f"max_duration='{duration}' cannot be counted in batches without dataloader_len")
+        batches = range(total)
     lag = 0 if isinstance(scheduler, PhaseScheduler) else 1
     state = SimpleNamespace(
         max_duration=Time.from_input(max_duration),
@@ -90,8 +63,8 @@ def preview(
             epoch=done // dataloader_len if dataloader_len else 0,
             batch=done,
             batch_in_epoch=done % dataloader_len if dataloader_len else done,
-            sample=done * (samples_per_batch or 0),
-            token=done * (tokens_per_batch or 0),
+            sample=done * global_batch_size,
+            token=done * global_batch_size * max_seq_len,
         )
         values.append(scheduler(cast(State, state)))
     return np.array(values, dtype=np.float64)

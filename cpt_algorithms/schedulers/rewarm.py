@@ -4,7 +4,6 @@
 from composer.core import Time
 
 from cpt_algorithms.schedulers import functional
-from cpt_algorithms.schedulers.functional import Schedule
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 
 __all__ = ['RewarmConstantScheduler', 'RewarmCosineScheduler']
@@ -33,14 +32,8 @@ class RewarmCosineScheduler(PhaseScheduler):
         alpha_f: float = 0.1,
         t_max: str | Time = '1dur',
     ) -> None:
-        super().__init__(t_warmup=t_warmup, t_max=t_max)
-        self.alpha_i = alpha_i
-        self.alpha_f = alpha_f
-        self.check()
-
-    def build(self, t_end: float, **times: float) -> Schedule:
-        """The phases; see ``PhaseScheduler.build``."""
-        return functional.rewarm_cosine(**times, alpha_i=self.alpha_i, alpha_f=self.alpha_f)
+        times = {'t_warmup': t_warmup, 't_max': t_max}
+        super().__init__(functional.rewarm_cosine, times, alpha_i=alpha_i, alpha_f=alpha_f)
 
 
 class RewarmConstantScheduler(PhaseScheduler):
@@ -60,11 +53,4 @@ class RewarmConstantScheduler(PhaseScheduler):
     """
 
     def __init__(self, t_warmup: str | Time, alpha_i: float = 0.0, alpha: float = 1.0) -> None:
-        super().__init__(t_warmup=t_warmup)
-        self.alpha_i = alpha_i
-        self.alpha = alpha
-        self.check()
-
-    def build(self, t_end: float, **times: float) -> Schedule:
-        """The phases; see ``PhaseScheduler.build``."""
-        return functional.rewarm_constant(**times, alpha_i=self.alpha_i, alpha=self.alpha)
+        super().__init__(functional.rewarm_constant, {'t_warmup': t_warmup}, alpha_i=alpha_i, alpha=alpha)

@@ -4,7 +4,6 @@
 from composer.core import Time
 
 from cpt_algorithms.schedulers import functional
-from cpt_algorithms.schedulers.functional import Schedule
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 
 __all__ = ['WSDScheduler']
@@ -39,19 +38,11 @@ class WSDScheduler(PhaseScheduler):
         num_cycles: int = 1,
         t_max: str | Time = '1dur',
     ) -> None:
-        super().__init__(t_warmup=t_warmup, t_decay=t_decay, t_max=t_max)
-        self.decay = decay
-        self.alpha_f = alpha_f
-        self.alpha_i = alpha_i
-        self.num_cycles = num_cycles
-        self.check()
-
-    def build(self, t_end: float, **times: float) -> Schedule:
-        """The phases; see ``PhaseScheduler.build``."""
-        return functional.wsd(
-            **times,
-            alpha_f=self.alpha_f,
-            alpha_i=self.alpha_i,
-            decay=self.decay,
-            num_cycles=self.num_cycles,
+        super().__init__(
+            functional.wsd,
+            {'t_warmup': t_warmup, 't_decay': t_decay, 't_max': t_max},
+            decay=decay,
+            alpha_f=alpha_f,
+            alpha_i=alpha_i,
+            num_cycles=num_cycles,
         )

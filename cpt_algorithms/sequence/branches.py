@@ -8,15 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmfoundry.utils.builders import build_scheduler
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cpt_algorithms.checkpoints.open import resolve_latest
 from cpt_algorithms.duration import ABSOLUTE, Duration, per_batch_of
 from cpt_algorithms.files import StorageError, is_remote
-from cpt_algorithms.schedulers.functional import multiplier
-from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
+from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.sequence.spec import ANNEAL_KEYS, OF_THE_TRUNK
 from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.stage import Stage
@@ -50,21 +48,17 @@ def constant_alpha(trunk: Stage, batch: int) -> float:
         ValueError: If the schedule is not constant there, with the phases; or is not one of this library.
     """
     name = trunk.scheduler.name
-    try:
-        scheduler = build_scheduler(name, trunk.scheduler.arguments)
-    except (TypeError, ValueError) as error:  # a name or an argument that is missing, or unknown
-        raise ValueError(f'scheduler.name={name!r}: {error}') from None
-    if not isinstance(scheduler, PhaseScheduler):
-        raise ValueError(f'scheduler.name={name!r} has no phases that can be looked at; a trunk wants infinite')
-    schedule, unit = scheduler.schedule(str(trunk.max_duration))
-    per_batch = per_batch_of(unit.value, trunk.global_train_batch_size, trunk.max_seq_len)
     total = trunk.batches_of('max_duration', trunk.max_duration)
-    assert per_batch is not None, 'epochs are refused'
-    spans = list(schedule.spans(total * per_batch))
-    time = batch * per_batch
+    phases = phases_of(trunk.scheduler.given, trunk.max_duration)
+    if phases is None:
+        raise ValueError(f'scheduler.name={name!r} has no phases that can be looked at; a trunk wants infinite')
+    per_batch = per_batch_of(phases.unit, trunk.global_train_batch_size, trunk.max_seq_len)
+    assert per_batch is not None, 'phases are in tok, ba or sp'
+    # whole batches: where the last one ends, the run does
+    spans, time = list(phases.schedule.spans(total * per_batch)), batch * per_batch
     for span in spans:
         if span.shape == 'constant' and span.begin <= time <= span.until:
-            return multiplier(schedule, span.begin)
+            return phases.multiplier_at(span.begin)
     constant = [f'batches {s.begin / per_batch:g} to {s.until / per_batch:g}' for s in spans if s.shape == 'constant']
     inside = next((span.name for span in spans if span.begin <= time < span.until), 'end')
     raise ValueError(

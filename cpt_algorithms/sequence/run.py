@@ -59,7 +59,7 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
             'seed': run.seed,
             'parent': run.parent,
             'tokens': run.stage.tokens_by_stream(),
-            'trunk': run.tokens_before_branch,
+            'tokens_before_branch': run.tokens_before_branch,
             'batches': run.batches,
         }
         for run in runs

@@ -4,13 +4,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmfoundry.utils.builders import build_scheduler
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cpt_algorithms.launch.launcher import Resources, command
-from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler, format_phases
+from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.sequence.expand import Run
 from cpt_algorithms.sequence.run import recipe_of
 
@@ -42,12 +41,9 @@ def print_runs(title: str, runs: Sequence[Run], console: Console) -> None:
     console.print(f'{total:,} tokens to train in all\n')
     for run in (run for run in runs if run.batches):
         stage = run.stage
-        scheduler = build_scheduler(stage.scheduler.name, stage.scheduler.arguments)
-        if isinstance(scheduler, PhaseScheduler):
-            schedule, unit = scheduler.schedule(str(stage.max_duration))
+        if phases := phases_of(stage.scheduler.given, stage.max_duration):
             console.print(f'{run.name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}')
-            phases = format_phases(schedule, unit, stage.max_duration.value)
-            console.print(phases, highlight=False, markup=False)
+            console.print(str(phases), highlight=False, markup=False)
 
 
 def print_commands(resources: Resources, runs: Sequence[Run], recipes: Path, console: Console) -> None:

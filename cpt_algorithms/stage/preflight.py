@@ -25,7 +25,6 @@ from llmfoundry.utils.builders import (
     build_callback,
     build_composer_model,
     build_optimizer,
-    build_scheduler,
     build_tokenizer,
 )
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
@@ -60,7 +59,7 @@ from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.mix import Stream, row_length
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, ReplayTextDataset
 from cpt_algorithms.replay.shard_index import ShardIndex
-from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
+from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.stage import (
@@ -266,13 +265,8 @@ def _check_workers(where: str, loader: Loader) -> None:
 def _check_scheduler(stage: Stage) -> None:
     if not stage.max_duration.value:
         raise ValueError(f"max_duration={stage.max_duration} must be a positive time such as '1000000tok' or '200ba'")
-    try:
-        scheduler = build_scheduler(stage.scheduler.name, stage.scheduler.arguments)
-    except TypeError as error:
-        raise ValueError(f'scheduler: {error}') from None
-    if isinstance(scheduler, PhaseScheduler):
-        # epochs are resolved when the data is known; every other unit is decided here
-        scheduler.schedule(str(stage.max_duration), dataloader_len=1 if stage.batches is None else None)
+    # epochs are resolved when the data is known; every other unit is decided here
+    phases_of(stage.scheduler.given, stage.max_duration, dataloader_len=1)
 
 
 def _check_callbacks(callbacks: Callbacks) -> None:

@@ -229,20 +229,21 @@ def _train_dataset(state: State) -> Any:
     return getattr(state.train_dataloader, 'dataset', None)
 
 
-def _describe_stock_data(state: State) -> str:
+def _describe_stock_data(state: State) -> dict[str, Any]:
     """The stream mix of a stock StreamingDataset, which Streaming does not save; ours saves its own."""
     dataset = _train_dataset(state)
     if not isinstance(dataset, StreamingDataset) or isinstance(dataset, ReplayTextDataset):
-        return '{}'
-    options = {key: getattr(dataset, key) for key in ('batching_method', 'shuffle', 'shuffle_algo', 'shuffle_seed')}
+        return {}
+    keys = ('batching_method', 'shuffle', 'shuffle_algo', 'shuffle_seed')
+    options: dict[str, Any] = {key: getattr(dataset, key) for key in keys}
     for index, stream in enumerate(dataset.streams):
         amounts = {key: getattr(stream, f'_{key}') for key in ('proportion', 'repeat', 'choose')}
         amounts = {key: value for key, value in amounts.items() if value is not None}
         options[f'stream {index}'] = f'{stream.remote or stream.local} {stream.split} {amounts}'
-    return json.dumps(options)
+    return options
 
 
-def _describe_schedule(state: State) -> str:
+def _describe_schedule(state: State) -> dict[str, Any]:
     """The arguments of the run's scheduler; with its ``max_duration`` if that shapes what was trained already.
 
     The end of an ``infinite`` schedule may move: it takes no ``dur``, so nothing before its anneal changes.
@@ -265,17 +266,17 @@ def _describe_schedule(state: State) -> str:
         }
         if any('dur' in str(value) for value in described.values()):
             described['max_duration'] = str(state.max_duration)
-    return json.dumps(described)
+    return described
 
 
-def _describe_training(state: State) -> str:
+def _describe_training(state: State) -> dict[str, Any]:
     """What else shapes every step: precision, and the arguments of algorithms such as gradient clipping."""
     described: dict[str, Any] = {'precision': state.precision.value}
     for algorithm in state.algorithms:
         arguments = {key: vars(algorithm).get(key) for key in inspect.signature(type(algorithm)).parameters}
         plain = {key: value for key, value in arguments.items() if isinstance(value, str | int | float)}
         described[type(algorithm).__name__] = str(plain)
-    return json.dumps(described)
+    return described
 
 
 def _average_gradients(state: State) -> None:

@@ -60,22 +60,21 @@ def test_commands_are_what_the_launcher_takes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('spec', 'problem'),
     [
-        ({'nodes': 0}, r'^nodes=0 must be a whole number from 1'),
-        ({'nproc': '8'}, r"^nproc='8' must be"),
-        ({'nproc': True}, r'^nproc=True must be'),
-        ({'slurm': 'gpu'}, r"^slurm='gpu' must be a mapping of submitit's parameters"),
-        ({'slurm': {}}, r'^slurm.timeout_min=None must be the time of a job in minutes'),
-        ({'slurm': {'timeout_min': '4h'}}, r"^slurm.timeout_min='4h' must be"),
-        (
-            {'slurm': {**SLURM, 'slurm_partion': 'gpu'}},
-            r"^slurm.slurm_partion is not a key .* did you mean 'slurm_partition'",
-        ),
-        ({'slurm': {**SLURM, 'partition': 'gpu'}}, r"^slurm.partition is not a key .* did you mean 'slurm_partition'"),
-        ({'slurm': {**SLURM, 'nodes': 2}}, r'^slurm.nodes belongs beside slurm'),
-        ({'slurm': {**SLURM, 'tasks_per_node': 8}}, r'^slurm.tasks_per_node cannot be chosen'),
-        ({'slurm': {**SLURM, 'slurm_time': '4:00:00'}}, r'^slurm.slurm_time is called timeout_min here'),
-        ({'nproc': 8, 'slurm': {**SLURM, 'gpus_per_node': 4}}, r'^slurm.gpus_per_node=4 must be nproc=8'),
-        ({'slurm': {**SLURM, 'mem_gb': 'all'}}, r'^slurm: Parameter "mem_gb" expected type .* \(but value: "all"\)'),
+        ({'nodes': 0}, 'nodes=0 '),
+        ({'nproc': '8'}, "nproc='8' "),
+        ({'nproc': True}, 'nproc=True '),
+        ({'nodes': 0, 'nproc': 0}, r'nodes=0 (.|\n)*nproc=0 '),
+        ({'slurm': 'gpu'}, "slurm='gpu' "),
+        ({'slurm': {}}, r'^slurm.timeout_min=None '),
+        ({'slurm': {'timeout_min': '4h'}}, r"^slurm.timeout_min='4h' "),
+        ({'slurm': {'timeout_min': 0}}, r'^slurm.timeout_min=0 '),
+        ({'slurm': {**SLURM, 'slurm_partion': 'gpu'}}, r"^slurm.slurm_partion .*'slurm_partition'"),
+        ({'slurm': {**SLURM, 'partition': 'gpu'}}, r"^slurm.partition .*'slurm_partition'"),
+        ({'slurm': {**SLURM, 'nodes': 2}}, r'^slurm.nodes .*nodes: 2'),
+        ({'slurm': {**SLURM, 'tasks_per_node': 8}}, r'^slurm.tasks_per_node .*nproc'),
+        ({'slurm': {**SLURM, 'slurm_time': '4:00:00'}}, r'^slurm.slurm_time .*timeout_min'),
+        ({'nproc': 8, 'slurm': {**SLURM, 'gpus_per_node': 4}}, r'^slurm.gpus_per_node=4 .*nproc=8'),
+        ({'slurm': {**SLURM, 'mem_gb': 'all'}}, r'^slurm: .*"mem_gb".*"all"'),
     ],
     ids=str,
 )
@@ -84,16 +83,16 @@ def test_mistakes_are_named_before_anything_is_submitted(spec, problem):
         resources_of(spec)
 
 
-def test_a_layout():
-    assert resources_of({}) == Resources(1, 1, None)
+def test_resources():
+    assert resources_of({'nodes': None, 'name': 'of another part'}) == Resources()
     assert resources_of({'nodes': 4, 'nproc': 8, 'slurm': SLURM}).ranks == 32
 
 
 def test_runs_are_refused_where_they_cannot_be_started(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match='nodes=2: without slurm, runs are started on this machine only; --write'):
+    with pytest.raises(ValueError, match='^nodes=2: .*--write'):
         make_launcher(Resources(nodes=2), jobs=1)
     monkeypatch.setenv('PATH', str(tmp_path))
-    with pytest.raises(ValueError, match='slurm: sbatch is not on this machine'):
+    with pytest.raises(ValueError, match='^slurm: sbatch '):
         make_launcher(resources_of({'slurm': SLURM}), jobs=1)
 
 
@@ -113,22 +112,7 @@ def slurm(tmp_path, monkeypatch):
             subprocess.run(['scancel', job], check=True)
 
 
-@pytest.fixture
-def run(tmp_path):
-    folder = tmp_path / 'runs' / 'run'
-    folder.mkdir(parents=True)
-    return folder
-
-
-def wait(handle, seconds=240):
-    deadline = time.monotonic() + seconds
-    while (code := handle.poll()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return code
-
-
-def test_a_queued_job_is_found_again_and_a_cancelled_one_has_failed(slurm, run, monkeypatch):
+def test_a_queued_job_is_found_again_and_a_cancelled_one_has_failed(slurm, run, monkeypatch, wait):
     (slurm / 'hold').touch()
     layout = resources_of(
         {'nodes': 2, 'nproc': 4, 'slurm': {**SLURM, 'slurm_account': 'mine', 'gpus_per_node': 4, 'cpus_per_task': 32}}
@@ -157,7 +141,7 @@ def test_a_queued_job_is_found_again_and_a_cancelled_one_has_failed(slurm, run, 
 
 def test_a_job_that_slurm_refuses_is_one_line(slurm, run):
     layout = resources_of({'slurm': {**SLURM, 'slurm_partition': 'refuse'}})
-    with pytest.raises(LaunchError, match='^run: Slurm has refused the job: sbatch: error: invalid partition'):
+    with pytest.raises(LaunchError, match='^run: .* invalid partition'):
         make_launcher(layout, jobs=1)(RECIPE, run)
     assert fake_slurm.states(slurm) == {}
 
@@ -178,7 +162,7 @@ def write(run, data, **over):
 
 
 @pytest.mark.slow
-def test_submitits_local_executor_trains_a_run(run, data):
+def test_submitits_local_executor_trains_a_run(run, data, wait):
     write(run, data)
     start = make_launcher(resources_of({'slurm': SLURM}), jobs=1, cluster='local')
     assert wait(start(RECIPE, run)) == 0, (run / 'log.txt').read_text()
@@ -187,7 +171,7 @@ def test_submitits_local_executor_trains_a_run(run, data):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_says_so(run, data):
+def test_a_run_that_fails_says_so(run, data, wait):
     write(run, data, optimizer={'name': 'decoupled_adamw', 'lr': -1.0})
     start = make_launcher(resources_of({'slurm': SLURM}), jobs=1, cluster='local')
     assert wait(start(RECIPE, run)) not in (0, None)
@@ -205,7 +189,7 @@ print('sum', int(ones), 'rank', dist.get_rank(), 'node', os.environ['NODE_RANK']
 
 
 @pytest.mark.slow
-def test_two_nodes_find_each_other(slurm, run):
+def test_two_nodes_find_each_other(slurm, run, wait):
     script = run / 'all_reduce.py'
     script.write_text(ALL_REDUCE)
     (run / 'run.yaml').touch()
@@ -216,7 +200,7 @@ def test_two_nodes_find_each_other(slurm, run):
 
 
 @pytest.mark.slow
-def test_a_job_fails_as_a_whole_if_one_node_does(slurm, run, monkeypatch):
+def test_a_job_fails_as_a_whole_if_one_node_does(slurm, run, monkeypatch, wait):
     monkeypatch.setattr('cpt_algorithms.launch.launcher._LAG', 0.5)
     script = run / 'half.py'
     script.write_text("import os, sys, time\nif os.environ['NODE_RANK'] == '1': sys.exit(3)\ntime.sleep(1000)\n")
@@ -228,7 +212,7 @@ def test_a_job_fails_as_a_whole_if_one_node_does(slurm, run, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('numbers', [('SIGUSR2',), ('SIGTERM', 'SIGUSR2')], ids=['time is over', 'preempted'])
-def test_a_requeued_job_goes_on_from_its_latest_checkpoint(slurm, run, data, numbers):
+def test_a_requeued_job_goes_on_from_its_latest_checkpoint(slurm, run, data, numbers, wait):
     write(run, data, max_duration='48ba', scheduler={'t_warmup': '4ba'})
     handle = make_launcher(resources_of({'slurm': SLURM}), jobs=1)(RECIPE, run)
     deadline = time.monotonic() + 120

@@ -16,7 +16,6 @@ from composer.models import ComposerModel
 from composer.optim import ConstantScheduler, CosineAnnealingScheduler, DecoupledAdamW
 from torch.utils.data import DataLoader
 
-from cpt_algorithms.schedulers.functional import multiplier
 from cpt_algorithms.schedulers.infinite import InfiniteScheduler
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.schedulers.preview import preview
@@ -104,9 +103,9 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def planned(scheduler: PhaseScheduler, max_duration: str) -> dict[int, list[float]]:
-    schedule, unit = scheduler.schedule(max_duration)
-    starts = STARTS if unit.value == 'tok' else range(BATCHES)
-    alphas = [multiplier(schedule, t) for t in starts]
+    phases = scheduler.phases(max_duration)
+    starts = STARTS if phases.unit == 'tok' else range(BATCHES)
+    alphas = [phases.multiplier_at(t) for t in starts]
     return {k: [LR * alpha, 10 * LR * alpha] for k, alpha in enumerate(alphas)}
 
 
@@ -158,8 +157,8 @@ def test_epochs() -> None:
     scheduler = RewarmCosineScheduler('0.25dur')
     run, steps, _ = trainer(scheduler, '2ep')
     run.fit()
-    schedule, _ = scheduler.schedule('24ba')
-    assert [lrs[0] for lrs in steps.lrs.values()] == [LR * multiplier(schedule, t) for t in range(24)]
+    phases = scheduler.phases('24ba')
+    assert [lrs[0] for lrs in steps.lrs.values()] == [LR * phases.multiplier_at(t) for t in range(24)]
 
 
 @pytest.mark.parametrize('ssr', [0.5, 1.5])
@@ -168,8 +167,8 @@ def test_scale_schedule_ratio(ssr: float) -> None:
     scheduler = InfiniteScheduler('4ba', '4ba', 0.5, '3ba')
     run, steps, _ = trainer(scheduler, '12ba', scale_schedule_ratio=ssr)
     run.fit()
-    plain, _ = scheduler.schedule('12ba')
-    wanted = [LR * multiplier(plain, t / ssr) for t in range(int(12 * ssr))]
+    phases = scheduler.phases('12ba')
+    wanted = [LR * phases.multiplier_at(t / ssr) for t in range(int(12 * ssr))]
     assert [lrs[0] for lrs in steps.lrs.values()] == pytest.approx(wanted, rel=1e-9)
 
 
@@ -178,8 +177,8 @@ def test_a_second_fit_extends_the_run() -> None:
     run, steps, _ = trainer(scheduler, '6ba')
     run.fit()
     run.fit(duration='4ba')
-    schedule, _ = scheduler.schedule('10ba')
-    assert [lrs[0] for lrs in steps.lrs.values()][6:] == [LR * multiplier(schedule, t) for t in range(6, 10)]
+    phases = scheduler.phases('10ba')
+    assert [lrs[0] for lrs in steps.lrs.values()][6:] == [LR * phases.multiplier_at(t) for t in range(6, 10)]
 
 
 @pytest.mark.parametrize('other', [ConstantScheduler(0.25), RewarmConstantScheduler('0ba', alpha=0.25)])
