@@ -293,7 +293,7 @@ def test_a_branch_is_added_where_a_checkpoint_was_kept(spec):
 
     for run in runs()[:2]:
         run.folder.mkdir(parents=True)
-        (run.folder / 'stage.json').write_text('{}')
+        (run.folder / 'stage.json').write_text(json.dumps({'run_name': run.name, 'config': run.stage.to_train_yaml()}))
         sequence_run.write_yaml(run)
     spec['stages']['new']['branches']['long'] = {'t_anneal': '6ba'}
     with pytest.raises(PreflightError, match=r'new-s17 was .*branch_points: absent -> .*10'):
