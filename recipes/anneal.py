@@ -21,7 +21,6 @@ if __name__ == '__main__' and 'LOCAL_RANK' in os.environ:
     die_with_parent()
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import continue_pretraining
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cpt_algorithms.checkpoints.open import resolve_latest
+from cpt_algorithms.checkpoints.save_folder import batch_of, resolve_latest
 from cpt_algorithms.files import StorageError, is_remote, read_json
 from cpt_algorithms.sequence.branches import anneal_branch
 from cpt_algorithms.sequence.expand import ANNEAL_KEYS, NOT_OF_A_BRANCH
@@ -53,7 +52,7 @@ def branch_of(checkpoint: str, overrides: list[str]) -> dict[str, Any]:
             link = Path(checkpoint)
             real = str(link.with_name(os.readlink(link)) if link.is_symlink() else link)
         folder, _, name = real.rpartition('/')
-        batch, stage = re.search(r'-ba(\d+)', name), read_json(f'{folder or "."}/stage.json')
+        batch, stage = batch_of(name), read_json(f'{folder or "."}/stage.json')
         given: Any = OmegaConf.to_container(OmegaConf.from_cli(overrides), resolve=True)
     except (OSError, StorageError, OmegaConfBaseException) as error:
         raise ValueError(f'{checkpoint}: {error}') from None
@@ -68,10 +67,10 @@ def branch_of(checkpoint: str, overrides: list[str]) -> dict[str, Any]:
         raise ValueError(
             f'{wrong[0]}: a branch has this from its trunk; {", ".join(ANNEAL_KEYS)} say how it is annealed'
         )
-    run_name = given.pop('run_name', None) or f'{stage["run_name"]}-anneal-ba{batch[1]}'
+    run_name = given.pop('run_name', None) or f'{stage["run_name"]}-anneal-ba{batch}'
     save_folder = given.pop('save_folder', None) or '/'.join(filter(None, [folder.rpartition('/')[0], run_name]))
     try:
-        branch = anneal_branch(stage['config'], run_name, save_folder, real, int(batch[1]), **how)
+        branch = anneal_branch(stage['config'], run_name, save_folder, real, batch, **how)
     except ValueError as error:
         raise ValueError(f'{checkpoint}: {error}') from None
     # streams in place of the trunk's, and not both

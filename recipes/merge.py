@@ -29,7 +29,7 @@ from llmfoundry.command_utils import evaluate as evaluate_losses
 from llmfoundry.utils.config_utils import EVAL_CONFIG_KEYS
 from omegaconf import OmegaConf
 
-from cpt_algorithms.checkpoints.open import guard_loading
+from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.files import read_json, write_json
 
 AVERAGE = Path(__file__).parents[1] / 'scripts' / 'average_checkpoints.py'

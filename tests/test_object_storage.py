@@ -29,7 +29,7 @@ from torch.distributed import checkpoint as dcp
 
 from cpt_algorithms import files
 from cpt_algorithms.checkpoints.exports import parent_of
-from cpt_algorithms.checkpoints.open import newest_remote, resolve_latest
+from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
 from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.stage.preflight import PreflightError, latest_batch, preflight, resolve
 
@@ -324,7 +324,7 @@ def test_a_sharded_checkpoint_counts_when_all_it_names_is_there(finished, origin
     }
     put(finished, {**there, 'runs/sharded/latest-sharded-rank0.symlink': b'runs/sharded/ep0-ba4'})
     folder = 's3://bucket/runs/sharded'
-    assert newest_remote(folder) == (4, f'{folder}/ep0-ba4')
+    assert newest_complete(folder) == (4, f'{folder}/ep0-ba4')
     assert (
         resolve_latest(f'{folder}/latest-sharded-rank0')
         == resolve_latest(f'{folder}/latest-sharded-rank0.symlink')
@@ -335,7 +335,7 @@ def test_a_sharded_checkpoint_counts_when_all_it_names_is_there(finished, origin
     assert 'does not fit the model' in problems({**cfg, 'model': {**cfg['model'], 'd_model': 32}})
     # Composer uploads .metadata first
     finished.delete_object(Bucket='bucket', Key='runs/sharded/ep0-ba4/__0_0.distcp')
-    assert newest_remote(folder) == (2, f'{folder}/ep0-ba2')
+    assert newest_complete(folder) == (2, f'{folder}/ep0-ba2')
     assert latest_batch('s3://bucket/runs') == 0
 
 
@@ -492,7 +492,7 @@ def test_two_sharded_ranks_killed_in_the_middle_of_an_upload(scratch, data, tmp_
     launch(cfg)
     assert [recorder.read(tmp_path / 'run.jsonl', rank) for rank in (0, 1)] == lines
     assert len((tmp_path / 'run.jsonl.rank0').read_text().splitlines()) == 8 + 4
-    assert newest_remote(RUN) == (8, f'{RUN}/ep0-ba8')
+    assert newest_complete(RUN) == (8, f'{RUN}/ep0-ba8')
     assert resolve_latest(f'{RUN}/latest-sharded-rank0') == f'{RUN}/ep0-ba8'
     assert not list((tmp_path / 'temporary').rglob('*.distcp')), 'nothing is left on the disk of any rank'
     average_checkpoints.main([RUN, '--last', '2', '--out', str(tmp_path / 'average')])

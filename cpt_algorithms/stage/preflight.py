@@ -36,16 +36,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
 from cpt_algorithms.checkpoints.exports import pretrained_model_of
-from cpt_algorithms.checkpoints.open import (
-    TRUST,
-    UnsafeCheckpointError,
-    load_structure,
-    newest_remote,
-    open_checkpoint,
-    read_metadata,
-    resolve_latest,
-)
+from cpt_algorithms.checkpoints.guard import TRUST
+from cpt_algorithms.checkpoints.open import load_structure, open_checkpoint, read_metadata
+from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
 from cpt_algorithms.evaluation.suite import check_suite, load_suite
 from cpt_algorithms.files import (
     StorageError,
@@ -802,9 +797,4 @@ def latest_batch(save_folder: str | Path) -> int:
     Raises:
         StorageError: If object storage cannot be reached.
     """
-    if is_remote(save_folder):
-        return newest_remote(str(save_folder))[0]
-    for link in Path(save_folder).glob('latest*'):
-        if link.is_symlink() and link.exists() and (found := re.search(r'ba(\d+)', link.resolve().name)):
-            return int(found.group(1))
-    return 0
+    return newest_complete(save_folder)[0]

@@ -15,7 +15,7 @@ from composer.utils import dist
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cpt_algorithms.checkpoints.open import CheckpointError
+from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS
 
 KEEP = {'load_weights_only': False, 'load_ignore_keys': KEEP_OPTIMIZER_IGNORE_KEYS}
