@@ -275,9 +275,9 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
         if (begin := _place_of(tensor)) is None:
             continue
         span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        end = begin + (span * tensor.dtype.itemsize if tensor.numel() else 0)
-        # torch maps such a file without an error
-        if min(tensor.storage_offset(), *tensor.stride(), 0) < 0 or end > ends[bisect_left(ends[:-1], begin)]:
+        size = span * tensor.dtype.itemsize if tensor.numel() else 0
+        room = ends[bisect_left(ends[:-1], begin)] - begin  # torch maps such a file without an error
+        if min(tensor.storage_offset(), *tensor.stride(), 0) < 0 or size > room:
             raise CheckpointError(f'{where} is damaged: a tensor reaches beyond its storage')
     return loaded
 
