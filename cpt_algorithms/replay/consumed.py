@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from composer.utils import dist
 
-from cpt_algorithms.checkpoints.open import dataset_state_of, resolve_latest
+from cpt_algorithms.checkpoints.open import dataset_state_of
+from cpt_algorithms.checkpoints.save_folder import resolve_latest
 from cpt_algorithms.files import fetch, is_remote, list_names
 
 __all__ = ['Consumed', 'consumed_by', 'positions_behind', 'read_consumed', 'read_positions']

@@ -134,7 +134,7 @@ def average(folders: list[Path], out: Path) -> None:
     checkpoints = [open_checkpoint(folder) for folder in folders]
     plan = averaged_checkpoint.make_plan(checkpoints, [1 / COUNT] * COUNT)
     small_files = averaged_checkpoint.find_small_files(checkpoints[-1], None)
-    averaged_checkpoint.write_hugging_face(plan, out, small_files, '5GB', lambda num_bytes: None)
+    averaged_checkpoint.write_average(plan, out, 'hf', {}, small_files, '5GB', lambda num_bytes: None)
 
 
 def errors(folders: list[Path], out: Path) -> tuple[float, int, int]:
