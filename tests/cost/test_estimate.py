@@ -181,7 +181,10 @@ def test_gpus():
         (lambda: find_gpu('h101'), "gpu='h101'.*a100"),
         (lambda: find_gpu('a100', 'amp_fp8'), 'gpu=a100.*amp_fp8'),
         (lambda: gpu_hours(1, 1, 40.0), r'mfu=40\.0'),
-        (lambda: memory_per_gpu(TOY, sharding='FULL', gpus=8, shards=8), r'fsdp_config\.sharding_strategy=FULL .*NO_SHARD'),
+        (
+            lambda: memory_per_gpu(TOY, sharding='FULL', gpus=8, shards=8),
+            r'fsdp_config\.sharding_strategy=FULL .*NO_SHARD',
+        ),
     ],
 )
 def test_what_is_not_known_is_refused(call, key):

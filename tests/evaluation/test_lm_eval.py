@@ -183,7 +183,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data) -> tuple[Path, dict[
     tiny.run(tiny.config(folder, data, 'base', callbacks=export('base'), **common))
     load_path = str(folder / 'base' / 'latest-rank0.pt')
     child = tiny.config(
-        folder, data, 'child', callbacks={**export('child'), 'stage_start': {'optimizer': 'reset'}, 'lawa': {'k': 2, 'interval': '1ba'}},
+        folder, data, 'child', callbacks={**export('child'), 'stage_start': {'optimizer_state': 'reset'}, 'lawa': {'k': 2, 'interval': '1ba'}},
         load_path=load_path, load_weights_only=True, **common,
     )  # fmt: skip
     tiny.run(child)
