@@ -58,7 +58,7 @@ mutants: $(VENV)/installed
 # The same preparation on Spark (needs Java 8 to 17).
 spark: $(VENV)/installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[spark]'
-	$(BIN)/python -m pytest -m slow tests/test_prepare_data.py -k spark
+	$(BIN)/python -m pytest -m slow tests/preparation/test_prepare_data.py -k spark
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -54,7 +54,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10,<3.13',
     packages=find_packages(include=['cpt_algorithms', 'cpt_algorithms.*']),
-    package_data={'cpt_algorithms': ['py.typed', '*/README.md', '*/*.jinja']},
+    package_data={'cpt_algorithms': ['py.typed', '*/*.md', '*/*.jinja']},
     install_requires=[
         'llm-foundry>=0.22,<0.23',
         'mosaicml>=0.32.1,<0.33',

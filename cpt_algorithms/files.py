@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results that appear whole or not at all, in a local folder or in object storage."""
 
-import fcntl
 import json
 import os
 import secrets
@@ -30,8 +29,9 @@ __all__ = [
     'read_or_none',
     'read_yaml',
     'size_of',
-    'write_json',
+    'upload',
     'write_atomic',
+    'write_json',
 ]
 
 
@@ -128,8 +128,22 @@ def fetch(uri: str, path: str | Path) -> None:
             raise
 
 
+def upload(path: str | Path, uri: str) -> None:
+    """Upload one file.
+
+    Args:
+        path: The file.
+        uri: The object it becomes.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    with _storage(uri) as (store, name):
+        store.upload_object(name, str(path))
+
+
 def _insist_on_absence(store: Any, name: str) -> None:
-    """S3 answers the same to who may not read and to who asks for nothing, Composer takes both for nothing."""
+    """S3 answers "not found" also to those who may not read an object, and Composer believes it."""
     if name in store.list_objects(name):
         raise PermissionError('it is there, and may not be read')
 
@@ -202,10 +216,10 @@ def write_atomic(place: str | Path, content: bytes) -> None:
         StorageError: If object storage cannot be reached.
     """
     if is_remote(place):
-        with tempfile.NamedTemporaryFile() as file, _storage(place) as (store, name):
+        with tempfile.NamedTemporaryFile() as file:
             file.write(content)
             file.flush()
-            store.upload_object(name, file.name)
+            upload(file.name, str(place))
         return
     path = Path(place)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,20 +283,21 @@ def locked_sibling(out: Path, busy: Exception) -> Iterator[Path]:
     Yields:
         The folder.
     """
-    partial = out.with_name(f'.{out.name}.partial')
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
+    from filelock import FileLock, Timeout
+
+    partial, file = (out.with_name(f'.{out.name}.{suffix}') for suffix in ('partial', 'lock'))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.path.samestat(os.fstat(handle), partial.stat())  # and not what another renamed or removed
-        except (BlockingIOError, FileNotFoundError):
-            is_ours = False
-        if not is_ours:
-            raise busy
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise busy from None
+    try:
+        partial.mkdir(exist_ok=True)
         yield partial
     finally:
-        os.close(handle)
+        file.unlink(missing_ok=True)  # while we hold it: filelock notices in another process that it is gone
+        lock.release()
 
 
 @contextmanager
@@ -298,8 +313,8 @@ def hidden_sibling(out: Path, busy: Exception) -> Iterator[Path]:
     """
     with locked_sibling(out, busy) as partial:
         try:
-            for left in partial.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            shutil.rmtree(partial)
+            partial.mkdir()
             yield partial
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -22,21 +22,16 @@ if an argument is wrong, also a --parent that is not there.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from prepare_data import OneLineParser
 
-from cpt_algorithms.checkpoints.exports import models_of, parent_of
-
-# torch and lm-eval (15 s) are imported where they are used: a wrong argument answers at once.
-
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    if not re.fullmatch(r'0*[1-9]\d*', text):
+    if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number of at least 1')
     return int(text)
 
@@ -46,53 +41,32 @@ def make_parser() -> OneLineParser:
     parser = OneLineParser('evaluate', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('models', nargs='+', metavar='MODEL', help="a run's save_folder or a Hugging Face folder; key=value: overrides")
-    add('--suite', type=Path, required=True, help='YAML of tasks, such as yamls/eval/offline.yaml')
-    add(
-        '--parent',
-        type=Path,
-        metavar='MODEL',
-        help="compared with; of a run, its raw weights (default: each run's own)",
-    )
+    add('--suite', required=True, help='YAML of tasks, such as yamls/eval/offline.yaml')
+    add('--parent', type=Path, metavar='MODEL', help="compared with (default: each run's own parent)")
     add('--batch-size', type=positive, default=16, help='sequences at once (default: 16)')
     add('--limit', type=positive, metavar='N', help='the first N items of each task; kept apart from whole results')
     add('--device', choices=('cpu', 'cuda'), help='default: cuda if there is one')
     return parser
 
 
-def run(options: argparse.Namespace) -> bool:
-    """Find, evaluate and show; whether all tasks could be run."""
-    overrides = [given for given in options.models if '=' in given and not Path(given).exists()]
-    given = [Path(given) for given in options.models if given not in overrides]
-    if not given:
-        raise ValueError('the following arguments are required: MODEL')
-    models = [models_of(path) for path in given]
-    parents: list[Path | None] = [models_of(options.parent)[0] if options.parent else None] * len(given)
-
-    from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite, print_result
-
-    suite = load_suite(options.suite, overrides)
-    for index, path in enumerate(given if not options.parent else []):
-        try:
-            parents[index] = parent_of(path)
-        except ValueError as missing:
-            print(missing)
-    results = evaluate_all(models, parents, suite, options.device, options.batch_size, options.limit)
-    for found, parent in zip(models, parents, strict=True):
-        for model in found:
-            print_result(results[model], results[parent] if parent else None)
-    expected = set(suite.get('missing') or {})
-    return all(set(result['missing']) == expected for result in results.values())
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = make_parser()
     options = parser.parse_intermixed_args(arguments)
+    overrides = [given for given in options.models if '=' in given and not Path(given).exists()]
+    models = [Path(given) for given in options.models if given not in overrides]
+    if not models:
+        parser.error('the following arguments are required: MODEL')
+
+    from cpt_algorithms.evaluation.lm_eval import evaluate_runs
+    from cpt_algorithms.evaluation.suite import load_suite
+
     try:
-        complete = run(options)
+        suite = load_suite([options.suite, *overrides])
+        results = evaluate_runs(models, suite, options.parent, options.device, options.batch_size, options.limit)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if not complete:
+    if any(set(result['missing']) != set(suite.missing) for result in results.values()):
         sys.exit(1)
 
 

@@ -6,17 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 
 import continue_pretraining
 import pytest
 import tiny
-import torch
 from omegaconf import OmegaConf
-from torch.distributed.checkpoint import save
 
 from cpt_algorithms.checkpoints.exports import exports
-from cpt_algorithms.stage.run import mend
 
 RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
 
@@ -145,22 +141,6 @@ def test_an_extended_stage_says_so(data, tmp_path):
     rows = written('losses')['losses']['new']
     assert [row[0] for row in rows] == [3, 4, 7, 8]
     assert written('losses')['final']['new']['mean'] == pytest.approx((rows[2][2] + rows[3][2]) / 2)
-
-
-def test_mend_takes_whole_sharded_folders_only(tmp_path):
-    """Neither those whose saving was killed nor those whose deletion was, in whatever order their files went."""
-    for batch in (2, 4, 6, 8, 10):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            save({'weight': torch.ones(3)}, checkpoint_id=tmp_path / f'ep0-ba{batch}', no_dist=True)
-    (data,) = (tmp_path / 'ep0-ba2').glob('*.distcp')
-    data.unlink()
-    (tmp_path / 'ep0-ba8' / '.metadata').unlink()
-    (cut_off,) = (tmp_path / 'ep0-ba10').glob('*.distcp')
-    os.truncate(cut_off, cut_off.stat().st_size // 2)
-    mend(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['ep0-ba4', 'ep0-ba6', 'latest-sharded-rank0']
-    assert (tmp_path / 'latest-sharded-rank0').resolve().name == 'ep0-ba6'
 
 
 def test_bad_files_are_named(data, tmp_path, monkeypatch):

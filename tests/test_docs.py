@@ -23,7 +23,7 @@ from cpt_algorithms.sequence.sweep import sequence_of, trials_of
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Stage
 
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'cpt_algorithms').rglob('README.md'))]
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'cpt_algorithms').rglob('*.md'))]
 YAMLS = sorted((ROOT / 'yamls').rglob('*.yaml'))
 TRAIN_YAMLS = [
     path for path in YAMLS if path.parent.name not in ('eval', 'models', 'scales', 'sweeps')

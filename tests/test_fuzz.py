@@ -24,7 +24,7 @@ from mutations import INTERPOLATIONS, VALUES, names_it, spoil, spoilt
 from rich.console import Console
 
 from cpt_algorithms.cost.tables import print_costs, print_stage
-from cpt_algorithms.evaluation.lm_eval import load_suite
+from cpt_algorithms.evaluation.suite import load_suite
 from cpt_algorithms.launch.launcher import resources_of
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.sequence.check import check

@@ -25,7 +25,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from cpt_algorithms.checkpoints.exports import PretrainedModel, folder_of_pretrained, parent_of, pretrained_model_of
+from cpt_algorithms.checkpoints.exports import PretrainedModel, folder_of_pretrained, parent_of
 from cpt_algorithms.report.page import write_report
 from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.report.tables import rows_of
@@ -233,7 +233,7 @@ def test_a_second_stage_reads_no_base(updated, bases, data, tmp_path):
     parent = of_checkpoint(tmp_path / 'mean.pt', bases[kind])
     assert judged['parent']['past'] == pytest.approx(loss_by_hand(parent, data['old'], tokenizer), rel=1e-5)
     assert lineage['parent'] == str(tmp_path / 'mean.pt')
-    assert lineage['config']['model']['pretrained'] is False and pretrained_model_of(lineage['config']) is None
+    assert lineage['config']['model']['pretrained'] is False and lineage['pretrained_model'] is None
 
 
 def main(*arguments):
@@ -378,8 +378,9 @@ def test_a_base_that_is_not_whole_is_refused(bases, data, tmp_path):
     (base / 'model.safetensors').unlink()
     [found] = problems(cfg)
     assert f'{base} is no checkpoint' in found
-    preflight(Stage.from_yaml({**cfg, 'load_path': 'later.pt'}), parent_is_there=False)  # which reads no base
-    assert pretrained_model_of(cfg) == str(base) and pretrained_model_of({**cfg, 'load_path': 'later.pt'}) is None
+    later = Stage.from_yaml({**cfg, 'load_path': 'later.pt'})
+    preflight(later, parent_is_there=False)  # which reads no base
+    assert Stage.from_yaml(cfg).pretrained_model == str(base) and later.pretrained_model is None
 
 
 def test_a_tokenizer_that_is_not_the_bases_is_refused(bases, data, tmp_path):

@@ -16,7 +16,6 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-import average_checkpoints
 import pytest
 import recorder
 import tiny
@@ -31,9 +30,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.exports import exports, models_of
-from cpt_algorithms.checkpoints.open import CheckpointError, is_complete, open_checkpoint, safe_globals
+from cpt_algorithms.checkpoints.open import open_checkpoint, safe_globals
+from cpt_algorithms.checkpoints.save_folder import is_complete
 from cpt_algorithms.launch.fork_server import fork
+from cpt_algorithms.weight_averaging.offline.select import find
 
 SCRIPTS = tiny.ROOT / 'scripts'
 
@@ -416,7 +418,7 @@ def test_between_stages(data, tmp_path, tally, rounds=4):
 
 def refuse_all(folder):
     """What lies in a folder is no checkpoint, no model and no run for any command."""
-    assert average_checkpoints.of_run(average_checkpoints.Local(), str(folder)) == []
+    assert [one.path for one in find([str(folder)])] == [str(folder)], 'nothing in it'
     with pytest.raises(CheckpointError):
         open_checkpoint(folder)
     with pytest.raises(ValueError, match='no model found'):

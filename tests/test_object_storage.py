@@ -27,12 +27,12 @@ from torch.distributed import checkpoint as dcp
 
 from cpt_algorithms import files
 from cpt_algorithms.checkpoints.exports import parent_of
-from cpt_algorithms.checkpoints.open import newest_remote, resolve_latest
+from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
 from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.sequence.check import check
 from cpt_algorithms.sequence.run import write_yaml
 from cpt_algorithms.stage import run as stage_run
-from cpt_algorithms.stage.preflight import latest_batch, preflight
+from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import ConfigError
 
@@ -254,7 +254,7 @@ def test_an_export_that_cannot_be_uploaded_is_not_called_done(bucket, data, tmp_
     cfg = tiny.config(tmp_path, data, 'run', max_duration='4ba', save_folder=RUN)
     with pytest.raises(PermissionError, match='no more space'):
         tiny.recipe_here(cfg, tmp_path)
-    assert latest_batch(RUN) == 4
+    assert newest_complete(RUN)[0] == 4
     assert not files.exists(f'{RUN}/done.json')
 
 
@@ -327,7 +327,7 @@ def test_a_sharded_checkpoint_counts_when_all_it_names_is_there(finished, origin
     }
     put(finished, {**there, 'runs/sharded/latest-sharded-rank0.symlink': b'runs/sharded/ep0-ba4'})
     folder = 's3://bucket/runs/sharded'
-    assert newest_remote(folder) == (4, f'{folder}/ep0-ba4')
+    assert newest_complete(folder) == (4, f'{folder}/ep0-ba4')
     assert (
         resolve_latest(f'{folder}/latest-sharded-rank0')
         == resolve_latest(f'{folder}/latest-sharded-rank0.symlink')
@@ -338,8 +338,8 @@ def test_a_sharded_checkpoint_counts_when_all_it_names_is_there(finished, origin
     assert 'does not fit the model' in problems({**cfg, 'model': {**cfg['model'], 'd_model': 32}})
     # Composer uploads .metadata first
     finished.delete_object(Bucket='bucket', Key='runs/sharded/ep0-ba4/__0_0.distcp')
-    assert newest_remote(folder) == (2, f'{folder}/ep0-ba2')
-    assert latest_batch('s3://bucket/runs') == 0
+    assert newest_complete(folder) == (2, f'{folder}/ep0-ba2')
+    assert newest_complete('s3://bucket/runs')[0] == 0
 
 
 def test_data_in_a_bucket_is_measured(bucket, data, tmp_path):
@@ -459,7 +459,7 @@ def test_sigkill(scratch, data, tmp_path):
     )
     # returns when its upload workers are gone too
     tiny.recipe(cfg, tmp_path, expect=-signal.SIGKILL)
-    there = latest_batch(RUN)
+    there = newest_complete(RUN)[0]
     assert there < 6
     lose(tmp_path)
     cfg['callbacks']['recorder']['kill_at'] = None
@@ -467,7 +467,7 @@ def test_sigkill(scratch, data, tmp_path):
     lines = recorder.read(tmp_path / 'run.jsonl')
     assert lines == recorder.read(tmp_path / 'straight.jsonl')
     assert len((tmp_path / 'run.jsonl.rank0').read_text().splitlines()) == 5 + 8 - there
-    assert latest_batch(RUN) == 8
+    assert newest_complete(RUN)[0] == 8
     assert files.exists(f'{RUN}/huggingface/ba8/model.safetensors')
     assert files.read_json(f'{RUN}/done.json')['batch'] == 8
     assert resolve_latest(f'{RUN}/latest-rank0.pt') == f'{RUN}/ep0-ba8-rank0.pt'
@@ -487,16 +487,16 @@ def test_two_sharded_ranks_killed_in_the_middle_of_an_upload(scratch, data, tmp_
     )
     launch(cfg)
     lines = [recorder.read(tmp_path / 'run.jsonl', rank) for rank in (0, 1)]
-    assert latest_batch(RUN) == 8
+    assert newest_complete(RUN)[0] == 8
     # as if killed while uploading the last: .metadata comes first
     for name in ('ep0-ba8/__1_0.distcp', 'ep0-ba6/__0_0.distcp', 'latest-sharded-rank0.symlink', 'done.json'):
         scratch.delete_object(Bucket='bucket', Key=f'runs/run/{name}')
-    assert latest_batch(RUN) == 4
+    assert newest_complete(RUN)[0] == 4
     lose(tmp_path)
     launch(cfg)
     assert [recorder.read(tmp_path / 'run.jsonl', rank) for rank in (0, 1)] == lines
     assert len((tmp_path / 'run.jsonl.rank0').read_text().splitlines()) == 8 + 4
-    assert newest_remote(RUN) == (8, f'{RUN}/ep0-ba8')
+    assert newest_complete(RUN) == (8, f'{RUN}/ep0-ba8')
     assert resolve_latest(f'{RUN}/latest-sharded-rank0') == f'{RUN}/ep0-ba8'
     assert not list((tmp_path / 'temporary').rglob('*.distcp')), 'nothing is left on the disk of any rank'
     average_checkpoints.main([RUN, '--last', '2', '--out', str(tmp_path / 'average')])
@@ -510,4 +510,4 @@ def test_two_sharded_ranks_killed_in_the_middle_of_an_upload(scratch, data, tmp_
         },
     )
     launch(child)
-    assert latest_batch('s3://bucket/runs/child') == 4
+    assert newest_complete('s3://bucket/runs/child')[0] == 4

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exported Hugging Face models of runs: where they are, and which model a run began from."""
 
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_algorithms.files import is_remote
+from cpt_algorithms.checkpoints.save_folder import batch_of
+from cpt_algorithms.files import is_remote, read_json
 
 if TYPE_CHECKING:
     from composer.core import State
@@ -92,7 +92,7 @@ def parent_of(given: Path) -> Path | PretrainedModel | None:
     """
     run = given.resolve().parent.parent if (given / 'config.json').is_file() else given
     try:
-        stage = json.loads((run / 'stage.json').read_text(encoding='utf-8'))
+        stage = read_json(run / 'stage.json') or {}
         load_path = stage['parent']
     except (OSError, ValueError, KeyError):
         return None
@@ -109,10 +109,10 @@ def parent_of(given: Path) -> Path | PretrainedModel | None:
     # latest-rank0.pt is a link to ep0-ba100-rank0.pt
     checkpoint = Path(os.path.realpath(load_path))
     found = exports(Path(load_path).parent)
-    batch = re.search(r'-ba(\d+)', checkpoint.name)
-    wanted = int(batch[1]) if batch else max(found, default=-1)
+    batch = batch_of(checkpoint)
+    wanted = max(found, default=-1) if batch is None else batch
     if wanted not in found:
-        name = f'huggingface/ba{wanted}' if batch else 'huggingface/ba<N>'
+        name = f'huggingface/ba{"<N>" if batch is None else batch}'
         raise ValueError(
             f'{given}: its parent {load_path} has no export {name} beside it, so no differences are shown; '
             '--parent names another'

@@ -2,20 +2,15 @@
 """Where the tensors of a checkpoint lie on disk: Composer ``.pt``, Composer sharded and Hugging Face safetensors.
 
 Opening reads names, dtypes, shapes and positions, never the tensors, and runs no code that a file brings along.
-Composer and torch would: :func:`guard_loading` has every checkpoint looked at before they load it.
 """
 
-import ast
 import io
 import json
 import os
 import pickle
-import pickletools
 import re
-import tarfile
-import tempfile
 import zipfile
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,25 +24,19 @@ from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import filesystem, metadata
 
-from cpt_algorithms.files import fetch, list_names, read_or_none
-from cpt_algorithms.weight_averaging.functional import window_weights
+from cpt_algorithms.checkpoints.errors import CheckpointError, UnsafeCheckpointError
 
 __all__ = [
     'Checkpoint',
-    'CheckpointError',
     'Chunk',
     'TensorOnDisk',
-    'UnsafeCheckpointError',
+    'check_size',
     'dataset_state_of',
     'files_of',
-    'resolve_latest',
-    'guard_loading',
-    'is_safe',
-    'is_complete',
-    'newest_remote',
+    'load_entry',
+    'load_structure',
     'open_checkpoint',
     'read_metadata',
-    'load_structure',
     'safe_globals',
 ]
 
@@ -61,34 +50,6 @@ DTYPES = {
     'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64,
     'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool,
 }  # fmt: skip
-
-
-HOOK = 'CHECKPOINT_VALIDATION_FUNCTION'  # what Composer calls with every file that it is about to load
-_EXTRACTALL = tarfile.TarFile.extractall
-TRUST = 'set callbacks.stage_start.trust_checkpoint: true if you trust whoever made it'
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not there, is not whole, is not of a supported kind, or is not safe to read."""
-
-
-class UnsafeCheckpointError(CheckpointError):
-    """A checkpoint that could run code of its own if it were loaded as Composer and torch do."""
-
-
-# Opcodes of pickles, by what they do to the stack.
-_PUTS, _GETS = {'PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'}, {'GET', 'BINGET', 'LONG_BINGET'}
-_FILLING = {'APPEND', 'APPENDS', 'SETITEM', 'SETITEMS', 'ADDITEMS', 'BUILD'}
-_TUPLES = {'TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3'}
-_PLAIN = {
-    opcode.name
-    for opcode in pickletools.opcodes
-    if not opcode.stack_before and len(opcode.stack_after) == 1
-    and not opcode.name.startswith(('EMPTY_', 'MARK', *_GETS))
-} | {'EMPTY_TUPLE'}  # fmt: skip
-_ENDLESS = 'its pickle holds the same objects in each other, again and again'
-_DEEPEST = 100  # where a pickler that goes through it, or repr, falls over is some hundreds deeper
-_MOST_OBJECTS = 10_000_000  # a second of hashing or printing
 
 
 @dataclass(frozen=True)
@@ -119,9 +80,9 @@ class TensorOnDisk:
     """A tensor on disk.
 
     Args:
-        dtype: Of every piece.
+        dtype: Of every chunk.
         shape: Of the whole.
-        find: Finds the pieces; called when they are first needed.
+        find: Finds the chunks; called when they are first needed.
     """
 
     dtype: torch.dtype
@@ -129,14 +90,14 @@ class TensorOnDisk:
     find: Callable[[], list[Chunk]]
 
     @cached_property
-    def pieces(self) -> list[Chunk]:
-        """The pieces; together they cover the tensor once."""
+    def chunks(self) -> list[Chunk]:
+        """Together they cover the tensor once."""
         return self.find()
 
     @cached_property
     def is_flat(self) -> bool:
-        """Whether every piece is a run of consecutive elements."""
-        return all(piece.is_flat_in(self.shape) for piece in self.pieces)
+        """Whether every chunk is a run of consecutive elements."""
+        return all(chunk.is_flat_in(self.shape) for chunk in self.chunks)
 
     @property
     def nbytes(self) -> int:
@@ -154,9 +115,11 @@ class Checkpoint:
         tensors: The model's tensors; of tied ones only the first.
         prefix: What Composer puts before the names: ``model.``, or nothing if the model is not from Hugging Face.
         aliases: The other names of tied tensors, with the name in ``tensors``.
-        averages: What the callbacks ``EMA`` and ``LAWA`` keep: for each name the parts (their weights sum to 1), each a
-            weight and tensors.
-        carried: ``integrations`` and ``metadata`` of a Composer state, as far as they were saved.
+        ema: The averages that the callback ``EMA`` kept, by name.
+        lawa: The window that the callback ``LAWA`` kept, oldest first.
+        lawa_weights: The kind of weights of that window, such as ``uniform``.
+        integrations: Of a Composer state: configuration and tokenizer of a Hugging Face model.
+        metadata: Of a Composer state, without types of its own.
     """
 
     path: Path
@@ -164,8 +127,11 @@ class Checkpoint:
     tensors: dict[str, TensorOnDisk]
     prefix: str = MODEL_PREFIX
     aliases: dict[str, str] = field(default_factory=dict)
-    averages: dict[str, list[tuple[float, dict[str, TensorOnDisk]]]] = field(default_factory=dict)
-    carried: dict[str, Any] = field(default_factory=dict)
+    ema: dict[str, dict[str, TensorOnDisk]] = field(default_factory=dict)
+    lawa: list[dict[str, TensorOnDisk]] = field(default_factory=list)
+    lawa_weights: str = 'uniform'
+    integrations: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def safe_globals() -> list[Any]:
@@ -182,16 +148,15 @@ def safe_globals() -> list[Any]:
 
 
 @contextmanager
-def _of_its_form(path: Path) -> Iterator[None]:
-    """Let what a checkpoint holds in the wrong places be one error."""
+def _refusing_other_forms(path: Path) -> Iterator[None]:
+    """Report whatever a checkpoint holds in the wrong places as one error."""
     try:
         yield
     except CheckpointError:
         raise
     except (AttributeError, TypeError, LookupError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise CheckpointError(
-            f'{path} is not of the form of a checkpoint: {" ".join(repr(error).split())[:500]}'
-        ) from None
+        problem = f'{type(error).__name__}: {_one_line(error)}'
+        raise CheckpointError(f'{path} is not of the form of a checkpoint: {problem}') from None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -209,7 +174,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f'{path} does not exist; expected {SUPPORTED}')
-    with _of_its_form(path):
+    with _refusing_other_forms(path):
         return _open(path)
 
 
@@ -268,13 +233,13 @@ def _read_safetensors(path: Path) -> dict[str, TensorOnDisk]:
         if entry['dtype'] not in DTYPES:
             raise CheckpointError(f'{path}: {key} is {entry["dtype"]}; one of {", ".join(DTYPES)} is possible')
         shape = tuple(entry['shape'])
-        tensors[key] = _in_one_piece(path, 8 + length + entry['data_offsets'][0], DTYPES[entry['dtype']], shape)
+        tensors[key] = _in_one_chunk(path, 8 + length + entry['data_offsets'][0], DTYPES[entry['dtype']], shape)
     return tensors
 
 
-def _in_one_piece(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorOnDisk:
-    piece = Chunk(path, offset, (0,) * len(shape), shape, contiguous(shape))
-    return TensorOnDisk(dtype, shape, lambda: [piece])
+def _in_one_chunk(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorOnDisk:
+    chunk = Chunk(path, offset, (0,) * len(shape), shape, contiguous(shape))
+    return TensorOnDisk(dtype, shape, lambda: [chunk])
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -288,24 +253,12 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
         raise CheckpointError(f'{where} is no file')
     try:
         with zipfile.ZipFile(file) as archive:  # whose directory stands at the end
-            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-            starts = []
-            for record in records:
-                archive.open(record).close()  # looks at its own header
-                starts.append(_start_of(archive, record))
+            records = archive.infolist()
+            ends = sorted([*(record.header_offset for record in records), archive.start_dir])
     except Exception as error:
-        raise CheckpointError(
-            f'{where} is damaged: it is cut off, compressed, or no file of torch.save ({error})'
-        ) from None
+        raise CheckpointError(f'{where} is damaged: it is cut off, or no file of torch.save ({error})') from None
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise CheckpointError(f'{where} is compressed inside; save it again with torch.save')
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for name in archive.namelist():
-                if name.endswith('/data.pkl'):
-                    _check_pickle(archive.read(name))
-    except Exception as error:
-        raise CheckpointError(f'{where} is damaged: {_first_line(error)}') from None
     if not isinstance(file, Path):
         file.seek(0)
     try:
@@ -314,111 +267,23 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
             loaded = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL (\S+)', str(error))
-        what = f'it asks to import {found.group(1)}' if found else _first_line(error)
+        what = f'it asks to import {found.group(1)}' if found else _one_line(error)
         raise UnsafeCheckpointError(f'{where} is not safe to read: {what}, which no weights need') from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(f'{where} is damaged: {_first_line(error)}') from None
-    # what the directory says, and not into the next header if it lies
-    nexts = [*(record.header_offset for record in records[1:]), max(_size_of(file), 1)]
-    ends = [min(start + record.file_size, end) for start, record, end in zip(starts, records, nexts, strict=True)]
+        raise CheckpointError(f'{where} is damaged: {_one_line(error)}') from None
     for tensor in _tensors_in(loaded):
-        begin = _place_of(tensor)
-        if begin is None:
+        if (begin := _place_of(tensor)) is None:
             continue
-        end = begin + _span(tuple(tensor.shape), tuple(tensor.stride())) * tensor.dtype.itemsize
-        if begin < starts[0] or min(tensor.stride(), default=0) < 0 or end > ends[bisect_right(starts, begin) - 1]:
+        span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        size = span * tensor.dtype.itemsize if tensor.numel() else 0
+        room = ends[bisect_left(ends[:-1], begin)] - begin  # torch maps such a file without an error
+        if min(tensor.storage_offset(), *tensor.stride(), 0) < 0 or size > room:
             raise CheckpointError(f'{where} is damaged: a tensor reaches beyond its storage')
-    if isinstance(file, Path):
-        try:  # what torch itself finds wrong, without reading the data; a storage that only claims to be small, say
-            with torch.serialization.safe_globals(safe_globals()):
-                torch.load(file, mmap=True, map_location='cpu', weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f'{where} is damaged: {_first_line(error)}') from None
     return loaded
 
 
-def _start_of(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
-    """Where the data of a member begins, behind a header of 30 bytes, its name and what else is said of it."""
-    assert archive.fp is not None, 'it is open'
-    archive.fp.seek(record.header_offset + 26)
-    lengths = archive.fp.read(4)
-    return record.header_offset + 30 + int.from_bytes(lengths[:2], 'little') + int.from_bytes(lengths[2:], 'little')
-
-
-def _check_pickle(pickled: bytes) -> None:
-    """Refuse what an unpickler, or whoever prints, hashes or saves what it makes, would not come to an end with.
-
-    That is a protocol to come, references to more objects than there are bytes, for which the unpickler in C makes
-    room, objects that hold each other in so many places that they would be millions if written out, and levels of them
-    so deep that whoever goes through comes to Python's limit.
-
-    Raises:
-        ValueError: With the reason.
-    """
-    memo: dict[int, Any] = {}
-    # for each object how many there are in it, itself included; [own, others in it] if it can hold more or they can
-    stack: list[Any] = []
-    made: list[list[Any]] = []
-    most = _MOST_OBJECTS + len(pickled)
-    for opcode, argument, _ in pickletools.genops(pickled):
-        name = opcode.name
-        if name in _PUTS:
-            place = len(memo) if argument is None else int(argument)  # pyright: ignore[reportArgumentType]
-            if place > len(pickled):
-                raise ValueError(f'its pickle refers to {place:,} objects, and has {len(pickled):,} bytes')
-            memo[place] = stack[-1]
-        elif name in _PLAIN:
-            stack.append(1)
-        elif name in _GETS:
-            stack.append(memo[int(argument)])  # pyright: ignore[reportArgumentType]
-        elif name == 'DUP':
-            stack.append(stack[-1])
-        elif name == 'PROTO' and argument > pickle.HIGHEST_PROTOCOL:  # pyright: ignore[reportOptionalOperand]
-            raise ValueError(f'its pickle is of protocol {argument}, and this Python reads {pickle.HIGHEST_PROTOCOL}')
-        elif name == 'MARK':
-            stack.append(None)
-        else:
-            before, taken = opcode.stack_before, []
-            if pickletools.markobject in before:
-                while (top := stack.pop()) is not None:
-                    taken.append(top)
-                before = before[: before.index(pickletools.markobject)]
-            taken += [stack.pop() for _ in before]
-            target: Any = taken.pop() if name in _FILLING else [1]
-            if not isinstance(target, list):
-                raise ValueError(f'its pickle fills what cannot be filled ({name})')
-            target += [each for each in taken if isinstance(each, list)]
-            target[0] += sum(each for each in taken if isinstance(each, int))
-            if target[0] > most:
-                raise ValueError(_ENDLESS)
-            if opcode.stack_after:
-                # of plain values; another one is a level of its own
-                is_closed = name in _TUPLES and len(target) == 1 and target[0] == 1 + len(taken)
-                stack.append(target[0] if is_closed else target)
-                made += [] if is_closed or name in _FILLING else [target]
-    size: dict[int, int] = {}
-    depth: dict[int, int] = {}
-    pending: list[tuple[list[Any], bool]] = [(node, False) for node in made if len(node) > 1]
-    while pending:
-        node, is_counted = pending.pop()
-        if is_counted:
-            size[id(node)] = node[0] + sum(size[id(each)] for each in node[1:])
-            depth[id(node)] = 1 + max((depth[id(each)] for each in node[1:]), default=0)
-            if size[id(node)] > most:
-                raise ValueError(_ENDLESS)
-            if depth[id(node)] > _DEEPEST:
-                raise ValueError(f'its pickle holds objects in objects in objects, more than {_DEEPEST} levels of them')
-        elif id(node) not in size:
-            size[id(node)], depth[id(node)] = 1, 0  # until it is counted, and in itself
-            pending += [(node, True), *((each, False) for each in node[1:])]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0][:500]
-
-
-def _size_of(file: Path | BinaryIO) -> int:
-    return file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END)
+def _one_line(error: Exception) -> str:
+    return ' '.join((str(error) or repr(error)).split())[:500]
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -444,33 +309,6 @@ def _place_of(tensor: torch.Tensor) -> int | None:
     return None if start is None else start + int(tensor.storage_offset()) * tensor.dtype.itemsize
 
 
-def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last, both included."""
-    return 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if prod(shape) else 0
-
-
-def _words(path: Path, carried: dict[str, Any]) -> dict[str, Any]:
-    pending: list[Any] = [carried]
-    seen: set[int] = set()
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict | list | tuple):
-            if id(value) not in seen:
-                seen.add(id(value))
-                pending += [*value, *value.values()] if isinstance(value, dict) else value
-        elif not isinstance(value, str | bytes | int | float | None):
-            what = 'tensor' if isinstance(value, torch.Tensor) else type(value).__name__
-            raise CheckpointError(
-                f'{path} holds a {what} in state.integrations or state.metadata, where there are only words'
-            )
-    described = carried.get('metadata')
-    if isinstance(described, dict) and 'torch_version' in described:
-        if not isinstance(described['torch_version'], str):
-            raise CheckpointError(f'{path}: state.metadata.torch_version is no text')
-        described['torch_version'] = str(described['torch_version'])  # a class of its own
-    return carried
-
-
 def _open_monolithic(path: Path) -> Checkpoint:
     loaded = _load_without_data(path, str(path))
     state = loaded.get('state') if isinstance(loaded, dict) else None
@@ -485,39 +323,45 @@ def _open_monolithic(path: Path) -> Checkpoint:
             if not isinstance(tensor, torch.Tensor) or (offset := _place_of(tensor)) is None:
                 raise CheckpointError(f'{path}: {key} is a {type(tensor).__name__}, not a tensor with data')
             shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-            piece = Chunk(path, offset, (0,) * len(shape), shape, stride)
-            found[key.removeprefix(prefix)] = TensorOnDisk(tensor.dtype, shape, lambda piece=piece: [piece])
+            chunk = Chunk(path, offset, (0,) * len(shape), shape, stride)
+            found[key.removeprefix(prefix)] = TensorOnDisk(tensor.dtype, shape, lambda chunk=chunk: [chunk])
         return found
 
     tensors, aliases, first = {}, {}, {}
     for key, one in stored(model).items():
-        name = first.setdefault((one.dtype, one.pieces[0]) if prod(one.shape) else key, key)
+        name = first.setdefault((one.dtype, one.chunks[0]) if prod(one.shape) else key, key)
         if name == key:
             tensors[key] = one
         else:
             aliases[key] = name
     callbacks = state.get('callbacks') or {}
     ema, lawa = callbacks.get('EMA') or {}, callbacks.get('LAWA') or {}
-    averages = {name: [(1.0, stored(each))] for name, each in (ema.get('averages') or {}).items()}
-    slots = {int(slot): stored(each) for slot, each in (lawa.get('window') or {}).items()}
-    averages |= _lawa(slots, lawa.get('meta'))
-    carried = _words(
-        path, {key: state[key] for key in ('integrations', 'metadata') if isinstance(state.get(key), dict)}
+    window = sorted((lawa.get('window') or {}).items(), key=lambda item: int(item[0]))
+    return Checkpoint(
+        path,
+        'pt',
+        tensors,
+        prefix,
+        aliases,
+        {name: stored(each) for name, each in (ema.get('averages') or {}).items()},
+        [stored(each) for _, each in window],
+        _lawa_weights(lawa.get('meta')),
+        dict(state.get('integrations') or {}),
+        _plain(state.get('metadata')),
     )
-    return Checkpoint(path, 'pt', tensors, prefix, aliases, averages, carried)
 
 
 def _prefix_of(names: Iterable[str]) -> str:
     return MODEL_PREFIX if all(name.startswith(MODEL_PREFIX) for name in names) else ''
 
 
-def _lawa(
-    slots: dict[int, dict[str, TensorOnDisk]], meta: str | None
-) -> dict[str, list[tuple[float, dict[str, TensorOnDisk]]]]:
-    if not slots:
-        return {}
-    weights = window_weights(json.loads(meta or '{}').get('weights', 'uniform'), len(slots))
-    return {'lawa': [(weight, slots[slot]) for weight, slot in zip(weights, sorted(slots), strict=True)]}
+def _lawa_weights(meta: str | None) -> str:
+    return json.loads(meta or '{}').get('weights', 'uniform')
+
+
+def _plain(described: Any) -> dict[str, Any]:
+    """``state.metadata`` in plain types: Composer puts a version there that has a class of its own."""
+    return json.loads(json.dumps(described or {}))
 
 
 def _member(enum: Any, name: str) -> Any:
@@ -569,13 +413,11 @@ def read_metadata(folder: str | Path) -> metadata.Metadata:
     if not path.is_file():
         raise CheckpointError(f'{path} is no file')
     try:
-        pickled = path.read_bytes()
-        _check_pickle(pickled)
-        found = _MetadataUnpickler(io.BytesIO(pickled)).load()
+        found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f'{path} is not safe to read: {error}') from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(f'{path} is damaged: {error!r}') from None
+        raise CheckpointError(f'{path} is damaged: {_one_line(error)}') from None
     parts = [getattr(found, name, None) for name in ('storage_data', 'state_dict_metadata')]
     if not isinstance(found, metadata.Metadata) or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f'{path} is not the metadata of a sharded checkpoint')
@@ -595,117 +437,47 @@ def load_structure(path: str | Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        UnsafeCheckpointError: If loading it could run code.
+        UnsafeCheckpointError: If unpickling it could run code.
         CheckpointError: If it is cut off, damaged, or no checkpoint of Composer.
     """
     path = Path(path)
     loaded = _load_without_data(path, str(path))
-    state = loaded.get('state') if isinstance(loaded, dict) else None
-    if not isinstance(state, dict):
+    if not isinstance(loaded, dict) or not isinstance(loaded.get('state'), dict):
         raise CheckpointError(f'{path} holds no state, so it is not from Composer')
-    _check_algorithms(state.get('algorithms'), str(path))
     return loaded
 
 
-# `BlurPool(replace_convs=True,min_channels=16)`, `LowPrecisionLayerNorm(apply_at=Event.INIT)`
-_CALL = (
-    ast.Expression, ast.Call, ast.keyword, ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.USub, ast.List,
-    ast.Tuple, ast.Dict, ast.Load,
-)  # fmt: skip
+def check_size(path: Path, end: int) -> None:
+    """Refuse a file of a sharded checkpoint that is missing, or ends before an entry does.
 
+    Args:
+        path: The file.
+        end: The byte behind the last one that will be read.
 
-def _check_algorithms(value: Any, where: str) -> None:
-    """Refuse a list of algorithms of which Composer would make one by evaluating more than a call of its class."""
-    for entry in value if isinstance(value, list) else ():
-        if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], dict):
-            continue
-        text = f'algorithms.{entry[1].get("repr")}'
-        try:
-            nodes = list(ast.walk(ast.parse(text, mode='eval')))
-        except (SyntaxError, ValueError):
-            continue  # as in `<my.Algorithm object>`: it cannot be evaluated
-        except (RecursionError, MemoryError):
-            nodes = [ast.Pass()]
-        calls = [ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)]
-        if calls not in ([], [f'algorithms.{entry[0]}']) or not all(isinstance(node, _CALL) for node in nodes):
-            raise UnsafeCheckpointError(f'{where} is not safe to read: Composer would evaluate {text[:200]!r}')
-
-
-def _check_entries(path: Path, specs: list[tuple[int, int]]) -> None:
-    """Refuse entries of a sharded checkpoint's file that are cut off or could run code."""
+    Raises:
+        CheckpointError: If it is.
+    """
     if not os.path.isfile(path):
         raise CheckpointError(f'{path} is missing, or not of this checkpoint')
-    size, end = path.stat().st_size, max((offset + length for offset, length in specs), default=0)
-    if size < end:
+    if (size := path.stat().st_size) < end:
         raise CheckpointError(f'{path} is damaged: it has {size:,} bytes, of which {end:,} are to be read')
-    with open(path, 'rb') as file, FakeTensorMode():  # once, and not for each entry
-        for offset, length in set(specs):
-            view = io.BufferedReader(_Slice(file, offset, length))
-            _check_algorithms(_load_without_data(view, str(path)), str(path))  # pyright: ignore[reportArgumentType]
 
 
-def is_safe(path: str | Path, specs: list[tuple[int, int]] | None = None) -> bool:
-    """What Composer asks before it unpickles a file; see :func:`guard_loading`.
+def load_entry(file: BinaryIO, offset: int, length: int, where: str) -> Any:
+    """An entry of a sharded checkpoint's file, its tensors without data.
 
     Args:
-        path: A ``.pt`` file, a ``.metadata``, or a file of a sharded checkpoint.
-        specs: Offset and length of what will be read of a file of a sharded checkpoint. Default: ``None``.
-
-    Returns:
-        True.
-
-    Raises:
-        UnsafeCheckpointError: If loading it could run code, naming the file, what it wanted, and what to do.
-        CheckpointError: If it is cut off or damaged.
-    """
-    if not os.path.isfile(path):  # also if no file can be called so
-        raise CheckpointError(f'{path} is missing, or no file')
-    path = Path(os.path.realpath(path))  # what Composer calls rank0_checkpoint is a link to it
-    try:
-        if specs is not None:
-            _check_entries(path, specs)
-        elif path.name == '.metadata':
-            read_metadata(path.parent)
-        else:
-            load_structure(path)
-    except UnsafeCheckpointError as error:
-        raise UnsafeCheckpointError(f'{error}; {TRUST}') from None
-    return True
-
-
-def guard_loading(trust: bool = False) -> None:
-    """Have Composer ask :func:`is_safe` of every checkpoint that this process and its children load from now on.
-
-    Composer unpickles whatever ``load_path`` names and whatever it resumes from, and evaluates the names of algorithms
-    in it. This sets the environment variable ``CHECKPOINT_VALIDATION_FUNCTION``, which is Composer's own hook, and
-    keeps archives (``load_path: x.tar``) from writing outside their folder.
-
-    Args:
-        trust: Ask no more. Default: ``False``.
+        file: The open file.
+        offset: Where the entry begins.
+        length: Its bytes.
+        where: What errors call it.
 
     Raises:
-        ValueError: If the variable leads to another function.
-
-    Cost: reads the pickles four times and no tensors; 0.15 ms for each entry of a sharded checkpoint that is not a
-    tensor, of which a tokenizer has one for each token.
+        UnsafeCheckpointError: If unpickling it could run code.
+        CheckpointError: If it is damaged.
     """
-    ours, given = f'{__name__}.{is_safe.__name__}', os.environ.get(HOOK)
-    if given not in (None, ours):
-        if not trust:
-            raise ValueError(f'{HOOK}={given} in the environment takes the place of our check; unset it, or {TRUST}')
-    elif trust:
-        os.environ.pop(HOOK, None)
-        tarfile.TarFile.extractall = _EXTRACTALL
-    else:
-        os.environ[HOOK] = ours
-        if hasattr(tarfile, 'data_filter'):
-            tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # pyright: ignore
-        else:  # Python below 3.10.12 and 3.11.4
-            tarfile.TarFile.extractall = _leave_packed  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _leave_packed(archive: tarfile.TarFile, *_: Any, **__: Any) -> None:
-    raise UnsafeCheckpointError(f'{archive.name}: this Python cannot unpack an archive safely; unpack it yourself')
+    view = io.BufferedReader(_Slice(file, offset, length))
+    return _load_without_data(view, where)  # pyright: ignore[reportArgumentType]
 
 
 class _Slice(io.RawIOBase):
@@ -737,13 +509,9 @@ def _read_slice(folder: Path, info: Any, where: str) -> tuple[Path, Any]:
     path = folder / info.relative_path
     if getattr(info, 'transform_descriptors', None):
         raise CheckpointError(f'{path}: {where} is compressed ({", ".join(info.transform_descriptors)})')
-    if not os.path.isfile(path):
-        raise CheckpointError(f'{path} is missing, or not of this checkpoint')
-    if path.stat().st_size < info.offset + info.length:
-        raise CheckpointError(f'{path} is damaged: {path.stat().st_size:,} bytes, and {where} ends behind them')
+    check_size(path, info.offset + info.length)
     with open(path, 'rb') as file:
-        view = io.BufferedReader(_Slice(file, info.offset, info.length))
-        return path, _load_without_data(view, f'{where} in {path}')  # pyright: ignore[reportArgumentType]
+        return path, load_entry(file, info.offset, info.length, f'{where} in {path}')
 
 
 def _open_sharded(folder: Path) -> Checkpoint:
@@ -769,11 +537,11 @@ def _open_sharded(folder: Path) -> Checkpoint:
                     raise CheckpointError(f'{folder}/.metadata says that {key} is larger than what is stored of it')
 
         def find() -> list[Chunk]:
-            with _of_its_form(folder):
-                return pieces_of()
+            with _refusing_other_forms(folder):
+                return chunks_of()
 
-        def pieces_of() -> list[Chunk]:
-            pieces = []
+        def chunks_of() -> list[Chunk]:
+            found = []
             for chunk in tensor.chunks:
                 if not prod(chunk.sizes):
                     continue
@@ -787,8 +555,8 @@ def _open_sharded(folder: Path) -> Checkpoint:
                 place = _place_of(value)
                 if place is None:
                     raise CheckpointError(f'{path}: {key} has no data')
-                pieces.append(Chunk(path, info.offset + place, at, sizes, stride))
-            return pieces
+                found.append(Chunk(path, info.offset + place, at, sizes, stride))
+            return found
 
         return TensorOnDisk(dtype, shape, find)
 
@@ -797,9 +565,9 @@ def _open_sharded(folder: Path) -> Checkpoint:
     if strange := [key for key, path in paths.items() if '.'.join(map(str, path)) != key]:
         raise CheckpointError(f'{folder}/.metadata does not say to which part of the state {strange[0]} belongs')
     tensors: dict[str, TensorOnDisk] = {}
-    averages: dict[str, dict[str, TensorOnDisk]] = {}
-    slots: dict[int, dict[str, TensorOnDisk]] = {}
-    carried: dict[str, Any] = {}
+    ema: dict[str, dict[str, TensorOnDisk]] = {}
+    window: dict[int, dict[str, TensorOnDisk]] = {}
+    words: dict[str, Any] = {}
     meta = None
     entries = {paths.get(key, tuple(key.split('.', 2))): (key, each) for key, each in found.state_dict_metadata.items()}
     prefix = _prefix_of(path[2] for path in entries if path[:2] == ('state', 'model'))
@@ -809,18 +577,29 @@ def _open_sharded(folder: Path) -> Checkpoint:
                 case 'state', 'model', name:
                     tensors[name.removeprefix(prefix)] = stored(key, each)
                 case 'state', 'callbacks', 'EMA', 'averages', average, name:
-                    averages.setdefault(average, {})[name.removeprefix(prefix)] = stored(key, each)
+                    ema.setdefault(average, {})[name.removeprefix(prefix)] = stored(key, each)
                 case 'state', 'callbacks', 'LAWA', 'window', slot, name:
-                    slots.setdefault(int(slot), {})[name.removeprefix(prefix)] = stored(key, each)
+                    window.setdefault(int(slot), {})[name.removeprefix(prefix)] = stored(key, each)
         elif path == ('state', 'callbacks', 'LAWA', 'meta'):
             meta = _read_slice(folder, entry(key, None), key)[1]
         # the tokenizer would be one entry for each of its tokens
         elif path[:2] == ('state', 'metadata') or path[:4] == ('state', 'integrations', 'huggingface', 'model'):
-            _put(carried, path[1:], _read_slice(folder, entry(key, None), key)[1])
+            _put(words, path[1:], _read_slice(folder, entry(key, None), key)[1])
     if not tensors:
         raise CheckpointError(f'{folder} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
-    all_averages = {name: [(1.0, each)] for name, each in averages.items()} | _lawa(slots, meta)
-    return Checkpoint(folder, 'sharded', tensors, prefix, {}, all_averages, _words(folder, _with_lists(carried)))
+    words = _with_lists(words)
+    return Checkpoint(
+        folder,
+        'sharded',
+        tensors,
+        prefix,
+        {},
+        ema,
+        [window[slot] for slot in sorted(window)],
+        _lawa_weights(meta),
+        words.get('integrations') or {},
+        _plain(words.get('metadata')),
+    )
 
 
 def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
@@ -842,81 +621,7 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
     """The files that hold a checkpoint."""
     if checkpoint.kind == 'sharded':
         return sorted(file for file in checkpoint.path.iterdir() if file.is_file())
-    return sorted({piece.path for one in checkpoint.tensors.values() for piece in one.pieces})
-
-
-def is_complete(path: str | Path) -> bool:
-    """Whether a local Composer checkpoint was written to its end, and its deletion has not begun.
-
-    A zip's directory stands at its end. A sharded folder's ``.metadata`` is written last, and says how long its other
-    files are, some of which may be deleted before it.
-
-    Args:
-        path: A ``.pt`` file, or a sharded folder.
-
-    Raises:
-        CheckpointError: If ``.metadata``, which is there whole or not at all, cannot be read.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return zipfile.is_zipfile(path)
-    if not (path / '.metadata').exists():
-        return False
-    ends: dict[str, int] = {}
-    for info in read_metadata(path).storage_data.values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-    return all(sizes.get(name, -1) >= end for name, end in ends.items())
-
-
-def newest_remote(folder: str) -> tuple[int, str | None]:
-    """The newest whole checkpoint that a run has in object storage.
-
-    An object is there whole or not at all. A sharded checkpoint is whole if every file is there that its ``.metadata``
-    names, which Composer uploads first.
-
-    Args:
-        folder: The run's ``save_folder``.
-
-    Returns:
-        Its batch and its URI; 0 and None if there is none. Cost: one listing, and ``.metadata`` of the newest.
-
-    Raises:
-        StorageError: If the bucket cannot be reached.
-        CheckpointError: If ``.metadata`` cannot be read.
-    """
-    names = set(list_names(folder))
-    found = [re.fullmatch(r'(ep\d+-ba(\d+))(-rank0\.pt|/\.metadata)', name) for name in names]
-    for match in sorted(filter(None, found), key=lambda match: int(match[2]), reverse=True):
-        uri = f'{folder.rstrip("/")}/{match[1]}'
-        if match[3] != '/.metadata':
-            return int(match[2]), uri + match[3]
-        with tempfile.TemporaryDirectory() as here:
-            fetch(f'{uri}/.metadata', Path(here) / '.metadata')
-            needed = {info.relative_path for info in read_metadata(here).storage_data.values()}
-        if all(f'{match[1]}/{name}' in names for name in needed):
-            return int(match[2]), uri
-    return 0, None
-
-
-def resolve_latest(uri: str) -> str:
-    """Where Composer's ``latest-rank0.pt`` or ``latest-sharded-rank0`` leads in object storage.
-
-    There are no links: ``latest-rank0.pt.symlink`` is an object that holds the name of another.
-
-    Args:
-        uri: A checkpoint, or one of these names, with or without ``.symlink``.
-
-    Returns:
-        The checkpoint's URI; the URI itself if there is no such object.
-
-    Raises:
-        StorageError: If the bucket cannot be reached.
-    """
-    from composer.utils import parse_uri  # takes seconds
-
-    target = read_or_none(uri if uri.endswith('.symlink') else f'{uri}.symlink')
-    return uri if target is None else uri.removesuffix(parse_uri(uri)[2]) + target.decode()
+    return sorted({chunk.path for one in checkpoint.tensors.values() for chunk in one.chunks})
 
 
 def dataset_state_of(path: str | Path) -> dict[str, Any]:
@@ -932,7 +637,7 @@ def dataset_state_of(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f'{path} does not exist')
     state: Any = {}
-    with _of_its_form(path):
+    with _refusing_other_forms(path):
         if path.is_dir():
             found = read_metadata(path)
             for key, where in (found.planner_data or {}).items():

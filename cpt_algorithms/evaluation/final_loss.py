@@ -7,10 +7,11 @@ from collections.abc import Callable
 from math import ceil
 from typing import Any
 
-from composer.core import Callback, Event, State, Time, TimeUnit
+from composer.core import Callback, Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 
+from cpt_algorithms.duration import Duration
 from cpt_algorithms.evaluation.functional import by_average, final_loss, in_final_window, thinned, training_flops
 from cpt_algorithms.files import write_json
 
@@ -90,17 +91,12 @@ class FinalLoss(Callback):
         interval: str = '10ba',
         metric: str = 'LanguageCrossEntropy',
     ) -> None:
-        times: dict[str, Time] = {}
-        for key, value in (('window', window), ('interval', interval)):
-            try:
-                times[key] = Time.from_input(value)
-            except (ValueError, TypeError, ArithmeticError, RuntimeError):
-                times[key] = Time(0, TimeUnit.BATCH)
-            if times[key].unit != TimeUnit.BATCH or times[key].value < 1:
-                raise ValueError(f'callbacks.final_loss.{key}={value} must be in batches, such as 100ba')
-        self.window, self.interval = (int(time.value) for time in times.values())
-        if self.interval > self.window:
-            raise ValueError(f'callbacks.final_loss.interval={interval} is longer than window={window}')
+        self.window, self.interval = (
+            int(Duration.parse(f'callbacks.final_loss.{key}', value, units=('ba',)).value)
+            for key, value in (('window', window), ('interval', interval))
+        )
+        if not 1 <= self.interval <= self.window:
+            raise ValueError(f'callbacks.final_loss.interval={interval} must be at least 1ba, at most window={window}')
         self.save_folder = save_folder
         self.metric = metric
         # {dataset: [[batch, token, loss, in final window], ...]}

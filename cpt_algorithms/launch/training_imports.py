@@ -6,6 +6,7 @@ from cpt_algorithms.launch.processes import die_with_parent
 die_with_parent()
 
 import llmfoundry.command_utils  # noqa: E402, F401
+import lm_eval  # noqa: E402, F401
 from composer.utils.collect_env import get_cpu_model  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  # noqa: E402
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpt_algorithms.files import fetch, is_remote, read_json
+from cpt_algorithms.preparation.manifest import FORMAT, Manifest
 from cpt_algorithms.preparation.packing import SPLITS
 from cpt_algorithms.preparation.sources import PrepareError
-from cpt_algorithms.preparation.storage import download, is_remote, read_manifest
+from cpt_algorithms.validation import parse_section
 
 __all__ = ['Earlier', 'find_earlier']
 
@@ -22,7 +24,7 @@ class Earlier:
     """
 
     location: str
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     def fetch(self, name: str, cache: Path) -> Path:
         """A file of it, fetched if need be.
@@ -35,22 +37,25 @@ class Earlier:
             PrepareError: If it is not there.
         """
         file = Path(self.location, name)
-        if is_remote(self.location):
-            file = cache / self.manifest['tokenizer']['hash'] / self.location.replace('/', '_') / name
-            if not file.exists():
-                download(f'{self.location.rstrip("/")}/{name}', file)
+        try:
+            if is_remote(self.location):
+                file = cache / self.manifest.tokenizer.hash / self.location.replace('/', '_') / name
+                if not file.exists():
+                    fetch(f'{self.location.rstrip("/")}/{name}', file)
+        except FileNotFoundError:
+            pass
         if not file.is_file():
             raise PrepareError(f'--earlier {self.location}: {name} is missing')
         return file
 
     def tokenizer(self, cache: Path) -> Path:
         """The folder of its tokenizer."""
-        return [self.fetch(f'tokenizer/{name}', cache) for name in self.manifest['tokenizer']['files']][0].parent
+        return [self.fetch(f'tokenizer/{name}', cache) for name in self.manifest.tokenizer.files][0].parent
 
     def keys(self, name: str, cache: Path) -> list[Path]:
         """The files of that name of each dataset and split: ``documents.npy`` or ``signatures.npy``."""
         return [
-            self.fetch(f'{dataset}/{split}/{name}', cache) for dataset in self.manifest['datasets'] for split in SPLITS
+            self.fetch(f'{dataset}/{split}/{name}', cache) for dataset in self.manifest.datasets for split in SPLITS
         ]
 
 
@@ -63,16 +68,17 @@ def find_earlier(location: str, near: dict[str, Any] | None) -> Earlier:
 
     Raises:
         PrepareError: If there is none, or it cannot be compared with.
+        StorageError: If object storage cannot be reached.
     """
     try:
-        manifest = read_manifest(location)
+        manifest = parse_section(Manifest, read_json(f'{location.rstrip("/")}/manifest.json'))
     except ValueError:
         manifest = None
-    if manifest is None or manifest.get('request', {}).get('format', 0) < 3:
-        raise PrepareError(f'--earlier {location}: no manifest.json of this script (format 3 or later) found')
-    if near and manifest['request']['near_duplicates'] != near:
+    if manifest is None or manifest.request.format != FORMAT:
+        raise PrepareError(f'--earlier {location}: no manifest.json of this script (format {FORMAT}) found')
+    if near and manifest.request.near_duplicates != near:
         raise PrepareError(
             f'--earlier {location}: near-duplicates are looked for with {near}, but it was prepared with '
-            f'{manifest["request"]["near_duplicates"]}'
+            f'{manifest.request.near_duplicates}'
         )
     return Earlier(location, manifest)

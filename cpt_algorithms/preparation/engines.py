@@ -4,16 +4,21 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
+from cpt_algorithms.preparation.options import Options
 from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, pack, tokenize
+from cpt_algorithms.preparation.sources import BYTES_PER_TOKEN, SMALLEST_PART, Source
 
-__all__ = ['LocalEngine', 'num_cores']
+__all__ = ['LocalEngine', 'make_engine', 'num_cores']
+
+# less text than this is done in this process: others take longer to start
+WORTH_A_POOL = 16 * SMALLEST_PART
 
 Job = TypeVar('Job')
 Result = TypeVar('Result')
@@ -90,3 +95,23 @@ class LocalEngine:
     def pack(self, jobs: Iterable[PackJob]) -> Iterator[None]:
         """Write shards; see :func:`cpt_algorithms.preparation.parts.pack`."""
         return self._map(pack, jobs)
+
+
+def make_engine(options: Options, sources: Sequence[Source], files: dict[str, list[str]]) -> Any:
+    """What the work is done with.
+
+    Args:
+        options: What was asked for.
+        sources: Its sources.
+        files: The files of each, by ``str(source)``.
+    """
+    if options.engine == 'spark':
+        from cpt_algorithms.preparation.spark import SparkEngine
+
+        return SparkEngine()
+    limit = (options.max_train_tokens or 0) + (options.max_val_tokens or 0)
+    size = sum(os.path.getsize(file) for found in files.values() for file in found)
+    if options.max_train_tokens:
+        size = min(size, limit * BYTES_PER_TOKEN * len({source.dataset for source in sources}))
+    small = size < WORTH_A_POOL and not any(source.kind == 'hf' for source in sources)
+    return LocalEngine(options.workers or (1 if small else num_cores()))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cpt_algorithms.validation import Section
+
 __all__ = ['SPLITS', 'Counts', 'Selection', 'Selector', 'cut', 'pieces']
 
 SPLITS = ('train', 'val')
@@ -15,8 +17,7 @@ Tokens = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
 
-@dataclass
-class Counts:
+class Counts(Section):
     """What went into one split of one dataset, or of one of its sources.
 
     Args:
@@ -38,6 +39,10 @@ class Counts:
     samples: int = 0
     leftover: int = 0
     bytes: int = 0
+
+    def __add__(self, other: 'Counts') -> 'Counts':
+        """Of both together."""
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in Counts.model_fields})
 
 
 @dataclass(frozen=True)

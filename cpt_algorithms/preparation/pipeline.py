@@ -7,7 +7,9 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,14 @@ import numpy as np
 from cpt_algorithms.files import write_json
 from cpt_algorithms.preparation.earlier import Earlier
 from cpt_algorithms.preparation.lm_eval_items import DOCUMENTS, write_lm_eval
-from cpt_algorithms.preparation.manifest import versions, write_manifest
+from cpt_algorithms.preparation.manifest import (
+    DatasetRecord,
+    Manifest,
+    Request,
+    SourceRecord,
+    TokenizerRecord,
+    versions,
+)
 from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector, cut
 from cpt_algorithms.preparation.parts import (
     PackJob,
@@ -30,10 +39,9 @@ from cpt_algorithms.preparation.parts import (
 from cpt_algorithms.preparation.sources import Part, PrepareError, Source, part_size, parts_of, read
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer, train_tokenizer
 
-__all__ = ['prepare']
+__all__ = ['prepare', 'resumable']
 
 HFTokenizer = Any
-Request = dict[str, Any]
 
 
 @dataclass
@@ -89,19 +97,20 @@ def prepare(
     result.mkdir()
     datasets = _datasets(request, sources, files)
     if tokenizer is None:
-        texts = _training_texts(_parts(datasets[0], request, work), request['val_fraction'])
-        tokenizer = train_tokenizer(islice(texts, request['tokenizer_documents']), request['vocab_size'])
+        assert request.vocab_size
+        texts = _training_texts(_parts(datasets[0], request, work), request.val_fraction)
+        tokenizer = train_tokenizer(islice(texts, request.tokenizer_documents), request.vocab_size)
     tokenizer.save_pretrained(result / 'tokenizer')
     tokenizer_hash = hash_tokenizer(result / 'tokenizer')
     backend = work / f'tokenizer-{tokenizer_hash}.json'
     backend.write_text(tokenizer.backend_tokenizer.to_str(), encoding='utf-8')
 
     def jobs(parts: Iterable[Part]) -> Iterator[TokenizeJob]:
-        eos, val_fraction, near = tokenizer.eos_token_id, request['val_fraction'], request['near_duplicates']
+        eos, val_fraction, near = tokenizer.eos_token_id, request.val_fraction, request.near_duplicates
         for part in parts:
             yield TokenizeJob(part, str(backend), tokenizer_hash, eos, val_fraction, near, str(work / 'parts'))
 
-    names = {'digests': 'documents.npy'} | ({'signatures': 'signatures.npy'} if request['near_duplicates'] else {})
+    names = {'digests': 'documents.npy'} | ({'signatures': 'signatures.npy'} if request.near_duplicates else {})
     before = {key: [file for data in earlier for file in data.keys(name, work)] for key, name in names.items()}
     described = {}
     for dataset in datasets:
@@ -112,27 +121,44 @@ def prepare(
                 file = result / dataset.name / split / name
                 _write_keys(file, key, decision, split)
                 before[key].append(file)
-    manifest = {
-        'request': request,
-        'tokenizer': {
-            'vocab_size': len(tokenizer),
-            'eos_token': tokenizer.eos_token,
-            'eos_token_id': tokenizer.eos_token_id,
-            'hash': tokenizer_hash,
-            'files': sorted(file.name for file in (result / 'tokenizer').iterdir()),
-        },
-        'earlier': {data.location: data.manifest['request']['datasets'] for data in earlier},
-        'datasets': described,
-        'engine': engine.name,
-        'versions': versions(),
-    }
-    write_manifest(result, manifest)
+    record = TokenizerRecord(
+        vocab_size=len(tokenizer),
+        eos_token=tokenizer.eos_token,
+        eos_token_id=tokenizer.eos_token_id,
+        hash=tokenizer_hash,
+        files=sorted(file.name for file in (result / 'tokenizer').iterdir()),
+    )
+    Manifest(
+        request=request,
+        tokenizer=record,
+        earlier={data.location: data.manifest.request.datasets for data in earlier},
+        datasets=described,
+        engine=engine.name,
+        versions=versions(),
+    ).write(result)
     return result
+
+
+@contextmanager
+def resumable(partial: Path) -> Iterator[None]:
+    """Errors say that what is finished is kept, if anything is."""
+    advice = f'the same command goes on from {partial}'
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise PrepareError(
+            f'a process was killed, perhaps for lack of memory: try fewer --workers ({advice})'
+        ) from error
+    except PrepareError as error:
+        if not any((partial / 'work' / 'parts').glob('[!.]*')):
+            shutil.rmtree(partial)
+            raise
+        raise PrepareError(f'{error} ({advice}, which can be deleted)') from error
 
 
 def _datasets(request: Request, sources: list[Source], files: dict[str, list[str]]) -> list[_Dataset]:
     """The sources by dataset."""
-    limits = [request['max_train_tokens'], request['max_val_tokens']]
+    limits = [request.max_train_tokens, request.max_val_tokens]
     max_tokens = sum(limit or 0 for limit in limits) if limits[0] else None
     datasets = []
     for name in dict.fromkeys(source.dataset for source in sources):
@@ -149,7 +175,7 @@ def _parts(dataset: _Dataset, request: Request, work: Path) -> Iterator[Part]:
     for source in dataset.sources:
         key = hashlib.blake2b(json.dumps([str(source), dataset.part_size]).encode(), digest_size=8).hexdigest()
         found = dataset.files[str(source)]
-        for part in parts_of(source, found, request['text_key'], dataset.part_size, number, work / 'spool' / key):
+        for part in parts_of(source, found, request.text_key, dataset.part_size, number, work / 'spool' / key):
             yield part
             number += 1
 
@@ -175,8 +201,8 @@ def _decide(
     """Tokenise a dataset as far as its limits need and decide which documents go where."""
     from tqdm import tqdm
 
-    limits = {split: request[f'max_{split}_tokens'] for split in SPLITS}
-    max_seq_len = request['max_seq_len']
+    limits = {split: getattr(request, f'max_{split}_tokens') for split in SPLITS}
+    max_seq_len = request.max_seq_len
     limits = {split: limit and limit // max_seq_len * max_seq_len for split, limit in limits.items()}
     parts: list[Part] = []
 
@@ -216,13 +242,13 @@ def _select(
         return [tokenized.file(name) for tokenized in decision.tokenized]
 
     first_occurrences(files('digests'), files('first'), before['digests'])
-    if request['near_duplicates']:
+    if request.near_duplicates:
         near_duplicates(files('signatures'), files('held_out'), files('near'), before['signatures'])
     selector = Selector(limits)
     decision.selections = []
     for tokenized in decision.tokenized:
         first = tokenized.load('first')
-        near = tokenized.load('near') if request['near_duplicates'] else np.zeros(len(first), np.bool_)
+        near = tokenized.load('near') if request.near_duplicates else np.zeros(len(first), np.bool_)
         selections = selector.select(tokenized.load('held_out'), tokenized.load('lengths'), first, near)
         decision.selections.append({split: _saved(tokenized, split, chosen) for split, chosen in selections.items()})
     decision.ended = selector.ended
@@ -232,71 +258,64 @@ def _select(
 def _saved(tokenized: Tokenized, split: str, selection: Selection) -> Selection:
     """The same, with the documents in a file and not in memory."""
     np.save(tokenized.file(split), selection.documents)
-    counts = selection.counts
-    counts.bytes = int(tokenized.load('bytes')[selection.documents].sum())
+    size = int(tokenized.load('bytes')[selection.documents].sum())
+    counts = selection.counts.model_copy(update={'bytes': size})
     return Selection(tokenized.load(split), selection.trim, counts)
 
 
 def _write(
     dataset: _Dataset, decision: _Decision, request: Request, work: Path, result: Path, engine: Any, tokenizer: Any
-) -> dict[str, Any]:
+) -> DatasetRecord:
     """Write the shards of a dataset and describe it."""
-    sources = {
-        source.name: {'kind': source.kind, 'target': source.target, 'files': len(dataset.files[str(source)])}
-        | {'skipped': 0, 'splits': {split: Counts() for split in SPLITS}}
-        for source in dataset.sources
-    }
-    for part, tokenized, selections in zip(decision.parts, decision.tokenized, decision.selections, strict=True):
-        source = sources[part.source.name]
-        source['skipped'] += tokenized.skipped
-        for split, selection in selections.items():
-            _add(source['splits'][split], selection.counts)
-    counts = {split: Counts() for split in SPLITS}
-    for split in SPLITS:
-        for source in sources.values():
-            _add(counts[split], source['splits'][split])
-        if counts[split].tokens < request['max_seq_len']:
+    sources = {}
+    for source in dataset.sources:
+        own = [number for number, part in enumerate(decision.parts) if part.source == source]
+        sources[source.name] = SourceRecord(
+            kind=source.kind,
+            target=source.target,
+            files=len(dataset.files[str(source)]),
+            skipped=sum(decision.tokenized[number].skipped for number in own),
+            splits={
+                split: sum((decision.selections[number][split].counts for number in own), Counts()) for split in SPLITS
+            },
+        )
+    counts = {split: sum((source.splits[split] for source in sources.values()), Counts()) for split in SPLITS}
+    for split, count in counts.items():
+        if count.tokens < request.max_seq_len:
             raise PrepareError(
-                f'dataset {dataset.name}: {split} has no sample of {request["max_seq_len"]} tokens '
-                f'({counts[split].documents} documents, {counts[split].duplicates} duplicates, '
-                f'{counts[split].near_duplicates} near-duplicates, {counts[split].tokens} tokens); '
+                f'dataset {dataset.name}: {split} has no sample of {request.max_seq_len} tokens '
+                f'({count.documents} documents, {count.duplicates} duplicates, '
+                f'{count.near_duplicates} near-duplicates, {count.tokens} tokens); '
                 'give it more text or change --val-fraction, --max-seq-len'
             )
-    jobs = _pack_jobs(dataset, decision, request, work)
+    jobs = _pack_jobs(decision, request, work)
     _pack(dataset, jobs, engine)
-    for split in SPLITS:
-        _assemble(result / dataset.name / split, jobs[split], request, counts[split], decision, split, tokenizer)
     texts = _validation_texts(decision)
-    return {
-        'files': sum(source['files'] for source in sources.values()),
-        'skipped': sum(source['skipped'] for source in sources.values()),
-        'splits': {split: asdict(count) for split, count in counts.items()},
-        'sources': {
-            name: {**source, 'splits': {split: asdict(count) for split, count in source['splits'].items()}}
-            for name, source in sources.items()
+    return DatasetRecord(
+        files=sum(source.files for source in sources.values()),
+        skipped=sum(source.skipped for source in sources.values()),
+        splits={
+            split: _assemble(result / dataset.name / split, jobs[split], request, counts[split], tokenizer)
+            for split in SPLITS
         },
-        'parts': len(decision.parts),
-        'lm_eval': write_lm_eval(result / 'lm_eval', dataset.name, texts, request['max_seq_len']),
-    }
+        sources=sources,
+        parts=len(decision.parts),
+        lm_eval=write_lm_eval(result / 'lm_eval', dataset.name, texts, request.max_seq_len),
+    )
 
 
-def _add(total: Counts, more: Counts) -> None:
-    for field in fields(Counts):
-        setattr(total, field.name, getattr(total, field.name) + getattr(more, field.name))
-
-
-def _pack_jobs(dataset: _Dataset, decision: _Decision, request: Request, work: Path) -> dict[str, list[PackJob]]:
+def _pack_jobs(decision: _Decision, request: Request, work: Path) -> dict[str, list[PackJob]]:
     """What each part gives to each split, in order; where the shards go says all that they depend on."""
-    writer = {'compression': request['compression'], 'hashes': ['xxh64']}
+    writer = {'compression': request.compression, 'hashes': ['xxh64']}
     jobs: dict[str, list[PackJob]] = {split: [] for split in SPLITS}
     for tokenized, selections in zip(decision.tokenized, decision.selections, strict=True):
         for split, selection in selections.items():
             mask = hashlib.blake2b(np.asarray(selection.documents).tobytes(), digest_size=16).hexdigest()
-            content = [Path(tokenized.folder).name, split, mask, selection.trim, request['max_seq_len'], writer]
+            content = [Path(tokenized.folder).name, split, mask, selection.trim, request.max_seq_len, writer]
             key = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-            samples = selection.counts.tokens // request['max_seq_len']
+            samples = selection.counts.tokens // request.max_seq_len
             job = PackJob(
-                tokenized, split, selection.trim, samples, request['max_seq_len'], writer, str(work / 'packed' / key)
+                tokenized, split, selection.trim, samples, request.max_seq_len, writer, str(work / 'packed' / key)
             )
             jobs[split].append(job)
     return jobs
@@ -311,17 +330,16 @@ def _pack(dataset: _Dataset, jobs: dict[str, list[PackJob]], engine: Any) -> Non
         pass
 
 
-def _assemble(
-    folder: Path, jobs: list[PackJob], request: Request, counts: Counts, decision: _Decision, split: str, tokenizer: Any
-) -> None:
+def _assemble(folder: Path, jobs: list[PackJob], request: Request, counts: Counts, tokenizer: HFTokenizer) -> Counts:
     """Move the shards of a split to their places, pack what the parts left over, and write the index of all.
 
-    Completes ``counts``, of which a token that is not written is not counted.
+    Returns:
+        The counts, complete: a token that is not written is not counted.
     """
     from streaming import MDSWriter
     from streaming.base.util import merge_index
 
-    max_seq_len = request['max_seq_len']
+    max_seq_len = request.max_seq_len
     folder.mkdir(parents=True)
     indexes, rest = [], np.zeros(0, np.int32)
 
@@ -331,11 +349,11 @@ def _assemble(
 
     for number, job in enumerate(jobs):
         if job.samples:
-            write_json(Path(f'{job.folder}.json'), f'{folder.parent.name}/{split}/{number:05}')
+            write_json(Path(f'{job.folder}.json'), f'{folder.parent.name}/{folder.name}/{number:05}')
             Path(job.folder).rename(folder / f'{number:05}')
             indexes.append(str(folder / f'{number:05}' / 'index.json'))
-    counts.samples = counts.tokens // max_seq_len
-    if counts.samples > sum(job.samples for job in jobs):
+    samples = counts.tokens // max_seq_len
+    if samples > sum(job.samples for job in jobs):
         with (
             appearing(folder / 'rest') as partial,
             MDSWriter(out=str(partial), columns=columns(max_seq_len), **jobs[0].writer) as writer,
@@ -356,9 +374,14 @@ def _assemble(
     text = tokenizer.decode(
         np.concatenate(dropped).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    counts.leftover += len(rest)
-    counts.bytes -= len(text.encode())
-    counts.tokens = counts.samples * max_seq_len
+    return counts.model_copy(
+        update={
+            'samples': samples,
+            'tokens': samples * max_seq_len,
+            'leftover': counts.leftover + len(rest),
+            'bytes': counts.bytes - len(text.encode()),
+        }
+    )
 
 
 def _trimmed(job: PackJob) -> Any:

@@ -2,7 +2,6 @@
 """Where documents come from: sources, their files, and the parts they are read in."""
 
 import bz2
-import difflib
 import glob
 import gzip
 import hashlib
@@ -13,7 +12,9 @@ import lzma
 import os
 import re
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email import message_from_string
 from pathlib import Path
@@ -22,6 +23,8 @@ from urllib.parse import parse_qsl
 
 import orjson
 
+from cpt_algorithms.validation import nearest
+
 __all__ = [
     'INSTALLED',
     'KINDS',
@@ -29,11 +32,12 @@ __all__ = [
     'Part',
     'PrepareError',
     'Source',
+    'check_documents',
     'find_files',
     'hash_order',
     'hf_arguments',
     'in_chunks',
-    'nearest',
+    'parse_sources',
     'part_size',
     'parts_of',
     'read',
@@ -127,10 +131,17 @@ class Part:
     text_key: str
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """End an error message about an unknown ``word``: the nearest known one, or all of them."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f'known: {", ".join(known)}'
+def parse_sources(specs: Sequence[str]) -> list[Source]:
+    """Read the specifications of all sources.
+
+    Raises:
+        PrepareError: If one is wrong, or two have one name.
+    """
+    sources = [Source.parse(spec) for spec in specs]
+    labels = [source.label for source in sources]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise PrepareError(f'--dataset: {twice[0]} is given twice')
+    return sources
 
 
 def in_chunks(texts: Iterable[str], num_characters: int) -> Iterator[list[str]]:
@@ -323,22 +334,18 @@ def _streamed(source: Source, text_key: str, size: int, spool: Path) -> Iterator
 # Reading
 
 
-class _reading:  # noqa: N801 - used as a function
+@contextmanager
+def _reading(source: Source) -> Iterator[None]:
     """Errors of reading name the source."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    try:
+        yield
+    except Exception as error:
         # pyarrow's and datasets' own errors are among these or say where they come from
-        if isinstance(error, OSError | ValueError | EOFError | lzma.LZMAError) or (
-            error is not None and type(error).__module__.split('.')[0] in ('datasets', 'pyarrow')
-        ):
-            where = f'{self.source.kind}:{self.source.target}'
-            raise PrepareError(f'{self.source.label}: cannot read {where}: {error}') from error
+        library = type(error).__module__.split('.')[0] in ('datasets', 'pyarrow')
+        if isinstance(error, OSError | ValueError | EOFError | lzma.LZMAError) or library:
+            where = f'{source.kind}:{source.target}'
+            raise PrepareError(f'{source.label}: cannot read {where}: {error}') from error
+        raise
 
 
 def _no_column(source: Source, text_key: str, columns: Iterable[str]) -> PrepareError:
@@ -424,3 +431,17 @@ def _read_parquet(part: Part, unit: Unit) -> Iterator[str]:
         for batch in parquet.iter_batches(1024, range(start, end), columns=[part.text_key]):
             for text in batch.column(0).to_pylist():
                 yield _text_of(part.source, part.text_key, {part.text_key: text})
+
+
+def check_documents(source: Source, files: list[str], text_key: str) -> None:
+    """Read the first document of a source, so that a wrong column is found before any work.
+
+    Raises:
+        PrepareError: If it cannot be read, or there is none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # a stream is read only as far as its first row
+        for part in parts_of(source, files, text_key, 1 if source.kind == 'hf' else 1 << 26, 0, Path(folder)):
+            if next(read(part), None) is not None:
+                return
+    raise PrepareError(f'{source.label}: {source.kind}:{source.target} has no rows')

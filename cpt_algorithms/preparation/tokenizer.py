@@ -3,7 +3,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,19 @@ from typing import Any
 import orjson
 
 from cpt_algorithms.checkpoints.exports import models_of
+from cpt_algorithms.preparation.earlier import Earlier
 from cpt_algorithms.preparation.sources import PrepareError
 
-__all__ = ['EOS', 'MIN_VOCAB_SIZE', 'Parent', 'find_parent', 'hash_tokenizer', 'load_tokenizer', 'train_tokenizer']
+__all__ = [
+    'EOS',
+    'MIN_VOCAB_SIZE',
+    'Parent',
+    'find_parent',
+    'find_tokenizer',
+    'hash_tokenizer',
+    'load_tokenizer',
+    'train_tokenizer',
+]
 
 EOS = '<|endoftext|>'
 MIN_VOCAB_SIZE = 257  # the 256 bytes and EOS
@@ -133,3 +145,46 @@ def find_parent(name: str) -> Parent:
         raise PrepareError(f'--parent {name}: cannot read its configuration: {error}') from error
     except KeyError:
         raise PrepareError(f'--parent {name}: its config.json does not say its vocab_size') from None
+
+
+def find_tokenizer(name: str | None, parent: Parent | None, earlier: Sequence[Earlier]) -> HFTokenizer | None:
+    """The one tokenizer of everything that was given; none if nothing was.
+
+    Args:
+        name: Of ``--tokenizer``.
+        parent: The model that will be trained on the data.
+        earlier: Data prepared before.
+
+    Raises:
+        PrepareError: If they are not the same tokenizer, or the parent has too few embeddings for it.
+    """
+    given, hashes = {}, {}
+    with ExitStack() as stack:
+
+        def folder() -> Path:
+            return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+        if name:
+            given[f'--tokenizer {name}'] = load_tokenizer(name)
+        if parent:
+            given[f'--parent {parent.name}'] = load_tokenizer(parent.path, '--parent')
+        for data in earlier:
+            given[f'--earlier {data.location}'] = load_tokenizer(str(data.tokenizer(folder())), '--earlier')
+        for label, tokenizer in given.items():
+            tokenizer.save_pretrained(saved := folder())
+            hashes[label] = hash_tokenizer(saved)
+    if not given:
+        return None
+    first = next(iter(given))
+    for label, found in hashes.items():
+        if found != hashes[first]:
+            raise PrepareError(
+                f'{first} and {label} have different tokenizers (hashes {hashes[first]}, {found}); tokens of one mean '
+                "nothing to a model trained with the other: use the parent model's"
+            )
+    if parent and len(given[first]) > parent.vocab_size:
+        raise PrepareError(
+            f'{first}: its vocabulary of {len(given[first])} is larger than that of --parent {parent.name}, '
+            f'{parent.vocab_size}'
+        )
+    return given[first]

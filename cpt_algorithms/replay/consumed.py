@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an earlier run really read of its data, from the dataset state in its checkpoint."""
+"""Which samples an earlier run read, from the dataset state in its checkpoint."""
 
 import json
 import re
@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from composer.utils import dist
 
-from cpt_algorithms.checkpoints.open import dataset_state_of, resolve_latest
+from cpt_algorithms.checkpoints.open import dataset_state_of
+from cpt_algorithms.checkpoints.save_folder import resolve_latest
 from cpt_algorithms.files import fetch, is_remote, list_names
 
 __all__ = ['Consumed', 'consumed_by', 'positions_behind', 'read_consumed', 'read_positions']
@@ -22,7 +23,7 @@ Found = TypeVar('Found')
 
 @dataclass(frozen=True)
 class Consumed:
-    """The part of a dataset that a run has read, and the order it read it in.
+    """The samples of a dataset that a run read, and their order.
 
     Args:
         samples: The first so many samples of that order.
@@ -36,7 +37,7 @@ class Consumed:
 
 
 def consumed_by(state: Mapping[str, Any], digest: str) -> Consumed:
-    """What the run that saved a dataset state has read of the dataset with this digest.
+    """The samples that the run which saved a dataset state read of the dataset with this digest.
 
     Args:
         state: Dataset state of a :class:`~cpt_algorithms.replay.ReplayTextDataset`.
@@ -70,21 +71,21 @@ def _state_of(checkpoint: str) -> dict[str, Any]:
 
 
 def _contents(mix: Mapping[str, Any], role: str) -> dict[str, str]:
-    """What the streams of a role are, by name: their sizes and digests, without weights and limits."""
+    """The streams of a role by name: their sizes and digests, without weights and limits."""
     described = {key.removeprefix(f'{role}.'): value for key, value in mix.items() if key.startswith(f'{role}.')}
     return {name: re.sub(r'\).*', ')', value) for name, value in described.items()}
 
 
 def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
-    """Where a run goes on that reads the same data in the same order as the one that saved a dataset state.
+    """The positions from which a run continues the data of the run that saved a dataset state.
 
     Args:
         state: Dataset state of a :class:`~cpt_algorithms.replay.ReplayTextDataset`.
         mix: The mix of the run that goes on, as that class describes it. Its fraction and weights may be others.
 
     Returns:
-        Samples that were read of the new data (``new``) and of each old stream, for those that both runs read in the
-        same role; the others begin at 0 and are left out.
+        Samples read of the new data (``new``) and of each old stream, for streams that both runs read in the same
+        role. The others start at 0 and are left out.
 
     Raises:
         ValueError: If it is the state of another loader, or the order is not the same.
@@ -102,7 +103,7 @@ def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
 
 
 def read_positions(where: str, checkpoint: str, mix: str, together: bool = True) -> dict[str, int]:
-    """The same from a checkpoint.
+    """:func:`positions_behind`, with the dataset state of a checkpoint.
 
     Args:
         where: The key that named it, for the error message.
@@ -117,7 +118,7 @@ def read_positions(where: str, checkpoint: str, mix: str, together: bool = True)
 
 
 def read_consumed(where: str, checkpoint: str, digest: str, together: bool = True) -> Consumed:
-    """The same from a checkpoint.
+    """:func:`consumed_by`, with the dataset state of a checkpoint.
 
     Args:
         where: The key that named it, for the error message.

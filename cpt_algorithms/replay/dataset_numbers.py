@@ -19,16 +19,16 @@ LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
 
 
 def unique_shm_prefixes() -> None:
-    """Number the datasets of this process so that no other process, living or killed, has a part in them.
+    """Give the datasets of this process numbers that no other process, living or killed, shares.
 
-    * All ranks of a machine take their leader's number. Streaming lets each rank look for a free one; if another run
-      ends at that moment, its number is free to the ranks that look later, and the run dies.
-    * A number counts as free once nothing of it is left. Streaming looks for each kind of memory by itself. While the
-      memory of a run that was killed is cleaned up, its number can be taken before its position is gone: the new
-      dataset then begins there, and an evaluation is of a part of the data, without an error.
+    * All ranks of a machine use their leader's number. Streaming lets each rank look for a free one. If another run
+      ends at that moment, later ranks find its number free, and the run dies.
+    * A number is free only when no memory under it exists. Streaming checks each kind of memory by itself: while the
+      memory of a killed run is being removed, its number can be reused before its position is gone. The new dataset
+      then starts at that position, and silently evaluates a part of the data.
     """
-    if prefix._each_prefix_int is not _numbers:
-        prefix._each_prefix_int = _numbers
+    if prefix._each_prefix_int is not _free_numbers:
+        prefix._each_prefix_int = _free_numbers
         find = prefix._check_and_find_retrying
 
         def find_the_leaders(*args: Any, shm_name: str, **kwargs: Any) -> int:
@@ -40,11 +40,11 @@ def unique_shm_prefixes() -> None:
         prefix._check_and_find_retrying = find_the_leaders
 
 
-def _numbers() -> Iterator[int]:
-    """Those in use, and those of which nothing is left.
+def _free_numbers() -> Iterator[int]:
+    """Numbers in use, and numbers without any leftover memory.
 
-    A run that is killed leaves its lock files for ever, and Streaming passes over their numbers. So do we, before
-    asking for nine kinds of memory: a machine may have thousands of them.
+    A killed run leaves its lock files for ever, and Streaming skips their numbers. So do we, before we look for nine
+    kinds of memory: a machine may have thousands of such numbers.
     """
     there = set(os.listdir(gettempdir()))
     for number in count():
@@ -57,7 +57,7 @@ def _numbers() -> Iterator[int]:
 def _exists(number: int, name: str) -> bool:
     register = resource_tracker.register
     try:
-        # whoever has made it removes it
+        # the process that created it removes it
         resource_tracker.register = lambda *_: None
         SharedMemory(prefix._get_path(number, name)).close()
     except FileNotFoundError:

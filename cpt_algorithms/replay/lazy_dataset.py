@@ -34,7 +34,7 @@ from torch import distributed as dist
 
 from cpt_algorithms.replay.mix import DOWNLOAD_RETRY
 from cpt_algorithms.replay.shard_index import ShardIndex, ShardOfSample, Shards
-from cpt_algorithms.replay.streams import ResilientStream, StreamError, is_ending
+from cpt_algorithms.replay.streams import ResilientStream, StreamError, is_shutting_down
 
 __all__ = ['LazyStreamingDataset']
 
@@ -42,8 +42,8 @@ __all__ = ['LazyStreamingDataset']
 class LazyStreamingDataset(StreamingDataset):
     """Streaming's dataset, but for how it starts: no object per shard, no table of samples, no laid-out epoch.
 
-    Downloading, caching, eviction, validation, decompression and reading are Streaming's own. The order is not: a
-    subclass gives ``_get_work`` and ``__len__``.
+    Downloading, validation, decompression and reading are Streaming's own. A subclass defines the order: ``_get_work``
+    and ``__len__``.
 
     Cost: reading the index (see :class:`ShardIndex`) and about 60 bytes per shard.
 
@@ -53,8 +53,8 @@ class LazyStreamingDataset(StreamingDataset):
         shuffle: What the state dict says.
         shuffle_seed: What the state dict says.
         shuffle_block_size: What the state dict says.
-        cache_limit: Most bytes of the cache; the shards used longest ago are then removed from it. Data that is only
-            here (no ``remote``) never is, and does not count. Default: ``None``, all is kept.
+        cache_limit: Most bytes of the cache; least recently used shards are evicted first. Data without a ``remote``
+            is never evicted and does not count. Default: ``None``, nothing is evicted.
         predownload: Samples each worker downloads ahead. Default: ``None``, 8 batches.
         replication: Consecutive ranks that read the same samples. Default: ``None``.
         allow_unsafe_types: Whether columns may hold pickled objects. Default: ``False``.
@@ -99,9 +99,9 @@ class LazyStreamingDataset(StreamingDataset):
         self.streams = list(streams)
         self.num_streams = len(streams)
         self.indexes = [self._read_index(stream) for stream in streams]
-        self._lay_out()
+        self._number_samples()
         self.check_cache_limit_for(0)
-        self._share()
+        self._open_shared_memory()
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
         if destroy_dist:
@@ -125,7 +125,7 @@ class LazyStreamingDataset(StreamingDataset):
                     )
         return index
 
-    def _lay_out(self) -> None:
+    def _number_samples(self) -> None:
         """Number shards and samples through all streams."""
         self.shards_per_stream = np.array([len(index) for index in self.indexes], np.int64)
         self.shard_offset_per_stream = np.cumsum(self.shards_per_stream) - self.shards_per_stream
@@ -145,8 +145,8 @@ class LazyStreamingDataset(StreamingDataset):
             here += before
         self.spanner = ShardOfSample(ends)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _share(self) -> None:
-        """What the ranks and workers of a node know together; names are Streaming's."""
+    def _open_shared_memory(self) -> None:
+        """Open what the ranks and workers of a node share, under Streaming's names."""
         local = [stream.folder for stream in self.streams]
         remote = [os.path.join(stream.remote, stream.split) if stream.remote else None for stream in self.streams]
         self._shm_prefix_int, self._locals_shm = get_shm_prefix(local, remote, self._unique_rank_world)  # pyright: ignore
@@ -163,11 +163,11 @@ class LazyStreamingDataset(StreamingDataset):
         self._shard_access_times = SharedArray(self.num_shards, np.uint64, name(SHARD_ACCESS_TIMES))
         if self._unique_rank_world.is_local_leader:
             self.next_epoch = 0
-            self._note_what_is_here(self._shard_states.numpy())
+            self._register_cached_shards(self._shard_states.numpy())
             self._shard_access_times.numpy()[:] = time.time_ns()
         del self._shared_barrier.lock  # cannot be pickled
 
-    def _note_what_is_here(self, states: NDArray[np.uint8]) -> None:
+    def _register_cached_shards(self, states: NDArray[np.uint8]) -> None:
         states[:] = _ShardState.REMOTE
         usage = 0
         for index, stream, first in zip(self.indexes, self.streams, self.shard_offset_per_stream, strict=True):
@@ -177,7 +177,7 @@ class LazyStreamingDataset(StreamingDataset):
             usage += stream.get_index_size()
             folder = stream.folder
             listing = {os.path.join(root, leaf) for root, _, leaves in os.walk(folder) for leaf in leaves}
-            for number in index.present(Path(folder)):
+            for number in index.cached(Path(folder)):
                 size = self.shards[int(first) + number].set_up_local(listing, stream.safe_keep_zip)
                 if size:
                     states[first + number] = _ShardState.LOCAL
@@ -185,21 +185,21 @@ class LazyStreamingDataset(StreamingDataset):
         self.cache_usage = usage
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download or decompress a shard, unless it is here or somebody else prepares it.
+        """Download or decompress a shard, unless it is readable or another worker prepares it.
 
-        Streaming takes a file lock for every row that it reads ahead, here or not: at some 10,000 rows per second it
-        falls behind the rows that are used, and with a cache limit downloads again what nobody needs any more. And it
-        counts a shard when it has come: each of many workers may exceed the limit by one.
+        Streaming takes a file lock for every prefetched row, cached or not. At some 10,000 rows per second its prefetch
+        falls behind the reader, and with a cache limit it downloads evicted shards again. It also counts a shard only
+        after the download, so that each of many workers may exceed the limit by one.
 
         Args:
             shard_id: The shard.
-            blocking: Whether to wait for who prepares it. Default: ``True``.
+            blocking: Whether to wait for the worker that prepares it. Default: ``True``.
 
         Raises:
-            StreamError: If the run ends meanwhile.
+            StreamError: If the run shuts down meanwhile.
         """
         while (reserved := self._reserve(shard_id)) is None:
-            if self._is_here(shard_id):
+            if self._is_readable(shard_id):
                 self._shard_access_times[shard_id] = time.time_ns()
                 return
             if not blocking:
@@ -215,14 +215,18 @@ class LazyStreamingDataset(StreamingDataset):
                 self._shard_states[shard_id] = _ShardState.LOCAL
 
     def _reserve(self, shard_id: int) -> int | None:
-        """Take a shard to prepare, and make room for it; None if it is here or taken. What it may need, in bytes."""
+        """Take a shard to prepare, and evict others to make room.
+
+        Returns:
+            The bytes that it may need; None if it is readable or another worker prepares it.
+        """
         stream = self.streams[self.stream_per_shard[shard_id]]
         size = self.shards[shard_id].get_max_size() if stream.is_cache else 0
         while True:
-            if self._shard_states[shard_id] == _ShardState.PREPARING or self._is_here(shard_id):
+            if self._shard_states[shard_id] == _ShardState.PREPARING or self._is_readable(shard_id):
                 return None
             with self._cache_lock():
-                if self._shard_states[shard_id] == _ShardState.PREPARING or self._is_here(shard_id):
+                if self._shard_states[shard_id] == _ShardState.PREPARING or self._is_readable(shard_id):
                     return None
                 limit = self.cache_limit if size else None
                 while limit and self.cache_usage + size > limit and len(self._evictable()):
@@ -231,10 +235,10 @@ class LazyStreamingDataset(StreamingDataset):
                     self.cache_usage += size
                     self._shard_states[shard_id] = _ShardState.PREPARING
                     return size
-            self._wait()  # all that could make room is being downloaded
+            self._wait()  # every shard that could be evicted is being downloaded
 
-    def _is_here(self, shard_id: int) -> bool:
-        """Whether rows can be read: not only compressed, not deleted by somebody."""
+    def _is_readable(self, shard_id: int) -> bool:
+        """Whether the uncompressed file is there, and nobody deleted it."""
         if self._shard_states[shard_id] != _ShardState.LOCAL:
             return False
         stream = self.streams[self.stream_per_shard[shard_id]]
@@ -242,22 +246,22 @@ class LazyStreamingDataset(StreamingDataset):
         return os.path.isfile(os.path.join(stream.folder, raw.basename))
 
     def _wait(self) -> None:
-        if is_ending() or (hasattr(self, '_event') and self._event.is_set()):
-            raise StreamError('the run is ending')
+        if is_shutting_down() or (hasattr(self, '_event') and self._event.is_set()):
+            raise StreamError('the run is shutting down')
         time.sleep(TICK)
 
     def _cache_lock(self) -> FileLock:
-        # made late: it can neither be pickled nor go through a fork
+        # made late: it can neither be pickled nor survive a fork
         if getattr(self, '_cache_lock_owner', None) != os.getpid():
             self._cache_filelock = FileLock(self._cache_filelock_path)
             self._cache_lock_owner = os.getpid()
         return self._cache_filelock
 
     def _ready_thread(self, it: Any) -> None:
-        """Say which rows may be read.
+        """Mark rows as ready.
 
-        As in Streaming, but a shard that was evicted before its first row was read is prepared again; Streaming waits
-        for it for ever, and so does the process when it should end.
+        As in Streaming, but a shard that was evicted before its first row was read is prepared again. Streaming waits
+        for it for ever, and so does the process when it should exit.
         """
         while not it.should_exit() and it.ready_index < it.total and not self._event.is_set():
             if self.predownload is not None and self.predownload < it.ready_index - it.yield_index:
@@ -273,35 +277,35 @@ class LazyStreamingDataset(StreamingDataset):
         it.on_exit()
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Go on where a state was saved. Called on every rank, before workers start."""
+        """Resume where a state was saved. Called on every rank, before workers start."""
         self._resume_state = obj
         super().load_state_dict(obj)
 
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:
-        # Streaming keeps the state in shared memory under a name that an earlier dataset may have had, too: when that
-        # one is cleaned up, it is gone, and the epoch would silently begin at its first sample
+        # Streaming keeps the state in shared memory under a name that an earlier dataset may have used. When that one
+        # is cleaned up, the state is lost, and the epoch would silently restart at its first sample.
         state = self._resume_state
         if state is None:
             return super()._resume(world, epoch)
         return (state['epoch'], state['sample_in_epoch']) if state['epoch'] >= epoch else (epoch, 0)
 
     def _evictable(self) -> NDArray[np.int64]:
-        """Shards in the cache; not what is only here, which Streaming would delete as well."""
+        """Cached shards. Streaming would also evict those without a ``remote``, of which there is no other copy."""
         is_cached = np.array([stream.is_cache for stream in self.streams])[self.stream_per_shard]
         return np.flatnonzero(is_cached & (self._shard_states.numpy() == _ShardState.LOCAL))
 
     def _evict_coldest_shard(self) -> None:
-        """Remove from the cache what was used longest ago."""
+        """Evict the least recently used shard."""
         candidates = self._evictable()
         times = self._shard_access_times.numpy()[candidates]
-        # what was used in the future was used before the clock was set back
+        # an access time in the future is from before the clock was set back
         shard_id = int(candidates[np.argmin(np.where(times > time.time_ns(), 0, times))])
         self._shard_states[shard_id] = _ShardState.REMOTE
-        # of a failed download there may be more on disk than was counted
+        # a failed download may have left more on disk than was counted
         self.cache_usage = max(self.cache_usage - self.shards[shard_id].evict(), 0)
 
     def check_cache_limit_for(self, num_workers: int) -> None:
-        """Refuse a cache in which that many workers would take each other's shards away.
+        """Refuse a cache in which that many workers would evict each other's shards.
 
         Args:
             num_workers: DataLoader workers of all ranks of this node.

@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import Reader
-from streaming.base.format.mds.encodings import is_mds_encoding
 
 from cpt_algorithms.files import write_atomic
 from cpt_algorithms.validation import short_repr
@@ -88,19 +87,19 @@ def _scan(file: BinaryIO) -> Iterator[tuple[int, int, dict[str, Any]]]:
         raise ValueError(f'its version is {version}, and Streaming reads 2')
 
 
-def _whole(what: str, value: Any, below: int) -> int:
+def _check_count(what: str, value: Any, below: int) -> int:
     if type(value) is not int or not 0 <= value < below:
         raise ValueError(f'{what}={short_repr(value)} must be a whole number of at least 0, below {below}')
     return value
 
 
 def _files_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Descriptions of a shard's files, each of which must lie in the dataset's folder."""
+    """Descriptions of a shard's files. A name that leads out of the dataset's folder is refused: we write there."""
     files = [info[key] for key in FILES if info.get(key) is not None]
-    _whole('samples', info['samples'], _MOST_SAMPLES)
+    _check_count('samples', info['samples'], _MOST_SAMPLES)
     for file in files:
         name = file['basename']
-        _whole(f'bytes of {short_repr(name)}', file['bytes'], _MOST_BYTES)
+        _check_count(f'bytes of {short_repr(name)}', file['bytes'], _MOST_BYTES)
         if not isinstance(name, str) or not name or name[0] == '/' or '\0' in name or '..' in name.split('/'):
             raise ValueError(f'basename={short_repr(name)} does not name a file in the folder of the index')
         if not all(isinstance(value, str) for value in file['hashes'].values()):
@@ -108,23 +107,8 @@ def _files_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     return files
 
 
-def _check_kind(info: dict[str, Any]) -> None:
-    """Refuse shards that Streaming has no reader for."""
-    reader_from_json('', '', copy.deepcopy(info))
-    if info['format'] != 'mds':
-        return
-    columns = [info['column_names'], info['column_encodings'], info['column_sizes']]
-    if not all(isinstance(column, list) for column in columns) or len({len(column) for column in columns}) != 1:
-        raise ValueError('column_names, column_encodings and column_sizes must be lists of one length')
-    for name, encoding, size in zip(*columns, strict=True):
-        if not isinstance(name, str) or not isinstance(encoding, str) or not is_mds_encoding(encoding):
-            raise ValueError(f'column {short_repr(name)}: Streaming has no encoding {short_repr(encoding)}')
-        if size is not None:
-            _whole(f'column_sizes of {name}', size, _MOST_BYTES)
-
-
-def _unspoilt(text: str) -> str:
-    """What was read with one character per byte."""
+def _as_utf8(text: str) -> str:
+    """Text that was read with one character per byte."""
     try:
         return text.encode('latin-1').decode()
     except UnicodeError:  # it was written with escapes
@@ -183,7 +167,7 @@ class ShardIndex:
                         sum(f['bytes'] for f in files),
                         start,
                         length,
-                        _key(_unspoilt(raw[0]['basename'])),
+                        _key(_as_utf8(raw[0]['basename'])),
                     )
                     for column, value in zip(columns.values(), row, strict=True):
                         column.append(value)
@@ -192,7 +176,7 @@ class ShardIndex:
                     kind = {key: info.get(key) for key in KIND}
                     known_as = repr((kind, [(key, info[key] is None) for key in info]))
                     if known_as not in kinds:
-                        _check_kind(info)
+                        reader_from_json('', '', copy.deepcopy(info))  # or Streaming has no reader for it
                         kinds[known_as] = kind
         except (*_MALFORMED, ArithmeticError, AssertionError, RecursionError) as error:
             what = f'{type(error).__name__} {error}' if isinstance(error, KeyError) else error
@@ -230,7 +214,7 @@ class ShardIndex:
             file.seek(start)
             return reader_from_json(local, split, json.loads(file.read(length)))
 
-    def present(self, folder: Path) -> list[int]:
+    def cached(self, folder: Path) -> list[int]:
         """Numbers of the shards of which a file lies in this folder."""
         names = [os.path.relpath(os.path.join(root, f), folder) for root, _, leaves in os.walk(folder) for f in leaves]
         wanted = {_key(name) for full in names for name in (full, os.path.splitext(full)[0])}  # raw, and compressed
@@ -253,9 +237,9 @@ class Shards(Sequence[Reader]):
         self._indexes = indexes
         self._places = places
         self._ends = np.cumsum([len(index) for index in indexes])
-        self._remember()
+        self._make_cache()
 
-    def _remember(self) -> None:
+    def _make_cache(self) -> None:
         self._reader = lru_cache(maxsize=4096)(self._make_reader)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -264,7 +248,7 @@ class Shards(Sequence[Reader]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._remember()
+        self._make_cache()
 
     def _make_reader(self, number: int) -> Reader:
         stream = int(np.searchsorted(self._ends, number, side='right'))

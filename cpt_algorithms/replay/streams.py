@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``resilient``: a Streaming ``Stream`` that rides out faults of the object storage, or stops with one clear error.
+"""``resilient``: a Streaming ``Stream`` that retries and verifies downloads, or stops with one clear error.
 
-Which sample comes next is not decided here; only that it is the right one, or an error.
+The order of samples is decided elsewhere; here every row is the right one, or an error.
 """
 
 import errno
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 FIRST_WAIT, LONGEST_WAIT = 1.0, 15.0
 # Downloads of a file whose hash is wrong, after the first.
 CORRUPT_RETRY = 2
-# Seconds to wait for the workers of a killed run to end. They look for their parent every 5 s.
+# Seconds to wait for the workers of a killed run, which look for their parent every 5 s.
 CLAIM_TIMEOUT = 30.0
 # Seconds in which the resource tracker of a killed run removes its shared memory, by name: ours may get that name.
-TRACKER_TIME = 1.0
+TRACKER_DELAY = 1.0
 # The fastest first; any other that an index offers comes after these.
 HASHES = ('xxh3_64', 'xxh3_128', 'xxh64', 'xxh128', 'xxh32', 'blake2b', 'sha1', 'md5')
 SHARED_MEMORY = Path('/dev/shm')
@@ -52,7 +52,7 @@ SHARED_MEMORY = Path('/dev/shm')
 PARTIAL = re.compile(r'^(shard\..*|index\.json)\.(part(\.\w{8})?|tmp)$')
 
 # Open files that lock the cache folders of this process, until it ends.
-_claimed: dict[str, list[Any]] = {}
+_claimed_folders: dict[str, list[Any]] = {}
 _exiting: list[bool] = []
 # Python joins the threads that download before it exits, and they may be waiting for a server.
 threading._register_atexit(lambda: _exiting.append(True))  # pyright: ignore[reportAttributeAccessIssue]
@@ -74,15 +74,15 @@ def _first_parent(pid: int) -> int:
     return os.getppid()
 
 
-def is_ending() -> bool:
-    """Whether nobody waits for this process's downloads any more."""
+def is_shutting_down() -> bool:
+    """Whether nobody needs this process's downloads any more."""
     is_worker = multiprocessing.parent_process() is not None
     return bool(_exiting) or (is_worker and os.getppid() != _first_parent(os.getpid()))
 
 
 def _sleep(seconds: float) -> None:
     end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0 and not is_ending():
+    while (left := end - time.monotonic()) > 0 and not is_shutting_down():
         time.sleep(min(left, 0.1))
 
 
@@ -91,7 +91,7 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _advice(error: BaseException) -> str | None:
-    """What would be right, if trying again cannot help; else None."""
+    """The remedy, if a retry cannot help; else None."""
     if isinstance(error, ClientError):
         status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode')
         if status == 404:
@@ -111,12 +111,12 @@ def _advice(error: BaseException) -> str | None:
     return None
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     is_final = _is_full(error) or isinstance(error, FlexibleChecksumError) or _advice(error) is not None
     return isinstance(error, Exception) and not is_final
 
 
-def _one_line(error: BaseException) -> str:
+def _in_one_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 
@@ -134,7 +134,7 @@ def _pids_that_map(files: Iterable[str]) -> list[int]:
     return found
 
 
-def _left_behind(folder: str) -> dict[int, list[str]]:
+def _stale_shared_memory(folder: str) -> dict[int, list[str]]:
     """Shared memory of Streaming datasets that say they use this folder, by the dataset's number."""
     found = {}
     for path in SHARED_MEMORY.glob(f'[0-9]*_{LOCALS}'):
@@ -147,7 +147,7 @@ def _left_behind(folder: str) -> dict[int, list[str]]:
     return found
 
 
-def _refuse(folder: str, user: str) -> NoReturn:
+def _raise_in_use(folder: str, user: str) -> NoReturn:
     raise StreamError(
         f"the cache folder {folder} is in use by {user}: two runs would delete each other's shards. "
         'Stop that run, or give this one a folder of its own (local: ...), one per node'
@@ -155,7 +155,10 @@ def _refuse(folder: str, user: str) -> NoReturn:
 
 
 def _lock(path: Path, folder: str, deadline: float) -> Any:
-    """Hold a file for this process and its forked workers; its content says who does."""
+    """Lock a file for this process and its forked workers, and write into it who holds it.
+
+    Not ``filelock``: forked workers must keep the lock of a killed parent, and an error names the holder.
+    """
     file = path.open('a+')
     while True:
         try:
@@ -164,7 +167,7 @@ def _lock(path: Path, folder: str, deadline: float) -> Any:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 file.seek(0)
-                _refuse(folder, file.read() or 'another run')
+                _raise_in_use(folder, file.read() or 'another run')
             time.sleep(0.1)
         except OSError as error:
             raise StreamError(
@@ -176,15 +179,16 @@ def _lock(path: Path, folder: str, deadline: float) -> Any:
     return file
 
 
-def _free_shared_memory(folder: str, deadline: float) -> None:
-    """Remove what a killed run left in shared memory; Streaming would refuse the folder because of it.
+def _remove_stale_shared_memory(folder: str, deadline: float) -> None:
+    """Remove the shared memory of a killed run, because of which Streaming would refuse the folder.
 
-    The folder is locked, so no live run of ours has it. A run with Streaming's own streams shows by its memory.
+    The folder is locked, so no live run of ours uses it. A live run with Streaming's own streams has the memory mapped.
+    Not Streaming's ``clean_stale_shared_memory``: that also removes the memory of live runs on this machine.
     """
-    while number_to_files := _left_behind(folder):
+    while number_to_files := _stale_shared_memory(folder):
         pids = _pids_that_map(file for files in number_to_files.values() for file in files)
         if not pids:
-            time.sleep(TRACKER_TIME)
+            time.sleep(TRACKER_DELAY)
             for number, files in number_to_files.items():
                 locks = (_get_path(number, lock) for lock in (BARRIER_FILELOCK, CACHE_FILELOCK))
                 for file in (*files, *(os.path.join(gettempdir(), lock) for lock in locks)):
@@ -192,17 +196,17 @@ def _free_shared_memory(folder: str, deadline: float) -> None:
             log.info('removed the shared memory of a killed run that used %s', folder)
             return
         if time.monotonic() >= deadline:
-            _refuse(folder, f'process {pids[0]} on {socket.gethostname()}')
+            _raise_in_use(folder, f'process {pids[0]} on {socket.gethostname()}')
         time.sleep(0.1)
 
 
-def _claim(folder: str) -> None:
-    """Make a cache folder this process's own; wait for the workers of a killed run to end.
+def _claim_folder(folder: str) -> None:
+    """Reserve a cache folder for this process, once the workers of a killed run have ended.
 
     Raises:
         StreamError: If a live run uses it, here or on another machine.
     """
-    if folder in _claimed:
+    if folder in _claimed_folders:
         return
     deadline = time.monotonic() + CLAIM_TIMEOUT
     os.makedirs(folder, exist_ok=True)
@@ -211,47 +215,47 @@ def _claim(folder: str) -> None:
         # containers may share it without sharing folders or seeing each other's processes
         locks.append(SHARED_MEMORY / f'cpt_algorithms_{os.getuid()}_{get_hash("xxh64", folder.encode())}')
     held = [_lock(path, folder, deadline) for path in locks]
-    _free_shared_memory(folder, deadline)
+    _remove_stale_shared_memory(folder, deadline)
     for root, _, leaves in os.walk(folder):
         for leaf in filter(PARTIAL.search, leaves):
             os.remove(os.path.join(root, leaf))
-    _claimed[folder] = held
+    _claimed_folders[folder] = held
 
 
-def _read_after_failure(shard: Reader, error: StreamError, sample: int) -> bytes:
-    """Instead of a reader's ``get_sample_data`` after a failed download."""
+def _read_or_raise(shard: Reader, error: StreamError, sample: int) -> bytes:
+    """Replaces a reader's ``get_sample_data`` after a failed download."""
     try:
-        data = type(shard).get_sample_data(shard, sample)  # another worker may have had more luck
+        data = type(shard).get_sample_data(shard, sample)  # another worker may have downloaded it
     except FileNotFoundError:
-        vars(shard)['get_sample_data'] = partial(_ask_again, shard)
+        vars(shard)['get_sample_data'] = partial(_retry_read, shard)
         raise error from None
     vars(shard).pop('get_sample_data', None)
     return data
 
 
-def _ask_again(shard: Reader, sample: int) -> bytes:
-    """Who reads again after the error wants another attempt; threads that read ahead do not get here."""
+def _retry_read(shard: Reader, sample: int) -> bytes:
+    """A read after the error is a retry; prefetch threads do not get here."""
     vars(shard).pop('get_sample_data', None)
     return shard.get_sample_data(sample)
 
 
 class ResilientStream(Stream):
-    """A stream whose downloads are tried again, validated, and fail aloud.
+    """A stream whose downloads are retried, verified, and never fail silently.
 
-    * Faults that may pass (no answer, 5xx, resets, cut bodies) are tried again with exponential backoff; what cannot
-      pass (not found, forbidden, no credentials, disk full) fails at once.
-    * A file gets its name in the cache after its hash was found right. Corrupt ones are deleted and downloaded again
-      twice. What is in the cache already is not validated again.
-    * A failed download is an error where its first row is read, in the process that reads it, not the end of the data;
-      other workers and ranks are not kept waiting for it.
-    * The cache folder (``local/split``) belongs to one run on one node at a time. What a killed run left behind, in
-      shared memory or half downloaded, is removed.
+    * Transient faults (no answer, 5xx, resets, truncated bodies) are retried with exponential backoff. Others (not
+      found, forbidden, no credentials, disk full) fail at once.
+    * A file gets its name in the cache only after its hash matched. Corrupt files are downloaded at most twice more.
+      Files that the cache already holds are not verified again.
+    * A failed download raises where its first row is read, in the process that reads it; it does not end the epoch, and
+      other workers and ranks do not wait for it.
+    * The cache folder (``local/split``) belongs to one run on one node at a time. Leftovers of a killed run, in shared
+      memory or half downloaded, are removed.
 
     Streams without ``remote`` are read where they are, by any number of runs.
 
     Args:
         cache_limit: That of the dataset, to be checked and named in errors. Default: ``None``.
-        download_retry: Attempts after the first, as in Streaming; with 8 a server may be gone for 75 s.
+        download_retry: Retries after the first attempt, as in Streaming; with 8 a server may be gone for 75 s.
         validate_hash: A hash algorithm that the index offers, or ``False`` for none. Default: ``None``, the fastest
             that the index offers; none, and said in the log, if it offers none.
         stream: Streaming's own: ``remote``, ``local``, ``split``, ``download_timeout``, ``keep_zip``, ...
@@ -293,19 +297,19 @@ class ResilientStream(Stream):
         return os.path.abspath(os.path.join(self.local, self.split))
 
     def claim(self, world: World) -> None:
-        """Make the cache folder this run's own, and download the index. All ranks at once.
+        """Reserve the cache folder for this run, and download the index. All ranks call it at once.
 
         Raises:
             StreamError: If another run uses the folder, or the index cannot be downloaded.
         """
         if self.is_cache and world.is_local_leader:
-            _claim(self.folder)
+            _claim_folder(self.folder)
             if not os.path.exists(os.path.join(self.folder, get_index_basename())):
                 self._download_file(get_index_basename())
         barrier()
 
     def check_hashes(self, offered: Iterable[Sequence[str]]) -> None:
-        """See that files can be validated as asked.
+        """Check that the index offers the hash that was asked for.
 
         Args:
             offered: The algorithms of each shard.
@@ -326,7 +330,7 @@ class ResilientStream(Stream):
                 return
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
-        """As Streaming, of a claimed folder; with everything checked that can be before training."""
+        """As Streaming, after the folder is claimed and hashes and cache limit are checked."""
         self.claim(world)
         shards = super().get_shards(world, allow_unsafe_types)
         self.check_hashes([shard.hashes for shard in shards])
@@ -338,10 +342,10 @@ class ResilientStream(Stream):
         return shards
 
     def prepare_shard(self, shard: Reader) -> int:
-        """Download, validate and decompress a shard, if need be.
+        """Download, verify and decompress a shard, if need be.
 
-        Does not raise: Streaming takes an error in its background threads for the end of the data, and lets other
-        workers wait for the shard for ever. The error is raised where a row of the shard is read.
+        Does not raise: Streaming treats an error in its prefetch threads as the end of the data, and other workers wait
+        for the shard for ever. The error is raised where a row of the shard is read.
         """
         if 'get_sample_data' in vars(shard):  # it failed; Streaming asks again for each row that it reads ahead
             return 0
@@ -350,7 +354,7 @@ class ResilientStream(Stream):
         except Exception as error:  # of any kind
             failure = error if isinstance(error, StreamError) else self._failure(shard.file_pairs[0][0].basename, error)
             log.debug('download failed', exc_info=error)
-            vars(shard)['get_sample_data'] = partial(_read_after_failure, shard, failure)
+            vars(shard)['get_sample_data'] = partial(_read_or_raise, shard, failure)
             return 0
 
     def _prepare_shard_part(
@@ -374,7 +378,7 @@ class ResilientStream(Stream):
         return self._fetch(from_basename, None, to_basename)
 
     def _fetch(self, basename: str, info: FileInfo | None, to_basename: str | None = None) -> str:
-        """Download a file and validate it; only a whole one gets its name."""
+        """Download a file and verify it; only a complete one gets its name."""
         source = os.path.join(self.remote or self.local, self.split, basename)
         path = os.path.join(self.folder, to_basename or basename)
         part = f'{path}.part'
@@ -382,7 +386,7 @@ class ResilientStream(Stream):
         for _ in range(1 + CORRUPT_RETRY):
             try:
                 self._download(source, part)
-                problem = self._problem(part, info)
+                problem = self._find_damage(part, info)
                 if problem is None:
                     with open(part, 'rb') as file:
                         os.fsync(file.fileno())
@@ -401,14 +405,14 @@ class ResilientStream(Stream):
         )
 
     def _download(self, source: str, part: str) -> None:
-        """Ride out what may pass."""
+        """Download, with retries."""
 
         def tried(state: RetryCallState) -> None:
             assert state.outcome is not None and state.next_action is not None
             log.warning(
                 '%s: attempt %d of %d failed, the next in %.0f s: %s',
                 source, state.attempt_number, 1 + self.download_retry, state.next_action.sleep,
-                _one_line(state.outcome.exception() or AssertionError()),
+                _in_one_line(state.outcome.exception() or AssertionError()),
             )  # fmt: skip
 
         def once() -> None:
@@ -423,16 +427,16 @@ class ResilientStream(Stream):
                 raise
 
         Retrying(
-            retry=retry_if_exception(_may_pass),
-            stop=lambda state: stop_after_attempt(1 + self.download_retry)(state) or is_ending(),
+            retry=retry_if_exception(_is_transient),
+            stop=lambda state: stop_after_attempt(1 + self.download_retry)(state) or is_shutting_down(),
             wait=wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT),
             sleep=_sleep,
             before_sleep=tried,
             reraise=True,
         )(once)
 
-    def _problem(self, part: str, info: FileInfo | None) -> str | None:
-        """What is wrong with a downloaded file; None if nothing is."""
+    def _find_damage(self, part: str, info: FileInfo | None) -> str | None:
+        """How a downloaded file is damaged; None if it is not."""
         data = Path(part).read_bytes()
         if info is None:  # the index
             try:
@@ -465,8 +469,8 @@ class ResilientStream(Stream):
                 'folder on a larger disk'
             )
         if advice := _advice(error):
-            return StreamError(f'{source} cannot be downloaded: {advice} ({_one_line(error)})')
+            return StreamError(f'{source} cannot be downloaded: {advice} ({_in_one_line(error)})')
         return StreamError(
-            f'{source} cannot be read, after {attempts} attempts: {_one_line(error)}. When the server is there, run '
+            f'{source} cannot be read, after {attempts} attempts: {_in_one_line(error)}. When the server is there, run '
             'again: training goes on from the latest checkpoint. A higher download_retry waits longer'
         )

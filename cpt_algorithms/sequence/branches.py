@@ -3,7 +3,6 @@
 
 import copy
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cpt_algorithms.checkpoints.open import resolve_latest
+from cpt_algorithms.checkpoints.save_folder import batch_of, checkpoint_name, latest_link, resolve_latest
 from cpt_algorithms.duration import ABSOLUTE, Duration, per_batch_of
 from cpt_algorithms.files import StorageError, is_remote
 from cpt_algorithms.schedulers.phases import phases_of
@@ -19,22 +18,17 @@ from cpt_algorithms.sequence.spec import ANNEAL_KEYS, OF_THE_TRUNK
 from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.stage import Stage
 
-__all__ = ['annealed', 'branch_of', 'checkpoint_after', 'constant_alpha', 'latest']
+__all__ = ['annealed', 'branch_of', 'checkpoint_after', 'constant_alpha']
 
 # Of the trunk's YAML, what says where it keeps things and how it started.
 _PLACES = ('run_name', 'save_folder', 'load_path', 'load_weights_only', 'load_ignore_keys', 'autoresume')
 
 
-def latest(stage: Stage) -> str:
-    """The name of the link to a run's newest checkpoint."""
-    return 'latest-sharded-rank0' if stage.is_sharded else 'latest-rank0.pt'
-
-
 def checkpoint_after(stage: Stage, batch: int) -> str:
     """The name of a run's checkpoint after a batch; of the last one, that of the link to it."""
     if batch == stage.batches:
-        return latest(stage)
-    return f'ep0-ba{batch}' if stage.is_sharded else f'ep0-ba{batch}-rank0.pt'
+        return latest_link(stage.is_sharded)
+    return checkpoint_name(batch, stage.is_sharded)
 
 
 def constant_alpha(trunk: Stage, batch: int) -> float:
@@ -153,7 +147,7 @@ def branch_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
             link = Path(checkpoint)
             real = str(link.with_name(os.readlink(link)) if link.is_symlink() else link)
         folder, _, name = real.rpartition('/')
-        batch, record = re.search(r'-ba(\d+)', name), read_record(folder or '.')
+        batch, record = batch_of(name), read_record(folder or '.')
         given: Any = OmegaConf.to_container(OmegaConf.from_cli(list(overrides)), resolve=True)
     except (OSError, StorageError, OmegaConfBaseException) as error:
         raise ValueError(f'{checkpoint}: {error}') from None
@@ -168,11 +162,11 @@ def branch_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
         raise ValueError(
             f'{wrong[0]}: a branch has this from its trunk; {", ".join(ANNEAL_KEYS)} say how it is annealed'
         )
-    how['run_name'] = given.pop('run_name', None) or f'{record.run_name}-anneal-ba{batch[1]}'
+    how['run_name'] = given.pop('run_name', None) or f'{record.run_name}-anneal-ba{batch}'
     beside = '/'.join(filter(None, [folder.rpartition('/')[0], how['run_name']]))
     how['save_folder'] = given.pop('save_folder', None) or beside
     try:
-        branch = annealed(record.config, record.config.to_train_yaml(), real, int(batch[1]), **how)
+        branch = annealed(record.config, record.config.to_train_yaml(), real, batch, **how)
     except ValueError as error:
         raise ValueError(f'{checkpoint}: {error}') from None
     # streams in place of the trunk's, and not both

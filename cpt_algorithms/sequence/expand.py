@@ -11,8 +11,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from cpt_algorithms.checkpoints.save_folder import latest_link
 from cpt_algorithms.duration import Duration, per_batch_of
-from cpt_algorithms.sequence.branches import annealed, checkpoint_after, latest
+from cpt_algorithms.sequence.branches import annealed, checkpoint_after
 from cpt_algorithms.sequence.spec import (
     ANNEAL_KEYS,
     FROM_SCRATCH,
@@ -130,7 +131,7 @@ def _expand_arm(spec: SequenceSpec, name: str, arm: Arm, seed: int, runs: dict[s
             _added(run, runs, is_new=is_last)
         parent, earlier = trunk, [*earlier, *new]
         if len(new) == 1:
-            read_by[new[0]] = f'{trunk.folder}/{latest(trunk.stage)}'
+            read_by[new[0]] = f'{trunk.folder}/{latest_link(trunk.stage.is_sharded)}'
 
 
 def _added(run: Run, runs: dict[str, Run], is_new: bool = False) -> Run:
@@ -348,7 +349,7 @@ class _RunFactory:
         """The stage itself."""
         config = _train_yaml(self.spec, given, earlier, read_by)
         if parent is not None:
-            config['load_path'] = f'{parent.folder}/{latest(parent.stage)}'
+            config['load_path'] = f'{parent.folder}/{latest_link(parent.stage.is_sharded)}'
         else:  # there is no state to keep
             config['callbacks']['stage_start'] = {'optimizer_state': 'reset'}
         if self.stage not in FROM_SCRATCH:

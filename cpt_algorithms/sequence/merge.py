@@ -12,7 +12,7 @@ from llmfoundry.command_utils import evaluate as evaluate_losses
 from llmfoundry.utils.config_utils import EVAL_CONFIG_KEYS
 from omegaconf import OmegaConf
 
-from cpt_algorithms.checkpoints.open import guard_loading
+from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.files import read_json, write_json
 from cpt_algorithms.launch.processes import die_with_parent
 from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate, write_record

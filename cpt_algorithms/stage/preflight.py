@@ -34,16 +34,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.checkpoints.open import (
-    TRUST,
-    UnsafeCheckpointError,
-    load_structure,
-    newest_remote,
-    open_checkpoint,
-    read_metadata,
-    resolve_latest,
-)
-from cpt_algorithms.evaluation.lm_eval import check_suite, load_suite_of
+from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
+from cpt_algorithms.checkpoints.guard import TRUST
+from cpt_algorithms.checkpoints.open import load_structure, open_checkpoint, read_metadata
+from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
+from cpt_algorithms.evaluation.suite import check_suite, load_suite
 from cpt_algorithms.files import (
     StorageError,
     check_writable,
@@ -74,7 +69,7 @@ from cpt_algorithms.stage.stage import (
 )
 from cpt_algorithms.validation import ConfigError, Section, check_keys, check_path, check_type, nearest, short_repr
 
-__all__ = ['PreflightError', 'latest_batch', 'model_on_meta', 'preflight', 'tokenizer_of']
+__all__ = ['PreflightError', 'model_on_meta', 'preflight', 'tokenizer_of']
 
 log = logging.getLogger(__name__)
 
@@ -384,7 +379,7 @@ def _check_lm_eval(stage: Stage) -> None:
             'copy the export and use scripts/evaluate.py'
         )
     try:
-        problems = check_suite(load_suite_of(stage.suite))
+        problems = check_suite(load_suite(stage.suite))
     except ValueError as error:
         problems = [str(error)]
     if problems:
@@ -615,7 +610,7 @@ def _model_shapes(stage: Stage) -> Shapes:
 def _check_parent(stage: Stage) -> None:
     path = stage.load_path
     try:
-        if not path or latest_batch(stage.folder):  # a restart does not read its parent
+        if not path or newest_complete(stage.folder)[0]:  # a restart does not read its parent
             return
     except StorageError:  # which is said of save_folder
         return
@@ -695,17 +690,3 @@ def _check_weights(base: str, model: Any) -> None:
     problems += [f'{name} is {there} there and {here} here' for name, there, here in found['mismatched_keys']]
     if problems:
         raise ValueError(f'the weights in {base} do not fit its configuration: {_first(problems)}')
-
-
-def latest_batch(save_folder: str | Path) -> int:
-    """Batch of the newest complete checkpoint of a run's folder, local or in object storage; 0 if there is none.
-
-    Raises:
-        StorageError: If object storage cannot be reached.
-    """
-    if is_remote(save_folder):
-        return newest_remote(str(save_folder))[0]
-    for link in Path(save_folder).glob('latest*'):
-        if link.is_symlink() and link.exists() and (found := re.search(r'ba(\d+)', link.resolve().name)):
-            return int(found.group(1))
-    return 0

@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import platform
-import re
 import secrets
 import shutil
 import sys
@@ -27,13 +26,16 @@ from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cpt_algorithms.checkpoints.exports import folder_of_pretrained, models_of, parent_of
-from cpt_algorithms.checkpoints.open import CheckpointError, guard_loading, is_complete, newest_remote, resolve_latest
-from cpt_algorithms.evaluation.lm_eval import evaluate_all, load_suite_of, print_result
+from cpt_algorithms.checkpoints.errors import CheckpointError
+from cpt_algorithms.checkpoints.exports import folder_of_pretrained
+from cpt_algorithms.checkpoints.guard import guard_loading
+from cpt_algorithms.checkpoints.save_folder import latest_link, newest_complete, repair, resolve_latest
+from cpt_algorithms.evaluation.lm_eval import evaluate_runs
+from cpt_algorithms.evaluation.suite import load_suite
 from cpt_algorithms.files import StorageError, exists, is_remote, read_json, write_atomic, write_json
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.streams import StreamError
-from cpt_algorithms.stage.preflight import PreflightError, latest_batch, preflight
+from cpt_algorithms.stage.preflight import PreflightError, preflight
 from cpt_algorithms.stage.record import StageRecord, read_record
 from cpt_algorithms.stage.saving import StoppedError, disk_problem
 from cpt_algorithms.stage.stage import Stage
@@ -175,60 +177,27 @@ def evaluate(folder: Path, given: str | list[str]) -> tuple[dict[str, float], bo
         The scores as metrics, and whether there is nothing left to try again.
     """
     try:
-        suite, models = load_suite_of(given), models_of(folder)
-        try:
-            parent = parent_of(folder)
-        except ValueError as missing:
-            print(missing)
-            parent = None
-        results = evaluate_all([models], [parent], suite)
+        suite = load_suite(given)
+        results = evaluate_runs([folder], suite)
     except Exception as error:  # of any kind: the model is trained and exported, and others may start from it
         print(f'{folder}: lm-eval could not be run; the same command tries again: {type(error).__name__}: {error}')
         return {}, False
     metrics = {}
-    for model in models:
-        print_result(results[model], results[parent] if parent else None)
+    for model, result in results.items():
         average = model.name.partition('-')[2]
-        for name, task in results[model]['tasks'].items():
+        for name, task in result['tasks'].items():
             metrics[f'lm_eval/{name}/{average}' if average else f'lm_eval/{name}'] = task['score']
-    expected = set(suite.get('missing') or {})
-    return metrics, all(set(results[model]['missing']) == expected for model in models)
-
-
-def mend(folder: Path) -> None:
-    """Undo what a kill in the middle of saving leaves behind.
-
-    Composer writes a checkpoint under its final name, then replaces the ``latest`` link by removing it, then deletes
-    the oldest checkpoint. What is half written or half deleted is deleted, and ``latest`` made to point at the newest
-    whole checkpoint, if there is one.
-    """
-    whole: dict[int, Path] = {}
-    for path in folder.glob('ep*-ba*'):
-        batch = re.search(r'-ba(\d+)', path.name)
-        if is_complete(path) and batch:
-            whole[int(batch.group(1))] = path
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    if whole:
-        newest = whole[max(whole)]
-        link = folder / ('latest-sharded-rank0' if newest.is_dir() else 'latest-rank0.pt')
-        if not (link.is_symlink() and link.resolve() == newest.resolve()):
-            new_link = folder / '.latest'
-            new_link.unlink(missing_ok=True)
-            new_link.symlink_to(newest.name)
-            new_link.replace(link)
+    return metrics, all(set(result['missing']) == set(suite.missing) for result in results.values())
 
 
 def take_local(folder: Path, lock: FileLock) -> None:
-    """Lock a local folder, mend it, and forget that a shorter run, which is now extended, was done."""
+    """Lock a local folder, repair it, and forget that a shorter run, which is now extended, was done."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=30)
     except Timeout:
         sys.exit(f'save_folder={folder}: another process is training there; wait for it or stop it')
-    mend(folder)
+    repair(folder)
     (folder / 'done.json').unlink(missing_ok=True)
 
 
@@ -242,9 +211,9 @@ def take_remote(folder: str) -> tuple[str, str | None]:
     write_json(f'{folder}/writer.json', {'token': token, 'host': platform.node(), 'pid': os.getpid()})
     if exists(f'{folder}/done.json'):
         write_json(f'{folder}/done.json', {'batch': 0})
-    checkpoint = newest_remote(folder)[1]
+    checkpoint = newest_complete(folder)[1]
     if checkpoint is not None:
-        link = 'latest-rank0.pt' if checkpoint.endswith('.pt') else 'latest-sharded-rank0'
+        link = latest_link(sharded=not checkpoint.endswith('.pt'))
         write_atomic(f'{folder}/{link}.symlink', parse_uri(checkpoint)[2].encode())
     return token, checkpoint
 
@@ -315,7 +284,7 @@ def _train(stage: Stage) -> None:
             token, checkpoint = take_remote(folder)
         else:
             take_local(Path(folder), lock)
-        latest = latest_batch(folder)
+        latest = newest_complete(folder)[0]
         record = write_record(stage, resumes=latest > 0)
         parent_is_evaluated = exists(f'{folder}/forgetting.json') and (latest > 0 or not remote)
         # Composer finds latest-rank0.pt in object storage, but no latest-sharded-rank0

@@ -20,7 +20,7 @@ from streaming import StreamingDataset
 from torch.distributed.fsdp import FSDPModule
 
 from cpt_algorithms.checkpoints.exports import export_atomically
-from cpt_algorithms.checkpoints.open import guard_loading
+from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler

@@ -114,7 +114,7 @@ class AveragedWeights(Callback, ABC):
     """
 
     key: str  # the YAML name
-    group: str  # the key of the saved tensors
+    state_key: str  # the key of the saved tensors
 
     def __init__(self, start: str, interval: str) -> None:
         self.start = parse_time(f'callbacks.{self.key}.start', start, at_least=0)
@@ -138,7 +138,7 @@ class AveragedWeights(Callback, ABC):
         """This rank's shards of an average: float32, beside the parameters."""
 
     @abstractmethod
-    def observe(self, state: State) -> None:
+    def update(self, state: State) -> None:
         """Take the current weights into account."""
 
     @abstractmethod
@@ -149,7 +149,7 @@ class AveragedWeights(Callback, ABC):
     def restore(self, saved: dict[str, list[torch.Tensor]], settings: dict[str, Any], state: State) -> list[str]:
         """Take back what :meth:`saved` gave; returns what of it is not used or was not there, and why."""
 
-    def wants(self, name: str) -> bool:
+    def should_load(self, name: str) -> bool:
         """Whether shards of this name are worth loading."""
         return True
 
@@ -157,10 +157,10 @@ class AveragedWeights(Callback, ABC):
         """Where loaded shards go; ``None`` for beside the parameters."""
         return None
 
-    def begin(self, state: State) -> None:
-        """Start has come, whether or not it is time to look; called after every batch, before :meth:`observe`."""
+    def on_start(self, state: State) -> None:
+        """Start has come, whether or not it is time to look; called after every batch, before :meth:`update`."""
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Free what was kept for an evaluation."""
 
     # when
@@ -177,11 +177,11 @@ class AveragedWeights(Callback, ABC):
         start, interval = resolve_time(self.start, state), resolve_time(self.interval, state)
         if before is None or before.get(start.unit).value < start.value:
             return
-        self.begin(state)
+        self.on_start(state)
         first, last = (floor(time.get(interval.unit).value / interval.value) for time in (before, now))
         if first != last:
             with torch.no_grad():
-                self.observe(state)
+                self.update(state)
             self._add_evaluators(state)
 
     # evaluation
@@ -267,11 +267,11 @@ class AveragedWeights(Callback, ABC):
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Free what was kept for the evaluation."""
-        self.forget()
+        self.release()
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
         """Free what was kept for the evaluation."""
-        self.forget()
+        self.release()
 
     # checkpoints
 
@@ -312,17 +312,17 @@ class AveragedWeights(Callback, ABC):
             if not callbacks:
                 del state_dict['state']['callbacks']
             return
-        begin, end = f'{prefix}.{self.group}.', f'.{next(iter(self.shards.parameters))}'
+        begin, end = f'{prefix}.{self.state_key}.', f'.{next(iter(self.shards.parameters))}'
         names = [key[len(begin) : -len(end)] for key in there if key.startswith(begin) and key.endswith(end)]
         groups: dict[str, Any] = {}
-        for name in filter(self.wants, sorted(names, key=lambda name: (len(name), name))):
+        for name in filter(self.should_load, sorted(names, key=lambda name: (len(name), name))):
 
             def dtype(parameter: str, name: str = name) -> torch.dtype:
                 found = there.get(f'{begin}{name}.{parameter}')
                 return getattr(getattr(found, 'properties', None), 'dtype', torch.float32)
 
             groups[name] = self.shards.empty(dtype, self.device())
-        callbacks[ours] = {'meta': '', **({self.group: groups} if groups else {})}
+        callbacks[ours] = {'meta': '', **({self.state_key: groups} if groups else {})}
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's shards, and one JSON string."""
@@ -333,7 +333,7 @@ class AveragedWeights(Callback, ABC):
         settings['square_sum'] = {name: self.shards.square_sum(tensors) for name, tensors in lists.items()}
         saved: dict[str, Any] = {'meta': json.dumps(settings)}
         if lists:
-            saved[self.group] = {name: self.shards.to_saved(tensors, full) for name, tensors in lists.items()}
+            saved[self.state_key] = {name: self.shards.to_saved(tensors, full) for name, tensors in lists.items()}
         return saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -348,9 +348,9 @@ class AveragedWeights(Callback, ABC):
             settings = json.loads(self._loaded['meta'])
             saved = {
                 name: self.shards.from_saved(tensors, f'{self.key} ({name})')
-                for name, tensors in self._loaded.get(self.group, {}).items()
+                for name, tensors in self._loaded.get(self.state_key, {}).items()
             }
-            if lost := [name for name in settings['square_sum'] if self.wants(name) and name not in saved]:
+            if lost := [name for name in settings['square_sum'] if self.should_load(name) and name not in saved]:
                 raise ValueError(
                     f"{self.key} ({lost[0]}) was saved for other trainable parameters than this model's: "
                     f'{next(iter(self.shards.parameters))} is not among them'
@@ -390,6 +390,6 @@ class AveragedWeights(Callback, ABC):
                         export_atomically(exporter, *args, **{**kwargs, 'register_to_mlflow': False})
                 finally:
                     exporter.huggingface_folder_name_fstr = folder
-            self.forget()
+            self.release()
 
         exporter._save_checkpoint = save_with_averages

@@ -40,7 +40,7 @@ class EMA(AveragedWeights):
     """
 
     key = 'ema'
-    group = 'averages'
+    state_key = 'averages'
 
     def __init__(self, half_life: str | Sequence[str], start: str = '0ba', interval: str = '1ba') -> None:
         super().__init__(start, interval)
@@ -61,7 +61,7 @@ class EMA(AveragedWeights):
         """This rank's shards of an average: float32, beside the parameters."""
         return self._averages[name]
 
-    def begin(self, state: State) -> None:
+    def on_start(self, state: State) -> None:
         """Start the clocks."""
         assert state.previous_timestamp is not None, 'a batch has ended'
         for name, time in self.half_lives.items():
@@ -70,7 +70,7 @@ class EMA(AveragedWeights):
                 now = state.previous_timestamp.get(unit).value
                 self._clocks[name] = {'unit': unit.value, 'begin': now}
 
-    def observe(self, state: State) -> None:
+    def update(self, state: State) -> None:
         """Update every average."""
         parameters = self.shards.tensors()
         for name, time in self.half_lives.items():
@@ -83,7 +83,7 @@ class EMA(AveragedWeights):
                 self._averages[name] = [parameter.to(torch.float32, copy=True) for parameter in parameters]
             clock['last'] = now
 
-    def wants(self, name: str) -> bool:
+    def should_load(self, name: str) -> bool:
         """Only half-lives that the YAML asks for."""
         return name in self.half_lives
 

@@ -40,7 +40,7 @@ class LAWA(AveragedWeights):
     """
 
     key = 'lawa'
-    group = 'window'
+    state_key = 'window'
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class LAWA(AveragedWeights):
         return ['lawa'] if self._window else []
 
     def average(self, name: str) -> list[torch.Tensor]:
-        """This rank's shards of the average: float32, beside the parameters; kept until :meth:`forget`."""
+        """This rank's shards of the average: float32, beside the parameters; kept until :meth:`release`."""
         if self._mean is None:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()  # snapshots are copied to the CPU behind its back
@@ -77,7 +77,7 @@ class LAWA(AveragedWeights):
             ]
         return self._mean
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Free the average; the window stays."""
         self._mean = None
 
@@ -90,7 +90,7 @@ class LAWA(AveragedWeights):
         pinned = device.type == 'cpu' and torch.cuda.is_initialized()
         return torch.empty_like(tensor, device=device, pin_memory=pinned).copy_(tensor, non_blocking=pinned)
 
-    def observe(self, state: State) -> None:
+    def update(self, state: State) -> None:
         """Take a snapshot; the oldest of a full window leaves it."""
         parameters = self.shards.tensors()
         if len(self._window) == self.k:
@@ -100,7 +100,7 @@ class LAWA(AveragedWeights):
         else:
             snapshot = [self._place(parameter, parameter) for parameter in parameters]
         self._window.append(snapshot)
-        self.forget()
+        self.release()
 
     def saved(self) -> tuple[dict[str, list[torch.Tensor]], dict[str, Any]]:
         """The window, oldest first, and how it was taken."""

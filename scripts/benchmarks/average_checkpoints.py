@@ -23,6 +23,21 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--gigabytes', type=float, default=2, help='of each checkpoint (default: 2)')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--mergekit', type=Path, help='its mergekit-yaml, of an environment of its own')
+    parser.add_argument('--folder', type=Path, help='for 7 checkpoints (default: the temporary folder)')
+    parser.add_argument('--json', type=Path, help='where the numbers go as well')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    OPTIONS = parse()  # before the imports that take seconds
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -119,7 +134,7 @@ def average(folders: list[Path], out: Path) -> None:
     checkpoints = [open_checkpoint(folder) for folder in folders]
     plan = averaged_checkpoint.make_plan(checkpoints, [1 / COUNT] * COUNT)
     small_files = averaged_checkpoint.find_small_files(checkpoints[-1], None)
-    averaged_checkpoint.write_hugging_face(plan, out, small_files, '5GB', lambda num_bytes: None)
+    averaged_checkpoint.write_average(plan, out, 'hf', {}, small_files, '5GB', lambda num_bytes: None)
 
 
 def errors(folders: list[Path], out: Path) -> tuple[float, int, int]:
@@ -155,15 +170,8 @@ def measure(*command: str | Path) -> dict[str, float]:
     return json.loads(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Measure, print a table, and write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--gigabytes', type=float, default=2, help='of each checkpoint (default: 2)')
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--mergekit', type=Path, help='its mergekit-yaml, of an environment of its own')
-    parser.add_argument('--folder', type=Path, help='for 7 checkpoints (default: the temporary folder)')
-    parser.add_argument('--json', type=Path, help='where the numbers go as well')
-    options = parser.parse_args()
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -247,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    main(OPTIONS)

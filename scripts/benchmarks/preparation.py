@@ -29,18 +29,15 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ['TOKENIZERS_PARALLELISM'] = 'true'
+from cpt_algorithms.preparation.engines import LocalEngine, num_cores
+from cpt_algorithms.preparation.options import Options, make_request
+from cpt_algorithms.preparation.pipeline import prepare
+from cpt_algorithms.preparation.sources import Part, Source, find_files, parse_sources, read
+from cpt_algorithms.preparation.tokenizer import load_tokenizer, train_tokenizer
 
-import prepare_data  # noqa: E402
-
-from cpt_algorithms.preparation.engines import LocalEngine, num_cores  # noqa: E402
-from cpt_algorithms.preparation.pipeline import prepare  # noqa: E402
-from cpt_algorithms.preparation.sources import Part, Source, find_files, read  # noqa: E402
-from cpt_algorithms.preparation.tokenizer import load_tokenizer, train_tokenizer  # noqa: E402
-
+os.environ['TOKENIZERS_PARALLELISM'] = 'true'  # tokenizers looks at it when it first works
 MAX_SEQ_LEN = 2048
-SCRIPT = Path(prepare_data.__file__)
+SCRIPT = Path(__file__).parents[1] / 'prepare_data.py'
 
 
 def write(root: Path, megabytes: int) -> list[str]:
@@ -62,20 +59,26 @@ def write(root: Path, megabytes: int) -> list[str]:
     return texts
 
 
-def arguments(root: Path, folder: str, out: Path) -> list[str]:
-    """The command line of a preparation."""
-    options = [f'--dataset=x=jsonl:{root / folder}/*.jsonl', '--tokenizer', str(root / 'tokenizer')]
-    return ['--out', str(out), *options, '--max-seq-len', str(MAX_SEQ_LEN), '--workers', str(num_cores())]
-
-
 def preparation(root: Path, engine: LocalEngine, tokenizer: Any) -> None:
     """All that the script does once its processes are there."""
-    options = prepare_data.make_parser().parse_args(arguments(root, '1', root / 'out'))
-    sources = [Source.parse(spec) for spec in options.dataset]
+    options = Options(out='out', dataset=[f'x=jsonl:{root}/1/*.jsonl'], tokenizer=str(root / 'tokenizer'))
+    sources = parse_sources(options.dataset)
     files = {str(source): find_files(source) for source in sources}
-    request = prepare_data.make_request(options, sources, files, MAX_SEQ_LEN, None, [])
+    request = make_request(options, sources, files, MAX_SEQ_LEN, None, [])
     prepare(request, sources, files, root / 'partial', engine, tokenizer, [])
     shutil.rmtree(root / 'partial')
+
+
+def command(root: Path, folder: str) -> list[str]:
+    """The script, on the documents of a folder."""
+    options = {
+        'out': root / f'out{folder}',
+        'dataset': f'x=jsonl:{root / folder}/*.jsonl',
+        'tokenizer': root / 'tokenizer',
+        'max-seq-len': MAX_SEQ_LEN,
+        'workers': num_cores(),
+    }
+    return [sys.executable, str(SCRIPT), *(f'--{name}={value}' for name, value in options.items())]
 
 
 def peak(command: list[str]) -> tuple[float, float]:
@@ -131,10 +134,7 @@ def main() -> None:
                 encode = getattr(backend, name)
                 taken[name].append(timed(lambda encode=encode: encode(texts, add_special_tokens=False)))
             taken['preparation'].append(timed(lambda: preparation(root, engine, tokenizer)))
-        sizes = {
-            f'{factor}x': peak([sys.executable, str(SCRIPT), *arguments(root, factor, root / f'out{factor}')])
-            for factor in ('1', '4')
-        }
+        sizes = {f'{factor}x': peak(command(root, factor)) for factor in ('1', '4')}
     best = min(('encode_batch', 'encode_batch_fast'), key=lambda name: statistics.median(taken[name]))
     title = f'{megabytes:.0f} MB, {num_tokens / 1e6:.1f} M tokens, {num_cores()} cores, {options.rounds} rounds'
     table = Table('', 'seconds', 'MB/s', 'M tokens/s', 'CPU seconds', title=title, title_justify='left')

@@ -22,6 +22,25 @@ import time
 from collections import Counter
 from pathlib import Path
 
+STOCK_SIZES = (1_000_000, 10_000_000, 50_000_000)
+OUR_SIZES = (*STOCK_SIZES, 146_000_000, 10_000_000_000)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ('reading', 'starting', 'locality', 'order')
+    parser.add_argument('--parts', nargs='*', choices=parts, default=parts)
+    parser.add_argument('--samples', type=int, default=20_000)
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--sizes', type=int, nargs='*', default=OUR_SIZES)
+    parser.add_argument('--json', type=Path, help='also write the numbers there')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    OPTIONS = parse()  # before the imports that take seconds
+
 import numpy as np
 from llmfoundry.data.text_data import StreamingTextDataset
 from rich.console import Console
@@ -37,8 +56,6 @@ from cpt_algorithms.replay.replay_text import ReplayTextDataset
 SEQ_LEN = 2048
 BATCH = 16
 PER_SHARD = 8178  # samples of 2048 int32 in a shard of 64 MB
-STOCK_SIZES = (1_000_000, 10_000_000, 50_000_000)
-OUR_SIZES = (*STOCK_SIZES, 146_000_000, 10_000_000_000)
 
 # Run in a process of its own.
 STARTING = """
@@ -231,16 +248,8 @@ def order(results: dict[str, dict]) -> Table:
     return table
 
 
-def main() -> None:
+def main(arguments: argparse.Namespace) -> None:
     """Measure, print tables, and write them as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ('reading', 'starting', 'locality', 'order')
-    parser.add_argument('--parts', nargs='*', choices=parts, default=parts)
-    parser.add_argument('--samples', type=int, default=20_000)
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--sizes', type=int, nargs='*', default=OUR_SIZES)
-    parser.add_argument('--json', type=Path, help='also write the numbers there')
-    arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -260,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    main(OPTIONS)

@@ -25,6 +25,24 @@ from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', type=Path, default=ROOT / 'data' / 'quickstart')
+    parser.add_argument('--rounds', type=int, default=5, help='of starting, saving and resuming')
+    parser.add_argument('--batches', type=int, default=208, help='that take turns')
+    parser.add_argument('--width', type=int, default=384)
+    parser.add_argument('--layers', type=int, default=6)
+    parser.add_argument('--json', type=Path, help='also write the numbers there')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    OPTIONS = parse()  # before the imports that take seconds
+
 from composer import Trainer
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
@@ -36,7 +54,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
 SIDES = ('stock', 'ours')
 # Batches of a run for start, save and resume; and of what takes turns, counted together.
 BATCHES, TOGETHER = 16, 4
@@ -217,16 +234,8 @@ def steps(configs: dict[str, dict[str, Any]]) -> tuple[dict[str, list[float]], d
     return taken
 
 
-def main() -> None:
+def main(arguments: argparse.Namespace) -> None:
     """Measure, print a table, write the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', type=Path, default=ROOT / 'data' / 'quickstart')
-    parser.add_argument('--rounds', type=int, default=5, help='of starting, saving and resuming')
-    parser.add_argument('--batches', type=int, default=208, help='that take turns')
-    parser.add_argument('--width', type=int, default=384)
-    parser.add_argument('--layers', type=int, default=6)
-    parser.add_argument('--json', type=Path, help='also write the numbers there')
-    arguments = parser.parse_args()
     taken: dict[str, dict[str, list[float]]] = {what: {side: [] for side in SIDES} for what in WHAT}
     checkpoints = saves()
     with tempfile.TemporaryDirectory() as name:
@@ -267,4 +276,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    main(OPTIONS)

@@ -16,6 +16,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--millions', type=int, default=100, help='parameters, in millions')
+    parser.add_argument('--repeats', type=int, default=15)
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
+    parser.add_argument('--json', type=Path, help='also write the numbers here')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    OPTIONS = parse()  # before the imports that take seconds
+
 import torch
 from composer.algorithms.ema.ema import EMAParameters, compute_ema
 from rich.console import Console
@@ -82,14 +96,8 @@ def step_of_125m() -> Callable[[bool], None]:
     return step
 
 
-def main() -> None:
+def main(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--millions', type=int, default=100, help='parameters, in millions')
-    parser.add_argument('--repeats', type=int, default=15)
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
-    parser.add_argument('--json', type=Path, help='also write the numbers here')
-    arguments = parser.parse_args()
     console = Console()
     console.width = max(console.width, 110)
     tensors = parameters(arguments.millions * 1_000_000, arguments.device)
@@ -138,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    main(OPTIONS)

@@ -14,7 +14,7 @@ from composer.utils import dist
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cpt_algorithms.checkpoints.open import CheckpointError
+from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.stage.run import check_or_exit, train_stage
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS

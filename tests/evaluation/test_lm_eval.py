@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``scripts/evaluate.py``: real exports, real lm-eval; and the arithmetic of scores and paired differences."""
+"""``scripts/evaluate.py``: suites, real exports, real lm-eval."""
 
 import json
 import os
 import random
+import re
 import shutil
-from math import log, sqrt
+import subprocess
+import sys
+from math import log
 from pathlib import Path
 
 import evaluate as script
@@ -20,104 +23,71 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cpt_algorithms.checkpoints import exports
 from cpt_algorithms.evaluation import lm_eval
-from cpt_algorithms.evaluation.functional import Mean
-from cpt_algorithms.evaluation.lm_eval import (
-    check_form,
-    check_suite,
-    compare,
-    load_model,
-    load_suite,
-    mean_over_tasks,
-    paired_delta,
-    score,
-    within_noise,
-)
+from cpt_algorithms.evaluation.functional import score, within_noise
+from cpt_algorithms.evaluation.lm_eval import compare, load_model
+from cpt_algorithms.evaluation.suite import Suite, SuiteTask, check_suite, load_suite, task_manager
+from cpt_algorithms.validation import ConfigError, parse_section
 
 ITEMS = 24
+PIQA = {'task': 'piqa', 'num_fewshot': 0, 'metric': 'acc'}
 
 
-# Arithmetic
-
-
-def test_score_by_hand():
-    # 1 of 4: variance of the items 3/16 * 4/3 = 1/4, of the mean 1/16
-    assert score([1, 0, 0, 0], [1, 1, 1, 1]) == Mean(0.25, 0.25, 4)
-    # 6 bits on 2 bytes: residuals 4 - 3 and 2 - 3; sqrt(2/1 * 2) / 2
-    assert score([4, 2], [1, 1]) == Mean(3, 1, 2)
-    # 9 bits on 3 bytes: 2 - 3 and 7 - 6; sqrt(2 * 2) / 3
-    assert score([2, 7], [1, 2]) == Mean(3, 2 / 3, 2)
-    assert score([0.5], [1]) == Mean(0.5, 0, 1)
-    with pytest.raises(ValueError, match='no item'):
-        score([], [])
+# Suites
 
 
 @given(st.lists(st.sampled_from([0, 1]), min_size=2, max_size=50))
-def test_score_is_lm_evals_mean_and_standard_error(values: list[int]):
+def test_score_is_lm_evals_mean_and_standard_error(values):
     from lm_eval.api.metrics import mean, mean_stderr
 
     ours = score(values, [1] * len(values))
     assert ours.value == pytest.approx(mean(values)) and ours.stderr == pytest.approx(mean_stderr(values), abs=1e-12)
 
 
-def test_paired_delta_by_hand():
-    # +1 -1 +1 0: mean 1/4, squares 3 - 4/16, sqrt(11/4 * 4/3) / 4
-    delta = paired_delta([1, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1])
-    assert delta.value == 0.25 and delta.stderr == pytest.approx(sqrt(11 / 3) / 4)
-    # what both share cancels, whatever the items' spread
-    assert paired_delta([10, 3, 8], [9, 2, 7], [1, 1, 1]) == Mean(1, 0, 3)
-
-
-def test_within_noise():
-    assert within_noise(Mean(0.195, 0.1, 9)) and within_noise(Mean(-0.195, 0.1, 9)) and within_noise(Mean(0, 0, 9))
-    assert not within_noise(Mean(0.197, 0.1, 9))
-    assert within_noise(Mean(1, 0, 1))  # one item says nothing
-
-
-def test_mean_over_tasks_by_hand():
-    assert mean_over_tasks([Mean(0.2, 0.03, 10), Mean(0.6, 0.04, 1000)]) == Mean(0.4, pytest.approx(0.025), 1010)
-
-
-# Suites
-
-
 @pytest.mark.parametrize(
     ('suite', 'problem'),
     [
-        ([], 'a suite is a mapping'),
-        ({'name': 'x'}, 'tasks is missing'),
-        ({'name': 'x', 'tasks': {'A': {'task': 'piqa', 'num_fewshot': 0, 'metric': 'acc'}}, 'taks': {}}, "taks is not a key that anything reads; did you mean 'tasks'?"),
-        ({'name': 'x', 'tasks': {'A': {'task': 'piqa', 'num_fewshots': 0, 'metric': 'acc'}}}, 'tasks.A.num_fewshots is not a key'),
-        ({'name': 'x', 'tasks': {'A': {'task': 'piqa', 'num_fewshot': 0}}}, 'tasks.A.metric is missing'),
-        ({'name': 'x', 'tasks': {'A': {'task': 'piqa', 'num_fewshot': -1, 'metric': 'acc'}}}, 'tasks.A.num_fewshot=-1 must be'),
-        ({'name': 'x', 'tasks': {'A': {'task': {'dataset_path': 'json'}, 'num_fewshot': 0, 'metric': 'acc'}}}, 'tasks.A.task must be'),
-        ({'name': 'x', 'tasks': {'A': 'piqa'}}, 'tasks.A must be a mapping'),
-        ({'name': 'a/b', 'tasks': {'A': {'task': 'piqa', 'num_fewshot': 0, 'metric': 'acc'}}}, "name='a/b' must be"),
-        ({'name': 'x', 'tasks': {'A': {'task': 'piqa', 'num_fewshot': 0, 'metric': 'acc'}}, 'missing': {'A': 'why'}}, 'A is both in tasks and in missing'),
+        ({}, r'tasks is missing'),
+        ({'tasks': {'A': PIQA}, 'taks': {}}, r"taks .* 'tasks'\?"),
+        ({'tasks': {'A': {**PIQA, 'num_fewshots': 0}}}, r"tasks\.A\.num_fewshots .* 'num_fewshot'\?"),
+        ({'tasks': {'A': {**PIQA, 'metric': None}}}, r'tasks\.A\.metric is missing'),
+        ({'tasks': {'A': {**PIQA, 'num_fewshot': -1}}}, r'tasks\.A\.num_fewshot=-1 .* at least 0'),
+        ({'tasks': {'A': {**PIQA, 'num_fewshot': True}}}, r'tasks\.A\.num_fewshot=True'),
+        ({'tasks': {'A': {**PIQA, 'task': {'dataset_path': 'json'}}}}, r"tasks\.A\.task=\{'dataset_path'"),
+        ({'tasks': {'A': 'piqa'}}, r"tasks\.A='piqa' .* a mapping"),
+        ({'name': 'a/b', 'tasks': {'A': PIQA}}, r"name='a/b'"),
+        ({'tasks': {'A': PIQA}, 'missing': {'A': 'why'}}, r'missing\.A'),
     ],
-)  # fmt: skip
-def test_form(suite, problem: str):
-    found = check_form(suite)
-    assert len(found) == 1 and problem in found[0]
+)
+def test_what_is_no_suite(suite, problem):
+    with pytest.raises(ConfigError) as refused:
+        parse_section(Suite, {'name': 'x', **suite})
+    [line] = refused.value.problems
+    assert re.match(problem, line)
 
 
 @pytest.mark.parametrize('path', sorted((tiny.ROOT / 'yamls' / 'eval').glob('*.yaml')), ids=lambda path: path.stem)
-def test_every_suite_can_be_run(path: Path, tmp_path: Path):
-    suite = load_suite(path, [f'variables.root={tmp_path}'] if path.stem == 'offline' else [])
-    assert suite['name'] == path.stem
+def test_every_suite_can_be_run(path, tmp_path):
+    suite = load_suite([path, f'variables.root={tmp_path}'] if path.stem == 'offline' else path)
+    assert suite.name == path.stem
     (tmp_path / 'lm_eval').mkdir()
-    for entry in suite['tasks'].values():
-        for file in lm_eval._data_files(entry['task']):
+    for entry in suite.tasks.values():
+        for file in entry.data_files:
             Path(file).touch()
     assert check_suite(suite) == []
 
 
-def test_unknown_task_and_missing_data(tmp_path: Path):
-    suite = load_suite(tiny.ROOT / 'yamls/eval/offline.yaml', [f'variables.root={tmp_path}'])
-    suite['tasks']['Hella'] = {'task': 'hellaswga', 'num_fewshot': 0, 'metric': 'acc'}
+def test_unknown_task_and_missing_data(tmp_path):
+    more = 'tasks.Hella={task: hellaswga, num_fewshot: 0, metric: acc}'
+    suite = load_suite([tiny.ROOT / 'yamls/eval/offline.yaml', f'variables.root={tmp_path}', more])
     problems = check_suite(suite)
-    assert len(problems) == 5
-    assert f'{tmp_path}/lm_eval/python_passages.jsonl does not exist' in problems[0]
-    assert 'tasks.Hella: lm-eval' in problems[4] and "no task 'hellaswga'; the nearest: hellaswag" in problems[4]
+    assert [problem.partition(': ')[0] for problem in problems] == [f'tasks.{name}' for name in suite.tasks]
+    assert f'{tmp_path}/lm_eval/python_passages.jsonl' in problems[0]
+    assert "'hellaswga'" in problems[4] and "'hellaswag'" in problems[4]
+
+
+def test_neither_help_nor_suites_wait_for_torch():
+    code = 'import sys, evaluate, cpt_algorithms.evaluation.lm_eval; sys.exit("torch" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT / 'scripts').returncode == 0
 
 
 # Real models
@@ -128,73 +98,79 @@ def sentences(seed: int, length: int) -> list[str]:
     return [' '.join(generator.choices('abcdefghijklmnopqrst', k=length)) for _ in range(ITEMS)]
 
 
-def inline(name: str, file: Path, **over) -> dict:
-    return {
-        'task': name,
-        'dataset_path': 'json',
-        'dataset_kwargs': {'data_files': {'test': str(file)}},
-        'test_split': 'test',
-        'metadata': {'version': 3},
-        **over,
-    }
-
-
 @pytest.fixture(scope='module')
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+def tasks(tmp_path_factory):
     """A suite of bits per byte, multiple choice and exact match, on documents of unequal lengths."""
     folder = tmp_path_factory.mktemp('tasks')
     rows = {
         # the longest is read in two windows
-        'text': [{'text': text} for text in [*sentences(0, 6), *sentences(1, 12)]],
+        'bits': [{'text': text} for text in [*sentences(0, 6), *sentences(1, 12)]],
         'choice': [
             {'context': context, 'choices': [f' {end}' for end in sentences(at, 3)[:4]], 'answer': at % 4}
             for at, context in enumerate(sentences(2, 4))
         ],
         'exact': [{'question': text, 'answer': 'a a'} for text in sentences(3, 4)],
     }
-    for name, items in rows.items():
-        (folder / f'{name}.jsonl').write_text(''.join(json.dumps(item) + '\n' for item in items))
-    metric = {'aggregation': 'mean', 'higher_is_better': True}
-    made = {
-        'bits': inline('bits', folder / 'text.jsonl', output_type='loglikelihood_rolling', doc_to_text='', doc_to_target='text', metric_list=[{'metric': 'bits_per_byte', 'aggregation': 'bits_per_byte', 'higher_is_better': False}]),
-        'choice': inline('choice', folder / 'choice.jsonl', output_type='multiple_choice', doc_to_text='context', doc_to_choice='choices', doc_to_target='answer', target_delimiter='', metric_list=[{'metric': 'acc', **metric}, {'metric': 'acc_norm', **metric}]),
-        'exact': inline('exact', folder / 'exact.jsonl', output_type='generate_until', doc_to_text='question', doc_to_target='answer', generation_kwargs={'until': ['\n'], 'max_gen_toks': 3}, metric_list=[{'metric': 'exact_match', **metric}]),
+
+    def metrics(*names, aggregation='mean', higher_is_better=True):
+        of_all = {'aggregation': aggregation, 'higher_is_better': higher_is_better}
+        return {'metric_list': [{'metric': name, **of_all} for name in names]}
+
+    configs = {
+        'bits': {
+            'output_type': 'loglikelihood_rolling', 'doc_to_text': '', 'doc_to_target': 'text',
+            **metrics('bits_per_byte', aggregation='bits_per_byte', higher_is_better=False),
+        },
+        'choice': {
+            'output_type': 'multiple_choice', 'doc_to_text': 'context', 'doc_to_choice': 'choices',
+            'doc_to_target': 'answer', 'target_delimiter': '', **metrics('acc', 'acc_norm'),
+        },
+        'exact': {
+            'output_type': 'generate_until', 'doc_to_text': 'question', 'doc_to_target': 'answer',
+            'generation_kwargs': {'until': ['\n'], 'max_gen_toks': 3}, **metrics('exact_match'),
+        },
     }  # fmt: skip
-    metrics = {'bits': 'bits_per_byte', 'choice': 'acc', 'exact': 'exact_match'}
-    return {name: {'task': task, 'num_fewshot': 0, 'metric': metrics[name]} for name, task in made.items()}
+    made = {}
+    for name, config in configs.items():
+        file = folder / f'{name}.jsonl'
+        file.write_text(''.join(json.dumps(item) + '\n' for item in rows[name]))
+        source = {'task': name, 'dataset_path': 'json', 'dataset_kwargs': {'data_files': {'test': str(file)}}}
+        task = {**source, 'test_split': 'test', 'metadata': {'version': 3}, **config}
+        made[name] = {'task': task, 'num_fewshot': 0, 'metric': config['metric_list'][0]['metric']}
+    return made
 
 
 @pytest.fixture(scope='module')
-def suite_file(tmp_path_factory: pytest.TempPathFactory, tasks: dict[str, dict]) -> Path:
+def suite_file(tmp_path_factory, tasks):
     path = tmp_path_factory.mktemp('suite') / 'small.yaml'
     path.write_text(yaml.safe_dump({'name': 'small', 'tasks': tasks, 'missing': {'Later': 'does not exist yet'}}))
     return path
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory: pytest.TempPathFactory, data) -> tuple[Path, dict[str, torch.Tensor]]:
+def trained(tmp_path_factory, data):
     """Runs ``base`` and, from it, ``child`` with an average; and the logits of the child in training."""
     folder = tmp_path_factory.mktemp('runs')
-
-    def export(name: str) -> dict:
-        return {'hf_checkpointer': {'save_folder': str(folder / name), 'save_interval': '4ba', 'precision': 'float32'}}
-
-    common = {'max_duration': '4ba', 'save_interval': '4ba', 'optimizer': {'lr': 0.01}}
-    tiny.run(tiny.config(folder, data, 'base', callbacks=export('base'), **common))
     load_path = str(folder / 'base' / 'latest-rank0.pt')
-    child = tiny.config(
-        folder, data, 'child', callbacks={**export('child'), 'stage_start': {'optimizer_state': 'reset'}, 'lawa': {'k': 2, 'interval': '1ba'}},
-        load_path=load_path, load_weights_only=True, **common,
-    )  # fmt: skip
-    tiny.run(child)
-    for name, parent in {'base': None, 'child': load_path}.items():
-        (folder / name / 'stage.json').write_text(json.dumps({'run_name': name, 'parent': parent}))
-    state = torch.load(folder / 'child' / 'latest-rank0.pt', weights_only=False)['state']['model']
-    return folder, state
+    started = {'load_path': load_path, 'load_weights_only': True}
+    with_average = {'stage_start': {'optimizer_state': 'reset'}, 'lawa': {'k': 2, 'interval': '1ba'}}
+    for name, over, callbacks in (('base', {}, {}), ('child', started, with_average)):
+        export = {'save_folder': str(folder / name), 'save_interval': '4ba', 'precision': 'float32'}
+        tiny.run(tiny.config(
+            folder, data, name, callbacks={'hf_checkpointer': export, **callbacks},
+            max_duration='4ba', save_interval='4ba', optimizer={'lr': 0.01}, **over,
+        ))  # fmt: skip
+        (folder / name / 'stage.json').write_text(json.dumps({'run_name': name, 'parent': over.get('load_path')}))
+    return folder, torch.load(folder / 'child' / 'latest-rank0.pt', weights_only=False)['state']['model']
 
 
-@pytest.fixture()
-def runs(trained: tuple[Path, dict], tmp_path: Path) -> Path:
+@pytest.fixture(scope='module')
+def lm(trained):
+    return load_model(trained[0] / 'child' / 'huggingface' / 'ba4', 'cpu', 4)
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
     """A copy without results."""
     shutil.copytree(trained[0], tmp_path / 'runs', symlinks=True)
     for name in ('base', 'child'):
@@ -203,8 +179,13 @@ def runs(trained: tuple[Path, dict], tmp_path: Path) -> Path:
     return tmp_path / 'runs'
 
 
-@pytest.fixture()
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@pytest.fixture
+def model(runs):
+    return runs / 'base' / 'huggingface' / 'ba4'
+
+
+@pytest.fixture
+def ran(monkeypatch):
     """The inline tasks that lm-eval ran, in order."""
     names: list[str] = []
     original = harness.evaluate
@@ -217,31 +198,35 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def main(*arguments: object) -> int:
-    """The exit status."""
-    try:
-        script.main([*map(str, arguments), '--device', 'cpu'])
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
+@pytest.fixture
+def main(suite_file, capsys):
+    """Runs the script with the small suite: exit status, what it printed, and its errors."""
+
+    def run(*arguments, suite=suite_file):
+        status = 0
+        try:
+            script.main([*map(str, arguments), '--suite', str(suite), '--device', 'cpu'])
+        except SystemExit as error:
+            status = int(error.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
 
 
-def read(run: Path, export: str = 'ba4', suite: str = 'small') -> dict:
+def read(run, export='ba4', suite='small'):
     return json.loads((run / 'huggingface' / 'lm_eval' / suite / f'{export}.json').read_text())
 
 
-def test_the_model_that_is_evaluated_is_the_one_that_was_trained(trained: tuple[Path, dict], tasks: dict[str, dict]):
+def test_the_model_that_is_evaluated_is_the_one_that_was_trained(trained, lm, tasks):
     folder, state = trained
-    export = folder / 'child' / 'huggingface' / 'ba4'
-    lm = load_model(export, 'cpu', 4)
     assert type(lm.model).__module__.startswith('llmfoundry')
     ours = {f'model.{name}': value for name, value in lm.model.state_dict().items()}
     assert ours.keys() == state.keys() and all(torch.equal(ours[name], state[name]) for name in state)
     assert lm.max_length == tiny.SEQ_LEN and not lm.model.training
 
     # bits per byte from the logits, of the documents that fit into one window after EOS
-    result = lm_eval._run(lm, lm_eval._build(tasks['bits']), tasks['bits'], ITEMS)
-    tokenizer = AutoTokenizer.from_pretrained(export)
+    result = lm_eval._run(lm, SuiteTask(**tasks['bits']), ITEMS)
+    tokenizer = AutoTokenizer.from_pretrained(folder / 'child' / 'huggingface' / 'ba4')
     for text, bits, num_bytes in zip(sentences(0, 6), result['values'], result['weights'], strict=True):
         tokens = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)['input_ids']]])
         with torch.no_grad():
@@ -250,12 +235,11 @@ def test_the_model_that_is_evaluated_is_the_one_that_was_trained(trained: tuple[
         assert bits == pytest.approx(nats / log(2), rel=1e-5) and num_bytes == len(text)
 
 
-def test_a_run_its_average_and_its_parent(runs: Path, suite_file: Path, capsys: pytest.CaptureFixture):
-    assert main(runs / 'child', '--suite', suite_file) == 0
+def test_a_run_its_average_and_its_parent(runs, main):
+    status, printed, _ = main(runs / 'child')
+    assert status == 0 and printed.count('against') == 2
     exports = sorted(path.name for path in (runs / 'child' / 'huggingface').glob('ba*'))
     assert exports == ['ba4', 'ba4-lawa']
-    printed = capsys.readouterr().out
-    assert printed.count('against') == 2
     results = {name: read(runs / 'child', name) for name in exports}
     parent = read(runs / 'base')
     assert results['ba4']['tasks']['bits']['score'] != results['ba4-lawa']['tasks']['bits']['score']
@@ -278,176 +262,158 @@ def test_a_run_its_average_and_its_parent(runs: Path, suite_file: Path, capsys: 
     assert f'{row.score.value:.4f} ± {row.score.stderr:.4f}' in printed and f'{row.delta.value:+.4f}' in printed
 
 
-def test_scores_are_lm_evals(trained: tuple[Path, dict], tasks: dict[str, dict]):
-    lm = load_model(trained[0] / 'child' / 'huggingface' / 'ba4', 'cpu', 4)
-    found = harness.simple_evaluate(
-        model=lm, tasks=[entry['task'] for entry in tasks.values()], task_manager=lm_eval._task_manager(False), bootstrap_iters=0
+def test_scores_and_prompts_are_those_of_simple_evaluate(lm, tasks, monkeypatch):
+    entries = {name: SuiteTask(**entry) for name, entry in tasks.items()}
+    entries['choice'] = SuiteTask(**{**tasks['choice'], 'num_fewshot': 2})
+    expected = harness.simple_evaluate(
+        model=lm, tasks=[{**entry.task, 'num_fewshot': entry.num_fewshot} for entry in entries.values()],
+        task_manager=task_manager(False), bootstrap_iters=0,
     )  # fmt: skip
-    for name, entry in tasks.items():
-        ours = lm_eval._run(lm, lm_eval._build(entry), entry, None)
-        assert ours['score'] == pytest.approx(found['results'][name][f'{entry["metric"]},none'], rel=1e-9)
+    found = {}
+    original = harness.evaluate
+    monkeypatch.setattr(harness, 'evaluate', lambda **given: found.update(original(**given)) or found)
+    for name, entry in entries.items():
+        ours = lm_eval._run(lm, entry, None)
+        assert ours['score'] == pytest.approx(expected['results'][name][f'{entry.metric},none'], rel=1e-9)
+        prompts, theirs = ([sample['prompt_hash'] for sample in of['samples'][name]] for of in (found, expected))
+        assert prompts == theirs
+        assert name == 'bits' or len(set(prompts)) == ITEMS
+        assert found['n-shot'] == {name: expected['n-shot'][name]} == {name: entry.num_fewshot}
 
 
-def test_prompts_are_lm_evals(trained: tuple[Path, dict], tasks: dict[str, dict]):
-    lm = load_model(trained[0] / 'child' / 'huggingface' / 'ba4', 'cpu', 4)
-    entry = {**tasks['choice'], 'num_fewshot': 2}
-    theirs = harness.simple_evaluate(
-        model=lm, tasks=[entry['task']], num_fewshot=2, task_manager=lm_eval._task_manager(False), bootstrap_iters=0
-    )
-    ours = harness.evaluate(lm=lm, task_dict=lm_eval._build(entry), bootstrap_iters=0)
-    hashes = [[sample['prompt_hash'] for sample in found['samples']['choice']] for found in (theirs, ours)]
-    assert hashes[0] == hashes[1] and len(set(hashes[0])) == ITEMS
-    assert theirs['n-shot'] == ours['n-shot'] == {'choice': 2}
-
-
-def test_groups_are_pooled_as_lm_eval_weights_them(
-    trained: tuple[Path, dict], tasks: dict[str, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    lm = load_model(trained[0] / 'base' / 'huggingface' / 'ba4', 'cpu', 4)
+def test_groups_are_pooled_as_lm_eval_weights_them(lm, tasks, tmp_path, monkeypatch):
     choice = tasks['choice']['task']
     file = Path(choice['dataset_kwargs']['data_files']['test'])
     (few := tmp_path / 'few.jsonl').write_text(''.join(file.read_text().splitlines(keepends=True)[:5]))
-    group = {
-        'group': 'both',
-        'task': ['all', 'few'],
-        'aggregate_metric_list': [{'metric': 'acc', 'weight_by_size': True}],
-    }
+    weighted = {'aggregate_metric_list': [{'metric': 'acc', 'weight_by_size': True}]}
     for name, config in {
-        'both': {**group, 'metadata': {'version': 5}},
+        'both': {'group': 'both', 'task': ['all', 'few'], 'metadata': {'version': 5}, **weighted},
         'all': {**choice, 'task': 'all'},
         'few': {**choice, 'task': 'few', 'dataset_kwargs': {'data_files': {'test': str(few)}}},
     }.items():
         (tmp_path / f'{name}.yaml').write_text(yaml.safe_dump(config))
     manager = harness.tasks.TaskManager(include_defaults=False, include_path=tmp_path)
-    monkeypatch.setattr(lm_eval, '_task_manager', lambda with_known_tasks: manager)
-    seen = []
+    monkeypatch.setattr(lm_eval, 'task_manager', lambda with_known_tasks: manager)
+    found = {}
     original = harness.evaluate
-    monkeypatch.setattr(harness, 'evaluate', lambda **kwargs: seen.append(original(**kwargs)) or seen[-1])
-    entry = {'task': 'both', 'num_fewshot': 0, 'metric': 'acc'}
-    ours = lm_eval._run(lm, lm_eval._build(entry), entry, None)
+    monkeypatch.setattr(harness, 'evaluate', lambda **given: found.update(original(**given)) or found)
+    ours = lm_eval._run(lm, SuiteTask(task='both', num_fewshot=0, metric='acc'), None)
     assert ours['count'] == ITEMS + 5 and str(ours['version']) == '5'
-    assert ours['score'] == pytest.approx(seen[0]['results']['both']['acc,none'])
+    assert ours['score'] == pytest.approx(found['results']['both']['acc,none'])
 
 
-def test_a_model_against_itself(runs: Path, suite_file: Path, capsys: pytest.CaptureFixture):
-    model = runs / 'base' / 'huggingface' / 'ba4'
-    assert main(model, '--suite', suite_file, '--parent', model) == 0
+def test_a_model_against_itself(runs, model, main):
+    status, printed, _ = main(model, '--parent', model)
     result = read(runs / 'base')
     rows = compare(result, result)
     assert all(row.delta.value == row.delta.stderr == 0 and within_noise(row.delta) for row in rows)
-    assert capsys.readouterr().out.count('within noise') == len(rows) == 4
+    assert (status, printed.count('within noise'), len(rows)) == (0, 4, 4)
 
 
-def test_what_is_done_is_not_done_again(
-    runs: Path, suite_file: Path, tasks: dict[str, dict], ran: list[str], monkeypatch: pytest.MonkeyPatch
-):
-    model = runs / 'base' / 'huggingface' / 'ba4'
+def test_what_is_done_is_not_done_again(runs, model, main, tasks, ran, monkeypatch):
     original = lm_eval._run
 
-    def killed(lm, loaded, entry, limit):
-        if entry['metric'] == 'exact_match':
+    def killed(lm, entry, limit):
+        if entry.name == 'exact':
             raise KeyboardInterrupt
-        return original(lm, loaded, entry, limit)
+        return original(lm, entry, limit)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(lm_eval, '_run', killed)
-        with pytest.raises(KeyboardInterrupt):
-            script.main([str(model), '--suite', str(suite_file), '--device', 'cpu'])
+        main(model)
     assert ran == ['bits', 'choice'] and list(read(runs / 'base')['tasks']) == ran
-    assert main(model, '--suite', suite_file) == 0
-    assert ran == ['bits', 'choice', 'exact']
-    whole = read(runs / 'base')
-    assert main(model, '--suite', suite_file) == 0 and ran == ['bits', 'choice', 'exact']
-    # a limit stands apart
-    assert main(model, '--suite', suite_file, '--limit', 3) == 0 and len(ran) == 6
-    assert read(runs / 'base', suite='small-limit3')['tasks']['choice']['count'] == 3
-    assert read(runs / 'base') == whole
-    # another metric runs that task; other data its tasks; another model all
-    assert main(model, '--suite', suite_file, 'tasks.choice.metric=acc_norm') == 0 and ran[6:] == ['choice']
-    os.utime(tasks['bits']['task']['dataset_kwargs']['data_files']['test'])
-    assert main(model, '--suite', suite_file, 'tasks.choice.metric=acc_norm') == 0 and ran[7:] == ['bits']
-    # results outlive their data
     file = Path(tasks['bits']['task']['dataset_kwargs']['data_files']['test'])
+    other_metric = 'tasks.choice.metric=acc_norm'
+
+    def runs_again(*arguments):
+        ran.clear()
+        assert main(model, *arguments)[0] == 0
+        return list(ran)
+
+    assert runs_again() == ['exact']
+    whole = read(runs / 'base')
+    assert runs_again() == []
+    assert runs_again('--limit', 3) == ['bits', 'choice', 'exact']
+    assert read(runs / 'base', suite='small-limit3')['tasks']['choice']['count'] == 3
+    assert read(runs / 'base') == whole, 'a limit stands apart'
+    assert runs_again(other_metric) == ['choice']
+    os.utime(file)
+    assert runs_again(other_metric) == ['bits'], 'other data'
     file.rename(file.with_suffix('.away'))
-    assert main(model, '--suite', suite_file, 'tasks.choice.metric=acc_norm') == 0 and not ran[8:]
+    assert runs_again(other_metric) == [], 'results outlive their data'
     file.with_suffix('.away').rename(file)
     os.utime(model / 'model.safetensors')
-    assert main(model, '--suite', suite_file) == 0 and ran[8:] == ['bits', 'choice', 'exact']
+    assert runs_again() == ['bits', 'choice', 'exact'], 'another model'
 
 
-def test_a_task_that_cannot_be_run(runs: Path, suite_file: Path, capsys: pytest.CaptureFixture):
-    model = runs / 'base' / 'huggingface' / 'ba4'
-    overrides = ('tasks.exact.task.dataset_kwargs.data_files.test=none.jsonl', 'tasks.choice.metric=f1')
-    added = '{task: hellaswga, num_fewshot: 0, metric: acc}', '{task: hellaswag, num_fewshot: 0, metric: acc_norm}'
-    assert main(model, '--suite', suite_file, *overrides, f'tasks.Wrong={added[0]}', f'tasks.Hub={added[1]}') == 1
-    printed = capsys.readouterr().out.splitlines()
+def test_a_task_that_cannot_be_run(runs, model, main):
+    status, printed, _ = main(
+        model, 'tasks.exact.task.dataset_kwargs.data_files.test=none.jsonl', 'tasks.choice.metric=f1',
+        'tasks.Wrong={task: hellaswga, num_fewshot: 0, metric: acc}', 'tasks.Hub={task: hellaswag, num_fewshot: 0, metric: acc_norm}',
+    )  # fmt: skip
     result = read(runs / 'base')
-    assert list(result['tasks']) == ['bits']
-    assert list(result['missing']) == ['Later', 'choice', 'exact', 'Wrong', 'Hub']
-    expected = {
-        'choice': "metric 'f1' is not one of choice: acc, acc_norm",
-        'exact': 'none.jsonl does not exist; prepare the data first',
-        'Wrong': "has no task 'hellaswga'; the nearest: hellaswag",
-        'Hub': 'its data cannot be loaded: ',
-    }
-    for name, reason in expected.items():
-        assert reason in result['missing'][name]
-        assert sum(line.startswith(f'{name}: ') and reason in line for line in printed) == 1
+    assert status == 1 and list(result['tasks']) == ['bits']
+    missing = result['missing']
+    assert missing.keys() == {'Later', 'choice', 'exact', 'Wrong', 'Hub'}
+    for name, reason in {'choice': "'f1'.*acc, acc_norm", 'exact': 'none.jsonl', 'Wrong': "'hellaswag'"}.items():
+        assert re.search(reason, missing[name])
+    lines = printed.splitlines()
+    assert all(lines.count(f'{name}: {missing[name]}') == 1 for name in missing if name != 'Later')
 
 
-def test_a_parent_that_is_not_there(runs: Path, suite_file: Path, capsys: pytest.CaptureFixture):
-    arguments = ('--suite', suite_file, '--limit', '2')
-    assert main(runs / 'child', *arguments, '--parent', runs / 'nobody') == 2
-    error = capsys.readouterr().err
-    assert error.count('\n') == 1 and f'{runs}/nobody: no model found' in error
+def test_a_parent_that_is_not_there(runs, main):
+    status, _, error = main(runs / 'child', '--limit', 2, '--parent', runs / 'nobody')
+    assert (status, error.count('\n')) == (2, 1) and f'{runs}/nobody' in error
     (runs / 'base' / 'huggingface' / 'ba4').rename(runs / 'base' / 'huggingface' / 'ba2')  # not what child began from
-    assert main(runs / 'child', *arguments) == 0
-    printed = capsys.readouterr().out
-    assert 'latest-rank0.pt has no export huggingface/ba4 beside it' in printed and 'against' not in printed
+    status, printed, _ = main(runs / 'child', '--limit', 2)
+    assert status == 0 and printed.count('latest-rank0.pt') == 1 and 'against' not in printed
     assert len(read(runs / 'child', 'ba4-lawa', 'small-limit2')['tasks']) == 3
 
 
-def test_the_parent_is_the_checkpoint_that_was_loaded(runs: Path):
-    newest = runs / 'base' / 'huggingface' / 'ba8'
-    shutil.copytree(runs / 'base' / 'huggingface' / 'ba4', newest)
+def test_the_parent_is_the_checkpoint_that_was_loaded(runs, model):
+    newest = model.with_name('ba8')
+    shutil.copytree(model, newest)
     assert exports.models_of(runs / 'base') == [newest]
-    assert exports.parent_of(runs / 'child') == runs / 'base' / 'huggingface' / 'ba4'
-    assert exports.parent_of(runs / 'child' / 'huggingface' / 'ba4-lawa') == runs / 'base' / 'huggingface' / 'ba4'
+    for path in (runs / 'child', runs / 'child' / 'huggingface' / 'ba4-lawa'):
+        assert exports.parent_of(path) == model
     assert exports.parent_of(runs / 'base') is None
 
 
-def test_models_of_transformers(tmp_path: Path, data, suite_file: Path):
+def test_models_of_transformers(tmp_path, data, main):
     config = LlamaConfig(
         vocab_size=tiny.VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=16,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / 'llama')
     shutil.copytree(data['tokenizer'], tmp_path / 'llama', dirs_exist_ok=True)
-    assert main(tmp_path / 'llama', '--suite', suite_file, '--limit', 4) == 0
+    assert main(tmp_path / 'llama', '--limit', 4)[0] == 0
     result = json.loads((tmp_path / 'lm_eval' / 'small-limit4' / 'llama.json').read_text())
     assert result['tasks']['bits']['score'] > 1 and len(result['tasks']) == 3
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['{suite}', '--batch-size', '0'], 'argument --batch-size: '),
-        (['no/such.yaml'], 'no/such.yaml cannot be read as a suite'),
-        (['{suite}', 'tasks.bits.metrics=acc'], "tasks.bits.metrics is not a key that anything reads; did you mean 'metric'?"),
-    ],
-)  # fmt: skip
-def test_wrong_arguments(
-    trained: tuple[Path, dict], suite_file: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
-):
-    model = trained[0] / 'base'
-    assert main(model, '--suite', *[argument.format(suite=suite_file) for argument in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith('evaluate: error: ') and error.count('\n') == 1 and message in error
-
-
-def test_weights_that_are_not_there(runs: Path, suite_file: Path, capsys: pytest.CaptureFixture):
-    model = runs / 'base' / 'huggingface' / 'ba4'
+def without_weights(model):
     config = json.loads((model / 'config.json').read_text())
     (model / 'config.json').write_text(json.dumps({**config, 'n_layers': 2}))
-    assert main(model, '--suite', suite_file) == 2
-    assert 'weights do not fit its config.json, such as transformer.blocks.1.' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'named'),
+    [
+        (['--batch-size', '0'], '--batch-size'),
+        (['--limit', '1.5'], '--limit'),
+        (['tasks.bits.metrics=acc'], "tasks.bits.metrics .* 'metric'"),
+        (['--suite', 'no/such.yaml'], 'no/such.yaml'),
+        ([without_weights], 'config.json.* transformer.blocks.1'),
+    ],
+)
+def test_what_is_refused(model, main, suite_file, arguments, named):
+    suite = suite_file
+    match arguments:
+        case ['--suite', suite]:
+            arguments = []
+        case [spoil] if callable(spoil):
+            arguments = []
+            spoil(model)
+    status, _, error = main(model, *arguments, suite=suite)
+    assert (status, error.count('\n')) == (2, 1)
+    assert re.search(named, error)

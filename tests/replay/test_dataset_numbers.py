@@ -74,5 +74,5 @@ def test_what_a_thousand_killed_runs_left_costs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_numbers, '_exists', lambda number, _: asked.append(number))
     for number in range(1000):
         (tmp_path / prefix._get_path(number, BARRIER_FILELOCK if number % 2 else CACHE_FILELOCK)).touch()
-    assert next(dataset_numbers._numbers()) == 1000
+    assert next(dataset_numbers._free_numbers()) == 1000
     assert set(asked) == {1000}

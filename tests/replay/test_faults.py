@@ -24,7 +24,7 @@ from faults import Faults, Proxy
 from omegaconf import OmegaConf
 from streaming import StreamingDataset
 
-from cpt_algorithms.replay.streams import _left_behind
+from cpt_algorithms.replay.streams import _stale_shared_memory
 
 pytestmark = pytest.mark.slow
 
@@ -345,11 +345,11 @@ def test_cache_folder_of_a_live_run_and_a_restart_after_a_kill(proxy, tmp_path, 
     TABLE.append(('cache folder of a live run', 'not run', 'refused: one line', f'{seconds:.0f}', '-'))
     os.killpg(run.pid, signal.SIGKILL)  # with its resource tracker: shared memory stays
     run.communicate()
-    left = len(_left_behind(f'{tmp_path}/cache/new/train'))
+    left = len(_stale_shared_memory(f'{tmp_path}/cache/new/train'))
     begin = time.monotonic()
     printed = finish(start(cfg, tmp_path))
     assert batches(cfg) == undisturbed, printed[-4000:]
-    assert left and not _left_behind(f'{tmp_path}/cache/new/train')
+    assert left and not _stale_shared_memory(f'{tmp_path}/cache/new/train')
     TABLE.append(
         (
             'killed, stale shared memory',

@@ -192,7 +192,7 @@ def test_real_ranks_read_the_same_global_batches_with_replay_spread_over_them(da
         port = free.getsockname()[1]
     # ranks are forked from a server that has imported the library, and started no threads
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['cpt_algorithms.replay'])
+    context.set_forkserver_preload(['cpt_algorithms.replay.replay_text'])
     queue = context.Queue()
     ranks = [
         context.Process(target=_one_rank, args=(rank, num_ranks, port, data, num_workers, resume_at, queue))

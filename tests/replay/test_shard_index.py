@@ -117,86 +117,97 @@ def test_what_is_in_the_cache_is_found(data, index, tmp_path):
     folder.mkdir()
     for name in ('shard.00003.mds', 'shard.00011.mds', 'shard.00012.mds.zstd', 'index.json', 'shard.00099.mds'):
         (folder / name).touch()
-    assert index.present(folder) == [3, 11, 12]
-    assert index.present(tmp_path / 'nowhere') == []
+    assert index.cached(folder) == [3, 11, 12]
+    assert index.cached(tmp_path / 'nowhere') == []
 
 
 def cached(data, tmp_path, **over):
     """Read through a cache, as from object storage."""
     new = {'remote': str(data['new']), 'local': str(tmp_path / 'cache'), 'split': 'train'}
-    options = {'shuffle': True, 'shuffle_block_size': 40, 'batch_size': 8, 'predownload': 8, **over}
-    return ReplayTextDataset(tokenizer=None, max_seq_len=tiny.SEQ_LEN, new=new, **options)
+    options = {'new': new, 'shuffle': True, 'shuffle_block_size': 40, 'batch_size': 8, 'predownload': 8, **over}
+    return ReplayTextDataset(tokenizer=None, max_seq_len=tiny.SEQ_LEN, **options)
+
+
+def replaying(folder, fraction):
+    """Data that is replayed from where it lies."""
+    return {'fraction': fraction, 'streams': {'old': {'local': str(folder), 'split': 'train'}}}
+
+
+def limit_for(data, shards):
+    """A cache limit: the index and so many shards."""
+    path = data['new'] / 'train' / 'index.json'
+    return path.stat().st_size + shards * int(ShardIndex.read(path).bytes.max())
+
+
+def shards_in(folder):
+    return sorted(path.name for path in (folder / 'train').glob('*.mds'))
+
+
+def numbers(rows):
+    return sorted(int(row[1]) * 100 + int(row[2]) for row in rows)
+
+
+def record_downloads(dataset):
+    """The names of the files that it downloads from now on."""
+    found, downloader = [], dataset.streams[0]._downloader
+    download = downloader.download
+    downloader.download = lambda *given: (found.append(Path(given[0]).name), download(*given))
+    return found
 
 
 def test_each_shard_is_downloaded_once_with_a_cache_of_ten(data, tmp_path):
-    shard = int(ShardIndex.read(data['new'] / 'train' / 'index.json').bytes.max())
-    limit = (data['new'] / 'train' / 'index.json').stat().st_size + 10 * shard
-    dataset = cached(data, tmp_path, cache_limit=limit)
-    downloads = []
-    download = dataset.streams[0]._downloader.download
-    dataset.streams[0]._downloader.download = lambda *given: (downloads.append(given[0]), download(*given))
-    rows = [int(row[1]) * 100 + int(row[2]) for row in dataset]
-    assert sorted(rows) == list(range(400))
+    dataset = cached(data, tmp_path, cache_limit=limit_for(data, 10))
+    downloads = record_downloads(dataset)
+    assert numbers(dataset) == list(range(400))
     assert len(downloads) == len(set(downloads)) == 20
-    assert 1 <= len(list((tmp_path / 'cache' / 'train').glob('*.mds'))) <= 10
+    assert 1 <= len(shards_in(tmp_path / 'cache')) <= 10
 
 
 def test_the_cache_of_an_earlier_run_is_used(data, tmp_path):
     full = cached(data, tmp_path)
-    assert sorted(int(row[1]) * 100 + int(row[2]) for row in full) == list(range(400))
+    assert numbers(full) == list(range(400))
     usage = full.cache_usage
     (tmp_path / 'cache' / 'train' / 'shard.00004.mds').unlink()
     del full
     again = cached(data, tmp_path)
-    downloads = []
-    download = again.streams[0]._downloader.download
-    again.streams[0]._downloader.download = lambda *given: (downloads.append(given[0]), download(*given))
+    downloads = record_downloads(again)
     assert again.cache_usage < usage
     assert len([*again]) == 400
-    assert [Path(name).name for name in downloads] == ['shard.00004.mds']
+    assert downloads == ['shard.00004.mds']
     assert again.cache_usage == usage
 
 
 def test_a_clock_that_is_set_back_does_not_turn_the_cache_over(data, tmp_path, monkeypatch):
     """What was used before that is not newer than what is used now, and would never go."""
-    shard = int(ShardIndex.read(data['new'] / 'train' / 'index.json').bytes.max())
-    dataset = cached(data, tmp_path, cache_limit=(data['new'] / 'train' / 'index.json').stat().st_size + 10 * shard)
+    dataset = cached(data, tmp_path, cache_limit=limit_for(data, 10))
     for number in range(10):
         dataset.prepare_shard(number)
     tell = time.time_ns
     monkeypatch.setattr(time, 'time_ns', lambda: tell() - 5 * 3600 * 10**9)
     for number in range(10, 14):
         dataset.prepare_shard(number)
-    here = {path.name for path in (tmp_path / 'cache' / 'train').glob('*.mds')}
-    assert {f'shard.{number:05}.mds' for number in range(10, 14)} <= here
+    assert {f'shard.{number:05}.mds' for number in range(10, 14)} <= set(shards_in(tmp_path / 'cache'))
 
 
-def test_data_that_is_only_here_is_never_evicted(data, tmp_path):
-    """Streaming deletes it: with a cache limit, it makes room among all shards that are on disk."""
-    only = tmp_path / 'only'
-    shutil.copytree(data['old'], only)
-    before = sorted(path.name for path in (only / 'train').iterdir())
-    shard = int(ShardIndex.read(only / 'train' / 'index.json').bytes.max())
-    new = {'remote': str(data['new']), 'local': str(tmp_path / 'cache'), 'split': 'train'}
-    replay = {'fraction': 0.25, 'streams': {'old': {'local': str(only), 'split': 'train'}}}
-    dataset = ReplayTextDataset(
-        tokenizer=None, max_seq_len=tiny.SEQ_LEN, new=new, replay=replay, batch_size=8, shuffle=True,
-        shuffle_block_size=40, predownload=8,
-        cache_limit=(data['new'] / 'train' / 'index.json').stat().st_size + 5 * shard,
-    )  # fmt: skip
+@pytest.fixture
+def only_copy(data, tmp_path):
+    return shutil.copytree(data['old'], tmp_path / 'only')
+
+
+def test_data_without_a_remote_is_never_evicted(data, only_copy, tmp_path):
+    before = shards_in(only_copy)
+    dataset = cached(data, tmp_path, replay=replaying(only_copy, 0.25), cache_limit=limit_for(data, 5))
     assert len([*dataset]) == len(dataset)
-    assert sorted(path.name for path in (only / 'train').iterdir()) == before
-    assert 1 <= len(list((tmp_path / 'cache' / 'train').glob('*.mds'))) <= 5
+    assert shards_in(only_copy) == before
+    assert 1 <= len(shards_in(tmp_path / 'cache')) <= 5
 
 
-def test_stock_streaming_deletes_the_only_copy(data, tmp_path):
+def test_stock_streaming_deletes_the_only_copy(only_copy):
     """Why the guard above is there."""
-    only = tmp_path / 'only'
-    shutil.copytree(data['old'], only)
-    shard = int(ShardIndex.read(only / 'train' / 'index.json').bytes.max())
-    stock = StreamingDataset(local=str(only), split='train', batch_size=8, cache_limit=10_000 + 5 * shard)
+    shard = int(ShardIndex.read(only_copy / 'train' / 'index.json').bytes.max())
+    stock = StreamingDataset(local=str(only_copy), split='train', batch_size=8, cache_limit=10_000 + 5 * shard)
     stock.evict_coldest_shard()
-    assert len(list((only / 'train').glob('*.mds'))) == 14
+    assert len(shards_in(only_copy)) == 14
 
 
 def test_a_cache_too_small_is_refused(data, tmp_path):
@@ -233,14 +244,12 @@ def test_starting_at_146_million_samples_takes_a_second_and_100_mb(tmp_path, mon
 
 def test_many_workers_share_the_smallest_cache_that_is_accepted(data, tmp_path):
     """They evict each other's shards before a row is read; Streaming then waits for ever."""
-    source = data['new'] / 'train'
-    shard = int(ShardIndex.read(source / 'index.json').bytes.max())
-    limit = (source / 'index.json').stat().st_size + 10 * shard
+    limit = limit_for(data, 10)
     dataset = cached(data, tmp_path, cache_limit=limit, shuffle_block_size=400, batch_size=4)
-    with pytest.raises(ValueError, match=r'11 must fit for 7 workers on this node; set it to at least'):
+    with pytest.raises(ValueError, match='cache_limit=.*11 .* 7 workers'):
         dataset.check_cache_limit_for(7)
     loader = DataLoader(dataset, batch_size=4, num_workers=6)
-    assert sorted(int(row[1]) * 100 + int(row[2]) for batch in loader for row in batch) == list(range(400))
+    assert numbers(row for batch in loader for row in batch) == list(range(400))
     assert 0 < dataset.cache_usage <= limit
     files = [path for path in (tmp_path / 'cache' / 'train').iterdir() if not path.name.startswith('.')]
     assert sum(path.stat().st_size for path in files) == dataset.cache_usage
@@ -253,13 +262,8 @@ def test_compressed_data_that_is_only_here_does_not_fill_the_account(data, tmp_p
     ) as writer:  # fmt: skip
         for number in range(200):
             writer.write({'tokens': np.full(16, number, np.int32)})
-    source = data['new'] / 'train'
-    limit = (source / 'index.json').stat().st_size + 5 * int(ShardIndex.read(source / 'index.json').bytes.max())
-    dataset = ReplayTextDataset(
-        tokenizer=None, max_seq_len=16, new={'remote': str(data['new']), 'local': str(tmp_path / 'c'), 'split': 'train'},
-        replay={'fraction': 0.5, 'streams': {'old': {'local': str(tmp_path / 'zip'), 'split': 'train'}}},
-        batch_size=8, shuffle=True, shuffle_block_size=40, predownload=8, cache_limit=limit, max_passes=3,
-    )  # fmt: skip
+    limit, replay = limit_for(data, 5), replaying(tmp_path / 'zip', 0.5)
+    dataset = cached(data, tmp_path, replay=replay, cache_limit=limit, max_passes=3)
     assert len([*dataset]) == len(dataset)
     assert dataset.cache_usage <= limit
 
@@ -271,5 +275,4 @@ def test_a_relative_cache_folder_is_the_same_folder(data, tmp_path, monkeypatch)
     del full
     monkeypatch.chdir(tmp_path)
     new = {'remote': str(data['new']), 'local': './cache', 'split': 'train'}
-    again = ReplayTextDataset(tokenizer=None, max_seq_len=tiny.SEQ_LEN, new=new, batch_size=8)
-    assert again.cache_usage == usage
+    assert cached(data, tmp_path, new=new).cache_usage == usage

@@ -60,7 +60,7 @@ class Run:
 
     def averages(self):
         found = {name: self.callback.average(name)[0].item() for name in self.callback.names()}
-        self.callback.forget()
+        self.callback.release()
         return found
 
     def saved(self):
@@ -160,7 +160,7 @@ def test_a_checkpoint_without_averages_is_said(caplog):
 @pytest.mark.parametrize('name', MADE)
 def test_a_damaged_average_is_refused(name):
     saved = Run(MADE[name]()).train(1).saved()
-    group = saved[MADE[name]().group]
+    group = saved[MADE[name]().state_key]
     first = next(iter(group))
     group[first] = {key: tensor + 1 for key, tensor in group[first].items()}
     with pytest.raises(

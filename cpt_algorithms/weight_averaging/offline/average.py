@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from cpt_algorithms.checkpoints.open import Checkpoint, CheckpointError, TensorOnDisk, contiguous
+from cpt_algorithms.checkpoints.errors import CheckpointError
+from cpt_algorithms.checkpoints.open import Checkpoint, TensorOnDisk, contiguous
+from cpt_algorithms.weight_averaging.functional import window_weights
 
 __all__ = ['Average', 'average_tensors', 'check_alike', 'view_average']
 
@@ -86,11 +88,15 @@ def view_average(checkpoint: Checkpoint, average: str) -> list[tuple[float, Chec
     Raises:
         CheckpointError: If it holds no such average, or one that is not of this model.
     """
-    if average not in checkpoint.averages:
-        there = ', '.join(checkpoint.averages) or 'none'
+    averages = {name: [(1.0, each)] for name, each in checkpoint.ema.items()}
+    if checkpoint.lawa:
+        weights = window_weights(checkpoint.lawa_weights, len(checkpoint.lawa))
+        averages['lawa'] = list(zip(weights, checkpoint.lawa, strict=True))
+    if average not in averages:
+        there = ', '.join(averages) or 'none'
         raise CheckpointError(f'{checkpoint.path} holds no average {average!r}; there are: {there}')
     views = []
-    for weight, part in checkpoint.averages[average]:
+    for weight, part in averages[average]:
         kept = {checkpoint.aliases.get(name, name): one for name, one in part.items()}
         for name, one in kept.items():
             if (own := checkpoint.tensors.get(name)) is None or own.shape != one.shape:
@@ -139,42 +145,42 @@ def _rows(stored: TensorOnDisk) -> int:
     """Elements that are best read together: as many as a block must be a multiple of."""
     if stored.is_flat:
         return 1
-    if all(piece.stride == contiguous(piece.shape) for piece in stored.pieces):
+    if all(chunk.stride == contiguous(chunk.shape) for chunk in stored.chunks):
         return prod(stored.shape[1:])
     return prod(stored.shape)
 
 
 def _read(files: _Files, stored: TensorOnDisk, begin: int, into: torch.Tensor, view: memoryview) -> None:
-    """Elements ``begin`` to ``begin + len(into)``, which are whole rows unless the pieces are flat, of a tensor.
+    """Elements ``begin`` to ``begin + len(into)``, which are whole rows unless the chunks are flat, of a tensor.
 
     ``view`` is the memory of ``into``.
     """
-    if len(stored.pieces) == 1 and stored.is_flat:  # nearly always; Python's own time counts here
-        piece = stored.pieces[0]
-        _read_run(files, piece.path, piece.offset + begin * stored.dtype.itemsize, view)
+    if len(stored.chunks) == 1 and stored.is_flat:  # nearly always; Python's own time counts here
+        chunk = stored.chunks[0]
+        _read_run(files, chunk.path, chunk.offset + begin * stored.dtype.itemsize, view)
         return
     end, row = begin + into.numel(), prod(stored.shape[1:])
-    for piece in stored.pieces:
-        if piece.is_flat_in(stored.shape):
-            start = piece.at[0] * row if piece.at else 0
-            low, high = max(begin, start), min(end, start + prod(piece.shape))
+    for chunk in stored.chunks:
+        if chunk.is_flat_in(stored.shape):
+            start = chunk.at[0] * row if chunk.at else 0
+            low, high = max(begin, start), min(end, start + prod(chunk.shape))
             if low < high:
-                offset = piece.offset + (low - start) * stored.dtype.itemsize
-                _read_run(files, piece.path, offset, as_bytes(into[low - begin : high - begin]))
+                offset = chunk.offset + (low - start) * stored.dtype.itemsize
+                _read_run(files, chunk.path, offset, as_bytes(into[low - begin : high - begin]))
             continue
         top = begin // row
-        low, high = max(top, piece.at[0]), min(end // row, piece.at[0] + piece.shape[0])
+        low, high = max(top, chunk.at[0]), min(end // row, chunk.at[0] + chunk.shape[0])
         if low >= high:
             continue
-        shape = (high - low, *piece.shape[1:])
-        span = 1 + sum((n - 1) * step for n, step in zip(shape, piece.stride, strict=True))
+        shape = (high - low, *chunk.shape[1:])
+        span = 1 + sum((n - 1) * step for n, step in zip(shape, chunk.stride, strict=True))
         data = torch.empty(span, dtype=stored.dtype)
-        place = piece.offset + (low - piece.at[0]) * piece.stride[0] * data.itemsize
-        _read_run(files, piece.path, place, as_bytes(data))
+        place = chunk.offset + (low - chunk.at[0]) * chunk.stride[0] * data.itemsize
+        _read_run(files, chunk.path, place, as_bytes(data))
         box = into.view(-1, *stored.shape[1:])[low - top : high - top]
         for axis in range(1, box.dim()):
-            box = box.narrow(axis, piece.at[axis], shape[axis])
-        box.copy_(data.as_strided(shape, piece.stride))
+            box = box.narrow(axis, chunk.at[axis], shape[axis])
+        box.copy_(data.as_strided(shape, chunk.stride))
 
 
 class _Scratch(threading.local):

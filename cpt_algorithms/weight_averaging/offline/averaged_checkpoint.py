@@ -3,12 +3,11 @@
 
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from cpt_algorithms.checkpoints.open import DTYPES, INDEX, Checkpoint, CheckpointError, TensorOnDisk, open_checkpoint
+from cpt_algorithms.checkpoints.errors import CheckpointError
+from cpt_algorithms.checkpoints.open import DTYPES, INDEX, Checkpoint, TensorOnDisk, open_checkpoint
+from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.files import hidden_sibling
 from cpt_algorithms.weight_averaging.offline.average import (
     Average,
@@ -31,17 +32,9 @@ from cpt_algorithms.weight_averaging.offline.average import (
     short,
     view_average,
 )
+from cpt_algorithms.weight_averaging.offline.storage import provenance_of
 
-__all__ = [
-    'Plan',
-    'appearing_whole',
-    'find_small_files',
-    'make_plan',
-    'tie',
-    'write_hugging_face',
-    'write_monolithic',
-    'write_sharded',
-]
+__all__ = ['Plan', 'appearing_whole', 'find_small_files', 'make_plan', 'with_tied_names', 'write_average']
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_FILES = ('.safetensors', '.bin', '.pt', '.pth', '.h5', '.msgpack', '.onnx', '.gguf', '.index.json')
@@ -77,6 +70,20 @@ class Plan:
     def written_bytes(self) -> int:
         """Bytes that will be written."""
         return sum(prod(parts[0][1].shape) * self.dtypes[name].itemsize for name, parts in self.parts.items())
+
+    @property
+    def parts_of_the_average(self) -> list[float]:
+        """The weights of everything that goes into a tensor."""
+        return [weight for weight, _ in next(iter(self.parts.values()))]
+
+    def described(self) -> dict[str, Any]:
+        """For the provenance of the result."""
+        return {
+            'accumulator': short(self.accumulate),
+            'dtypes': sorted({short(dtype) for dtype in self.dtypes.values() if dtype.is_floating_point}),
+            'copied_from_newest': self.copied,
+            'not_in_the_callback': self.kept,
+        }
 
     def averages(self, write: dict[str, Callable[[int, Any], None]]) -> Iterator[Average]:
         """The work, in the order of ``write``."""
@@ -142,6 +149,41 @@ def appearing_whole(out: Path) -> Iterator[Path]:
         partial.rmdir()
 
 
+def write_average(
+    plan: Plan,
+    out: Path,
+    to: str,
+    provenance: dict[str, Any],
+    small_files: dict[str, Path | str | bytes],
+    max_shard_size: str,
+    progress: Progress,
+) -> None:
+    """Compute an average into a checkpoint that appears whole or not at all.
+
+    Args:
+        plan: What to average.
+        out: The checkpoint; must not exist.
+        to: ``hf``, ``pt`` or ``sharded``.
+        provenance: How it was made; written as JSON in the folder, or beside the file.
+        small_files: Of :func:`find_small_files`, for ``hf``.
+        max_shard_size: As ``save_pretrained`` takes it, such as ``5GB``, for ``hf``.
+        progress: See :func:`average_tensors`.
+
+    Raises:
+        CheckpointError: If ``out`` exists, another run is making it, or an input is damaged.
+    """
+    with appearing_whole(out) as partial:
+        made = partial / out.name
+        if to == 'hf':
+            _write_hugging_face(plan, made, small_files, max_shard_size, progress)
+        elif to == 'pt':
+            _write_monolithic(plan, made, progress)
+        else:
+            _write_sharded(plan, made, progress)
+        content = json.dumps(provenance, indent=2) + '\n'
+        provenance_of(made, is_file=to == 'pt').write_text(content, encoding='utf-8')
+
+
 def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, Path | str | bytes]:
     """What belongs to a Hugging Face model besides its weights: config, tokenizer, code.
 
@@ -167,14 +209,8 @@ def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, P
     return {file.name: file for file in folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHT_FILES)}
 
 
-def batch_of(name: str) -> int | None:
-    """The batch in a checkpoint's name."""
-    found = re.findall(r'(?<![a-zA-Z])ba(\d+)', name)
-    return int(found[-1]) if found else None
-
-
 def _files_of_state(checkpoint: Checkpoint) -> dict[str, Path | str | bytes]:
-    saved = (checkpoint.carried.get('integrations') or {}).get('huggingface') or {}
+    saved = checkpoint.integrations.get('huggingface') or {}
     config = ((saved.get('model') or {}).get('config') or {}).get('content')
     if not config:
         raise CheckpointError(
@@ -196,7 +232,7 @@ def _files_of_state(checkpoint: Checkpoint) -> dict[str, Path | str | bytes]:
 
 def _fill(plan: Plan, skeleton: Checkpoint, progress: Progress) -> None:
     """Compute everything into a file that has room for it."""
-    places = {name: one.pieces[0] for name, one in skeleton.tensors.items()}
+    places = {name: one.chunks[0] for name, one in skeleton.tensors.items()}
     (path,) = {place.path for place in places.values()} or {skeleton.path}
 
     def writer(offset: int) -> Callable[[int, Any], None]:
@@ -213,18 +249,10 @@ def _fill(plan: Plan, skeleton: Checkpoint, progress: Progress) -> None:
         average_tensors(plan.averages({name: writer(p.offset) for name, p in in_order}), plan.accumulate, progress)
 
 
-def write_hugging_face(
+def _write_hugging_face(
     plan: Plan, folder: Path, small_files: dict[str, Path | str | bytes], max_shard_size: str, progress: Progress
 ) -> None:
-    """Write a folder that ``from_pretrained`` takes.
-
-    Args:
-        plan: What to average.
-        folder: Made here.
-        small_files: Of :func:`find_small_files`; ``torch_dtype`` in ``config.json`` becomes that of the weights.
-        max_shard_size: As ``save_pretrained`` takes it, such as ``5GB``.
-        progress: See :func:`average_tensors`.
-    """
+    """A folder that ``from_pretrained`` takes; ``torch_dtype`` in ``config.json`` becomes that of the weights."""
     folder.mkdir()
     for name, content in small_files.items():
         if isinstance(content, Path):
@@ -266,19 +294,14 @@ def _write_safetensors_header(plan: Plan, path: Path, names: Sequence[str]) -> N
         file.truncate(8 + len(data) + end)
 
 
-def write_monolithic(plan: Plan, path: Path, progress: Progress) -> None:
-    """Write a ``.pt`` file that ``load_path`` with ``load_weights_only: true`` takes.
-
-    Args:
-        plan: What to average. Tied tensors stay tied; ``integrations`` and ``metadata`` are the newest checkpoint's.
-        path: Made here.
-        progress: See :func:`average_tensors`.
-    """
+def _write_monolithic(plan: Plan, path: Path, progress: Progress) -> None:
+    """A file that ``load_path`` with ``load_weights_only: true`` takes. Tied tensors stay tied."""
     newest = plan.newest
     with FakeTensorMode():
         model = {name: torch.empty(one.shape, dtype=plan.dtypes[name]) for name, one in newest.tensors.items()}
     model |= {alias: model[name] for alias, name in newest.aliases.items()}
-    state = {'model': {newest.prefix + name: tensor for name, tensor in model.items()}, **newest.carried}
+    state: dict[str, Any] = {'model': {newest.prefix + name: tensor for name, tensor in model.items()}}
+    state |= {'integrations': newest.integrations, 'metadata': newest.metadata}
     # leaves room where the data goes
     with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save({'state': state}, path)
@@ -298,15 +321,10 @@ class _LazyPlanner(DefaultSavePlanner):
         return self.compute(write_item.index.fqn)
 
 
-def write_sharded(plan: Plan, folder: Path, progress: Progress) -> None:
-    """Write a sharded folder that ``load_path`` with ``load_weights_only: true`` takes, on any number of ranks.
+def _write_sharded(plan: Plan, folder: Path, progress: Progress) -> None:
+    """A folder that ``load_path`` with ``load_weights_only: true`` takes, on any number of ranks.
 
-    Args:
-        plan: What to average. ``metadata`` and the config among ``integrations`` are the newest checkpoint's.
-        folder: Made here.
-        progress: See :func:`average_tensors`.
-
-    Cost: memory for one or two of the result's tensors.
+    Takes memory for one or two of the result's tensors.
     """
     newest = plan.newest
     sources = {name: name for name in newest.tensors} | newest.aliases
@@ -327,8 +345,8 @@ def write_sharded(plan: Plan, folder: Path, progress: Progress) -> None:
         newest.prefix + name: torch.empty(newest.tensors[source].shape, dtype=plan.dtypes[source], device='meta')
         for name, source in sources.items()
     }
-    config = ((newest.carried.get('integrations') or {}).get('huggingface') or {}).get('model')
-    state: dict[str, Any] = {'model': model, 'metadata': newest.carried.get('metadata') or {}}
+    config = (newest.integrations.get('huggingface') or {}).get('model')
+    state: dict[str, Any] = {'model': model, 'metadata': newest.metadata}
     if config:
         state['integrations'] = {'huggingface': {'model': config}}  # a tokenizer is an entry for each of its tokens
     with warnings.catch_warnings():
@@ -344,33 +362,37 @@ def write_sharded(plan: Plan, folder: Path, progress: Progress) -> None:
         raise CheckpointError(f'{folder} was not written')
 
 
-def tie(checkpoint: Checkpoint, config: Path) -> dict[str, str]:
-    """Names that a Composer checkpoint needs for tied tensors, and a Hugging Face one leaves out.
+def with_tied_names(checkpoint: Checkpoint, config: Path | None) -> Checkpoint:
+    """Give a Hugging Face checkpoint the names that Composer needs for tied tensors, and safetensors leave out.
 
     Args:
-        checkpoint: A Hugging Face checkpoint.
-        config: The folder with its ``config.json``.
+        checkpoint: Of any kind; others have them.
+        config: The folder with ``config.json``. Default: the checkpoint's own.
 
     Returns:
-        For each further name the one in ``checkpoint``; nothing for a model that transformers cannot build by itself.
+        The checkpoint; without these names if transformers cannot build the model by itself.
     """
+    if checkpoint.kind != 'hf':
+        return checkpoint
     from accelerate import init_empty_weights
     from transformers.models.auto.configuration_auto import AutoConfig
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+    folder = config or (checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent)
     try:
         with init_empty_weights():
-            described = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
+            described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     except Exception:  # what a config.json holds can be anything
-        return {}
+        return checkpoint
     model.tie_weights()
     names: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in checkpoint.tensors:
             names[id(tensor)] = name
-    return {
+    aliases = {
         name: names[id(tensor)]
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name not in checkpoint.tensors and id(tensor) in names
     }
+    return replace(checkpoint, aliases=aliases)

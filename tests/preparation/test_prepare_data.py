@@ -9,6 +9,7 @@ import lzma
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import prepare_data
@@ -24,18 +25,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstd
+from composer.utils.object_store import S3ObjectStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmfoundry.data.text_data import StreamingTextDataset
 from llmfoundry.utils.builders import build_tokenizer
 from streaming import StreamingDataset
-from streaming.base.storage.upload import S3Uploader
 from streaming.base.util import clean_stale_shared_memory
 
 from cpt_algorithms.files import locked_sibling
 from cpt_algorithms.preparation import hash_tokenizer, lm_eval_items, parts, sources
 from cpt_algorithms.preparation.duplicates import digests, is_held_out
-from cpt_algorithms.preparation.packing import Selector, cut, pieces
 from cpt_algorithms.preparation.sources import Source
 from cpt_algorithms.preparation.tokenizer import EOS
 
@@ -43,7 +43,7 @@ SCRIPT = Path(prepare_data.__file__)
 LENGTH = 16
 
 
-def make_texts(seed: int, count: int = 60) -> list[str]:
+def make_texts(seed, count=60):
     """Distinct documents of a few dozen words, one with non-ASCII letters and one that spells EOS."""
     generator = random.Random(seed)
     words = ['loss', 'rate', 'replay', 'token', 'warm', 'cosine', 'anneal', 'stage', 'größe', '学習']
@@ -51,20 +51,25 @@ def make_texts(seed: int, count: int = 60) -> list[str]:
     return [f'{seed} spells {EOS} in the middle', *texts]
 
 
-def read_all(spec: str, size: int = 10**6, text_key: str = 'text') -> list[str]:
+def read_all(spec, size=10**6, text_key='text'):
     """Every document of a source cut into parts."""
     source = Source.parse(f'x={spec}')
     cut = sources.parts_of(source, sources.find_files(source), text_key, size, 0, Path())
     return [text for part in cut for text in sources.read(part)]
 
 
-def write_jsonl(path: Path, texts: list, key: str = 'text') -> Path:
+def write_jsonl(path, texts, key='text'):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(''.join(json.dumps({key: text}) + '\n' for text in texts), encoding='utf-8')
     return path
 
 
-def prepare(out: Path, *arguments: str) -> dict:
+def jsonl(path, texts):
+    """The option for a dataset of these texts, named as its file."""
+    return f'--dataset={path.stem}=jsonl:{write_jsonl(path, texts)}'
+
+
+def prepare(out, *arguments):
     """Runs the script in this process and returns the manifest."""
     small = ['--max-seq-len', str(LENGTH), '--val-fraction', '0.2', '--vocab-size', '300']
     own = {argument for argument in arguments if argument.startswith('--')}
@@ -78,14 +83,14 @@ def prepare(out: Path, *arguments: str) -> dict:
 
 
 @functools.cache
-def read_tokens(out: Path, dataset: str, split: str) -> np.ndarray:
+def read_tokens(out, dataset, split):
     clean_stale_shared_memory()
     data = StreamingDataset(local=str(out / dataset), split=split, shuffle=False, batch_size=1)
     return np.stack([data[position]['tokens'] for position in range(len(data))])
 
 
 @functools.cache
-def read_documents(out: Path, dataset: str, split: str) -> list[str]:
+def read_documents(out, dataset, split):
     """The whole documents of a split, decoded; what follows the last EOS is not one."""
     tokenizer = build_tokenizer(str(out / 'tokenizer'), {'model_max_length': LENGTH})
     tokens = read_tokens(out, dataset, split).ravel()
@@ -93,12 +98,19 @@ def read_documents(out: Path, dataset: str, split: str) -> list[str]:
     return [tokenizer.decode(part[:-1]) for part in np.split(tokens, ends + 1)[:-1]]
 
 
-def every_byte(folder: Path) -> dict[str, bytes]:
+def every_byte(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob('*') if file.is_file()}
 
 
+class Two(NamedTuple):
+    out: Path
+    manifest: dict
+    texts: dict
+    specs: list
+
+
 @pytest.fixture(scope='module')
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict[str, list[str]]]:
+def two(tmp_path_factory):
     """Two datasets that share ten documents, one of them also repeated within the first."""
     folder = tmp_path_factory.mktemp('two')
     old, new = make_texts(0), make_texts(1)
@@ -106,150 +118,18 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict[str,
     for name, rows in texts.items():
         write_jsonl(folder / f'{name}.jsonl', rows)
     datasets = [f'--dataset={name}=jsonl:{folder / name}.jsonl' for name in texts]
-    return folder / 'out', prepare(folder / 'out', *datasets), texts
+    return Two(folder / 'out', prepare(folder / 'out', *datasets), texts, datasets)
 
 
-# Pure functions
-
-
-def in_val(text: str, val_fraction: float = 0.2) -> bool:
+def in_val(text, val_fraction=0.2):
     return bool(is_held_out(digests([text]), val_fraction)[0])
-
-
-def cut_all(tokens: list[list[int]], max_seq_len: int, at_once: int = 1 << 20) -> tuple[list, list]:
-    """The samples and what is left over."""
-    samples = []
-    generator = cut([np.array(part, np.int32) for part in tokens], max_seq_len, at_once)
-    while True:
-        try:
-            samples += next(generator).tolist()
-        except StopIteration as stop:
-            return samples, stop.value.tolist()
-
-
-def test_cut_by_hand():
-    assert cut_all([[7, 1, 2], [3, 9], [], [4, 5, 9]], 3) == ([[7, 1, 2], [3, 9, 4]], [5, 9])
-    assert cut_all([], 4) == ([], [])
-
-
-@given(st.lists(st.lists(st.integers(1, 9), max_size=12), max_size=8), st.integers(2, 7), st.integers(1, 20))
-def test_samples_do_not_depend_on_what_is_cut_at_once(parts: list[list[int]], max_seq_len: int, at_once: int):
-    samples, rest = cut_all(parts, max_seq_len)
-    assert cut_all(parts, max_seq_len, at_once) == (samples, rest)
-    assert [*sum(samples, []), *rest] == sum(parts, []) and len(rest) < max_seq_len
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12), st.integers(0, 4))
-def test_pieces_are_the_tokens_of_the_documents(documents: list[tuple[int, bool]], trim: int):
-    lengths = np.array([length for length, _ in documents], np.uint32)
-    wanted = np.array([chosen and length > trim for length, chosen in documents], bool)
-    texts = np.split(np.arange(lengths.sum(), dtype=np.int32), np.cumsum(lengths)[:-1]) if documents else []
-    expected = sum((text.tolist() for text, chosen in zip(texts, wanted, strict=True) if chosen), [])
-    found = [part.tolist() for part in pieces(np.arange(lengths.sum(), dtype=np.int32), lengths, wanted, trim)]
-    assert sum(found, []) == (expected[:-trim] if trim else expected)
-    assert len(found) <= np.count_nonzero(wanted)
-
-
-def select(documents: str, **max_tokens: int | None) -> dict[str, tuple[str, int]]:
-    """Each letter is a document of 10 tokens: Val or Train, small where its text came before."""
-    marks = list(documents)
-    selector = Selector({'train': None, 'val': None} | max_tokens)
-    everything = np.ones(len(marks), bool)
-    first = np.array([mark.isupper() for mark in marks])
-    held_out = np.array([mark.upper() == 'V' for mark in marks])
-    selections = selector.select(held_out, np.full(len(marks), 10, np.uint32), first, ~everything)
-    found = {}
-    for split, chosen in selections.items():
-        text = ''.join(mark if wanted else '.' for mark, wanted in zip(marks, chosen.documents, strict=True))
-        found[split] = (text, chosen.trim, chosen.counts.duplicates, selector.ended)
-    return found
-
-
-def test_selection_by_hand():
-    assert select('TVtTV') == {'train': ('T..T.', 0, 1, False), 'val': ('.V..V', 0, 0, False)}
-    # the document that reaches the limit is cut; val without a limit ends with it; what follows is not even counted
-    assert select('TVTVTtvV', train=15) == {'train': ('T.T.....', 5, 0, True), 'val': ('.V......', 0, 0, True)}
-    assert select('TVTtVV', train=20, val=15) == {'train': ('T.T...', 0, 0, True), 'val': ('.V..V.', 5, 0, True)}
-    assert select('TVTtVV', train=20, val=50) == {'train': ('T.T...', 0, 0, False), 'val': ('.V..VV', 0, 0, False)}
-    assert select('TVTvVT', val=10) == {'train': ('T.T..T', 0, 0, False), 'val': ('.V....', 0, 0, False)}
-
-
-@given(st.text('TVtv', max_size=20), st.integers(1, 99), st.none() | st.integers(1, 99), st.integers(0, 20))
-def test_selection_does_not_depend_on_parts(documents: str, train: int, val: int | None, middle: int):
-    marks = np.array(list(documents), 'U1')
-    held_out, first = np.isin(marks, ['V', 'v']), np.isin(marks, ['T', 'V'])
-    lengths, near = np.arange(len(marks), dtype=np.uint32), np.zeros(len(marks), bool)
-
-    def selected(cuts: list[slice]) -> list:
-        selector = Selector({'train': train, 'val': val})
-        results = [selector.select(held_out[cut], lengths[cut], first[cut], near[cut]) for cut in cuts]
-        return [
-            [
-                np.concatenate([result[split].documents for result in results]).tolist(),
-                sum(result[split].trim for result in results),
-                sum(result[split].counts.duplicates for result in results),
-            ]
-            for split in ('train', 'val')
-        ] + [selector.ended]
-
-    assert selected([slice(0, middle), slice(middle, None)]) == selected([slice(None)])
-
-
-def test_split_shares():
-    share = is_held_out(digests([str(number) for number in range(10_000)]), 0.1).mean()
-    assert abs(share - 0.1) < 0.01  # 3 standard deviations
-
-
-@given(st.lists(st.text(max_size=9)), st.integers(1, 20))
-def test_chunks_keep_every_text_in_order(texts: list[str], size: int):
-    chunks = list(sources.in_chunks(texts, size))
-    assert [text for chunk in chunks for text in chunk] == texts
-    assert all(sum(map(len, chunk[:-1])) < size for chunk in chunks)
-
-
-def test_hash_order_depends_on_names_only():
-    names = [f'package/{number}.py' for number in range(50)]
-    assert sources.hash_order(names) == sources.hash_order(reversed(names)) != names
-
-
-def test_hf_arguments():
-    assert sources.hf_arguments('allenai/c4?name=en&split=validation') == {
-        'path': 'allenai/c4',
-        'name': 'en',
-        'split': 'validation',
-    }
-    assert sources.hf_arguments('org/data') == {'path': 'org/data', 'split': 'train'}
-
-
-@given(st.text(alphabet='ab \n', max_size=60), st.integers(2, 9))
-def test_passages_are_the_text_in_pieces(text: str, length: int):
-    pieces = lm_eval_items.passages(text, length)
-    assert ''.join(pieces) == text and all(0 < len(piece) <= length for piece in pieces)
-
-
-def test_passages_by_hand():
-    # after a newline in the second half, else a space there, else anywhere
-    assert lm_eval_items.passages('abc\nd e fghijklmn', 6) == ['abc\n', 'd e ', 'fghijk', 'lmn']
-
-
-def test_continuations_by_hand():
-    # of 16 characters 12 can be context, which is cut after the last space in their second half, and 4 follow
-    documents = [f'{letter * 7} {letter * 4} xyz' for letter in 'abcde']
-    items = lm_eval_items.continuations(documents, 16, 9)
-    assert sorted(item['context'] for item in items) == [f'{letter * 7} ' for letter in 'abcde']
-    for item in items:
-        right = item['context'][0] * 4
-        assert item['choices'][item['answer']] == right and len(set(item['choices'])) == 4
-        assert set(item['choices']) <= {letter * 4 for letter in 'abcde'}
-    assert lm_eval_items.continuations(documents, 16, 2) == items[:2]
-    assert lm_eval_items.continuations(documents[:3], 16, 9) == [], 'there are not three others'
 
 
 # What is written
 
 
-def test_each_document_once_whole_and_in_order(two: tuple[Path, dict, dict[str, list[str]]]):
-    out, manifest, texts = two
+def test_each_document_once_whole_and_in_order(two):
+    out, manifest, texts, _ = two
     seen = set()
     for name, rows in texts.items():
         expected = {'train': [], 'val': []}
@@ -264,15 +144,15 @@ def test_each_document_once_whole_and_in_order(two: tuple[Path, dict, dict[str, 
             assert manifest['datasets'][name]['splits'][split]['documents'] == len(expected[split])
 
 
-def test_no_document_on_both_sides_or_twice(two: tuple[Path, dict, dict[str, list[str]]]):
-    out, _, _ = two
+def test_no_document_on_both_sides_or_twice(two):
+    out = two.out
     parts = [read_documents(out, name, split) for name in ('old', 'new') for split in ('train', 'val')]
     documents = [document for part in parts for document in part]
     assert len(documents) == len(set(documents)) > 100
 
 
-def test_counts(two: tuple[Path, dict, dict[str, list[str]]]):
-    out, manifest, _ = two
+def test_counts(two):
+    out, manifest, _, specs = two
     datasets = manifest['datasets']
     assert [datasets[name]['skipped'] for name in ('old', 'new')] == [2, 0]
     duplicates = {
@@ -286,8 +166,8 @@ def test_counts(two: tuple[Path, dict, dict[str, list[str]]]):
             assert 0 <= counts['leftover'] < LENGTH
 
 
-def test_bytes_are_those_of_the_text_written(two: tuple[Path, dict, dict[str, list[str]]]):
-    out, manifest, _ = two
+def test_bytes_are_those_of_the_text_written(two):
+    out, manifest, _, specs = two
     tokenizer = build_tokenizer(str(out / 'tokenizer'), {'model_max_length': LENGTH})
     for name, dataset in manifest['datasets'].items():
         for split, counts in dataset['splits'].items():
@@ -296,19 +176,19 @@ def test_bytes_are_those_of_the_text_written(two: tuple[Path, dict, dict[str, li
             assert abs(counts['bytes'] - len(text.encode())) <= 3
 
 
-def test_text_that_spells_eos_is_text(two: tuple[Path, dict, dict[str, list[str]]]):
-    out, _, _ = two
+def test_text_that_spells_eos_is_text(two):
+    out = two.out
     parts = [read_documents(out, name, split) for name in ('old', 'new') for split in ('train', 'val')]
     assert any(EOS in document for part in parts for document in part)
 
 
-def test_lm_eval_items_are_of_documents_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_lm_eval_items_are_of_documents_held_out(tmp_path, monkeypatch):
     texts = ['\n'.join(make_texts(at, 8)) for at in range(60)]
     for name in ('SMALLEST_PART', 'LARGEST_PART'):
         monkeypatch.setattr(sources, name, 20_000)
     # documents that came before, in the same part and in another, and one that is blank
-    data = write_jsonl(tmp_path / 'a.jsonl', [*texts[:2], '', *texts[:30], *texts])
-    manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}', '--max-val-tokens', '4000')
+    data = jsonl(tmp_path / 'a.jsonl', [*texts[:2], '', *texts[:30], *texts])
+    manifest = prepare(tmp_path / 'out', data, '--max-val-tokens', '4000')
     counts = manifest['datasets']['a']
     val = [text for text in texts if in_val(text)][: counts['splits']['val']['documents']]
     rows = {}
@@ -327,18 +207,18 @@ def test_lm_eval_items_are_of_documents_held_out(tmp_path: Path, monkeypatch: py
         assert len({len(choice) for choice in row['choices']}) == 1 and len(set(row['choices'])) == 4
 
 
-def test_too_few_documents_for_lm_eval_give_no_file(tmp_path: Path):
+def test_too_few_documents_for_lm_eval_give_no_file(tmp_path):
     texts = ['\n'.join(make_texts(at, 8)) for at in range(12)]
     val = [text for text in texts if in_val(text)]
     train = [text for text in texts if text not in val]
-    data = write_jsonl(tmp_path / 'a.jsonl', [*train, val[0]])
-    manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}')
+    data = jsonl(tmp_path / 'a.jsonl', [*train, val[0]])
+    manifest = prepare(tmp_path / 'out', data)
     assert manifest['datasets']['a']['lm_eval']['continuations'] == 0
     assert [file.name for file in (tmp_path / 'out' / 'lm_eval').iterdir()] == ['a_passages.jsonl']
 
 
-def test_tokenizer(two: tuple[Path, dict, dict[str, list[str]]]):
-    out, manifest, _ = two
+def test_tokenizer(two):
+    out, manifest, _, specs = two
     tokenizer = build_tokenizer(str(out / 'tokenizer'), {'model_max_length': 77})
     assert tokenizer.model_max_length == 77
     assert tokenizer.eos_token == tokenizer.pad_token == EOS
@@ -348,8 +228,8 @@ def test_tokenizer(two: tuple[Path, dict, dict[str, list[str]]]):
     assert tokenizer.decode(tokenizer(text)['input_ids']) == text
 
 
-def test_llmfoundry_reads_it(two: tuple[Path, dict, dict[str, list[str]]]):
-    out, manifest, _ = two
+def test_llmfoundry_reads_it(two):
+    out, manifest, _, specs = two
     tokenizer = build_tokenizer(str(out / 'tokenizer'), {'model_max_length': LENGTH})
     clean_stale_shared_memory()
     data = StreamingTextDataset(
@@ -359,26 +239,24 @@ def test_llmfoundry_reads_it(two: tuple[Path, dict, dict[str, list[str]]]):
     assert data[0].tolist() == read_tokens(out, 'old', 'train')[0].tolist()
 
 
-def test_limits(tmp_path: Path):
-    data = write_jsonl(tmp_path / 'a.jsonl', make_texts(2, 200))
-    everything = prepare(tmp_path / 'all', f'--dataset=a=jsonl:{data}')['datasets']['a']['splits']
+def test_limits(tmp_path):
+    data = jsonl(tmp_path / 'a.jsonl', make_texts(2, 200))
+    everything = prepare(tmp_path / 'all', data)['datasets']['a']['splits']
     limits = ('--max-train-tokens', '1000', '--max-val-tokens', '100')
-    some = prepare(tmp_path / 'some', f'--dataset=a=jsonl:{data}', *limits)['datasets']['a']['splits']
+    some = prepare(tmp_path / 'some', data, *limits)['datasets']['a']['splits']
     assert [some[split]['tokens'] for split in ('train', 'val')] == [1000 // LENGTH * LENGTH, 100 // LENGTH * LENGTH]
     for split, counts in some.items():
         tokens = read_tokens(tmp_path / 'some', 'a', split)
         assert tokens.tolist() == read_tokens(tmp_path / 'all', 'a', split)[: len(tokens)].tolist()
         assert counts['bytes'] < everything[split]['bytes']
-    train = prepare(tmp_path / 'train', f'--dataset=a=jsonl:{data}', *limits[:2])['datasets']['a']['splits']
+    train = prepare(tmp_path / 'train', data, *limits[:2])['datasets']['a']['splits']
     assert train['train'] == some['train'] and train['val']['documents'] < everything['val']['documents']
 
 
-def test_the_same_bytes_again_whatever_the_chunks(
-    two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    out, manifest, _ = two
+def test_the_same_bytes_again_whatever_the_chunks(two, tmp_path, monkeypatch):
+    out, manifest, _, specs = two
     monkeypatch.setattr(parts, 'CHUNK_CHARACTERS', 500)
-    prepare(tmp_path / 'again', *[f'--dataset={spec}' for spec in manifest['request']['datasets']])
+    prepare(tmp_path / 'again', *specs)
     assert every_byte(tmp_path / 'again') == every_byte(out)
 
 
@@ -386,14 +264,14 @@ def test_the_same_bytes_again_whatever_the_chunks(
 
 
 @pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_parts(monkeypatch):
     """Parts of 2,000 bytes."""
     monkeypatch.setattr(sources, 'SMALLEST_PART', 2000)
     monkeypatch.setattr(sources, 'LARGEST_PART', 2000)
 
 
 @pytest.fixture
-def three_sources(tmp_path: Path) -> tuple[list[str], list[str]]:
+def three_sources(tmp_path):
     """The specifications of two datasets, of which the first has three sources, and all texts."""
     texts = make_texts(20, 160)
     folder = tmp_path / 'input'
@@ -413,7 +291,7 @@ def three_sources(tmp_path: Path) -> tuple[list[str], list[str]]:
     return [f'--dataset={spec}' for spec in specs], [*texts, *make_texts(21, 20)]
 
 
-def test_many_parts_of_many_sources(small_parts: None, three_sources: tuple[list[str], list[str]], tmp_path: Path):
+def test_many_parts_of_many_sources(small_parts, three_sources, tmp_path):
     specs, texts = three_sources
     manifest = prepare(tmp_path / 'out', *specs)
     web = manifest['datasets']['web']
@@ -449,7 +327,7 @@ def test_many_parts_of_many_sources(small_parts: None, three_sources: tuple[list
     assert sum(split['duplicates'] for split in new['splits'].values()) == 30  # text 90 to 119
 
 
-def test_limits_over_many_parts(small_parts: None, three_sources: tuple[list[str], list[str]], tmp_path: Path):
+def test_limits_over_many_parts(small_parts, three_sources, tmp_path):
     specs, _ = three_sources
     everything = prepare(tmp_path / 'all', *specs)
     limits = ('--max-train-tokens', '1600', '--max-val-tokens', '320')
@@ -466,7 +344,7 @@ def test_limits_over_many_parts(small_parts: None, three_sources: tuple[list[str
 
 
 @pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.jsonl.zst', 'a.jsonl.xz'])
-def test_compressed_lines(name: str, tmp_path: Path):
+def test_compressed_lines(name, tmp_path):
     texts = make_texts(22)
     data = write_jsonl(tmp_path / 'a.jsonl', texts).read_bytes()
     compress = {'gz': gzip.compress, 'xz': lzma.compress, 'zst': zstd.compress}[name.rpartition('.')[2]]
@@ -474,7 +352,7 @@ def test_compressed_lines(name: str, tmp_path: Path):
     assert read_all(f'jsonl:{tmp_path / name}') == texts
 
 
-def test_lines_that_not_every_parser_reads(tmp_path: Path):
+def test_lines_that_not_every_parser_reads(tmp_path):
     data = tmp_path / 'a.jsonl'
     data.write_text('{"text": "a", "score": NaN}\n{"text": "half \\ud83d"}\n{"text": "b"}\n')
     assert read_all(f'jsonl:{data}') == ['a', 'half \ud83d', 'b']
@@ -482,7 +360,7 @@ def test_lines_that_not_every_parser_reads(tmp_path: Path):
 
 @given(st.lists(st.text(st.sampled_from('aé\n'), max_size=5), max_size=9), st.integers(1, 40))
 @settings(max_examples=30, deadline=None)
-def test_lines_do_not_depend_on_where_files_are_cut(texts: list[str], size: int):
+def test_lines_do_not_depend_on_where_files_are_cut(texts, size):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'a.jsonl')
         file.write_text(
@@ -491,7 +369,7 @@ def test_lines_do_not_depend_on_where_files_are_cut(texts: list[str], size: int)
         assert read_all(f'jsonl:{file}', size) == texts
 
 
-def test_streamed_rows_are_read_once_and_resumed(tmp_path: Path):
+def test_streamed_rows_are_read_once_and_resumed(tmp_path):
     texts = make_texts(23)
     for number in range(3):
         write_jsonl(tmp_path / 'data' / f'{number}.jsonl', texts[number::3])
@@ -510,18 +388,16 @@ def test_streamed_rows_are_read_once_and_resumed(tmp_path: Path):
 # The same again, something else, and being killed
 
 
-def test_same_request_is_not_done_twice(
-    two: tuple[Path, dict, dict[str, list[str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    out, manifest, _ = two
+def test_same_request_is_not_done_twice(two, monkeypatch, capsys):
+    out, manifest, _, specs = two
     monkeypatch.setattr(prepare_data, 'prepare', None)
-    assert prepare(out, *[f'--dataset={spec}' for spec in manifest['request']['datasets']]) == manifest
+    assert prepare(out, *specs) == manifest
     printed = capsys.readouterr().out
     assert 'already prepared' in printed
     assert f'{manifest["datasets"]["old"]["splits"]["train"]["tokens"]:,}' in printed
 
 
-def error_of(capsys: pytest.CaptureFixture, out: Path, *arguments: str) -> str:
+def error_of(capsys, out, *arguments):
     """The one line the script prints before it exits with status 2, having left nothing new."""
     before = sorted(out.parent.iterdir())
     capsys.readouterr()
@@ -535,48 +411,52 @@ def error_of(capsys: pytest.CaptureFixture, out: Path, *arguments: str) -> str:
     return printed
 
 
-def test_a_different_request_is_refused(two: tuple[Path, dict, dict[str, list[str]]], capsys: pytest.CaptureFixture):
-    out, manifest, _ = two
+def test_a_different_request_is_refused(two, capsys):
+    out, manifest, _, specs = two
     before = every_byte(out)
-    datasets = [f'--dataset={spec}' for spec in manifest['request']['datasets']]
-    message = error_of(capsys, out, *datasets, '--max-seq-len', '32')
+    message = error_of(capsys, out, *specs, '--max-seq-len', '32')
     assert 'max_seq_len was 16, now 32' in message and 'choose another --out or delete it' in message
-    assert 'datasets was' in error_of(capsys, out, datasets[0])
+    assert 'datasets was' in error_of(capsys, out, specs[0])
     assert every_byte(out) == before
 
 
-def test_a_preparation_of_another_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
-    data = write_jsonl(tmp_path / 'a.jsonl', make_texts(3))
-    manifest = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}')
+def another_format(out, data):
+    manifest = json.loads((out / 'manifest.json').read_text())
     manifest['request']['format'] -= 1
-    (tmp_path / 'out' / 'manifest.json').write_text(json.dumps(manifest))
-    assert 'format was 2, now 3); choose' in error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}')
+    (out / 'manifest.json').write_text(json.dumps(manifest))
 
 
-def test_changed_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
-    data = write_jsonl(tmp_path / 'a.jsonl', make_texts(3))
-    prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}')
+def another_folder(out, data):
+    (out / 'manifest.json').unlink()
+
+
+def other_files(out, data):
     write_jsonl(data, make_texts(4))
-    assert 'files was {"a": "1 files, ' in error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}')
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
-    data = write_jsonl(tmp_path / 'a.jsonl', make_texts(3))
-    (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'thesis.tex').touch()
-    message = error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}')
-    assert 'exists and was not made by this script' in message
-    (tmp_path / 'out' / 'thesis.tex').unlink()
-    assert prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}')  # an empty folder is fine
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (another_format, 'format was 2, now 3'),
+        (another_folder, 'exists and was not made by this script'),
+        (other_files, 'files was {"a": "1 files, '),
+    ],
+)
+def test_something_else_is_refused(change, message, tmp_path, capsys):
+    data, out = write_jsonl(tmp_path / 'a.jsonl', make_texts(3)), tmp_path / 'out'
+    out.mkdir()  # an empty folder is fine
+    prepare(out, f'--dataset=a=jsonl:{data}')
+    change(out, data)
+    assert message in error_of(capsys, out, f'--dataset=a=jsonl:{data}')
 
 
-def kill_at(moment: int, patched: tuple[Any, str], arguments: list[str]) -> None:
+def kill_at(moment, patched, arguments):
     """Runs the script in a process that kills itself as it calls a function for the n-th time."""
 
-    def run() -> None:
+    def run():
         original, calls = getattr(*patched), itertools.count(1)
 
-        def call(*arguments: Any, **keywords: Any) -> Any:
+        def call(*arguments, **keywords):
             number = next(calls)
             if 2 * number == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -594,9 +474,7 @@ def kill_at(moment: int, patched: tuple[Any, str], arguments: list[str]) -> None
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_killed_at_any_moment_it_goes_on(
-    small_parts: None, three_sources: tuple[list[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_killed_at_any_moment_it_goes_on(small_parts, three_sources, tmp_path, monkeypatch):
     """Kills the script before and after things get their names: parts, shards, their places."""
     specs, _ = three_sources
     manifest = prepare(tmp_path / 'whole', *specs)
@@ -620,7 +498,7 @@ def test_killed_at_any_moment_it_goes_on(
 
 
 @pytest.mark.slow
-def test_killed_with_its_processes(tmp_path: Path):
+def test_killed_with_its_processes(tmp_path):
     """Kills the script, which has others working for it, and goes on in one process."""
     texts = [' '.join(make_texts(number, 40)) for number in range(1500)]
     specs = [f'--dataset={name}=jsonl:{write_jsonl(tmp_path / name, texts[at::2])}' for at, name in enumerate('ab')]
@@ -643,7 +521,7 @@ def test_killed_with_its_processes(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_processes_make_the_same_bytes(small_parts: None, three_sources: tuple[list[str], list[str]], tmp_path: Path):
+def test_processes_make_the_same_bytes(small_parts, three_sources, tmp_path):
     specs, _ = three_sources
     for workers in (1, 2):
         prepare(tmp_path / str(workers), *specs, '--workers', str(workers))
@@ -651,9 +529,7 @@ def test_processes_make_the_same_bytes(small_parts: None, three_sources: tuple[l
 
 
 @pytest.mark.slow
-def test_spark_makes_the_same_bytes(
-    small_parts: None, three_sources: tuple[list[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_spark_makes_the_same_bytes(small_parts, three_sources, tmp_path, monkeypatch):
     """Streaming's own converter on two processes of Spark; all but the name of the engine is the same."""
     specs, _ = three_sources
     session = pytest.importorskip('pyspark.sql').SparkSession
@@ -667,7 +543,7 @@ def test_spark_makes_the_same_bytes(
     assert found == expected
 
 
-def test_two_runs_at_once(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_two_runs_at_once(tmp_path, capsys):
     data = write_jsonl(tmp_path / 'data.jsonl', make_texts(0))
     with locked_sibling(tmp_path / 'out', RuntimeError()) as partial:
         (partial / 'file').touch()
@@ -681,28 +557,27 @@ def test_two_runs_at_once(tmp_path: Path, capsys: pytest.CaptureFixture):
 # Compression and object storage
 
 
-def test_compressed_shards(two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path):
-    out, manifest, _ = two
-    specs = [f'--dataset={spec}' for spec in manifest['request']['datasets']]
+def test_compressed_shards(two, tmp_path):
+    out, manifest, _, specs = two
     prepare(tmp_path / 'out', *specs, '--compression', 'zstd:7')
     assert {file.suffix for file in (tmp_path / 'out').rglob('shard.*')} == {'.zstd'}
     assert read_tokens(tmp_path / 'out', 'old', 'train').tolist() == read_tokens(out, 'old', 'train').tolist()
 
 
 def test_object_storage(
-    two: tuple[Path, dict, dict[str, list[str]]],
-    bucket: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    two,
+    bucket,
+    tmp_path,
+    monkeypatch,
+    capsys,
 ):
     """Killed while it uploads, it goes on; the same bytes as in a folder; read by Streaming."""
-    out, manifest, _ = two
+    out, manifest, _, specs = two
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     options = ['--max-seq-len', str(LENGTH), '--val-fraction', '0.2', '--vocab-size', '300']
-    options += [f'--dataset={spec}' for spec in manifest['request']['datasets']]
+    options += specs
 
-    def there() -> dict[str, bytes]:
+    def there():
         objects = bucket.list_objects_v2(Bucket='bucket').get('Contents', [])
         return {
             item['Key'].removeprefix('data/'): bucket.get_object(Bucket='bucket', Key=item['Key'])['Body'].read()
@@ -710,12 +585,17 @@ def test_object_storage(
         }
 
     expected = every_byte(out)
-    kill_at(25, (S3Uploader, 'upload_file'), ['--out', 's3://bucket/data', *options])
+    kill_at(25, (S3ObjectStore, 'upload_object'), ['--out', 's3://bucket/data', *options])
     assert 0 < len(there()) < len(expected) and 'manifest.json' not in there()
-    again, original = [], S3Uploader.upload_file
-    monkeypatch.setattr(S3Uploader, 'upload_file', lambda self, name: again.append(name) or original(self, name))
+    again, original = [], S3ObjectStore.upload_object
+
+    def upload(self, name, filename):
+        again.append(name)
+        original(self, name, filename)
+
+    monkeypatch.setattr(S3ObjectStore, 'upload_object', upload)
     prepare_data.main(['--out', 's3://bucket/data', *options])
-    assert there() == expected and again[-1] == 'manifest.json'
+    assert there() == expected and again[-1] == 'data/manifest.json'
     assert len(again) < len(expected)
     assert not list(tmp_path.glob('*prepare_data*')), 'nothing is left on this machine'
     capsys.readouterr()
@@ -725,42 +605,42 @@ def test_object_storage(
     data = StreamingDataset(remote='s3://bucket/data/old', local=str(tmp_path / 'cache'), split='train', batch_size=1)
     assert len(data) == manifest['datasets']['old']['splits']['train']['samples']
 
-    def refused(*arguments: str) -> str:
+    def refused(*arguments):
         with pytest.raises(SystemExit):
             prepare_data.main([*arguments, *options])
         return capsys.readouterr().err
 
     assert 'compression was null, now "zstd"' in refused('--out', 's3://bucket/data', '--compression', 'zstd')
-    assert 'holds data/old/' in refused('--out', 's3://bucket/data/old')
-    assert 'cannot write there' in refused('--out', 's3://no-such-bucket/data')
+    assert '--out s3://bucket/data/old: holds train/' in refused('--out', 's3://bucket/data/old')
+    assert 's3://no-such-bucket/data' in refused('--out', 's3://no-such-bucket/data')
     assert there() == expected
 
 
 # What came before, and the model that will be trained
 
 
-def test_earlier_data(two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture):
-    out, manifest, texts = two
+def test_earlier_data(two, tmp_path, capsys):
+    out, manifest, texts, _ = two
     fresh = make_texts(30)
-    data = write_jsonl(tmp_path / 'c.jsonl', [*texts['old'][:20], *texts['new'][20:40], *fresh])
-    third = prepare(tmp_path / 'out', f'--dataset=c=jsonl:{data}', '--earlier', str(out))
+    data = jsonl(tmp_path / 'c.jsonl', [*texts['old'][:20], *texts['new'][20:40], *fresh])
+    third = prepare(tmp_path / 'out', data, '--earlier', str(out))
     counts = third['datasets']['c']['splits'].values()
     assert sum(count['duplicates'] for count in counts) == 40
     assert sum(count['documents'] for count in counts) == len(fresh)
     assert third['tokenizer']['hash'] == manifest['tokenizer']['hash']
-    other = prepare(tmp_path / 'other', f'--dataset=c=jsonl:{data}', '--vocab-size', '280')
+    other = prepare(tmp_path / 'other', data, '--vocab-size', '280')
     assert other['tokenizer']['hash'] != manifest['tokenizer']['hash']
-    arguments = (f'--dataset=c=jsonl:{data}', '--tokenizer', str(tmp_path / 'other' / 'tokenizer'))
+    arguments = (data, '--tokenizer', str(tmp_path / 'other' / 'tokenizer'))
     message = error_of(capsys, tmp_path / 'no', *arguments, '--earlier', str(out))
     assert 'have different tokenizers' in message
     assert 'near-duplicates are looked for' in error_of(
-        capsys, tmp_path / 'no', f'--dataset=c=jsonl:{data}', '--earlier', str(out), '--near-duplicates'
+        capsys, tmp_path / 'no', data, '--earlier', str(out), '--near-duplicates'
     )
-    message = error_of(capsys, tmp_path / 'no', f'--dataset=c=jsonl:{data}', '--earlier', str(tmp_path))
+    message = error_of(capsys, tmp_path / 'no', data, '--earlier', str(tmp_path))
     assert 'no manifest.json' in message
 
 
-def test_near_duplicates(tmp_path: Path):
+def test_near_duplicates(tmp_path):
     """A training document nearly equal to a validation document is dropped, also across datasets and preparations."""
     long = [
         ' '.join(f'w{generator.randrange(9**9)}' for _ in range(120)) for generator in map(random.Random, range(80))
@@ -772,7 +652,7 @@ def test_near_duplicates(tmp_path: Path):
     specs = [f'--dataset={file.stem}=jsonl:{file}' for file in data]
     manifest = prepare(tmp_path / 'ab', *specs[:2], '--near-duplicates')
 
-    def counted(dataset: dict, name: str) -> int:
+    def counted(dataset, name):
         return sum(split[name] for split in dataset['splits'].values())
 
     assert [counted(dataset, 'near_duplicates') for dataset in manifest['datasets'].values()] == [30, 10]
@@ -786,10 +666,8 @@ def test_near_duplicates(tmp_path: Path):
     assert counted(later['datasets']['c'], 'near_duplicates') == 20
 
 
-def test_the_parents_tokenizer_vocabulary_and_length(
-    two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    out, manifest, _ = two
+def test_the_parents_tokenizer_vocabulary_and_length(two, tmp_path, capsys):
+    out, manifest, _, specs = two
     data = f'--dataset=c=jsonl:{write_jsonl(tmp_path / "c.jsonl", make_texts(32))}'
     model = tmp_path / 'run' / 'huggingface' / 'ba10'
     shutil.copytree(out / 'tokenizer', model)
@@ -810,7 +688,7 @@ def test_the_parents_tokenizer_vocabulary_and_length(
     assert 'its vocabulary of 300 is larger than that of --parent' in message and message.rstrip().endswith('299')
 
 
-def prepare_tokenizer(folder: Path, original: Path) -> Path:
+def prepare_tokenizer(folder, original):
     """The same tokenizer but for two tokens that have changed places."""
     shutil.copytree(original, folder)
     content = json.loads((folder / 'tokenizer.json').read_text())
@@ -820,8 +698,8 @@ def prepare_tokenizer(folder: Path, original: Path) -> Path:
     return folder
 
 
-def test_the_hash_is_of_what_a_tokenizer_does(two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path):
-    out, manifest, _ = two
+def test_the_hash_is_of_what_a_tokenizer_does(two, tmp_path):
+    out, manifest, _, specs = two
     tokenizer = build_tokenizer(str(out / 'tokenizer'), {'model_max_length': 99, 'padding_side': 'left'})
     tokenizer.save_pretrained(tmp_path / 'saved')
     assert hash_tokenizer(tmp_path / 'saved') == manifest['tokenizer']['hash']
@@ -836,7 +714,7 @@ def test_the_hash_is_of_what_a_tokenizer_does(two: tuple[Path, dict, dict[str, l
 # Sources
 
 
-def test_sources_of_one_text_agree(tmp_path: Path):
+def test_sources_of_one_text_agree(tmp_path):
     texts = make_texts(6)
     (tmp_path / 'notes' / 'deep').mkdir(parents=True)
     for number, text in enumerate(texts):
@@ -845,7 +723,7 @@ def test_sources_of_one_text_agree(tmp_path: Path):
     write_jsonl(tmp_path / 'x[2].jsonl', texts[20:], 'body')
     pq.write_table(pa.table({'id': range(len(texts)), 'body': texts}), tmp_path / 'x.parquet')
 
-    def read(kind: str, target: str) -> list[str]:
+    def read(kind, target):
         return read_all(f'{kind}:{tmp_path / target}', text_key='body')
 
     assert read('jsonl', 'x*.jsonl') == texts  # the order of the file names, then of the rows
@@ -858,7 +736,7 @@ def test_sources_of_one_text_agree(tmp_path: Path):
     'text',
     ['cpp', 'sympy', *(pytest.param(text, marks=pytest.mark.slow) for text in sources.INSTALLED if text != 'cpp')],
 )
-def test_installed(text: str, tmp_path: Path):
+def test_installed(text, tmp_path):
     limits = ('--max-train-tokens', '20000', '--max-val-tokens', '2000', '--tokenizer-documents', '20')
     manifest = prepare(tmp_path / 'out', f'--dataset=x=installed:{text}', *limits)
     splits = manifest['datasets']['x']['splits']
@@ -866,7 +744,7 @@ def test_installed(text: str, tmp_path: Path):
     assert manifest['datasets']['x']['files'] > 100
 
 
-def test_files_that_are_not_prose_or_code_are_blank(tmp_path: Path):
+def test_files_that_are_not_prose_or_code_are_blank(tmp_path):
     contents = {
         'a.py': b'x = 1\n',
         'latin.py': b'\xe9',
@@ -880,10 +758,10 @@ def test_files_that_are_not_prose_or_code_are_blank(tmp_path: Path):
     assert texts == ['x = 1\n', '', '', '# Readme\n\nBody: text\n']
 
 
-def test_given_tokenizer(two: tuple[Path, dict, dict[str, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture):
-    out, manifest, _ = two
-    data = write_jsonl(tmp_path / 'a.jsonl', make_texts(7))
-    other = prepare(tmp_path / 'out', f'--dataset=a=jsonl:{data}', '--tokenizer', str(out / 'tokenizer'))
+def test_given_tokenizer(two, tmp_path, capsys):
+    out, manifest, _, specs = two
+    data = jsonl(tmp_path / 'a.jsonl', make_texts(7))
+    other = prepare(tmp_path / 'out', data, '--tokenizer', str(out / 'tokenizer'))
     assert other['tokenizer'] == {**manifest['tokenizer'], 'hash': other['tokenizer']['hash']}
     assert other['request']['tokenizer_hash'] == manifest['tokenizer']['hash']
     text = next(text for text in make_texts(7) if not in_val(text))
@@ -893,75 +771,77 @@ def test_given_tokenizer(two: tuple[Path, dict, dict[str, list[str]]], tmp_path:
 # Errors
 
 
+@pytest.fixture
+def no_work(monkeypatch):
+    """What is wrong is found before any work."""
+    monkeypatch.setattr(prepare_data, 'prepare', None)
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--dataset=a=jsonl:missing/*.jsonl'], 'dataset a: no file found for jsonl:missing/*.jsonl'),
-        (['--dataset=a=jsno:x'], "unknown source kind 'jsno'; did you mean 'jsonl'?"),
-        (['--dataset=a=quux:x'], "unknown source kind 'quux'; known: installed, jsonl, parquet, text, hf"),
-        (['--dataset=a=installed:pyhton'], "unknown text 'pyhton'; did you mean 'python'?"),
-        (['--dataset=german'], 'expected NAME=KIND:TARGET'),
-        (['--dataset=../a=installed:python'], "'../a' cannot be the name of a dataset folder"),
-        (['--dataset=tokenizer=installed:python'], "'tokenizer' cannot be the name of a dataset folder"),
-        (['--dataset=lm_eval=installed:python'], "'lm_eval' cannot be the name of a dataset folder"),
-        (['--dataset=a=installed:python', '--dataset=a=installed:cpp'], "two datasets are called 'a'"),
-        (['--dataset=a=hf:x/y?splt=train'], "unknown option 'splt'; did you mean 'split'?"),
-        (['--dataset=a=hf:x/y?train'], 'expected options as name=value&name=value'),
-        (['--dataset=a=hf:nobody/no-such-dataset'], 'dataset a: cannot read hf:nobody/no-such-dataset: '),
-        (['--max-seq-len', '1'], '--max-seq-len 1: a sample needs at least 2 tokens'),
-        (['--max-seq-len', 'x'], "argument --max-seq-len: invalid int value: 'x'"),
-        (['--val-fraction', '1'], '--val-fraction 1.0: expected more than 0 and less than 1'),
-        (['--val-fraction', 'nan'], '--val-fraction nan: expected more than 0 and less than 1'),
-        (['--max-train-tokens', '15'], '--max-train-tokens 15: less than one sample of 16 tokens'),
-        (['--vocab-size', '256'], '--vocab-size 256: expected at least 257'),
-        (['--tokenizer-documents', '0'], '--tokenizer-documents 0: expected at least 1'),
-        (['--tokenizer', 'x', '--tokenizer-documents', '9'], '--tokenizer-documents is for a tokenizer trained here'),
+        ('--dataset=a=jsonl:missing/*.jsonl', r'dataset a: .* jsonl:missing/\*\.jsonl'),
+        ('--dataset=a=jsno:x', "'jsno'.* 'jsonl'"),
+        ('--dataset=a=quux:x', "'quux'.* hf, installed, jsonl, parquet, text"),
+        ('--dataset=a=installed:pyhton', "'pyhton'.* 'python'"),
+        ('--dataset=german', "'german': .*NAME=KIND:TARGET"),
+        ('--dataset=../a=installed:python', "'../a'"),
+        ('--dataset=tokenizer=installed:python', "'tokenizer'"),
+        ('--dataset=lm_eval=installed:python', "'lm_eval'"),
+        ('--dataset=a=installed:python --dataset=a=installed:cpp', 'dataset a .*twice'),
+        ('--dataset=a=hf:x/y?splt=train', "'splt'.* 'split'"),
+        ('--dataset=a=hf:x/y?train', 'hf:x/y.train: .*name=value'),
+        ('--dataset=a=hf:nobody/no-such-dataset', 'dataset a: .*hf:nobody/no-such-dataset: '),
+        ('--max-seq-len=1', '--max-seq-len=1 .*at least 2'),
+        ('--max-seq-len=x', "--max-seq-len: .*'x'"),
+        ('--val-fraction=1', '--val-fraction=1.0 .*below 1'),
+        ('--val-fraction=nan --workers=0', '--val-fraction=nan .*; --workers=0 .*at least 1'),
+        ('--engine=sprak', "--engine='sprak' .*'spark'"),
+        ('--max-train-tokens=15', '--max-train-tokens 15: .*16'),
+        ('--vocab-size=256', '--vocab-size=256 .*at least 257'),
+        ('--tokenizer-documents=0', '--tokenizer-documents=0 .*at least 1'),
+        ('--tokenizer x --tokenizer-documents 9', '--tokenizer-documents .* x '),
+        ('--near-threshold=0.9', '--near-threshold 0.9 .*--near-duplicates'),
+        ('--compression=zsdt', 'zsdt: .*zstd'),
     ],
 )
-def test_wrong_arguments(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(prepare_data, 'prepare', None)  # found before any work
-    assert message in error_of(capsys, tmp_path / 'out', *arguments)
+def test_wrong_arguments(arguments, message, tmp_path, capsys, no_work):
+    assert re.search(message, error_of(capsys, tmp_path / 'out', *arguments.split()))
 
 
 @pytest.mark.parametrize(
     ('rows', 'message'),
     [
-        ([{'body': 'x', 'id': 1}], "dataset a: no column 'text' (--text-key); it has: body, id"),
-        ([{'text': 3}], "dataset a: column 'text' holds int, not text"),
-        ([], 'dataset a: '),
+        ([{'body': 'x', 'id': 1}], "dataset a: .*'text' .*--text-key.*: body, id"),
+        ([{'text': 3}], "dataset a: .*'text' .*int"),
+        ([], 'dataset a: .*no rows|dataset a: cannot read'),
     ],
 )
-def test_wrong_rows(
-    rows: list[dict], message: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(prepare_data, 'prepare', None)
+def test_wrong_rows(rows, message, tmp_path, capsys, no_work):
     data = tmp_path / 'a.jsonl'
     data.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    assert message in error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}')
+    assert re.search(message, error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}'))
 
 
-def test_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture):
-    data = write_jsonl(tmp_path / 'a.jsonl', make_texts(8))
-    (tmp_path / 'latin.txt').write_bytes(b'caf\xe9')
-    (tmp_path / 'b.jsonl').write_text('{"text": "a"}\n{"text": \n')
-    (tmp_path / 'c.parquet').write_text('no parquet')
-    for spec in ('text:latin.txt', 'jsonl:b.jsonl', 'parquet:c.parquet'):
-        kind, _, name = spec.partition(':')
-        message = error_of(
-            capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}', f'--dataset=b={kind}:{tmp_path / name}'
-        )
-        assert f'dataset b: cannot read {kind}:' in message
+@pytest.mark.parametrize(
+    ('name', 'content'),
+    [('b.txt', b'caf\xe9'), ('b.jsonl', b'{"text": "a"}\n{"text": \n'), ('b.parquet', b'no parquet')],
+)
+def test_broken_files(name, content, tmp_path, capsys):
+    data = jsonl(tmp_path / 'a.jsonl', make_texts(8))
+    (tmp_path / name).write_bytes(content)
+    broken = f'{name[2:].replace("txt", "text")}:{tmp_path / name}'
+    message = error_of(capsys, tmp_path / 'out', data, f'--dataset=b={broken}')
+    assert f'dataset b: cannot read {broken}: ' in message
 
 
-def test_unknown_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture):
-    data = write_jsonl(tmp_path / 'a.jsonl', make_texts(8))
-    message = error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}', '--tokenizer', 'nobody/no-such')
-    assert '--tokenizer nobody/no-such: cannot load it' in message
-
-
-def test_too_little_text(tmp_path: Path, capsys: pytest.CaptureFixture):
-    data = write_jsonl(tmp_path / 'a.jsonl', ['one short document'])
-    message = error_of(capsys, tmp_path / 'out', f'--dataset=a=jsonl:{data}')
-    assert 'val has no sample of 16 tokens' in message or 'train has no sample of 16 tokens' in message
+@pytest.mark.parametrize(
+    ('texts', 'options', 'message'),
+    [
+        (make_texts(8), ['--tokenizer', 'nobody/no-such'], '--tokenizer nobody/no-such: '),
+        (['one short document'], [], '(train|val) has no sample of 16 tokens'),
+    ],
+)
+def test_a_preparation_that_cannot_be(texts, options, message, tmp_path, capsys):
+    data = jsonl(tmp_path / 'a.jsonl', texts)
+    assert re.search(message, error_of(capsys, tmp_path / 'out', data, *options))

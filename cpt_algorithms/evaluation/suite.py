@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suites of lm-eval tasks, as YAMLs under ``yamls/eval`` say them. Imports lm-eval only to look up a task's name."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from yaml import YAMLError
+
+from cpt_algorithms.files import read_yaml
+from cpt_algorithms.validation import ConfigError, Section, nearest, parse_section
+
+__all__ = ['Suite', 'SuiteTask', 'check_suite', 'load_suite', 'task_manager', 'why_unavailable']
+
+_FILE_BUILDERS = ('json', 'csv', 'parquet', 'text', 'arrow')
+
+
+class SuiteTask(Section):
+    """A task of a suite.
+
+    Args:
+        task: A name that lm-eval knows, or the config of a task, which has its own name as ``task``.
+        num_fewshot: Examples in each prompt.
+        metric: A mean over items that the task has; ``<metric>,<filter>`` if it filters answers in several ways.
+    """
+
+    model_config = ConfigDict(extra='forbid')
+
+    task: str | dict[str, Any]
+    num_fewshot: int = Field(ge=0)
+    metric: str
+
+    @field_validator('task')
+    @classmethod
+    def _check_task(cls, task: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(task, dict) and not isinstance(task.get('task'), str):
+            raise ValueError('the config of a task has its own name as task')
+        return task
+
+    @property
+    def name(self) -> str:
+        """What lm-eval calls it."""
+        return self.task if isinstance(self.task, str) else self.task['task']
+
+    @property
+    def data_files(self) -> list[str]:
+        """Local files that it reads, if it has a config of its own."""
+        task = self.task if isinstance(self.task, dict) else {}
+        given = (task.get('dataset_kwargs') or {}).get('data_files') or []
+        groups = given.values() if isinstance(given, Mapping) else [given]
+        files = [file for group in groups for file in ([group] if isinstance(group, str) else group)]
+        is_local = task.get('dataset_path') in _FILE_BUILDERS
+        return [file for file in files if is_local and '*' not in file and '://' not in file]
+
+
+class Suite(Section):
+    """Tasks that models are compared on.
+
+    Args:
+        name: Of the folder that results go to.
+        variables: What ``${variables.x}`` stands for.
+        tasks: By the name that tables show.
+        missing: Tasks that the suite wants and lm-eval does not have, each with the reason.
+    """
+
+    model_config = ConfigDict(extra='forbid')
+
+    name: str
+    variables: dict[str, Any] = {}
+    tasks: dict[str, SuiteTask]
+    missing: dict[str, str] = {}
+
+    @field_validator('name')
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if '/' in name:
+            raise ValueError('it names a folder and cannot have a slash')
+        return name
+
+    @field_validator('missing')
+    @classmethod
+    def _check_missing(cls, missing: dict[str, str], others: ValidationInfo) -> dict[str, str]:
+        if both := [name for name in missing if name in others.data.get('tasks', {})]:
+            raise ValueError(f'KEY.{both[0]} is in tasks, too')
+        return missing
+
+
+def load_suite(given: str | Path | Sequence[str]) -> Suite:
+    """Read a suite.
+
+    Args:
+        given: The path of its YAML, or a list of the path and ``key=value`` overrides with dotted keys.
+
+    Raises:
+        ValueError: If it cannot be read or is no suite, with all problems.
+    """
+    path, *overrides = [given] if isinstance(given, str | Path) else given
+    try:
+        merged = OmegaConf.merge(read_yaml(path), OmegaConf.from_dotlist([str(override) for override in overrides]))
+        return parse_section(Suite, OmegaConf.to_container(merged, resolve=True))
+    except ConfigError as error:
+        raise ValueError(f'{path}: {"; ".join(error.problems)}') from None
+    except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f'{path} cannot be read as a suite: {" ".join(str(error).split())}') from None
+
+
+def check_suite(suite: Suite) -> list[str]:
+    """Find every task of a suite that cannot be run here, as far as that shows without a model.
+
+    Args:
+        suite: Of :func:`load_suite`.
+
+    Returns:
+        One line for each.
+
+    Cost: 7 s the first time, if a task is named that lm-eval is to know.
+    """
+    reasons = {name: why_unavailable(entry) for name, entry in suite.tasks.items()}
+    return [f'tasks.{name}: {reason}' for name, reason in reasons.items() if reason]
+
+
+def why_unavailable(entry: SuiteTask) -> str | None:
+    """Why a task cannot be run here, as far as that shows without its data; None if it can."""
+    if isinstance(entry.task, str) and entry.task not in (known := task_manager(True).all_tasks):
+        return f'lm-eval {version("lm_eval")} has no task {entry.task!r}; {nearest(entry.task, known)}'
+    missing = [file for file in entry.data_files if not Path(file).exists()]
+    return f'{missing[0]} does not exist; prepare the data first (scripts/prepare_data.py)' if missing else None
+
+
+@cache
+def task_manager(with_known_tasks: bool) -> Any:
+    """lm-eval's own; it reads its 14,000 configs in 7 s."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=with_known_tasks)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a preparation is asked to do, and the request that follows from it: all that decides the result."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from cpt_algorithms.files import is_remote
+from cpt_algorithms.preparation.earlier import Earlier
+from cpt_algorithms.preparation.manifest import FORMAT, Request
+from cpt_algorithms.preparation.sources import PrepareError, Source
+from cpt_algorithms.preparation.tokenizer import MIN_VOCAB_SIZE, Parent, hash_tokenizer
+from cpt_algorithms.validation import PathStr, Section
+
+__all__ = ['DEFAULT_DATASETS', 'Options', 'make_request', 'sample_length']
+
+DEFAULT_DATASETS = ['python=installed:python', 'cpp=installed:cpp']
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Options(Section):
+    """The options of ``scripts/prepare_data.py``, by their names; its ``--help`` says what each means."""
+
+    model_config = ConfigDict(extra='forbid')
+
+    out: PathStr
+    dataset: list[str] = DEFAULT_DATASETS
+    text_key: str = 'text'
+    tokenizer: str | None = None
+    parent: str | None = None
+    earlier: list[str] = []
+    vocab_size: Annotated[int, Field(ge=MIN_VOCAB_SIZE)] | None = None
+    tokenizer_documents: Count | None = None
+    max_seq_len: Annotated[int, Field(ge=2)] | None = None
+    val_fraction: Fraction = 0.02
+    max_train_tokens: Count | None = None
+    max_val_tokens: Count | None = None
+    near_duplicates: bool = False
+    near_threshold: Fraction | None = None
+    compression: str | None = None
+    workers: Count | None = None
+    engine: Literal['local', 'spark'] = 'local'
+    work: PathStr | None = None
+
+    @property
+    def given_tokenizer(self) -> str | None:
+        """What says which tokenizer to use; none if one is trained."""
+        return self.tokenizer or self.parent or next(iter(self.earlier), None)
+
+    def check(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            PrepareError: Naming one.
+        """
+        if not is_remote(self.out) and not Path(self.out).name:
+            raise PrepareError(f'--out {self.out}: expected the name of a folder to make')
+        if self.near_threshold is not None and not self.near_duplicates:
+            raise PrepareError(f'--near-threshold {self.near_threshold} is of --near-duplicates, which is not given')
+        for name in ('vocab_size', 'tokenizer_documents'):
+            if getattr(self, name) is not None and self.given_tokenizer:
+                flag = '--' + name.replace('_', '-')
+                raise PrepareError(f'{flag} is for a tokenizer trained here; that of {self.given_tokenizer} is given')
+        if self.compression is not None:
+            from streaming.base.compression import get_compressions, is_compression
+
+            if not is_compression(self.compression):
+                known = ', '.join(sorted(get_compressions()))
+                raise PrepareError(f'--compression {self.compression}: Streaming knows {known}')
+
+    def near_settings(self) -> dict[str, Any] | None:
+        """The settings of near-duplicates, if these are looked for."""
+        if not self.near_duplicates:
+            return None
+        from cpt_algorithms.preparation.duplicates import NearDuplicates
+
+        return vars(NearDuplicates(self.near_threshold) if self.near_threshold else NearDuplicates())
+
+
+def sample_length(options: Options, parent: Parent | None) -> int:
+    """The tokens of a sample.
+
+    Args:
+        options: With or without ``max_seq_len``.
+        parent: The model that will read the samples.
+
+    Raises:
+        PrepareError: If the parent cannot read as many, or a limit is below one sample.
+    """
+    length = options.max_seq_len or (parent.max_seq_len if parent else 128)
+    if length is None:
+        raise PrepareError(f'--parent {options.parent}: its config.json has no sequence length; give --max-seq-len')
+    if parent and parent.max_seq_len and length > parent.max_seq_len:
+        raise PrepareError(f'--max-seq-len {length}: --parent {parent.name} reads at most {parent.max_seq_len}')
+    for flag, limit in (('max-train-tokens', options.max_train_tokens), ('max-val-tokens', options.max_val_tokens)):
+        if limit is not None and limit < length:
+            raise PrepareError(f'--{flag} {limit}: less than one sample of {length} tokens')
+    return length
+
+
+def make_request(
+    options: Options,
+    sources: Sequence[Source],
+    files: dict[str, list[str]],
+    max_seq_len: int,
+    near: dict[str, Any] | None,
+    earlier: Sequence[Earlier],
+) -> Request:
+    """Everything that decides the result, as the manifest records it.
+
+    Args:
+        options: What was asked for.
+        sources: Its sources, parsed.
+        files: The files of each, by ``str(source)``; the user's own are recorded by number and size.
+        max_seq_len: Of :func:`sample_length`.
+        near: The settings of near-duplicates, if these are looked for.
+        earlier: Data prepared before.
+    """
+    folder = Path(options.tokenizer) if options.tokenizer else None
+    trained = not options.given_tokenizer
+    return Request(
+        format=FORMAT,
+        datasets=[str(source) for source in sources],
+        files={
+            str(source).split('=')[0]: f'{len(found)} files, {sum(map(os.path.getsize, found))} bytes'
+            for source in sources
+            if source.kind != 'installed' and (found := files[str(source)])
+        },
+        text_key=options.text_key,
+        tokenizer=options.tokenizer,
+        tokenizer_hash=hash_tokenizer(folder) if folder and (folder / 'tokenizer.json').is_file() else None,
+        parent=options.parent,
+        earlier={data.location: data.manifest.tokenizer.hash for data in earlier},
+        vocab_size=(options.vocab_size or 4096) if trained else None,
+        tokenizer_documents=(options.tokenizer_documents or 2000) if trained else None,
+        max_seq_len=max_seq_len,
+        val_fraction=options.val_fraction,
+        max_train_tokens=options.max_train_tokens,
+        max_val_tokens=options.max_val_tokens,
+        near_duplicates=near,
+        compression=options.compression,
+    )

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoints a command names, and which of them are averaged: the latest ones, windows along a run."""
+
+import fnmatch
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from cpt_algorithms.checkpoints.save_folder import batch_of
+from cpt_algorithms.files import exists, is_remote, list_names
+
+__all__ = ['AverageError', 'Found', 'find', 'latest', 'windows_of']
+
+RUN = 'ep*-ba*'  # Composer's names of checkpoints
+EXPORT = r'ba\d+'  # and of exports in huggingface/; those of averages have a suffix
+
+
+class AverageError(ValueError):
+    """Something the user can put right; its message is one line."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was found.
+
+    Args:
+        path: Its path or URI.
+        objects: In object storage, the URIs of its files.
+    """
+
+    path: str
+    objects: Sequence[str] = field(default=(), repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """``ep0-ba10`` for ``run/ep0-ba10-rank0.pt``."""
+        path = PurePosixPath(self.path)
+        if path.name.startswith('model.safetensors'):
+            return path.parent.name
+        return re.sub(r'(-rank\d+)?\.(pt|safetensors)$', '', path.name)
+
+    @property
+    def batch(self) -> int | None:
+        """The batch in its name."""
+        return batch_of(self.name)
+
+
+class _Here:
+    """Files on this machine."""
+
+    def children(self, path: str) -> list[str]:
+        return os.listdir(path) if os.path.isdir(path) else []
+
+    def glob(self, pattern: str) -> list[str]:
+        """Without links to others of the matches."""
+        found = glob.glob(pattern)
+        links = [path for path in found if _is_latest(path)]
+        real = {os.path.realpath(path) for path in found if path not in links}
+        return [path for path in found if path not in links or os.path.realpath(path) not in real]
+
+    def found(self, path: str) -> Found:
+        return Found(os.path.realpath(path) if _is_latest(path) else path)
+
+
+class _Bucket:
+    """Objects in object storage, as files in folders.
+
+    Args:
+        uri: A URI; what does not lie below it, or below the folder of its first wildcard, is not listed.
+    """
+
+    def __init__(self, uri: str) -> None:
+        fixed = re.split(r'[*?[]', uri)[0]
+        folder = fixed.rstrip('/') if fixed == uri else fixed.rpartition('/')[0]
+        names = [name for name in list_names(folder) if not name.endswith(('.symlink', '/'))]
+        if outside := [name for name in names if '..' in name.split('/')]:
+            raise AverageError(f'{uri}: the object name {outside[0]!r} leads out of its folder')
+        self.uris = [f'{folder}/{name}' for name in names] or ([folder] if exists(folder) else [])
+
+    def children(self, path: str) -> list[str]:
+        return [uri[len(path) + 1 :].partition('/')[0] for uri in self.uris if uri.startswith(f'{path}/')]
+
+    def glob(self, pattern: str) -> list[str]:
+        parts = pattern.split('/')
+        found = {tuple(uri.split('/')[: len(parts)]) for uri in self.uris}
+        matching = [
+            names for names in found if len(names) == len(parts) and all(map(fnmatch.fnmatchcase, names, parts))
+        ]
+        return ['/'.join(names) for names in matching]
+
+    def found(self, path: str) -> Found:
+        return Found(path, [uri for uri in self.uris if uri == path or uri.startswith(f'{path}/')])
+
+
+def _is_latest(path: str) -> bool:
+    """Whether a path is the link that Composer keeps to its newest checkpoint."""
+    return os.path.islink(path) and os.path.basename(path).startswith('latest')
+
+
+def _is_checkpoint(place: _Here | _Bucket, path: str) -> bool:
+    """Whether a path looks like one checkpoint: a file, or a folder that one fills."""
+    names = place.children(path)
+    return not names or any(n in names for n in ('.metadata', 'model.safetensors', 'model.safetensors.index.json'))
+
+
+def _of_run(place: _Here | _Bucket, folder: str) -> list[str]:
+    """The checkpoints in a run's folder, or its exports if it has none."""
+    exports = [*place.glob(f'{folder}/huggingface/*'), *place.glob(f'{folder}/*')]
+    exports = [path for path in exports if re.fullmatch(EXPORT, path.rpartition('/')[2])]
+    for candidates in (place.glob(f'{folder}/{RUN}'), exports):
+        if checkpoints := [path for path in candidates if _is_checkpoint(place, path)]:
+            return checkpoints
+    return []
+
+
+def find(inputs: Sequence[str]) -> list[Found]:
+    """All checkpoints that the inputs name, oldest first.
+
+    Args:
+        inputs: Checkpoints, globs and save folders, here or in object storage. A list stays in the order given.
+
+    Raises:
+        AverageError: If an input has none, or one is named twice.
+        StorageError: If object storage cannot be reached.
+    """
+    found: list[Found] = []
+    for given in inputs:
+        place, path = _Bucket(given) if is_remote(given) else _Here(), given.rstrip('/') or given
+        is_glob = glob.has_magic(path)
+        matches = place.glob(path) if is_glob else [path]
+        if not is_glob and not _is_checkpoint(place, path):
+            # an empty answer is explained when the folder itself is opened
+            matches = _of_run(place, glob.escape(path)) or matches
+        group = [place.found(match) for match in matches]
+        if not group or is_remote(given) and not group[0].objects:
+            raise AverageError(f'{given}: no checkpoint found')
+        found += sorted(group, key=lambda one: (one.batch is None, one.batch or 0, one.path))
+    counts = Counter(one.path if one.objects else os.path.realpath(one.path) for one in found)
+    for path, count in counts.items():
+        if count > 1:
+            raise AverageError(f'{path} is given {count} times')
+    return found
+
+
+def latest(found: Sequence[Found], last: int, every: int | None) -> list[Found]:
+    """The latest ``last`` checkpoints, ``every`` batches apart, oldest first.
+
+    Args:
+        found: Of :func:`find`.
+        last: How many.
+        every: Batches between two of them; ``None`` for those that are there.
+
+    Raises:
+        AverageError: If there are too few, one is missing, or one has no batch in its name.
+    """
+    by_batch: dict[int, Found] = {}
+    for one in found:
+        if one.batch is None:
+            raise AverageError(f'--last {last}: {one.path} has no batch in its name, such as ba1000')
+        if one.batch in by_batch:
+            raise AverageError(f'--last {last}: {by_batch[one.batch].path} and {one.path} are of the same batch')
+        by_batch[one.batch] = one
+    batches = sorted(by_batch)
+    if every is None:
+        if len(batches) < last:
+            raise AverageError(f'--last {last}: there are only {len(batches)}: {_listed(batches)}')
+        return [by_batch[batch] for batch in batches[-last:]]
+    wanted = [batches[-1] - every * back for back in reversed(range(last))]
+    if missing := [batch for batch in wanted if batch not in by_batch]:
+        raise AverageError(
+            f'--last {last} --every {every}: batch {_listed(missing)} is missing; there are {_listed(batches)}'
+        )
+    return [by_batch[batch] for batch in wanted]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Numbers in a message, the last twenty of them."""
+    return ('... ' if len(numbers) > 20 else '') + ', '.join(map(str, numbers[-20:]))
+
+
+def windows_of(found: Sequence[Found], window: int | None, stride: int) -> list[Sequence[Found]]:
+    """Each window along the run; one of everything without ``window``.
+
+    Args:
+        found: Oldest first.
+        window: Checkpoints in a window.
+        stride: Checkpoints from one window to the next.
+
+    Raises:
+        AverageError: If there are too few, or two windows would have one name.
+    """
+    if window is None:
+        return [found]
+    if len(found) < window:
+        raise AverageError(f'--window {window}: there are only {len(found)} checkpoints')
+    windows = [found[end - window : end] for end in range(window, len(found) + 1, stride)]
+    for name, count in Counter(each[-1].name for each in windows).items():
+        if count > 1:
+            raise AverageError(f'--window {window}: {count} checkpoints are called {name!r}')
+    return windows
