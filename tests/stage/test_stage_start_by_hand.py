@@ -98,7 +98,7 @@ def test_kept_optimizers_keep_their_moments():
     assert run.optimizer.state[run.state.model.weight]['exp_avg'].item() == pytest.approx(0.1)
     with pytest.raises(
         ValueError,
-        match="^callbacks.stage_start.optimizer is keep, but the parent's optimizer state was not loaded; set load_weights_only: false, load_ignore_keys: .state/schedulers, ",
+        match="^callbacks.stage_start.optimizer_state is keep, but the parent's optimizer state was not loaded; set load_weights_only: false, load_ignore_keys: .state/schedulers, ",
     ):
         Run('keep').load()
     # a sharded load leaves zero moments behind, and a step
@@ -109,21 +109,21 @@ def test_kept_optimizers_keep_their_moments():
     run.optimizer.state[run.state.model.weight] = {'step': torch.ones(1), 'exp_avg': -torch.ones(1)}
     run.load()
     with pytest.raises(
-        ValueError, match='^callbacks.stage_start.optimizer is keep, but there is no load_path to keep one from$'
+        ValueError, match='^callbacks.stage_start.optimizer_state is keep, but there is no load_path to keep one from$'
     ):
         Run('keep').load(parent=None)
 
 
 def test_bad_options_are_named():
     with pytest.raises(
-        ValueError, match="^callbacks.stage_start.optimizer='x' is not possible; use 'reset' or 'keep'$"
+        ValueError, match="^callbacks.stage_start.optimizer_state='x' is not possible; use 'reset' or 'keep'$"
     ):
         StageStart('x')
     with pytest.raises(
         ValueError, match='^callbacks.stage_start.trust_checkpoint=1 is not possible; use true or false$'
     ):
         StageStart(trust_checkpoint=1)
-    assert StageStart().optimizer == 'reset'
+    assert StageStart().optimizer_state == 'reset'
     assert StageStart().trust_checkpoint is False
 
 
