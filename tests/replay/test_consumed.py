@@ -197,7 +197,7 @@ def test_a_stage_replays_it_and_resumes(parent, data, tmp_path):
     rows = [row for batch in range(8) for row in lines[batch]['rows']]
     assert set(ids_of(rows)) == set(read[:16])
     lineage = json.loads((tmp_path / 'stage' / 'stage.json').read_text())
-    assert lineage['data']['replay']['streams']['old']['only_seen_by'] == str(checkpoint)
+    assert lineage['config']['train_loader']['dataset']['replay']['streams']['old']['only_seen_by'] == str(checkpoint)
 
 
 def test_what_cannot_be_is_named(parent, data, tmp_path):

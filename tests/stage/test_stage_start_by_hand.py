@@ -135,18 +135,18 @@ def test_a_checkpoint_says_which_run_it_is_of():
     saved = json.loads(run.saved()['stage'])
     assert saved.keys() == {'run_name', 'data', 'schedule', 'training'}
     assert saved['run_name'] == 'run'
-    assert saved['data'] == '{}'
-    schedule = json.loads(saved['schedule'])
+    assert saved['data'] == {}
+    schedule = saved['schedule']
     assert schedule['scheduler'] == 'RewarmConstantScheduler'
     assert schedule['alpha_i'] == '0.25' and schedule['alpha'] == '0.5'
     assert schedule['t_warmup'] == str(Time.from_timestring('2ba'))
     assert 'max_duration' not in schedule, 'it shapes nothing'
     assert '_private' not in schedule
-    assert json.loads(saved['training']) == {
+    assert saved['training'] == {
         'precision': 'fp32',
         'GradientClipping': "{'clipping_type': 'norm', 'clipping_threshold': 1.5}",
     }
-    of_share = json.loads(json.loads(Run(scheduler=RewarmConstantScheduler('0.5dur')).saved()['stage'])['schedule'])
+    of_share = json.loads(Run(scheduler=RewarmConstantScheduler('0.5dur')).saved()['stage'])['schedule']
     assert of_share['max_duration'] == str(Time.from_timestring('8ba'))
 
 
@@ -274,15 +274,15 @@ def test_a_stock_mix_is_described():
     vars(dataset).update(batching_method='random', shuffle=True, shuffle_algo='py1e', shuffle_seed=9)
     dataset.streams = [stream('s3://there', _proportion=0.5, _choose=7), stream(None, _repeat=2.0)]
     state = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=dataset))
-    assert json.loads(stage_start._describe_stock_data(state)) == {
+    assert stage_start._describe_stock_data(state) == {
         'batching_method': 'random', 'shuffle': True, 'shuffle_algo': 'py1e', 'shuffle_seed': 9,
         'stream 0': "s3://there train {'proportion': 0.5, 'choose': 7}", 'stream 1': "here train {'repeat': 2.0}",
     }  # fmt: skip
-    assert stage_start._describe_stock_data(SimpleNamespace(train_dataloader=None)) == '{}'
+    assert stage_start._describe_stock_data(SimpleNamespace(train_dataloader=None)) == {}
 
 
 def test_a_scheduler_that_is_not_composers_has_no_description():
-    assert stage_start._describe_schedule(SimpleNamespace(schedulers=[object()])) == '{}'
+    assert stage_start._describe_schedule(SimpleNamespace(schedulers=[object()])) == {}
 
 
 @pytest.mark.parametrize('state', [{'a': [{'b': torch.ones(1)}]}, {'a': (1, torch.ones(1))}, {'a': torch.ones(1)}])
