@@ -192,7 +192,7 @@ def test_the_readmes_tree_is_the_repositorys():
 def test_every_recipe_has_yamls():
     # a branch takes the YAML of its trunk, a merge the one that a sequence writes
     recipes = {path.stem for path in (ROOT / 'recipes').glob('*.py')} - {'anneal', 'merge'}
-    assert recipes == {path.parent.name for path in TRAIN_YAMLS}
+    assert recipes == {path.parent.name for path in TRAIN_YAMLS} - {'claims'}
 
 
 @pytest.mark.parametrize('path', YAMLS, ids=lambda path: f'{path.parent.name}/{path.stem}')

@@ -64,6 +64,11 @@ class PhaseScheduler(ComposerScheduler, Callback):
         t_max = self._times.get('t_max')
         self._schedule(1e-6 if t_max and t_max.unit != 'dur' else 1e15 if absolute else 1.0, 1.0)
 
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What it was made with, as text: a restart compares it with what its checkpoint says."""
+        return {key: str(value) for key, value in {**self._times, **self._values}.items()}
+
     def _schedule(self, t_end: float, ssr: float) -> Schedule:
         # max_duration is scaled already, and with it every fraction of it
         lengths = {k: t.value * (t_end if t.unit == 'dur' else ssr) for k, t in self._times.items()}

@@ -262,12 +262,10 @@ def _describe_schedule(state: State) -> dict[str, Any]:
     ]
     described = {}
     for scheduler in schedulers:
-        arguments = {key: value for key, value in vars(scheduler).items() if not key.startswith('_')}
         described['scheduler'] = type(scheduler).__name__
-        described |= {key: str(value) for key, value in arguments.pop('times', {}).items()}
-        described |= {
-            key: str(value) for key, value in arguments.items() if isinstance(value, str | int | float | Time)
-        }
+        public = {key: value for key, value in vars(scheduler).items() if not key.startswith('_')}
+        plain = {key: str(value) for key, value in public.items() if isinstance(value, str | int | float | Time)}
+        described |= scheduler.arguments if isinstance(scheduler, PhaseScheduler) else plain
         if any('dur' in str(value) for value in described.values()):
             described['max_duration'] = str(state.max_duration)
     return described
