@@ -142,7 +142,10 @@ def write_record(stage: Stage, resumes: bool = False) -> StageRecord:
         resumes: Whether it goes on from a checkpoint of its own. Default: ``False``.
     """
     folder, losses = stage.folder, Path(stage.folder) / 'forgetting.json'
-    before = read_record(folder)
+    try:
+        before = read_record(folder)
+    except ValueError:  # of another version, or damaged: it is written again
+        before = None
     if before is not None and resumes and before.config.max_duration == stage.max_duration:
         return before
     record = {
