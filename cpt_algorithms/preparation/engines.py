@@ -44,11 +44,7 @@ def _end_with_parent() -> None:
 
 
 class LocalEngine:
-    """Processes of this machine.
-
-    Args:
-        workers: Their number; 1 works in this process.
-    """
+    """So many processes of this machine; 1 works in this process."""
 
     name = 'local'
 
@@ -98,13 +94,7 @@ class LocalEngine:
 
 
 def make_engine(options: Options, sources: Sequence[Source], files: dict[str, list[str]]) -> Any:
-    """What the work is done with.
-
-    Args:
-        options: What was asked for.
-        sources: Its sources.
-        files: The files of each, by ``str(source)``.
-    """
+    """What the work is done with: Spark, or as many processes as the text in these files is worth."""
     if options.engine == 'spark':
         from cpt_algorithms.preparation.spark import SparkEngine
 
