@@ -32,6 +32,7 @@ class TokenizeJob:
     """One part to tokenise.
 
     Args:
+        part: What is read.
         tokenizer: A file of ``tokenizers``.
         tokenizer_hash: Of its content.
         eos: The token put after each document.

@@ -318,7 +318,7 @@ def _pack_jobs(decision: _Decision, request: Request, work: Path) -> dict[str, l
 
 
 def _assemble(folder: Path, jobs: list[PackJob], request: Request, counts: Counts, tokenizer: Any) -> Counts:
-    """Move the shards of a split to their places, pack what the parts left over, write the index, complete the counts."""
+    """Move the shards of a split to their places, pack what the parts left over, write the index; the full counts."""
     from streaming import MDSWriter
     from streaming.base.util import merge_index
 

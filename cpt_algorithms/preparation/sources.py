@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where documents come from: sources, their files, and the parts they are read in."""
+"""Where documents come from: sources, their files, and the parts they are read in.
+
+What is wrong with any of these raises PrepareError.
+"""
 
 import bz2
 import glob
