@@ -184,7 +184,7 @@ class LazyStreamingDataset(StreamingDataset):
         self.cache_usage = usage
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download or decompress a shard, unless it is readable or another worker prepares it, and wait for that one.
+        """Download or decompress a shard, unless it is readable or another worker does (``blocking``: wait for it).
 
         Streaming takes a file lock for every prefetched row, cached or not. At some 10,000 rows per second its prefetch
         falls behind the reader, and with a cache limit it downloads evicted shards again. It also counts a shard only

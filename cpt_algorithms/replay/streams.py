@@ -173,7 +173,7 @@ def _lock(path: Path, folder: str, deadline: float) -> Any:
 
 def _remove_stale_shared_memory(folder: str, deadline: float) -> None:
     """Remove the shared memory of a killed run, because of which Streaming would refuse the folder."""
-    # The folder is locked, so no live run of ours uses it. A live run with Streaming's own streams has the memory mapped.
+    # The folder is locked: no live run of ours uses it. One with Streaming's own streams has the memory mapped.
     # Not Streaming's clean_stale_shared_memory: that also removes the memory of live runs on this machine.
     while number_to_files := _stale_shared_memory(folder):
         pids = _pids_that_map(file for files in number_to_files.values() for file in files)
