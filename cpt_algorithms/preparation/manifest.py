@@ -77,22 +77,22 @@ class TokenizerRecord(_Record):
     files: list[str]
 
 
-class SourceRecord(_Record):
+class _Given(_Record):
+    files: int
+    skipped: int
+    splits: dict[str, Counts]
+
+
+class SourceRecord(_Given):
     """What one source gave."""
 
     kind: str
     target: str
-    files: int
-    skipped: int
-    splits: dict[str, Counts]
 
 
-class DatasetRecord(_Record):
+class DatasetRecord(_Given):
     """What is in one dataset; ``lm_eval`` counts the rows of each kind of task."""
 
-    files: int
-    skipped: int
-    splits: dict[str, Counts]
     sources: dict[str, SourceRecord]
     parts: int
     lm_eval: dict[str, int]

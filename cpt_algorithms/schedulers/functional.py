@@ -8,7 +8,7 @@ https://arxiv.org/abs/2404.06395 (warm-up, stable, decay); Hägele et al. 2024, 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -84,12 +84,12 @@ class Schedule:
     phases: tuple[Phase, ...]
 
     def __post_init__(self) -> None:
-        _check_value('start', self.start)
+        _check_values({'start': self.start})
         begin, start = 0.0, self.start
         for phase in self.phases:
             if not phase.until >= begin:
                 raise ValueError(f'phase {phase.name} ends at {phase.until:g}, before it starts at {begin:g}')
-            _check_value(f'end of {phase.name}', phase.end)
+            _check_values({f'end of {phase.name}': phase.end})
             if phase.shape == 'exponential':
                 _check_exponential(f'start of {phase.name}', start)
                 _check_exponential(f'end of {phase.name}', phase.end)
@@ -160,9 +160,9 @@ def rewarm_cosine(t_warmup: float, t_max: float, alpha_i: float = 0.0, alpha_f: 
     Source: Ibrahim et al. 2024, section 4.1, with :math:`\alpha = \eta/\eta_{max}`; theirs starts from 0, and their
     eta_min / eta_max is 0.1.
     """
-    _check_positive_time('t_max', t_max)
+    _check_time('t_max', t_max, above=True)
     _check_fits({'t_warmup': t_warmup}, 't_max', t_max)
-    _check_values(alpha_i=alpha_i, alpha_f=alpha_f)
+    _check_values({'alpha_i': alpha_i, 'alpha_f': alpha_f})
     warm_up = Phase('warm-up', min(t_warmup, t_max), 1.0, 'linear')
     return Schedule(alpha_i, (warm_up, Phase('decay', t_max, alpha_f, 'cosine')))
 
@@ -175,7 +175,7 @@ def rewarm_constant(t_warmup: float, alpha_i: float = 0.0, alpha: float = 1.0) -
     Source: Ibrahim et al. 2024, section 6.1.2.
     """
     _check_time('t_warmup', t_warmup)
-    _check_values(alpha_i=alpha_i, alpha=alpha)
+    _check_values({'alpha_i': alpha_i, 'alpha': alpha})
     return Schedule(alpha_i, (Phase('warm-up', t_warmup, alpha, 'linear'),))
 
 
@@ -205,9 +205,9 @@ def infinite(
     Moving ``t_end`` changes no value before the old anneal. A stage that continues an infinite schedule has neither
     warm-up nor cooldown. Source: Ibrahim et al. 2024, section 7.2; their alpha_const is 1.65e-4 / 3e-4 = 0.55.
     """
-    _check_positive_time('t_end', t_end)
+    _check_time('t_end', t_end, above=True)
     _check_fits({'t_warmup': t_warmup, 't_cooldown': t_cooldown, 't_anneal': t_anneal}, 'the run', t_end)
-    _check_values(alpha_i=alpha_i, alpha_const=alpha_const, alpha_f=alpha_f)
+    _check_values({'alpha_i': alpha_i, 'alpha_const': alpha_const, 'alpha_f': alpha_f})
     _check_choice('cooldown', cooldown, COOLDOWNS)
     _check_choice('anneal', anneal, ANNEALS)
     if steepness is not None and cooldown != 'inv_sqrt':
@@ -241,12 +241,12 @@ def wsd(
     until :math:`(k + 1)C - T_{decay}`, then to ``alpha_f``, by default along :math:`1 - (1 - \alpha_f) \sqrt{x}`.
     Sources: Hu et al. 2024 (the schedule), Hägele et al. 2024 (1-sqrt).
     """
-    _check_positive_time('t_max', t_max)
+    _check_time('t_max', t_max, above=True)
     if isinstance(num_cycles, bool) or not isinstance(num_cycles, int) or num_cycles < 1:
         raise ValueError(f'num_cycles={num_cycles!r} must be a whole number of at least 1')
     whole = 't_max' if num_cycles == 1 else f'one of {num_cycles} cycles, t_max / num_cycles'
     _check_fits({'t_warmup': t_warmup, 't_decay': t_decay}, whole, t_max / num_cycles)
-    _check_values(alpha_i=alpha_i, alpha_f=alpha_f)
+    _check_values({'alpha_i': alpha_i, 'alpha_f': alpha_f})
     _check_choice('decay', decay, ANNEALS)
     if decay == 'exponential':
         _check_exponential('alpha_f', alpha_f)
@@ -272,24 +272,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_time(key: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f'{key}={value:g} must be a time of at least 0')
+def _check_time(key: str, value: float, above: bool = False) -> None:
+    if not math.isfinite(value) or value < 0 or (above and not value):
+        raise ValueError(f'{key}={value:g} must be a time {"above" if above else "of at least"} 0')
 
 
-def _check_positive_time(key: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f'{key}={value:g} must be a time above 0')
-
-
-def _check_value(key: str, value: float) -> None:
-    if not (_is_number(value) and value >= 0):
-        raise ValueError(f'{key}={value!r} must be a number of at least 0: it multiplies the learning rate')
-
-
-def _check_values(**values: float) -> None:
+def _check_values(values: Mapping[str, float]) -> None:
     for key, value in values.items():
-        _check_value(key, value)
+        if not (_is_number(value) and value >= 0):
+            raise ValueError(f'{key}={value!r} must be a number of at least 0: it multiplies the learning rate')
 
 
 def _check_exponential(key: str, value: float) -> None:

@@ -34,10 +34,10 @@ from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
 from cpt_algorithms.files import locked_sibling
-from cpt_algorithms.preparation import hash_tokenizer, lm_eval_items, parts, sources
+from cpt_algorithms.preparation import lm_eval_items, parts, sources
 from cpt_algorithms.preparation.duplicates import digests, is_held_out
 from cpt_algorithms.preparation.sources import Source
-from cpt_algorithms.preparation.tokenizer import EOS
+from cpt_algorithms.preparation.tokenizer import EOS, hash_tokenizer
 
 SCRIPT = Path(prepare_data.__file__)
 LENGTH = 16
