@@ -22,13 +22,9 @@ from cpt_algorithms.schedulers.preview import preview
 
 def stand_in(max_duration: str, dataloader_len: int | None = None, **time: int) -> State:
     length = None if dataloader_len is None else Time.from_batch(dataloader_len)
-    state = SimpleNamespace(
-        max_duration=Time.from_input(max_duration),
-        dataloader_len=length,
-        timestamp=Timestamp(**time),  # type: ignore[arg-type]
-        callbacks=[],
-    )
-    return cast(State, state)
+    now: Any = Timestamp(**time)  # type: ignore[arg-type]
+    run: Any = {'max_duration': Time.from_input(max_duration), 'dataloader_len': length, 'timestamp': now}
+    return cast(State, SimpleNamespace(**run, callbacks=[]))
 
 
 def infinite_tokens(**changes: Any) -> InfiniteScheduler:
