@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from cpt_algorithms.files import fetch, is_remote, read_json
+from cpt_algorithms.files import StorageError, fetch, is_remote, read_json
 from cpt_algorithms.preparation.packing import SPLITS, Counts
 from cpt_algorithms.preparation.sources import PrepareError
 from cpt_algorithms.validation import Section, parse_section
@@ -182,6 +182,8 @@ def find_earlier(location: str, near: dict[str, Any] | None) -> Earlier:
     """
     try:
         manifest = parse_section(Manifest, read_json(f'{location.rstrip("/")}/manifest.json'))
+    except StorageError:
+        raise
     except ValueError:
         manifest = None
     if manifest is None or manifest.request.format != FORMAT:
