@@ -81,7 +81,7 @@ def test_mistakes_are_named_before_anything_is_submitted(spec, problem):
 
 
 def test_resources():
-    assert resources_of({'nodes': None, 'name': 'of another part'}) == Resources()
+    assert vars(resources_of({'nodes': None, 'name': 'of another part'})) == vars(Resources())
     assert resources_of({'nodes': 4, 'nproc': 8, 'slurm': SLURM}).ranks == 32
 
 

@@ -245,7 +245,7 @@ def test_another_loaders_state_is_refused(data):
         ({'replay': {'fracton': 0.1}}, r"replay\.fracton .* did you mean 'fraction'"),
         ({'replay': {'fraction': 0.1}}, r'replay\.streams is empty'),
         ({'replay': {'fraction': 0.1, 'order': 'random', 'streams': {}}}, r"replay\.order='random' is not possible"),
-        ({'new': {'local': 'x', 'proportion': 0.5}}, r'new\.new\.proportion is not a key'),
+        ({'new': {'local': 'x', 'proportion': 0.5}}, r'dataset\.new\.proportion is not a key'),
         ({'new': {}}, r'dataset\.new is empty'),
         ({'new': {'pile': 'x'}}, r"new\.pile='x' is not a stream"),
     ],
