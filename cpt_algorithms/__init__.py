@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from cpt_algorithms.evaluation.forgetting import Forgetting
     from cpt_algorithms.evaluation.functional import adaptation, final_loss, forgetting
     from cpt_algorithms.replay.replay_text import ReplayTextDataset, build_replay_text_dataloader
-    from cpt_algorithms.schedulers.infinite import InfiniteScheduler
     from cpt_algorithms.schedulers.preview import preview
-    from cpt_algorithms.schedulers.rewarm import RewarmConstantScheduler, RewarmCosineScheduler
-    from cpt_algorithms.schedulers.wsd import WSDScheduler
+    from cpt_algorithms.schedulers.schedulers import (
+        InfiniteScheduler,
+        RewarmConstantScheduler,
+        RewarmCosineScheduler,
+        WSDScheduler,
+    )
     from cpt_algorithms.stage.preflight import PreflightError, preflight
     from cpt_algorithms.stage.stage import Stage
     from cpt_algorithms.stage.stage_start import StageStart
@@ -52,10 +55,8 @@ __getattr__ = lazy_names(
         'FinalLoss': 'evaluation.final_loss',
         'Forgetting': 'evaluation.forgetting',
         **dict.fromkeys(('ReplayTextDataset', 'build_replay_text_dataloader'), 'replay.replay_text'),
-        'InfiniteScheduler': 'schedulers.infinite',
         'preview': 'schedulers.preview',
-        **dict.fromkeys(('RewarmConstantScheduler', 'RewarmCosineScheduler'), 'schedulers.rewarm'),
-        'WSDScheduler': 'schedulers.wsd',
+        **dict.fromkeys([name for name in __all__ if name.endswith('Scheduler')], 'schedulers.schedulers'),
         **dict.fromkeys(('PreflightError', 'preflight'), 'stage.preflight'),
         'Stage': 'stage.stage',
         'StageStart': 'stage.stage_start',

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results that appear whole or not at all, in a local folder or in object storage."""
+"""Results that appear whole or not at all, in a local folder or in object storage.
+
+Whatever asks object storage raises StorageError if it cannot be reached or does not let us in.
+"""
 
 import json
 import os
@@ -48,8 +51,13 @@ def is_remote(place: str | Path) -> bool:
 def _store(bucket: str, endpoint: str | None) -> Any:
     """Composer's object store of a bucket at an endpoint; making one takes a tenth of a second."""
     from composer.utils import maybe_create_object_store_from_uri
+    from composer.utils.file_helpers import BACKEND_TO_OBJECT_STORE_FACTORY
 
-    return maybe_create_object_store_from_uri(bucket)
+    try:
+        return maybe_create_object_store_from_uri(bucket)
+    except NotImplementedError:
+        known = ', '.join(f'{scheme}://' for scheme in sorted({*BACKEND_TO_OBJECT_STORE_FACTORY, 'dbfs'}))
+        raise ValueError(f'Composer has no store for this scheme; it has {known}') from None
 
 
 @contextmanager
@@ -59,7 +67,14 @@ def _storage(uri: str | Path) -> Iterator[tuple[Any, str]]:
 
     name = parse_uri(str(uri))[2]
     try:
-        yield _store(str(uri).removesuffix(name), os.environ.get('S3_ENDPOINT_URL')), name
+        store = _store(str(uri).removesuffix(name), os.environ.get('S3_ENDPOINT_URL'))
+        try:
+            yield store, name
+        except FileNotFoundError:
+            # S3 answers "not found" also to those who may not read an object, and Composer believes it
+            if name in store.list_objects(name):
+                raise PermissionError('it is there, and may not be read') from None
+            raise
     except FileNotFoundError:
         raise
     except Exception as error:  # each backend has its own
@@ -67,27 +82,13 @@ def _storage(uri: str | Path) -> Iterator[tuple[Any, str]]:
 
 
 def list_names(folder: str | Path) -> list[str]:
-    """Names of all objects below a folder in object storage, relative to it; none if there is no such folder.
-
-    Args:
-        folder: Its URI.
-
-    Raises:
-        StorageError: If it cannot be listed, or there is no such bucket.
-    """
+    """Names of all objects below a folder in object storage, relative to it; none if there is no such folder."""
     with _storage(str(folder).rstrip('/') + '/') as (store, prefix):
         return sorted(name.removeprefix(prefix) for name in store.list_objects(prefix) if name != prefix)
 
 
 def exists(place: str | Path) -> bool:
-    """Whether there is such a file or object.
-
-    Args:
-        place: Path or URI.
-
-    Raises:
-        StorageError: If that cannot be found out.
-    """
+    """Whether there is such a file or object."""
     if not is_remote(place):
         return Path(place).exists()
     with _storage(place) as (store, name):
@@ -99,14 +100,9 @@ def size_of(uri: str) -> int:
 
     Raises:
         FileNotFoundError: If there is none.
-        StorageError: If it cannot be reached.
     """
     with _storage(uri) as (store, name):
-        try:
-            return store.get_object_size(name)
-        except FileNotFoundError:
-            _insist_on_absence(store, name)
-            raise
+        return store.get_object_size(name)
 
 
 def fetch(uri: str, path: str | Path) -> None:
@@ -118,45 +114,19 @@ def fetch(uri: str, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: If there is none.
-        StorageError: If it cannot be reached.
     """
     with _storage(uri) as (store, name):
-        try:
-            store.download_object(name, str(path), overwrite=True)
-        except FileNotFoundError:
-            _insist_on_absence(store, name)
-            raise
+        store.download_object(name, str(path), overwrite=True)
 
 
 def upload(path: str | Path, uri: str) -> None:
-    """Upload one file.
-
-    Args:
-        path: The file.
-        uri: The object it becomes.
-
-    Raises:
-        StorageError: If it cannot be written.
-    """
+    """Upload one file."""
     with _storage(uri) as (store, name):
         store.upload_object(name, str(path))
 
 
-def _insist_on_absence(store: Any, name: str) -> None:
-    """S3 answers "not found" also to those who may not read an object, and Composer believes it."""
-    if name in store.list_objects(name):
-        raise PermissionError('it is there, and may not be read')
-
-
 def read_or_none(place: str | Path) -> bytes | None:
-    """What a file or object holds; None if there is none.
-
-    Args:
-        place: Path or URI.
-
-    Raises:
-        StorageError: If it cannot be reached.
-    """
+    """What a file or object holds; None if there is none."""
     try:
         if not is_remote(place):
             return Path(place).read_bytes()
@@ -170,12 +140,8 @@ def read_or_none(place: str | Path) -> bytes | None:
 def read_json(place: str | Path) -> Any:
     """The value of a JSON file or object; None if there is none.
 
-    Args:
-        place: Path or URI.
-
     Raises:
         ValueError: If it is not JSON.
-        StorageError: If it cannot be reached.
     """
     content = read_or_none(place)
     try:
@@ -186,9 +152,6 @@ def read_json(place: str | Path) -> Any:
 
 def read_yaml(path: str | Path) -> DictConfig:
     """A YAML file with keys.
-
-    Args:
-        path: The file.
 
     Raises:
         ValueError: If it is no YAML, or holds anything but a mapping of keys.
@@ -211,9 +174,6 @@ def write_atomic(place: str | Path, content: bytes) -> None:
     Args:
         place: Path or URI; a local folder is made if need be.
         content: What it will hold.
-
-    Raises:
-        StorageError: If object storage cannot be reached.
     """
     if is_remote(place):
         with tempfile.NamedTemporaryFile() as file:
@@ -236,15 +196,7 @@ def write_atomic(place: str | Path, content: bytes) -> None:
 
 
 def write_json(place: str | Path, value: Any) -> None:
-    """Write a JSON file or object whole or not at all.
-
-    Args:
-        place: Path or URI; a local folder is made if need be.
-        value: Anything JSON can hold.
-
-    Raises:
-        StorageError: If object storage cannot be reached.
-    """
+    """Write a JSON file or object as :func:`write_atomic` does."""
     write_atomic(place, json.dumps(value, indent=1).encode())
 
 
@@ -279,9 +231,6 @@ def locked_sibling(out: Path, busy: Exception) -> Iterator[Path]:
     Args:
         out: Where the result will go.
         busy: Raised if another process is making it.
-
-    Yields:
-        The folder.
     """
     from filelock import FileLock, Timeout
 
@@ -302,15 +251,7 @@ def locked_sibling(out: Path, busy: Exception) -> Iterator[Path]:
 
 @contextmanager
 def hidden_sibling(out: Path, busy: Exception) -> Iterator[Path]:
-    """A :func:`locked_sibling` that is empty, and removed at once when something goes wrong.
-
-    Args:
-        out: Where the result will go.
-        busy: Raised if another process is making it.
-
-    Yields:
-        The folder.
-    """
+    """A :func:`locked_sibling` that is empty, and removed at once when something goes wrong."""
     with locked_sibling(out, busy) as partial:
         try:
             shutil.rmtree(partial)

@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from cpt_algorithms.files import StorageError, is_remote, locked_sibling
-from cpt_algorithms.preparation.earlier import find_earlier
 from cpt_algorithms.preparation.engines import make_engine
-from cpt_algorithms.preparation.manifest import Manifest, find_prepared
+from cpt_algorithms.preparation.manifest import Manifest, find_earlier, find_prepared
 from cpt_algorithms.preparation.options import DEFAULT_DATASETS, Options, make_request, sample_length
 from cpt_algorithms.preparation.pipeline import prepare, resumable
 from cpt_algorithms.preparation.sources import INSTALLED, PrepareError, check_documents, find_files, parse_sources

@@ -31,8 +31,7 @@ def fork(script: Path, yaml: Path, log: Path, environment: Mapping[str, str]) ->
         environment: Of the server, when this call starts it, and so of every script.
 
     Raises:
-        OSError: If the server has ended.
-        EOFError: The same.
+        OSError: If the server has ended; or EOFError.
     """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['cpt_algorithms.launch.training_imports'])

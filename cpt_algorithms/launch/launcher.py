@@ -50,15 +50,10 @@ _PAUSE = 2
 
 
 class Resources(Section):
-    """Where the ranks of a run are.
+    """Where the ranks of a run are: nodes, and ranks on each.
 
     ``slurm`` holds submitit's own parameters (``slurm_partition``, ``slurm_account``, ``gpus_per_node``, ...), of which
-    ``timeout_min`` must be there.
-
-    Args:
-        nodes: Nodes of each run. Default: ``1``.
-        nproc: Ranks on each. Default: ``1``.
-        slurm: Parameters of the Slurm jobs; None without Slurm. Default: ``None``.
+    ``timeout_min`` must be there; None without Slurm.
     """
 
     nodes: int = Field(1, ge=1)
@@ -73,12 +68,7 @@ class Resources(Section):
 
 @dataclass(frozen=True)
 class Handle:
-    """A run that was started.
-
-    Args:
-        name: What it is to the system, such as ``process 123``.
-        poll: None while it runs or is queued, and then its exit code.
-    """
+    """A run that was started, such as ``process 123``; ``poll`` says None while it goes on, and then its exit code."""
 
     name: str
     poll: Callable[[], int | None]
@@ -93,11 +83,7 @@ Start = Callable[[Path, Path], Handle]
 
 
 def resources_of(spec: Mapping[str, Any]) -> Resources:
-    """Read ``nodes``, ``nproc`` and ``slurm`` of a sequence.
-
-    Raises:
-        ValueError: On an unknown key of ``slurm`` or a value that cannot be, naming the key.
-    """
+    """Read ``nodes``, ``nproc`` and ``slurm`` of a sequence; refuse what cannot be, naming the key."""
     resources = parse_section(Resources, {key: spec[key] for key in Resources.model_fields if key in spec})
     if resources.slurm is not None:
         _check_slurm(resources.slurm, resources.nproc)
@@ -126,10 +112,7 @@ def _check_slurm(slurm: Mapping[str, Any], nproc: int) -> None:
 def command(resources: Resources, script: Path, yaml: Path) -> str:
     """The command that trains a run, for a shell on each of its nodes.
 
-    Args:
-        resources: With more than one node, the shell must know ``NODE_RANK`` (from 0) and ``MASTER_ADDR`` (the first).
-        script: The recipe.
-        yaml: The run's YAML.
+    Of several nodes, each shell must know ``NODE_RANK`` (from 0) and ``MASTER_ADDR`` (the first).
     """
     # not quoted: the variables are the shell's
     arguments = launcher_arguments(resources.nodes, resources.nproc, '$NODE_RANK', '$MASTER_ADDR', '29500')
@@ -230,11 +213,9 @@ def _submit(resources: Resources, cluster: str, script: Path, folder: Path) -> H
 
 
 def _living(jobs: Path) -> submitit.Job[Any] | None:
-    """The job of a run that is queued or running.
-
-    submitit writes ``<job>_submitted.pkl`` after sbatch, and a job without it ends by itself: no job is lost if the
-    process that submits is killed in between.
-    """
+    """The job of a run that is queued or running."""
+    # submitit writes <job>_submitted.pkl after sbatch, and a job without it ends by itself: no job is lost if the
+    # process that submits is killed in between
     submitted = sorted(jobs.glob('*_submitted.pkl'), key=lambda path: path.stat().st_mtime)
     if not submitted:
         return None

@@ -20,34 +20,16 @@ __all__ = ['TrainingNode', 'launcher_arguments', 'returncode_file']
 
 
 def launcher_arguments(nodes: int, nproc: int, node_rank: str, master_addr: str, master_port: str) -> list[str]:
-    """Arguments of the composer launcher, before the script.
-
-    Args:
-        nodes: How many nodes.
-        nproc: Ranks on each.
-        node_rank: Which node this is, from 0.
-        master_addr: The first node.
-        master_port: A port of it that is free.
-    """
+    """Arguments of the composer launcher, before the script: the first node is the master, on a port that is free."""
     alone = ['-n', str(nproc)]
     if nodes == 1:
         return alone  # the launcher finds a free port itself
-    among = {
-        'world_size': nodes * nproc,
-        'node_rank': node_rank,
-        'master_addr': master_addr,
-        'master_port': master_port,
-    }
-    return alone + [word for name, value in among.items() for word in (f'--{name}', str(value))]
+    among = ['--world_size', str(nodes * nproc), '--node_rank', node_rank, '--master_addr', master_addr]
+    return [*alone, *among, '--master_port', master_port]
 
 
 def returncode_file(jobs: Path, job_id: str) -> Path:
-    """Where a job leaves how training ended, for whoever waits for it.
-
-    Args:
-        jobs: submitit's folder.
-        job_id: The job.
-    """
+    """Where a job leaves in submitit's folder how training ended, for whoever waits for it."""
     return jobs / f'{job_id}_returncode.json'
 
 

@@ -13,11 +13,7 @@ _OF_THE_TRIAL = ('WANDB_RUN_ID', 'WANDB_SWEEP_ID', 'WANDB_SWEEP_PARAM_PATH', 'WA
 
 
 def environment_of_children(environ: Mapping[str, str]) -> dict[str, str]:
-    """An environment in which each training process opens a W&B run of its own.
-
-    Args:
-        environ: That of the sequence.
-    """
+    """An environment in which each training process opens a W&B run of its own."""
     return {key: value for key, value in environ.items() if key not in _OF_THE_TRIAL}
 
 
@@ -25,10 +21,8 @@ def environment_of_children(environ: Mapping[str, str]) -> dict[str, str]:
 def trial_run(config: Mapping[str, Any]) -> Iterator[dict[str, float]]:
     """Under ``wandb agent``: the trial's run, from now to the end of the block. Otherwise: nothing.
 
-    It is opened before anything is trained, so that the sweep sees a trial that runs, and one that fails.
-
-    Args:
-        config: Shown with the run; the trial's parameters are there already.
+    It is opened before anything is trained, so that the sweep sees a trial that runs, and one that fails. The config is
+    shown with it; the trial's parameters are there already.
 
     Yields:
         A mapping to fill in: the summary of the run, where W&B looks for the sweep's metric.

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from typing import Any
 
 from cpt_algorithms.preparation.options import Options
 from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, pack, tokenize
@@ -19,9 +19,6 @@ __all__ = ['LocalEngine', 'make_engine', 'num_cores']
 
 # less text than this is done in this process: others take longer to start
 WORTH_A_POOL = 16 * SMALLEST_PART
-
-Job = TypeVar('Job')
-Result = TypeVar('Result')
 
 
 def num_cores() -> int:
@@ -44,11 +41,7 @@ def _end_with_parent() -> None:
 
 
 class LocalEngine:
-    """Processes of this machine.
-
-    Args:
-        workers: Their number; 1 works in this process.
-    """
+    """So many processes of this machine; 1 works in this process."""
 
     name = 'local'
 
@@ -63,7 +56,7 @@ class LocalEngine:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def _map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+    def _map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
         """The results in order, with a few jobs begun ahead; those not begun when nobody asks further never are."""
         if self._workers == 1:
             yield from map(function, jobs)
@@ -98,13 +91,7 @@ class LocalEngine:
 
 
 def make_engine(options: Options, sources: Sequence[Source], files: dict[str, list[str]]) -> Any:
-    """What the work is done with.
-
-    Args:
-        options: What was asked for.
-        sources: Its sources.
-        files: The files of each, by ``str(source)``.
-    """
+    """What the work is done with: Spark, or as many processes as the text in these files is worth."""
     if options.engine == 'spark':
         from cpt_algorithms.preparation.spark import SparkEngine
 

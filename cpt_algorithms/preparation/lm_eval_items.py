@@ -52,9 +52,6 @@ def continuations(documents: Sequence[str], length: int, count: int) -> list[dic
         documents: Texts.
         length: Characters of context and continuation at most; a quarter, or 64, is the continuation.
         count: Items wanted; where there are not enough other documents there are fewer.
-
-    Returns:
-        ``{context, choices, answer}`` each.
     """
     size = min(length // 4, 64)
     split = []
@@ -77,12 +74,6 @@ def continuations(documents: Sequence[str], length: int, count: int) -> list[dic
 
 def write_lm_eval(folder: Path, dataset: str, documents: Sequence[str], max_seq_len: int) -> dict[str, int]:
     """Write the data of lm-eval tasks, of two characters per token that a model can read at once.
-
-    Args:
-        folder: Where the files go.
-        dataset: Their name.
-        documents: Documents held out from training; of each, the first ``DOCUMENT_CHARACTERS`` are used.
-        max_seq_len: Tokens of a sample.
 
     Returns:
         Rows of each kind; one that has none gets no file.

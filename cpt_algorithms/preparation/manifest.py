@@ -1,23 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was asked for and what was done, as ``manifest.json`` says it."""
+"""What was asked for and what was done, as ``manifest.json`` says it, here and of data prepared before."""
 
 import json
 import os
 import platform
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
-from cpt_algorithms.files import is_remote, read_json, write_atomic
-from cpt_algorithms.preparation.packing import Counts
+from cpt_algorithms.files import StorageError, fetch, is_remote, read_json
+from cpt_algorithms.preparation.packing import SPLITS, Counts
 from cpt_algorithms.preparation.sources import PrepareError
 from cpt_algorithms.validation import Section, parse_section
 
-__all__ = ['FORMAT', 'DatasetRecord', 'Manifest', 'Request', 'SourceRecord', 'TokenizerRecord', 'find_prepared']
+__all__ = [
+    'FORMAT',
+    'Choices',
+    'DatasetRecord',
+    'Earlier',
+    'Manifest',
+    'Request',
+    'SourceRecord',
+    'TokenizerRecord',
+    'find_earlier',
+    'find_prepared',
+    'versions',
+]
 
 FORMAT = 3  # of the manifest and of what it describes; another one is never re-used
+MIN_VOCAB_SIZE = 257  # the 256 bytes and EOS
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
 LIBRARIES = ('datasets', 'datasketch', 'mosaicml-streaming', 'numpy', 'pyarrow', 'tokenizers', 'transformers')
 
 
@@ -25,25 +41,30 @@ class _Record(Section):
     model_config = ConfigDict(extra='forbid')
 
 
-class Request(_Record):
+class Choices(_Record):
+    """Options that decide the result as they were given."""
+
+    text_key: str = 'text'
+    tokenizer: str | None = None
+    parent: str | None = None
+    vocab_size: Annotated[int, Field(ge=MIN_VOCAB_SIZE)] | None = None
+    tokenizer_documents: Count | None = None
+    val_fraction: Fraction = 0.02
+    max_train_tokens: Count | None = None
+    max_val_tokens: Count | None = None
+    compression: str | None = None
+
+
+class Request(Choices):
     """Everything that decides the result."""
 
     format: int
     datasets: list[str]
     files: dict[str, str]
-    text_key: str
-    tokenizer: str | None = None
     tokenizer_hash: str | None = None
-    parent: str | None = None
     earlier: dict[str, str]
-    vocab_size: int | None = None
-    tokenizer_documents: int | None = None
     max_seq_len: int
-    val_fraction: float
-    max_train_tokens: int | None = None
-    max_val_tokens: int | None = None
     near_duplicates: dict[str, Any] | None = None
-    compression: str | None = None
 
 
 class TokenizerRecord(_Record):
@@ -56,22 +77,22 @@ class TokenizerRecord(_Record):
     files: list[str]
 
 
-class SourceRecord(_Record):
+class _Given(_Record):
+    files: int
+    skipped: int
+    splits: dict[str, Counts]
+
+
+class SourceRecord(_Given):
     """What one source gave."""
 
     kind: str
     target: str
-    files: int
-    skipped: int
-    splits: dict[str, Counts]
 
 
-class DatasetRecord(_Record):
+class DatasetRecord(_Given):
     """What is in one dataset; ``lm_eval`` counts the rows of each kind of task."""
 
-    files: int
-    skipped: int
-    splits: dict[str, Counts]
     sources: dict[str, SourceRecord]
     parts: int
     lm_eval: dict[str, int]
@@ -87,35 +108,17 @@ class Manifest(_Record):
     engine: str
     versions: dict[str, str]
 
-    def write(self, folder: Path) -> None:
-        """Write ``manifest.json``, whole or not at all."""
-        write_atomic(folder / 'manifest.json', (json.dumps(self.model_dump(), indent=2) + '\n').encode())
-
 
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""
     return {'python': platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two requests, one phrase per option."""
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [f'{key} was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))}' for key in keys]
-
-
 def find_prepared(location: str, request: Request) -> Manifest | None:
-    """The manifest of what is there if it answers the same request.
-
-    Args:
-        location: A folder or URI.
-        request: What is asked for.
-
-    Returns:
-        The manifest; none if nothing is there.
+    """The manifest of what is in a folder or URI if it answers the same request; none if nothing is there.
 
     Raises:
         PrepareError: If something else is there.
-        StorageError: If object storage cannot be reached.
     """
     advice = 'choose another --out or delete it'
     found = read_json(f'{location.rstrip("/")}/manifest.json')
@@ -124,6 +127,70 @@ def find_prepared(location: str, request: Request) -> Manifest | None:
     old = found.get('request') if isinstance(found, dict) else None
     if not isinstance(old, dict):
         raise PrepareError(f'{location} exists and was not made by this script; {advice}')
-    if differing := _differences(old, request.model_dump()):
+    new = request.model_dump()
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if differing := [f'{key} was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))}' for key in keys]:
         raise PrepareError(f'{location} was prepared differently ({"; ".join(differing)}); {advice}')
     return parse_section(Manifest, found)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Data prepared before, in a folder or URI, whose documents count as seen."""
+
+    location: str
+    manifest: Manifest
+
+    def fetch(self, name: str, cache: Path) -> Path:
+        """A file of it, fetched into a folder if need be.
+
+        Raises:
+            PrepareError: If it is not there.
+        """
+        file = Path(self.location, name)
+        try:
+            if is_remote(self.location):
+                file = cache / self.manifest.tokenizer.hash / self.location.replace('/', '_') / name
+                if not file.exists():
+                    fetch(f'{self.location.rstrip("/")}/{name}', file)
+        except FileNotFoundError:
+            pass
+        if not file.is_file():
+            raise PrepareError(f'--earlier {self.location}: {name} is missing')
+        return file
+
+    def tokenizer(self, cache: Path) -> Path:
+        """The folder of its tokenizer."""
+        return [self.fetch(f'tokenizer/{name}', cache) for name in self.manifest.tokenizer.files][0].parent
+
+    def keys(self, name: str, cache: Path) -> list[Path]:
+        """The files of that name of each dataset and split: ``documents.npy`` or ``signatures.npy``."""
+        return [
+            self.fetch(f'{dataset}/{split}/{name}', cache) for dataset in self.manifest.datasets for split in SPLITS
+        ]
+
+
+def find_earlier(location: str, near: dict[str, Any] | None) -> Earlier:
+    """Read the manifest of data prepared before.
+
+    Args:
+        location: Folder or URI.
+        near: Settings of near-duplicates, if these are looked for.
+
+    Raises:
+        PrepareError: If there is none, or it cannot be compared with.
+    """
+    try:
+        manifest = parse_section(Manifest, read_json(f'{location.rstrip("/")}/manifest.json'))
+    except StorageError:
+        raise
+    except ValueError:
+        manifest = None
+    if manifest is None or manifest.request.format != FORMAT:
+        raise PrepareError(f'--earlier {location}: no manifest.json of this script (format {FORMAT}) found')
+    if near and manifest.request.near_duplicates != near:
+        raise PrepareError(
+            f'--earlier {location}: near-duplicates are looked for with {near}, but it was prepared with '
+            f'{manifest.request.near_duplicates}'
+        )
+    return Earlier(location, manifest)

@@ -6,42 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from cpt_algorithms.files import is_remote
-from cpt_algorithms.preparation.earlier import Earlier
-from cpt_algorithms.preparation.manifest import FORMAT, Request
+from cpt_algorithms.files import exists, is_remote
+from cpt_algorithms.preparation.manifest import FORMAT, Choices, Count, Earlier, Fraction, Request
 from cpt_algorithms.preparation.sources import PrepareError, Source
-from cpt_algorithms.preparation.tokenizer import MIN_VOCAB_SIZE, Parent, hash_tokenizer
-from cpt_algorithms.validation import PathStr, Section
+from cpt_algorithms.preparation.tokenizer import Parent, hash_tokenizer
+from cpt_algorithms.validation import PathStr
 
 __all__ = ['DEFAULT_DATASETS', 'Options', 'make_request', 'sample_length']
 
 DEFAULT_DATASETS = ['python=installed:python', 'cpp=installed:cpp']
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
 
 
-class Options(Section):
+class Options(Choices):
     """The options of ``scripts/prepare_data.py``, by their names; its ``--help`` says what each means."""
-
-    model_config = ConfigDict(extra='forbid')
 
     out: PathStr
     dataset: list[str] = DEFAULT_DATASETS
-    text_key: str = 'text'
-    tokenizer: str | None = None
-    parent: str | None = None
     earlier: list[str] = []
-    vocab_size: Annotated[int, Field(ge=MIN_VOCAB_SIZE)] | None = None
-    tokenizer_documents: Count | None = None
     max_seq_len: Annotated[int, Field(ge=2)] | None = None
-    val_fraction: Fraction = 0.02
-    max_train_tokens: Count | None = None
-    max_val_tokens: Count | None = None
     near_duplicates: bool = False
     near_threshold: Fraction | None = None
-    compression: str | None = None
     workers: Count | None = None
     engine: Literal['local', 'spark'] = 'local'
     work: PathStr | None = None
@@ -56,9 +42,12 @@ class Options(Section):
 
         Raises:
             PrepareError: Naming one.
+            StorageError: If ``out`` cannot be reached.
         """
         if not is_remote(self.out) and not Path(self.out).name:
             raise PrepareError(f'--out {self.out}: expected the name of a folder to make')
+        if is_remote(self.out):
+            exists(self.out)  # a bucket that cannot be reached, or has no store, is refused before anything is read
         if self.near_threshold is not None and not self.near_duplicates:
             raise PrepareError(f'--near-threshold {self.near_threshold} is of --near-duplicates, which is not given')
         for name in ('vocab_size', 'tokenizer_documents'):
@@ -78,15 +67,12 @@ class Options(Section):
             return None
         from cpt_algorithms.preparation.duplicates import NearDuplicates
 
-        return vars(NearDuplicates(self.near_threshold) if self.near_threshold else NearDuplicates())
+        given = {} if self.near_threshold is None else {'threshold': self.near_threshold}
+        return NearDuplicates(**given).model_dump()
 
 
 def sample_length(options: Options, parent: Parent | None) -> int:
-    """The tokens of a sample.
-
-    Args:
-        options: With or without ``max_seq_len``.
-        parent: The model that will read the samples.
+    """The tokens of a sample for this parent.
 
     Raises:
         PrepareError: If the parent cannot read as many, or a limit is below one sample.
@@ -110,19 +96,15 @@ def make_request(
     near: dict[str, Any] | None,
     earlier: Sequence[Earlier],
 ) -> Request:
-    """Everything that decides the result, as the manifest records it.
-
-    Args:
-        options: What was asked for.
-        sources: Its sources, parsed.
-        files: The files of each, by ``str(source)``; the user's own are recorded by number and size.
-        max_seq_len: Of :func:`sample_length`.
-        near: The settings of near-duplicates, if these are looked for.
-        earlier: Data prepared before.
-    """
+    """Everything that decides the result, as the manifest records it: of the user's files, their number and size."""
     folder = Path(options.tokenizer) if options.tokenizer else None
     trained = not options.given_tokenizer
+    choices = {name: getattr(options, name) for name in Choices.model_fields}
+    if trained:
+        choices |= {'vocab_size': options.vocab_size or 4096}
+        choices |= {'tokenizer_documents': options.tokenizer_documents or 2000}
     return Request(
+        **choices,
         format=FORMAT,
         datasets=[str(source) for source in sources],
         files={
@@ -130,17 +112,8 @@ def make_request(
             for source in sources
             if source.kind != 'installed' and (found := files[str(source)])
         },
-        text_key=options.text_key,
-        tokenizer=options.tokenizer,
         tokenizer_hash=hash_tokenizer(folder) if folder and (folder / 'tokenizer.json').is_file() else None,
-        parent=options.parent,
         earlier={data.location: data.manifest.tokenizer.hash for data in earlier},
-        vocab_size=(options.vocab_size or 4096) if trained else None,
-        tokenizer_documents=(options.tokenizer_documents or 2000) if trained else None,
         max_seq_len=max_seq_len,
-        val_fraction=options.val_fraction,
-        max_train_tokens=options.max_train_tokens,
-        max_val_tokens=options.max_val_tokens,
         near_duplicates=near,
-        compression=options.compression,
     )

@@ -21,9 +21,9 @@ class Counts(Section):
     """What went into one split of one dataset, or of one of its sources.
 
     Args:
-        documents: Documents packed, the last one perhaps in part.
-        duplicates: Documents dropped because the same text came before: here, in an earlier dataset or preparation.
-        near_duplicates: Documents dropped because nearly the same text is kept.
+        documents: Packed, the last one perhaps in part.
+        duplicates: Dropped because the same text came before: here, in an earlier dataset or preparation.
+        near_duplicates: Dropped because nearly the same text is kept.
         tokens: Tokens of these documents, EOS included. Of a dataset: those written, ``samples`` times
             ``max_seq_len``; its sources together have ``leftover`` more, less what is over the limit.
         samples: Samples written. Of a source: 0, since a sample may hold text of two.
@@ -47,13 +47,7 @@ class Counts(Section):
 
 @dataclass(frozen=True)
 class Selection:
-    """What one part gives to one split.
-
-    Args:
-        documents: True for documents that are packed.
-        trim: Tokens at the end of the last of them that are over the limit.
-        counts: Of this part: documents, duplicates, near-duplicates, tokens, leftover.
-    """
+    """What one part gives to one split: its documents, of which the last is ``trim`` tokens over the limit."""
 
     documents: Mask
     trim: int
@@ -79,16 +73,13 @@ class Selector:
         return self.room['train'] == 0 and not self.room['val']
 
     def select(self, held_out: Mask, lengths: NDArray[np.integer], first: Mask, near: Mask) -> dict[str, Selection]:
-        """Go on with the documents of the next part.
+        """What goes into each split of the documents of the next part.
 
         Args:
             held_out: True for validation documents.
             lengths: Tokens of each document, EOS included.
             first: False for documents whose text came before.
             near: True for near-duplicates.
-
-        Returns:
-            What goes into each split.
         """
         selections = {}
         end = 0 if self.ended else len(lengths)
@@ -120,17 +111,7 @@ class Selector:
 
 
 def pieces(tokens: Tokens, lengths: NDArray[np.integer], documents: Mask, trim: int = 0) -> Iterator[Tokens]:
-    """The tokens of some documents, in runs of documents that follow one another.
-
-    Args:
-        tokens: Those of all documents, one after the other.
-        lengths: Tokens of each document.
-        documents: The documents that are wanted.
-        trim: Tokens left out at the end of the last of them.
-
-    Yields:
-        The tokens of each run, which joined are those of the documents.
-    """
+    """The tokens of the wanted documents but for the last ``trim``, in runs of documents that follow one another."""
     ends = np.cumsum(lengths, dtype=np.int64)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], documents, [False]]).astype(np.int8)))
     runs = edges.reshape(-1, 2)

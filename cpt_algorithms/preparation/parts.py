@@ -20,18 +20,7 @@ from cpt_algorithms.preparation.lm_eval_items import DOCUMENT_CHARACTERS, DOCUME
 from cpt_algorithms.preparation.packing import cut, pieces
 from cpt_algorithms.preparation.sources import Part, in_chunks, read
 
-__all__ = [
-    'CHUNK_CHARACTERS',
-    'PackJob',
-    'TokenizeJob',
-    'Tokenized',
-    'appearing',
-    'columns',
-    'leftover',
-    'pack',
-    'rows',
-    'tokenize',
-]
+__all__ = ['PackJob', 'TokenizeJob', 'Tokenized', 'appearing', 'columns', 'leftover', 'pack', 'rows', 'tokenize']
 
 CHUNK_CHARACTERS = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
 MAX_SEEN = 1 << 20  # documents remembered, not to tokenise them twice: 100 MB; what is dropped is decided elsewhere
@@ -73,16 +62,11 @@ class TokenizeJob:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A tokenised part: a folder of arrays with one row per document that is not blank.
+    """A tokenised part: a folder of arrays with one row per document that is not blank; ``skipped`` are.
 
     ``tokens`` of all documents, each with EOS; ``lengths`` in tokens (0 for a text that came before in the part);
     ``bytes`` of its text; ``digests``; ``held_out``, true for validation; and ``signatures`` if near-duplicates are
     looked for. Beside them the first texts held out, for ``lm_eval/``.
-
-    Args:
-        folder: Holds them.
-        documents: Rows.
-        skipped: Blank documents, which have no row.
     """
 
     folder: str
@@ -129,7 +113,7 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 @lru_cache(1)
 def _load(tokenizer: str, content: str) -> Any:
-    """The tokenizer; documents are plain text, and one that spells a special token does not get the token."""
+    """The tokenizer; a document that spells a special token does not get the token."""
     from tokenizers import Tokenizer
 
     loaded = Tokenizer.from_file(tokenizer)
@@ -212,7 +196,7 @@ class PackJob:
 
     Args:
         tokenized: The part.
-        split: The split; ``<split>.npy`` of the part says which documents.
+        split: ``<split>.npy`` of the part says which documents.
         trim: Tokens left out at the end of the last of them.
         samples: Samples that this makes.
         max_seq_len: Tokens of a sample.
@@ -236,7 +220,9 @@ def columns(max_seq_len: int) -> dict[str, str]:
 
 def rows(job: PackJob) -> Iterator[dict[str, Any]]:
     """The samples of a part and split."""
-    for block in cut(_pieces(job), job.max_seq_len):
+    part = job.tokenized
+    tokens = pieces(part.tokens, part.load('lengths'), np.asarray(part.load(job.split)), job.trim)
+    for block in cut(tokens, job.max_seq_len):
         yield from ({'tokens': row} for row in block)
 
 
@@ -250,11 +236,6 @@ def leftover(job: PackJob) -> NDArray[np.int32]:
         return np.zeros(0, np.int32)
     wanted[: numbers[np.flatnonzero(behind >= size)[-1]]] = False
     return np.concatenate(list(pieces(job.tokenized.tokens, lengths, wanted, job.trim)))[-size:]
-
-
-def _pieces(job: PackJob) -> Iterator[NDArray[np.int32]]:
-    part = job.tokenized
-    return pieces(part.tokens, part.load('lengths'), np.asarray(part.load(job.split)), job.trim)
 
 
 def pack(job: PackJob) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from cpt_algorithms.files import write_json
-from cpt_algorithms.preparation.earlier import Earlier
 from cpt_algorithms.preparation.lm_eval_items import DOCUMENTS, write_lm_eval
 from cpt_algorithms.preparation.manifest import (
     DatasetRecord,
+    Earlier,
     Manifest,
     Request,
     SourceRecord,
@@ -28,20 +28,11 @@ from cpt_algorithms.preparation.manifest import (
     versions,
 )
 from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector, cut
-from cpt_algorithms.preparation.parts import (
-    PackJob,
-    Tokenized,
-    TokenizeJob,
-    appearing,
-    columns,
-    leftover,
-)
+from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, appearing, columns, leftover
 from cpt_algorithms.preparation.sources import Part, PrepareError, Source, part_size, parts_of, read
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer, train_tokenizer
 
 __all__ = ['prepare', 'resumable']
-
-HFTokenizer = Any
 
 
 @dataclass
@@ -71,14 +62,14 @@ def prepare(
     files: dict[str, list[str]],
     partial: Path,
     engine: Any,
-    tokenizer: HFTokenizer,
+    tokenizer: Any,
     earlier: list[Earlier],
 ) -> Path:
     """Do the work of a request, or what is left of it.
 
     Args:
-        request: What decides the result; see the manifest.
-        sources: The sources in order; those of one dataset follow one another.
+        request: What decides the result.
+        sources: In order; those of one dataset follow one another.
         files: The files of each source, by ``str(source)``.
         partial: Folder to work in; may hold what an earlier call left.
         engine: A :class:`~cpt_algorithms.preparation.engines.LocalEngine` or one like it.
@@ -128,14 +119,15 @@ def prepare(
         hash=tokenizer_hash,
         files=sorted(file.name for file in (result / 'tokenizer').iterdir()),
     )
-    Manifest(
+    manifest = Manifest(
         request=request,
         tokenizer=record,
         earlier={data.location: data.manifest.request.datasets for data in earlier},
         datasets=described,
         engine=engine.name,
         versions=versions(),
-    ).write(result)
+    )
+    write_json(result / 'manifest.json', manifest.model_dump())
     return result
 
 
@@ -267,6 +259,8 @@ def _write(
     dataset: _Dataset, decision: _Decision, request: Request, work: Path, result: Path, engine: Any, tokenizer: Any
 ) -> DatasetRecord:
     """Write the shards of a dataset and describe it."""
+    from tqdm import tqdm
+
     sources = {}
     for source in dataset.sources:
         own = [number for number, part in enumerate(decision.parts) if part.source == source]
@@ -289,7 +283,9 @@ def _write(
                 'give it more text or change --val-fraction, --max-seq-len'
             )
     jobs = _pack_jobs(decision, request, work)
-    _pack(dataset, jobs, engine)
+    missing = [job for split in SPLITS for job in jobs[split] if job.samples and not Path(job.folder).exists()]
+    for _ in tqdm(engine.pack(missing), f'packing {dataset.name}', len(missing), unit=' parts', disable=None):
+        pass
     texts = _validation_texts(decision)
     return DatasetRecord(
         files=sum(source.files for source in sources.values()),
@@ -321,21 +317,8 @@ def _pack_jobs(decision: _Decision, request: Request, work: Path) -> dict[str, l
     return jobs
 
 
-def _pack(dataset: _Dataset, jobs: dict[str, list[PackJob]], engine: Any) -> None:
-    """Write the shards that are not there."""
-    from tqdm import tqdm
-
-    missing = [job for split in SPLITS for job in jobs[split] if job.samples and not Path(job.folder).exists()]
-    for _ in tqdm(engine.pack(missing), f'packing {dataset.name}', len(missing), unit=' parts', disable=None):
-        pass
-
-
-def _assemble(folder: Path, jobs: list[PackJob], request: Request, counts: Counts, tokenizer: HFTokenizer) -> Counts:
-    """Move the shards of a split to their places, pack what the parts left over, and write the index of all.
-
-    Returns:
-        The counts, complete: a token that is not written is not counted.
-    """
+def _assemble(folder: Path, jobs: list[PackJob], request: Request, counts: Counts, tokenizer: Any) -> Counts:
+    """Move the shards of a split to their places, pack what the parts left over, write the index; the full counts."""
     from streaming import MDSWriter
     from streaming.base.util import merge_index
 
@@ -370,10 +353,8 @@ def _assemble(folder: Path, jobs: list[PackJob], request: Request, counts: Count
         merge_index(indexes, str(folder), keep_local=True)
     finally:
         logging.disable(logging.NOTSET)
-    dropped = [rest, *(_trimmed(job) for job in jobs if job.trim)]
-    text = tokenizer.decode(
-        np.concatenate(dropped).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    dropped = np.concatenate([rest, *(_trimmed(job) for job in jobs if job.trim)]).tolist()
+    text = tokenizer.decode(dropped, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return counts.model_copy(
         update={
             'samples': samples,

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where documents come from: sources, their files, and the parts they are read in."""
+"""Where documents come from: sources, their files, and the parts they are read in.
+
+What is wrong with any of these raises PrepareError.
+"""
 
 import bz2
 import glob
@@ -25,23 +28,7 @@ import orjson
 
 from cpt_algorithms.validation import nearest
 
-__all__ = [
-    'INSTALLED',
-    'KINDS',
-    'MAX_INSTALLED_BYTES',
-    'Part',
-    'PrepareError',
-    'Source',
-    'check_documents',
-    'find_files',
-    'hash_order',
-    'hf_arguments',
-    'in_chunks',
-    'parse_sources',
-    'part_size',
-    'parts_of',
-    'read',
-]
+__all__ = ['INSTALLED', 'Part', 'PrepareError', 'Source', 'check_documents', 'find_files', 'parse_sources', 'read']
 
 KINDS = ('installed', 'jsonl', 'parquet', 'text', 'hf')
 INSTALLED = ('python', 'stdlib', 'cpp', 'english')
@@ -65,14 +52,7 @@ class PrepareError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """One source as asked for: ``DATASET=KIND:TARGET`` or ``DATASET/SOURCE=KIND:TARGET``.
-
-    Args:
-        dataset: The dataset it belongs to.
-        name: Its own name; that of the dataset where none is given.
-        kind: One of ``KINDS``.
-        target: What is read, in the words of that kind.
-    """
+    """One source as asked for: ``DATASET=KIND:TARGET`` or ``DATASET/SOURCE=KIND:TARGET``."""
 
     dataset: str
     name: str
@@ -81,11 +61,7 @@ class Source:
 
     @classmethod
     def parse(cls, spec: str) -> 'Source':
-        """Read a specification and say what is wrong with it.
-
-        Raises:
-            PrepareError: If it is none.
-        """
+        """Read a specification and say what is wrong with it."""
         match = re.fullmatch(r'([^=]*)=([^:]*):(.+)', spec, re.DOTALL)
         if not match:
             raise PrepareError(f'--dataset {spec!r}: expected NAME=KIND:TARGET, such as german=jsonl:german.jsonl')
@@ -116,12 +92,7 @@ class Source:
 class Part:
     """A run of consecutive documents of one source, and the unit of all work: parallel, resumable, bounded.
 
-    Args:
-        source: Where they come from.
-        number: Position in the dataset, over its sources.
-        units: The ranges of files it consists of.
-        size: Bytes of text, about.
-        text_key: The column of the text.
+    Its ``number`` counts over the sources of a dataset; its ``size`` is in bytes of text, about.
     """
 
     source: Source
@@ -132,11 +103,7 @@ class Part:
 
 
 def parse_sources(specs: Sequence[str]) -> list[Source]:
-    """Read the specifications of all sources.
-
-    Raises:
-        PrepareError: If one is wrong, or two have one name.
-    """
+    """Read the specifications of all sources."""
     sources = [Source.parse(spec) for spec in specs]
     labels = [source.label for source in sources]
     if twice := [label for label in labels if labels.count(label) > 1]:
@@ -202,11 +169,7 @@ def _installed_roots(text: str) -> tuple[list[str], Callable[[str], bool]]:
 
 
 def find_files(source: Source) -> list[str]:
-    """The files of a source, in the order they are read; none for ``hf``.
-
-    Raises:
-        PrepareError: If there is none.
-    """
+    """The files of a source, in the order they are read; none for ``hf``."""
     if source.kind == 'hf':
         return []
     if source.kind == 'installed':
@@ -231,32 +194,28 @@ def find_files(source: Source) -> list[str]:
 
 
 def part_size(size: int | None, max_tokens: int | None) -> int:
-    """Bytes of text in a part: a function of the input and the limits alone, so that any engine cuts alike.
+    """Bytes of text in a part: a ``1 / PARTS`` of what will be read, between ``SMALLEST_PART`` and ``LARGEST_PART``.
+
+    A function of the input and the limits alone, so that any engine cuts alike.
 
     Args:
         size: Bytes of a dataset, if they are known.
         max_tokens: The limits of its splits together, if each that is needed has one.
-
-    Returns:
-        A ``1 / PARTS`` of what will be read, between ``SMALLEST_PART`` and ``LARGEST_PART``.
     """
     needed = [number for number in (size, max_tokens and max_tokens * BYTES_PER_TOKEN) if number is not None]
     return min(max(min(needed, default=LARGEST_PART * PARTS) // PARTS, SMALLEST_PART), LARGEST_PART)
 
 
 def parts_of(source: Source, files: list[str], text_key: str, size: int, first: int, spool: Path) -> Iterator[Part]:
-    """Cut a source into parts, in order.
+    """Cut a source into parts of about ``size`` bytes of text, in order; those of ``hf`` as they arrive.
 
     Args:
         source: The source.
         files: Its files.
         text_key: The column of the text.
-        size: Bytes of text in a part, about.
+        size: Bytes.
         first: The number of the first part.
         spool: Folder for what ``hf`` streams: it is read from there from then on, and resumed behind it.
-
-    Yields:
-        Each part; those of ``hf`` as they arrive.
     """
     units, total, number = [], 0, first
     found = _streamed(source, text_key, size, spool) if source.kind == 'hf' else _units(source, files, text_key, size)
@@ -365,11 +324,7 @@ def _text_of(source: Source, text_key: str, row: Any) -> str:
 
 
 def read(part: Part) -> Iterator[str]:
-    """The documents of a part in order; blank where there is no usable text.
-
-    Raises:
-        PrepareError: If a file cannot be read or has no such column of text.
-    """
+    """The documents of a part in order; blank where there is no usable text."""
     readers = {'installed': _read_installed, 'text': _read_text, 'jsonl': _read_jsonl}
     reader = readers.get(part.source.kind, _read_parquet)
     with _reading(part.source):
@@ -434,11 +389,7 @@ def _read_parquet(part: Part, unit: Unit) -> Iterator[str]:
 
 
 def check_documents(source: Source, files: list[str], text_key: str) -> None:
-    """Read the first document of a source, so that a wrong column is found before any work.
-
-    Raises:
-        PrepareError: If it cannot be read, or there is none.
-    """
+    """Read the first document of a source, so that a wrong column is found before any work."""
     with tempfile.TemporaryDirectory() as folder:
         # a stream is read only as far as its first row
         for part in parts_of(source, files, text_key, 1 if source.kind == 'hf' else 1 << 26, 0, Path(folder)):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 from pyspark import TaskContext  # pyright: ignore[reportMissingImports]
 from pyspark.sql import SparkSession  # pyright: ignore[reportMissingImports]
@@ -17,9 +17,6 @@ from pyspark.sql import SparkSession  # pyright: ignore[reportMissingImports]
 from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, columns, rows, tokenize
 
 __all__ = ['SparkEngine']
-
-Job = TypeVar('Job')
-Result = TypeVar('Result')
 
 
 def _write(table: Any, jobs: list[PackJob], notes: str) -> Iterator[dict[str, Any]]:
@@ -46,7 +43,7 @@ class SparkEngine:
     def __exit__(self, *error: Any) -> None:
         self._spark.stop()
 
-    def _map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+    def _map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
         """The results in order; as many jobs at once as Spark has places for four times over."""
         context = self._spark.sparkContext
         jobs = iter(jobs)

@@ -29,7 +29,6 @@ def check_destination(remote: str, work: Path) -> None:
 
     Raises:
         PrepareError: If it holds something else.
-        StorageError: If it cannot be listed.
     """
     found = list_names(remote)
     if found and not any(work.glob('uploaded-*')):
@@ -45,9 +44,6 @@ def upload_folder(folder: Path, remote: str, work: Path) -> None:
         folder: The files.
         remote: Where they go.
         work: Folder for a record of what is uploaded. A call after one that was interrupted goes on from it.
-
-    Raises:
-        StorageError: If a file cannot be written.
     """
     from tqdm import tqdm
 

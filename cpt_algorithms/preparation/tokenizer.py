@@ -5,7 +5,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import orjson
 
 from cpt_algorithms.checkpoints.exports import models_of
-from cpt_algorithms.preparation.earlier import Earlier
+from cpt_algorithms.preparation.manifest import Earlier
 from cpt_algorithms.preparation.sources import PrepareError
 
 __all__ = [
     'EOS',
-    'MIN_VOCAB_SIZE',
     'Parent',
     'find_parent',
     'find_tokenizer',
@@ -28,7 +26,6 @@ __all__ = [
 ]
 
 EOS = '<|endoftext|>'
-MIN_VOCAB_SIZE = 257  # the 256 bytes and EOS
 
 HFTokenizer = Any  # a transformers.PreTrainedTokenizerFast, whose own annotations no type checker follows
 
@@ -41,9 +38,6 @@ def hash_tokenizer(folder: Path) -> str:
 
     Args:
         folder: Of ``save_pretrained``: holds ``tokenizer.json`` and ``tokenizer_config.json``.
-
-    Returns:
-        32 hexadecimal digits.
 
     Raises:
         ValueError: If there is no such file in it, as for tokenizers that have no fast form.
@@ -83,11 +77,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
 
 
 def load_tokenizer(name: str, flag: str = '--tokenizer') -> HFTokenizer:
-    """Load a Hugging Face tokenizer.
-
-    Args:
-        name: Its name or folder.
-        flag: The option that named it, for messages.
+    """Load a Hugging Face tokenizer by its name or folder, which an option named.
 
     Raises:
         PrepareError: If it cannot be loaded, has no EOS token or no fast form.
@@ -107,14 +97,7 @@ def load_tokenizer(name: str, flag: str = '--tokenizer') -> HFTokenizer:
 
 @dataclass(frozen=True)
 class Parent:
-    """The model that will be trained on the data.
-
-    Args:
-        name: As it was given.
-        path: Hugging Face folder or name.
-        vocab_size: Rows of its embeddings.
-        max_seq_len: Tokens that it can read at once; ``None`` if its configuration does not say.
-    """
+    """The model that will be trained on the data; ``max_seq_len`` is None if its configuration does not say."""
 
     name: str
     path: str
@@ -150,28 +133,19 @@ def find_parent(name: str) -> Parent:
 def find_tokenizer(name: str | None, parent: Parent | None, earlier: Sequence[Earlier]) -> HFTokenizer | None:
     """The one tokenizer of everything that was given; none if nothing was.
 
-    Args:
-        name: Of ``--tokenizer``.
-        parent: The model that will be trained on the data.
-        earlier: Data prepared before.
-
     Raises:
         PrepareError: If they are not the same tokenizer, or the parent has too few embeddings for it.
     """
     given, hashes = {}, {}
-    with ExitStack() as stack:
-
-        def folder() -> Path:
-            return Path(stack.enter_context(tempfile.TemporaryDirectory()))
-
+    with tempfile.TemporaryDirectory() as folder:
         if name:
             given[f'--tokenizer {name}'] = load_tokenizer(name)
         if parent:
             given[f'--parent {parent.name}'] = load_tokenizer(parent.path, '--parent')
         for data in earlier:
-            given[f'--earlier {data.location}'] = load_tokenizer(str(data.tokenizer(folder())), '--earlier')
-        for label, tokenizer in given.items():
-            tokenizer.save_pretrained(saved := folder())
+            given[f'--earlier {data.location}'] = load_tokenizer(str(data.tokenizer(Path(folder))), '--earlier')
+        for number, (label, tokenizer) in enumerate(given.items()):
+            tokenizer.save_pretrained(saved := Path(folder, str(number)))
             hashes[label] = hash_tokenizer(saved)
     if not given:
         return None

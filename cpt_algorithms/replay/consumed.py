@@ -23,13 +23,7 @@ Found = TypeVar('Found')
 
 @dataclass(frozen=True)
 class Consumed:
-    """The samples of a dataset that a run read, and their order.
-
-    Args:
-        samples: The first so many samples of that order.
-        seed: Seed of the shuffle; None if it was read in dataset order.
-        block_size: Samples of a shuffle block.
-    """
+    """What a run read of a dataset: the first ``samples`` of a shuffle, or of the dataset if ``seed`` is None."""
 
     samples: int
     seed: int | None
@@ -39,16 +33,10 @@ class Consumed:
 def consumed_by(state: Mapping[str, Any], digest: str) -> Consumed:
     """The samples that the run which saved a dataset state read of the dataset with this digest.
 
-    Args:
-        state: Dataset state of a :class:`~cpt_algorithms.replay.ReplayTextDataset`.
-        digest: :attr:`ShardIndex.digest <cpt_algorithms.replay.shard_index.ShardIndex.digest>`.
-
     Raises:
         ValueError: If it is the state of another loader, or the run did not read this dataset as its only new data.
     """
-    if 'consumed' not in state:
-        raise ValueError('its train loader was not replay_text, or an older one, so what it read is not known')
-    mix, counts = json.loads(state['mix']), json.loads(state['consumed'])
+    mix, counts = _mix_and_counts(state)
     new = {key.removeprefix('new.'): value for key, value in mix.items() if key.startswith('new.')}
     described = ', '.join(f'{name}: {value}' for name, value in new.items())
     if len(new) > 1:
@@ -70,6 +58,12 @@ def _state_of(checkpoint: str) -> dict[str, Any]:
         return dataset_state_of(Path(here) / Path(uri).name)
 
 
+def _mix_and_counts(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    if 'consumed' not in state:
+        raise ValueError('its train loader was not replay_text, or an older one, so what it read is not known')
+    return json.loads(state['mix']), json.loads(state['consumed'])
+
+
 def _contents(mix: Mapping[str, Any], role: str) -> dict[str, str]:
     """The streams of a role by name: their sizes and digests, without weights and limits."""
     described = {key.removeprefix(f'{role}.'): value for key, value in mix.items() if key.startswith(f'{role}.')}
@@ -80,7 +74,7 @@ def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
     """The positions from which a run continues the data of the run that saved a dataset state.
 
     Args:
-        state: Dataset state of a :class:`~cpt_algorithms.replay.ReplayTextDataset`.
+        state: That of the run before.
         mix: The mix of the run that goes on, as that class describes it. Its fraction and weights may be others.
 
     Returns:
@@ -90,9 +84,7 @@ def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
     Raises:
         ValueError: If it is the state of another loader, or the order is not the same.
     """
-    if 'consumed' not in state:
-        raise ValueError('its train loader was not replay_text, or an older one, so what it read is not known')
-    before, counts, now = json.loads(state['mix']), json.loads(state['consumed']), json.loads(mix)
+    (before, counts), now = _mix_and_counts(state), json.loads(mix)
     positions = {'new': counts['new']} if _contents(before, 'new') == _contents(now, 'new') else {}
     old, ours = _contents(before, 'replay'), _contents(now, 'replay')
     positions |= {name: counts[name] for name in ours if ours[name] == old.get(name)}
@@ -103,22 +95,12 @@ def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
 
 
 def read_positions(where: str, checkpoint: str, mix: str, together: bool = True) -> dict[str, int]:
-    """:func:`positions_behind`, with the dataset state of a checkpoint.
-
-    Args:
-        where: The key that named it, for the error message.
-        checkpoint: A Composer checkpoint, monolithic or sharded, local or in object storage (which is downloaded).
-        mix: See :func:`positions_behind`.
-        together: Whether all ranks call it, and one reads. Default: ``True``.
-
-    Raises:
-        ValueError: If it cannot be read, or :func:`positions_behind` refuses.
-    """
+    """:func:`positions_behind` of a checkpoint; see :func:`read_consumed`."""
     return _read(where, checkpoint, lambda state: positions_behind(state, mix), together)
 
 
 def read_consumed(where: str, checkpoint: str, digest: str, together: bool = True) -> Consumed:
-    """:func:`consumed_by`, with the dataset state of a checkpoint.
+    """:func:`consumed_by` of a checkpoint.
 
     Args:
         where: The key that named it, for the error message.

@@ -41,11 +41,9 @@ def unique_shm_prefixes() -> None:
 
 
 def _free_numbers() -> Iterator[int]:
-    """Numbers in use, and numbers without any leftover memory.
-
-    A killed run leaves its lock files for ever, and Streaming skips their numbers. So do we, before we look for nine
-    kinds of memory: a machine may have thousands of such numbers.
-    """
+    """Numbers in use, and numbers without any leftover memory."""
+    # A killed run leaves its lock files for ever, and Streaming skips their numbers. So do we, before we look for nine
+    # kinds of memory: a machine may have thousands of such numbers.
     there = set(os.listdir(gettempdir()))
     for number in count():
         if any(prefix._get_path(number, lock) in there for lock in LOCKS):

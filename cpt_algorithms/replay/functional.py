@@ -1,14 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sample stands at which place of an endless mixed sequence, as arithmetic.
+"""Which sample stands at each slot of an endless mixed sequence: its stream, and which sample of that stream.
 
-Nothing here knows of Composer, Streaming, ranks or workers. A stage reads one sequence of *slots*
-``n = 0, 1, 2, ...``; global batch ``k`` of size ``B`` is slots ``kB .. kB + B - 1``. A slot becomes a sample by two
-questions:
-
-1. Which stream, and how many samples of that stream came before? :class:`Interleaving`
-2. Which sample is the ``m``-th of a stream? :class:`ShuffledOrder`, or the identity.
-
-Both are random access: no epoch is ever laid out, so starting and resuming cost the same at 10 k and at 10 B samples.
+Global batch k of size B is slots kB .. kB + B - 1. All is random access: no epoch is ever laid out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,12 +38,8 @@ DEFAULT_BLOCK_SIZE = 1 << 18
 def exact_fraction(name: str, value: float | int | str) -> Fraction:
     """The number as it was written in decimal: ``0.05`` is exactly 1/20. Floats are read to 12 digits.
 
-    Args:
-        name: The key it came from, for the error message.
-        value: A number or its decimal string.
-
     Raises:
-        ValueError: If it is not a finite number.
+        ValueError: If it is not a finite number, with the name of its key.
     """
     try:
         return Fraction(f'{value:.12g}' if isinstance(value, float) else str(value))
@@ -97,11 +86,9 @@ def shares_of(fraction: float | str, weights: Mapping[str, float | int | str]) -
 
 
 def _tijdeman(numerators: Sequence[int], period: int) -> NDArray[np.uint8]:
-    """One period of stream indices; after every prefix N, |count_i - N * share_i| <= 1 - 1/(2S - 2) < 1.
-
-    Tijdeman (1980), "The chairman assignment problem": among the streams that are owed at least 1/(2S - 2) of a
-    sample, serve the one whose deadline comes first. In integers: everything is multiplied by ``period * (2S - 2)``.
-    """
+    """One period of stream indices; after every prefix N, |count_i - N * share_i| <= 1 - 1/(2S - 2) < 1."""
+    # Tijdeman (1980), "The chairman assignment problem": among the streams that are owed at least 1/(2S - 2) of a
+    # sample, serve the one whose deadline comes first. In integers: everything is multiplied by period * (2S - 2).
     num_streams = len(numerators)
     scale = 2 * num_streams - 2
     counts = [0] * num_streams
@@ -331,12 +318,8 @@ def _in_order(places: Ints) -> Ints:
 class MixedSequence:
     """Sample ids of the slots of a mixed, endless sequence.
 
-    Streams are consecutive ranges of shards. A stream that is read past its end starts over.
-
-    Args:
-        interleaving: Which stream each slot belongs to.
-        orders: Of each stream.
-        starts: Samples of each stream that are left out at first: they were read before. Default: ``None``, 0 each.
+    Streams are consecutive ranges of shards, and start over at their end. Of each, the first ``starts`` samples are
+    left out at first: they were read before.
     """
 
     def __init__(
@@ -396,20 +379,11 @@ def worker_slots(
     worker: int,
     num_workers: int,
 ) -> Ints:
-    """Slots of the samples a DataLoader worker reads, in its order.
+    """Slots of a DataLoader worker's samples number ``indices``, from ``first_slot`` on, a multiple of the batch size.
 
     Global batch k is slots ``kB .. kB + B - 1`` with ``B = device_batch_size * num_ranks``, turned by ``row_shift``;
     rank r takes the r-th run of ``device_batch_size`` rows; PyTorch's DataLoader takes batches from its workers in
     turn, so worker w of W reads batches w, w + W, w + 2W, ... So the global batches do not depend on ranks or workers.
-
-    Args:
-        indices: 0, 1, 2, ...: which of this worker's samples.
-        first_slot: The slot at which reading starts or resumes, a multiple of B.
-        device_batch_size: Samples per rank and batch.
-        rank: This rank, of ``num_ranks``.
-        num_ranks: Data-parallel ranks.
-        worker: This worker, of ``num_workers``.
-        num_workers: Workers per rank.
     """
     global_batch_size = device_batch_size * num_ranks
     batches, rows = np.divmod(indices, device_batch_size)

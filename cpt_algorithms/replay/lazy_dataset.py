@@ -4,6 +4,7 @@
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -50,9 +51,9 @@ class LazyStreamingDataset(StreamingDataset):
     Args:
         streams: Where the data lies.
         batch_size: Samples per rank and batch.
-        shuffle: What the state dict says.
-        shuffle_seed: What the state dict says.
-        shuffle_block_size: What the state dict says.
+        shuffle: Only said in the state dict, as are its seed and block size.
+        shuffle_seed: See there.
+        shuffle_block_size: See there.
         cache_limit: Most bytes of the cache; least recently used shards are evicted first. Data without a ``remote``
             is never evicted and does not count. Default: ``None``, nothing is evicted.
         predownload: Samples each worker downloads ahead. Default: ``None``, 8 batches.
@@ -151,9 +152,7 @@ class LazyStreamingDataset(StreamingDataset):
         remote = [os.path.join(stream.remote, stream.split) if stream.remote else None for stream in self.streams]
         self._shm_prefix_int, self._locals_shm = get_shm_prefix(local, remote, self._unique_rank_world)  # pyright: ignore
 
-        def name(what: str) -> str:
-            return _get_path(self._shm_prefix_int, what)
-
+        name = partial(_get_path, self._shm_prefix_int)
         self._filelock_root = gettempdir()
         self._shared_barrier = SharedBarrier(os.path.join(self._filelock_root, name(BARRIER_FILELOCK)), name(BARRIER))
         self._next_epoch = SharedScalar(np.int64, name(NEXT_EPOCH))
@@ -185,15 +184,11 @@ class LazyStreamingDataset(StreamingDataset):
         self.cache_usage = usage
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download or decompress a shard, unless it is readable or another worker prepares it.
+        """Download or decompress a shard, unless it is readable or another worker does (``blocking``: wait for it).
 
         Streaming takes a file lock for every prefetched row, cached or not. At some 10,000 rows per second its prefetch
         falls behind the reader, and with a cache limit it downloads evicted shards again. It also counts a shard only
         after the download, so that each of many workers may exceed the limit by one.
-
-        Args:
-            shard_id: The shard.
-            blocking: Whether to wait for the worker that prepares it. Default: ``True``.
 
         Raises:
             StreamError: If the run shuts down meanwhile.
@@ -215,11 +210,7 @@ class LazyStreamingDataset(StreamingDataset):
                 self._shard_states[shard_id] = _ShardState.LOCAL
 
     def _reserve(self, shard_id: int) -> int | None:
-        """Take a shard to prepare, and evict others to make room.
-
-        Returns:
-            The bytes that it may need; None if it is readable or another worker prepares it.
-        """
+        """Take a shard to prepare, evicting others: its bytes; None if it is readable or another worker prepares it."""
         stream = self.streams[self.stream_per_shard[shard_id]]
         size = self.shards[shard_id].get_max_size() if stream.is_cache else 0
         while True:
@@ -258,11 +249,9 @@ class LazyStreamingDataset(StreamingDataset):
         return self._cache_filelock
 
     def _ready_thread(self, it: Any) -> None:
-        """Mark rows as ready.
-
-        As in Streaming, but a shard that was evicted before its first row was read is prepared again. Streaming waits
-        for it for ever, and so does the process when it should exit.
-        """
+        """Mark rows as ready."""
+        # As in Streaming, but a shard that was evicted before its first row was read is prepared again. Streaming waits
+        # for it for ever, and so does the process when it should exit.
         while not it.should_exit() and it.ready_index < it.total and not self._event.is_set():
             if self.predownload is not None and self.predownload < it.ready_index - it.yield_index:
                 self._wait()
@@ -305,10 +294,7 @@ class LazyStreamingDataset(StreamingDataset):
         self.cache_usage = max(self.cache_usage - self.shards[shard_id].evict(), 0)
 
     def check_cache_limit_for(self, num_workers: int) -> None:
-        """Refuse a cache in which that many workers would evict each other's shards.
-
-        Args:
-            num_workers: DataLoader workers of all ranks of this node.
+        """Refuse a cache in which that many workers on this node would evict each other's shards.
 
         Raises:
             ValueError: If it cannot hold the index, a shard of each worker, and four more.

@@ -78,15 +78,7 @@ class _Replay(Section):
 
 @dataclass(frozen=True)
 class Mix:
-    """What a stage reads.
-
-    Args:
-        new: The new data, by name.
-        old: The old data, by name.
-        fraction: Replay fraction.
-        order: Order of the old data, ``pretraining`` or ``shuffled``.
-        interleaving: Which stream each slot belongs to: the new data, then each old stream.
-    """
+    """What a stage reads: new and old data by name, the share of the old and its order, and where each slot is from."""
 
     new: dict[str, Stream]
     old: dict[str, OldStream]

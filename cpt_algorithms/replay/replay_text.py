@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``replay_text``: new data mixed with a little old data, exactly, on MosaicML Streaming.
-
-Streaming still downloads, caches, hashes, retries and evicts shards; only *which sample comes next* is ours.
-"""
+"""``replay_text``: new data mixed with a little old data, exactly, on MosaicML Streaming."""
 
 import inspect
 import json
@@ -231,14 +228,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         return dict(zip(self.names, self.sequence.interleaving.counts(num_samples), strict=True))
 
     def check_budget(self, num_samples: int) -> None:
-        """Say before training that a budget needs more data than there is.
-
-        Args:
-            num_samples: The stage's whole budget, new and old, in samples.
-
-        Raises:
-            ValueError: If the budget would read a dataset more than ``max_passes`` times.
-        """
+        """Refuse a budget, new and old, that would read a dataset more than ``max_passes`` times."""
         sizes = dict(zip(self.names, self.sequence.sizes, strict=True))
         before = dict(zip(self.names, self.sequence.starts, strict=True))
         check_budget(num_samples, self.sequence.interleaving, sizes, self.max_passes, self.max_seq_len, before)
@@ -273,10 +263,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
             raise StreamError(f'reading ahead failed: {type(error).__name__}: {error}') from error
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Streaming's state, the mix it belongs to, and the samples read of each dataset.
-
-        The last two are JSON strings: a single leaf each in sharded checkpoints.
-        """
+        """Streaming's state, and as JSON, a leaf each in sharded checkpoints, the mix and the samples read of each."""
         state = super().state_dict(num_samples, from_beginning)
         if from_beginning and not num_samples:
             # between two epochs Composer counts from the beginning of the next, and Streaming is still in the last
@@ -289,11 +276,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         return {**state, 'mix': self.mix, 'consumed': json.dumps(consumed)}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Go on where the state was saved.
-
-        Raises:
-            ValueError: If it was saved under another mix, naming what changed.
-        """
+        """Go on where the state was saved; refuse one of another mix, naming what changed."""
         mix = obj.get('mix')
         if mix is None:
             raise ValueError(
@@ -336,14 +319,11 @@ def build_replay_text_dataloader(
         device_batch_size: Samples per rank and batch.
         dataset: Keywords of :class:`ReplayTextDataset`, and llm-foundry's ``eos_token_id`` / ``bos_token_id``.
         drop_last: See :class:`ReplayTextDataset`. Default: ``True``.
-        num_workers: DataLoader workers per rank. Default: ``0``.
-        pin_memory: As in PyTorch. Default: ``True``.
-        prefetch_factor: As in PyTorch; ignored without workers. Default: ``2``.
-        persistent_workers: As in PyTorch; ignored without workers. Default: ``True``.
-        timeout: As in PyTorch. Default: ``0``.
-
-    Raises:
-        ValueError: As :class:`ReplayTextDataset`.
+        num_workers: As in PyTorch, here and below; without workers the next two are ignored. Default: ``0``.
+        prefetch_factor: Default: ``2``.
+        persistent_workers: Default: ``True``.
+        pin_memory: Default: ``True``.
+        timeout: Default: ``0``.
     """
     unique_shm_prefixes()
     check_keys('train_loader.dataset', dataset, DATASET_KEYS | COLLATOR_KEYS)

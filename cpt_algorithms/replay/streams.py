@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``resilient``: a Streaming ``Stream`` that retries and verifies downloads, or stops with one clear error.
-
-The order of samples is decided elsewhere; here every row is the right one, or an error.
-"""
+"""``resilient``: a Streaming ``Stream`` that retries and verifies downloads, or stops with one clear error."""
 
 import errno
 import fcntl
@@ -59,13 +56,10 @@ threading._register_atexit(lambda: _exiting.append(True))  # pyright: ignore[rep
 
 
 class StreamError(RuntimeError):
-    """Data that cannot be read: which file, what happened, what would be right.
-
-    Args:
-        message: In one line. PyTorch puts the traceback before it if it came from a DataLoader worker.
-    """
+    """Data that cannot be read: which file, what happened, what would be right, in one line."""
 
     def __init__(self, message: str) -> None:
+        # PyTorch puts the traceback before it if it came from a DataLoader worker
         super().__init__(message.rpartition('StreamError: ')[2].strip())
 
 
@@ -155,10 +149,8 @@ def _raise_in_use(folder: str, user: str) -> NoReturn:
 
 
 def _lock(path: Path, folder: str, deadline: float) -> Any:
-    """Lock a file for this process and its forked workers, and write into it who holds it.
-
-    Not ``filelock``: forked workers must keep the lock of a killed parent, and an error names the holder.
-    """
+    """Lock a file for this process and its forked workers, and write into it who holds it."""
+    # not filelock: forked workers must keep the lock of a killed parent, and an error names the holder
     file = path.open('a+')
     while True:
         try:
@@ -180,11 +172,9 @@ def _lock(path: Path, folder: str, deadline: float) -> Any:
 
 
 def _remove_stale_shared_memory(folder: str, deadline: float) -> None:
-    """Remove the shared memory of a killed run, because of which Streaming would refuse the folder.
-
-    The folder is locked, so no live run of ours uses it. A live run with Streaming's own streams has the memory mapped.
-    Not Streaming's ``clean_stale_shared_memory``: that also removes the memory of live runs on this machine.
-    """
+    """Remove the shared memory of a killed run, because of which Streaming would refuse the folder."""
+    # The folder is locked: no live run of ours uses it. One with Streaming's own streams has the memory mapped.
+    # Not Streaming's clean_stale_shared_memory: that also removes the memory of live runs on this machine.
     while number_to_files := _stale_shared_memory(folder):
         pids = _pids_that_map(file for files in number_to_files.values() for file in files)
         if not pids:
@@ -201,11 +191,7 @@ def _remove_stale_shared_memory(folder: str, deadline: float) -> None:
 
 
 def _claim_folder(folder: str) -> None:
-    """Reserve a cache folder for this process, once the workers of a killed run have ended.
-
-    Raises:
-        StreamError: If a live run uses it, here or on another machine.
-    """
+    """Reserve a cache folder for this process, once the workers of a killed run have ended."""
     if folder in _claimed_folders:
         return
     deadline = time.monotonic() + CLAIM_TIMEOUT
@@ -267,11 +253,7 @@ class ResilientStream(Stream):
     """
 
     def __init__(
-        self,
-        *,
-        cache_limit: int | str | None = None,
-        validate_hash: str | bool | None = None,
-        **stream: Any,
+        self, *, cache_limit: int | str | None = None, validate_hash: str | bool | None = None, **stream: Any
     ) -> None:
         super().__init__(**stream)
         self.local = os.path.abspath(self.local)  # as files in it are listed
@@ -297,11 +279,7 @@ class ResilientStream(Stream):
         return os.path.abspath(os.path.join(self.local, self.split))
 
     def claim(self, world: World) -> None:
-        """Reserve the cache folder for this run, and download the index. All ranks call it at once.
-
-        Raises:
-            StreamError: If another run uses the folder, or the index cannot be downloaded.
-        """
+        """Reserve the cache folder for this run, and download the index. All ranks call it at once."""
         if self.is_cache and world.is_local_leader:
             _claim_folder(self.folder)
             if not os.path.exists(os.path.join(self.folder, get_index_basename())):
@@ -309,14 +287,7 @@ class ResilientStream(Stream):
         barrier()
 
     def check_hashes(self, offered: Iterable[Sequence[str]]) -> None:
-        """Check that the index offers the hash that was asked for.
-
-        Args:
-            offered: The algorithms of each shard.
-
-        Raises:
-            ValueError: If ``validate_hash`` is not offered.
-        """
+        """Refuse a ``validate_hash`` that the index does not offer for each shard."""
         if not self.is_cache or self._wanted_hash is False:
             return
         for algorithms in offered:

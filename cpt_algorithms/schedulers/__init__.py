@@ -6,20 +6,13 @@ from typing import TYPE_CHECKING
 from cpt_algorithms.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from cpt_algorithms.schedulers.infinite import InfiniteScheduler
-    from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
-    from cpt_algorithms.schedulers.rewarm import RewarmConstantScheduler, RewarmCosineScheduler
-    from cpt_algorithms.schedulers.wsd import WSDScheduler
+    from cpt_algorithms.schedulers.schedulers import (
+        InfiniteScheduler,
+        RewarmConstantScheduler,
+        RewarmCosineScheduler,
+        WSDScheduler,
+    )
 
-__all__ = ['InfiniteScheduler', 'PhaseScheduler', 'RewarmConstantScheduler', 'RewarmCosineScheduler', 'WSDScheduler']
+__all__ = ['InfiniteScheduler', 'RewarmConstantScheduler', 'RewarmCosineScheduler', 'WSDScheduler']
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        'InfiniteScheduler': 'infinite',
-        'PhaseScheduler': 'phase_scheduler',
-        'RewarmConstantScheduler': 'rewarm',
-        'RewarmCosineScheduler': 'rewarm',
-        'WSDScheduler': 'wsd',
-    },
-)
+__getattr__ = lazy_names(__name__, dict.fromkeys(__all__, 'schedulers'))

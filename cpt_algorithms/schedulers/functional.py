@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning-rate schedules as lists of phases: numbers in, a multiplier out.
+"""Learning-rate schedules as lists of phases: numbers in, a multiplier out. All times are in one unit.
 
 Formulas: Ibrahim et al. 2024, *Simple and Scalable Strategies to Continually Pre-train Large Language Models*,
 https://arxiv.org/abs/2403.08763, sections 4.1 and 7.2 (re-warming, infinite schedules); Hu et al. 2024, *MiniCPM*,
@@ -8,22 +8,11 @@ https://arxiv.org/abs/2404.06395 (warm-up, stable, decay); Hägele et al. 2024, 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = [
-    'DEFAULT_STEEPNESS',
-    'SHAPES',
-    'Phase',
-    'Schedule',
-    'Span',
-    'infinite',
-    'multiplier',
-    'rewarm_constant',
-    'rewarm_cosine',
-    'wsd',
-]
+__all__ = ['Phase', 'Schedule', 'Span', 'infinite', 'multiplier', 'rewarm_constant', 'rewarm_cosine', 'wsd']
 
 SHAPES = ('constant', 'linear', 'cosine', 'inv_sqrt', 'exponential', '1-sqrt')
 COOLDOWNS = ('cosine', 'inv_sqrt')
@@ -48,9 +37,6 @@ class Phase:
         end: Multiplier at ``until`` and after it, exactly.
         shape: One of ``SHAPES``.
         steepness: Alpha of ``inv_sqrt``, which no other shape has. Default: ``DEFAULT_STEEPNESS``.
-
-    Raises:
-        ValueError: If the shape is unknown, or the steepness is not positive or is given to another shape.
     """
 
     name: str
@@ -90,10 +76,6 @@ class Schedule:
     Continuous by construction, as each phase starts where the last one ended. A phase without length is a jump to its
     ``end``; after the last phase the value stays.
 
-    Args:
-        start: Multiplier at time 0.
-        phases: Pieces in order of time.
-
     Raises:
         ValueError: If time runs backwards, a value is negative, or an exponential phase touches 0.
     """
@@ -102,24 +84,19 @@ class Schedule:
     phases: tuple[Phase, ...]
 
     def __post_init__(self) -> None:
-        _check_value('start', self.start)
+        _check_values({'start': self.start})
         begin, start = 0.0, self.start
         for phase in self.phases:
             if not phase.until >= begin:
                 raise ValueError(f'phase {phase.name} ends at {phase.until:g}, before it starts at {begin:g}')
-            _check_value(f'end of {phase.name}', phase.end)
+            _check_values({f'end of {phase.name}': phase.end})
             if phase.shape == 'exponential':
                 _check_exponential(f'start of {phase.name}', start)
                 _check_exponential(f'end of {phase.name}', phase.end)
             begin, start = phase.until, phase.end
 
     def spans(self, end: float | None = None) -> Iterator[Span]:
-        """The phases that take time, each with where it starts.
-
-        Args:
-            end: End of the run. A phase beyond it is cut there, and if the phases are over sooner one more row says
-                that the value stays. Default: the end of the last phase.
-        """
+        """The phases that take time, each with where it starts, cut or prolonged to the end of the run if given."""
         begin, start = 0.0, self.start
         for phase in self.phases:
             until = phase.until if end is None else min(phase.until, end)
@@ -146,10 +123,6 @@ def multiplier(schedule: Schedule, t: float) -> float:
     * 1-sqrt: :math:`a + (b - a) \sqrt{x}`
 
     At and after :math:`t_1` the value is exactly :math:`b`. Source: see the module.
-
-    Args:
-        schedule: What to evaluate.
-        t: Time since its start, in its unit. Not negative.
     """
     begin, value = 0.0, schedule.start
     for phase in schedule.phases:
@@ -184,27 +157,14 @@ def rewarm_cosine(t_warmup: float, t_max: float, alpha_i: float = 0.0, alpha_f: 
 
     :math:`\alpha_i + (1 - \alpha_i) t/T_{warmup}` up to :math:`T_{warmup}`, then
     :math:`\alpha_f + (1 - \alpha_f)/2 \cdot (1 + \cos \pi (t - T_{warmup})/(T_{max} - T_{warmup}))`.
-    Source: Ibrahim et al. 2024, section 4.1, with :math:`\alpha = \eta/\eta_{max}`; theirs starts from 0.
-
-    Args:
-        t_warmup: Length of the warm-up.
-        t_max: Time at which ``alpha_f`` is reached, in the same unit.
-        alpha_i: Multiplier at time 0. Default: ``0.0``.
-        alpha_f: Multiplier from ``t_max`` on. Default: ``0.1``, the paper's eta_min / eta_max.
-
-    Raises:
-        ValueError: On a negative time or value, or a warm-up longer than ``t_max``.
+    Source: Ibrahim et al. 2024, section 4.1, with :math:`\alpha = \eta/\eta_{max}`; theirs starts from 0, and their
+    eta_min / eta_max is 0.1.
     """
-    _check_positive_time('t_max', t_max)
+    _check_time('t_max', t_max, above=True)
     _check_fits({'t_warmup': t_warmup}, 't_max', t_max)
-    _check_values(alpha_i=alpha_i, alpha_f=alpha_f)
-    return Schedule(
-        alpha_i,
-        (
-            Phase('warm-up', min(t_warmup, t_max), 1.0, 'linear'),
-            Phase('decay', t_max, alpha_f, 'cosine'),
-        ),
-    )
+    _check_values({'alpha_i': alpha_i, 'alpha_f': alpha_f})
+    warm_up = Phase('warm-up', min(t_warmup, t_max), 1.0, 'linear')
+    return Schedule(alpha_i, (warm_up, Phase('decay', t_max, alpha_f, 'cosine')))
 
 
 def rewarm_constant(t_warmup: float, alpha_i: float = 0.0, alpha: float = 1.0) -> Schedule:
@@ -213,17 +173,9 @@ def rewarm_constant(t_warmup: float, alpha_i: float = 0.0, alpha: float = 1.0) -
     :math:`\alpha_i + (\alpha - \alpha_i) t/T_{warmup}` up to :math:`T_{warmup}`, then :math:`\alpha`.
     ``t_warmup=0, alpha=0.1`` is *constant eta_min*; ``alpha=1`` is *re-warm without decay*.
     Source: Ibrahim et al. 2024, section 6.1.2.
-
-    Args:
-        t_warmup: Length of the warm-up; 0 for none.
-        alpha_i: Multiplier at time 0. Default: ``0.0``.
-        alpha: Multiplier from ``t_warmup`` on. Default: ``1.0``.
-
-    Raises:
-        ValueError: On a negative time or value.
     """
     _check_time('t_warmup', t_warmup)
-    _check_values(alpha_i=alpha_i, alpha=alpha)
+    _check_values({'alpha_i': alpha_i, 'alpha': alpha})
     return Schedule(alpha_i, (Phase('warm-up', t_warmup, alpha, 'linear'),))
 
 
@@ -250,28 +202,12 @@ def infinite(
     * up to :math:`t_{end}`: :math:`\alpha_{const} (\alpha_f/\alpha_{const})^{(t - t_{ann})/T_{anneal}}`, or another
       shape
 
-    Moving ``t_end`` changes no value before the old anneal. Source: Ibrahim et al. 2024, section 7.2.
-
-    Args:
-        t_warmup: Length of the warm-up; 0 in a stage that continues an infinite schedule.
-        t_cooldown: Length of the cooldown; 0 in such a stage, which then starts at ``alpha_const``.
-        t_anneal: Length of the anneal; 0 never anneals.
-        t_end: End of the run, in the same unit as the lengths.
-        alpha_const: Multiplier of the constant phase; the paper's is 1.65e-4 / 3e-4 = 0.55.
-        alpha_f: Multiplier at ``t_end``. Default: ``0.1``.
-        alpha_i: Multiplier at time 0. Default: ``0.0``.
-        cooldown: ``cosine`` or ``inv_sqrt``. Default: ``cosine``.
-        anneal: ``exponential``, ``linear``, ``cosine`` or ``1-sqrt``; all but the first can reach 0.
-            Default: ``exponential``.
-        steepness: Alpha of ``inv_sqrt``. Default: ``DEFAULT_STEEPNESS``.
-
-    Raises:
-        ValueError: On a negative time or value, an unknown shape, an exponential anneal to or from 0, a steepness
-            without ``inv_sqrt``, or phases longer than the run.
+    Moving ``t_end`` changes no value before the old anneal. A stage that continues an infinite schedule has neither
+    warm-up nor cooldown. Source: Ibrahim et al. 2024, section 7.2; their alpha_const is 1.65e-4 / 3e-4 = 0.55.
     """
-    _check_positive_time('t_end', t_end)
+    _check_time('t_end', t_end, above=True)
     _check_fits({'t_warmup': t_warmup, 't_cooldown': t_cooldown, 't_anneal': t_anneal}, 'the run', t_end)
-    _check_values(alpha_i=alpha_i, alpha_const=alpha_const, alpha_f=alpha_f)
+    _check_values({'alpha_i': alpha_i, 'alpha_const': alpha_const, 'alpha_f': alpha_f})
     _check_choice('cooldown', cooldown, COOLDOWNS)
     _check_choice('anneal', anneal, ANNEALS)
     if steepness is not None and cooldown != 'inv_sqrt':
@@ -304,26 +240,13 @@ def wsd(
     :math:`T_{warmup}` (from ``alpha_i`` in the first, from ``alpha_f``, where the last cycle ended, in the others), 1
     until :math:`(k + 1)C - T_{decay}`, then to ``alpha_f``, by default along :math:`1 - (1 - \alpha_f) \sqrt{x}`.
     Sources: Hu et al. 2024 (the schedule), Hägele et al. 2024 (1-sqrt).
-
-    Args:
-        t_warmup: Length of each warm-up.
-        t_decay: Length of each decay.
-        t_max: End of the last cycle, in the same unit.
-        alpha_f: Multiplier at the end of each cycle and after the last. Default: ``0.1``.
-        alpha_i: Multiplier at time 0. Default: ``0.0``.
-        decay: ``1-sqrt``, ``linear``, ``cosine`` or ``exponential``; all but the last can reach 0. Default: ``1-sqrt``.
-        num_cycles: How often. Default: ``1``.
-
-    Raises:
-        ValueError: On a negative time or value, an unknown shape, an exponential decay to 0, or a warm-up and decay
-            longer than a cycle.
     """
-    _check_positive_time('t_max', t_max)
+    _check_time('t_max', t_max, above=True)
     if isinstance(num_cycles, bool) or not isinstance(num_cycles, int) or num_cycles < 1:
         raise ValueError(f'num_cycles={num_cycles!r} must be a whole number of at least 1')
     whole = 't_max' if num_cycles == 1 else f'one of {num_cycles} cycles, t_max / num_cycles'
     _check_fits({'t_warmup': t_warmup, 't_decay': t_decay}, whole, t_max / num_cycles)
-    _check_values(alpha_i=alpha_i, alpha_f=alpha_f)
+    _check_values({'alpha_i': alpha_i, 'alpha_f': alpha_f})
     _check_choice('decay', decay, ANNEALS)
     if decay == 'exponential':
         _check_exponential('alpha_f', alpha_f)
@@ -349,24 +272,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_time(key: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f'{key}={value:g} must be a time of at least 0')
+def _check_time(key: str, value: float, above: bool = False) -> None:
+    if not math.isfinite(value) or value < 0 or (above and not value):
+        raise ValueError(f'{key}={value:g} must be a time {"above" if above else "of at least"} 0')
 
 
-def _check_positive_time(key: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f'{key}={value:g} must be a time above 0')
-
-
-def _check_value(key: str, value: float) -> None:
-    if not (_is_number(value) and value >= 0):
-        raise ValueError(f'{key}={value!r} must be a number of at least 0: it multiplies the learning rate')
-
-
-def _check_values(**values: float) -> None:
+def _check_values(values: Mapping[str, float]) -> None:
     for key, value in values.items():
-        _check_value(key, value)
+        if not (_is_number(value) and value >= 0):
+            raise ValueError(f'{key}={value!r} must be a number of at least 0: it multiplies the learning rate')
 
 
 def _check_exponential(key: str, value: float) -> None:

@@ -75,21 +75,16 @@ class PhaseScheduler(ComposerScheduler, Callback):
         return self._function(**lengths, **self._values, **({} if self._dur else {'t_end': t_end}))
 
     def phases(
-        self,
-        max_duration: str | Time | Duration,
-        dataloader_len: int | Time | None = None,
-        ssr: float = 1.0,
+        self, max_duration: str | Time | Duration, dataloader_len: int | Time | None = None, ssr: float = 1.0
     ) -> Phases:
         """The phases of a run; no ``State`` is needed.
 
         Args:
-            max_duration: Length of the run, as the trainer has it: already scaled by ``ssr``.
+            max_duration: Length of the run, as the trainer has it: already scaled by ``ssr``. Its unit is that of the
+                phases' times, but ba if it is in epochs.
             dataloader_len: Batches per epoch; only read if ``max_duration`` is in epochs. Default: ``None``.
             ssr: Scale schedule ratio. Times in tok, ba and sp are multiplied by it, so that the value at t is the
                 unscaled schedule's at t / ssr; nothing is rounded. Default: ``1.0``.
-
-        Returns:
-            The phases, with times in the unit of ``max_duration``, or in ba if that is in epochs.
 
         Raises:
             ValueError: If a time has another unit, if epochs cannot be converted, or if the phases do not fit.
@@ -114,10 +109,6 @@ class PhaseScheduler(ComposerScheduler, Callback):
 
         The first call of a run is Composer compiling the scheduler: from then on this object is one of the run's
         callbacks.
-
-        Args:
-            state: The run.
-            ssr: Scale schedule ratio, see ``phases``. Default: ``1.0``.
         """
         self._called = True
         if self not in state.callbacks:

@@ -17,13 +17,7 @@ __all__ = ['Phases', 'build', 'format_spans', 'phases_of']
 
 @dataclass(frozen=True)
 class Phases:
-    """The schedule of one run.
-
-    Args:
-        schedule: Multipliers of the learning rate over time.
-        unit: Unit of its times: tok, ba or sp.
-        end: End of the run, in that unit.
-    """
+    """The schedule of one run; its times and the end of the run are in tok, ba or sp."""
 
     schedule: Schedule
     unit: str
@@ -45,9 +39,6 @@ class Phases:
 def build(section: Mapping[str, Any]) -> 'ComposerScheduler':
     """The scheduler of a train YAML, ours or a stock one.
 
-    Args:
-        section: ``scheduler`` of the YAML.
-
     Raises:
         ValueError: If the name or an argument is missing, unknown or wrong.
     """
@@ -66,15 +57,7 @@ def build(section: Mapping[str, Any]) -> 'ComposerScheduler':
 def phases_of(
     section: Mapping[str, Any], max_duration: 'str | Duration', dataloader_len: int | None = None
 ) -> Phases | None:
-    """The phases of a run.
-
-    Args:
-        section: ``scheduler`` of the YAML.
-        max_duration: Length of the run.
-        dataloader_len: Batches of an epoch; only read if ``max_duration`` is in epochs. Default: ``None``, not known.
-
-    Returns:
-        None if the scheduler is none of ours, or the run is in epochs of unknown length.
+    """The phases of a run; None if the scheduler is none of ours, or the run is in epochs of unknown length.
 
     Raises:
         ValueError: If the scheduler cannot be built, or its phases do not fit into the run.
@@ -89,14 +72,7 @@ def phases_of(
 
 
 def format_spans(spans: Sequence[Span], unit: str, lr: float = 1.0, per_batch: float | None = None) -> str:
-    """Phases as a table of text, one line for each.
-
-    Args:
-        spans: What to show.
-        unit: Unit of their times.
-        lr: What the multipliers are multiplied with. Default: ``1.0``.
-        per_batch: How much of the unit a batch has, for a column of batches. Default: ``None``, no such column.
-    """
+    """Phases as a table of text, one line for each, and in batches of ``per_batch`` of the unit."""
     table = {
         'phase': [span.name for span in spans],
         f'from [{unit}]': [f'{span.begin:,.10g}' for span in spans],

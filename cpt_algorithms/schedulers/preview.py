@@ -36,9 +36,6 @@ def preview(
         dataloader_len: Batches per epoch, if times are in ep. Default: ``None``.
         batches: Which ones. Default: all of the run.
 
-    Returns:
-        One float64 per batch.
-
     Raises:
         ValueError: If the run cannot be counted in batches, or if the scheduler refuses it.
 

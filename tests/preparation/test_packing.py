@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_algorithms.preparation import lm_eval_items, sources
-from cpt_algorithms.preparation.duplicates import digests, is_held_out
 from cpt_algorithms.preparation.packing import Selector, cut, pieces
 
 
@@ -87,11 +86,6 @@ def test_selection_does_not_depend_on_parts(documents, train, val, middle):
         ] + [selector.ended]
 
     assert selected([slice(0, middle), slice(middle, None)]) == selected([slice(None)])
-
-
-def test_split_shares():
-    share = is_held_out(digests([str(number) for number in range(10_000)]), 0.1).mean()
-    assert abs(share - 0.1) < 0.01  # 3 standard deviations
 
 
 @given(st.lists(st.text(max_size=9)), st.integers(1, 20))

@@ -14,34 +14,12 @@ from torch.utils.data import DataLoader
 
 from cpt_algorithms.checkpoints.open import dataset_state_of
 from cpt_algorithms.replay.consumed import Consumed, consumed_by, positions_behind, read_consumed, read_positions
-from cpt_algorithms.replay.functional import ShuffledOrder, StreamOrder
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import ConfigError
 
 NEW, OLD = 0, 1
-
-
-def test_passes_over_a_part_stay_in_it():
-    sizes = np.array([20, 13, 20, 7, 20])
-    order = StreamOrder(sizes, seed=3, block_size=16, limit=50)
-    everything = ShuffledOrder(sizes, 3, 0, 16)(np.arange(80))
-    places = np.arange(50)
-    assert (order.size, order.total) == (50, 80)
-    assert order.one_pass(0)(places).tolist() == everything[:50].tolist()
-    passes = [order.one_pass(number)(places).tolist() for number in (1, 2)]
-    passes.append(StreamOrder(sizes, 3, 16, 50, fresh_seed=8).one_pass(0)(places).tolist())
-    for ids in passes:
-        assert sorted(ids) == sorted(everything[:50].tolist())
-        assert ids != everything[:50].tolist()
-    assert len({tuple(ids) for ids in passes}) == 3
-    # an unshuffled run has read the first rows; more than a pass is all of it
-    assert StreamOrder(sizes, None, 16, 50).one_pass(0)(places).tolist() == list(range(50))
-    assert StreamOrder(sizes, 3, 16, 500).size == 80
-    assert StreamOrder(sizes, 3, 16, 500).one_pass(1)(np.arange(80)).tolist() == (
-        ShuffledOrder(sizes, 3, 1, 16)(np.arange(80)).tolist()
-    )
 
 
 # What a dataset says of itself, and what it had read.

@@ -204,8 +204,7 @@ def test_server_gone_for_20_s_and_back(proxy, tmp_path, data, undisturbed):
     proxy.go_away()
     timer.start()
     try:
-        count = 1 + len(list(rows))
-        by_stock = f'ends after {count} of 400 rows, no error'
+        by_stock = f'ends after {1 + len(list(rows))} of 400 rows, no error'
     except RuntimeError as error:
         by_stock = f'dies: {error}'
     timer.join()
@@ -350,12 +349,4 @@ def test_cache_folder_of_a_live_run_and_a_restart_after_a_kill(proxy, tmp_path, 
     printed = finish(start(cfg, tmp_path))
     assert batches(cfg) == undisturbed, printed[-4000:]
     assert left and not _stale_shared_memory(f'{tmp_path}/cache/new/train')
-    TABLE.append(
-        (
-            'killed, stale shared memory',
-            'not run',
-            'goes on',
-            f'{time.monotonic() - begin:.0f}',
-            'equal',
-        )
-    )
+    TABLE.append(('killed, stale shared memory', 'not run', 'goes on', f'{time.monotonic() - begin:.0f}', 'equal'))

@@ -208,14 +208,20 @@ def test_later_passes_over_a_part_shuffle_blocks_of_it():
         read = np.arange(80) if seed is None else ShuffledOrder(sizes, seed, 0, 16)(np.arange(80))
         expected = read[ShuffledOrder(blocks, seed_of_blocks, number, 16)(places)]
         order = StreamOrder(sizes, seed, 16, limit=50, fresh_seed=fresh_seed)
+        assert (order.size, order.total) == (50, 80)
         assert order.one_pass(number)(places).tolist() == expected.tolist()
 
 
 def test_passes_over_everything_are_orders_of_their_own():
     sizes, places = np.array([20, 13, 20, 7, 20]), np.arange(80)
-    expected = ShuffledOrder(sizes, 3, 1, 16)(places)
-    assert StreamOrder(sizes, 3, 16).one_pass(1)(places).tolist() == expected.tolist()
+    first, second = (ShuffledOrder(sizes, 3, number, 16)(places).tolist() for number in (0, 1))
+    for limit in (None, 500):
+        assert StreamOrder(sizes, 3, 16, limit).size == 80
+        assert StreamOrder(sizes, 3, 16, limit).one_pass(1)(places).tolist() == second
     assert StreamOrder(sizes, None, 16).one_pass(1)(places).tolist() == places.tolist()
+    # of a part: an unshuffled run has read the first rows, a shuffled one those first in its order
+    assert StreamOrder(sizes, 3, 16, 50).one_pass(0)(places[:50]).tolist() == first[:50]
+    assert StreamOrder(sizes, None, 16, 50).one_pass(0)(places[:50]).tolist() == places[:50].tolist()
 
 
 def test_a_sequence_goes_to_a_spawned_worker():

@@ -4,11 +4,9 @@
 import json
 import multiprocessing
 import os
-import pickle
 import shutil
 import socket
 
-import numpy as np
 import pytest
 import tiny  # noqa: F401 - the ranks below import it too: one dataset at a time
 import torch
@@ -45,9 +43,7 @@ def loader_of(data, num_workers=0, device_batch_size=BATCH, drop_last=True, **ov
     dataset = ReplayTextDataset(
         tokenizer=None, batch_size=device_batch_size, drop_last=drop_last, **section(data, **over)
     )
-    fork = (
-        'fork' if num_workers else None
-    )  # as from a run; a rank made by a forkserver would start its workers like that
+    fork = 'fork' if num_workers else None  # as from a run; a rank of a forkserver would start its workers like that
     return torch.utils.data.DataLoader(
         dataset, batch_size=device_batch_size, num_workers=num_workers, multiprocessing_context=fork
     )
@@ -115,28 +111,25 @@ def test_workers_do_not_change_the_batches(data, num_workers):
     assert rows(loader_of(data, num_workers=num_workers)) == rows(loader_of(data))
 
 
+def state_after(data, batches):
+    """Of a loader whose first epoch has begun, as it has whenever a checkpoint is saved."""
+    loader = loader_of(data)
+    rows(loader, limit=1)
+    return loader.dataset.state_dict(batches * BATCH, True)
+
+
 @pytest.mark.parametrize(('done', 'num_workers'), [(1, 0), (7, 2), (25, 3), (26, 1)])
 def test_resume_at_any_batch(data, done, num_workers):
     straight = loader_of(data)
     expected = rows(straight)
-    state = json.loads(json.dumps(loader_of_after_start(data).dataset.state_dict(done * BATCH, True)))
     resumed = loader_of(data, num_workers=num_workers)
-    resumed.dataset.load_state_dict(state)
+    resumed.dataset.load_state_dict(json.loads(json.dumps(state_after(data, done))))
     assert rows(resumed) == expected[done:]
     assert rows(resumed) == rows(straight), 'the next epoch'
 
 
-def loader_of_after_start(data):
-    """A loader whose first epoch has begun, as it has whenever a checkpoint is saved."""
-    loader = loader_of(data)
-    rows(loader, limit=1)
-    return loader
-
-
 def test_pretraining_order_is_the_order_in_which_d0_was_read(data):
-    pretraining = loader_of(
-        data, new={'local': str(data['old']), 'split': 'train'}, replay=None, fraction=0
-    )  # fmt: skip
+    pretraining = loader_of(data, new={'local': str(data['old']), 'split': 'train'}, replay=None, fraction=0)
     d0 = [{i for _, i in batch} for batch in rows(pretraining)]
 
     def replayed(**over):  # a quarter of 16 rows: four batches replay one batch of D0's training
@@ -223,28 +216,20 @@ def test_real_ranks_read_the_same_global_batches_with_replay_spread_over_them(da
     ],
 )
 def test_resuming_with_another_mix_is_refused_and_named(data, over, message):
-    state = loader_of_after_start(data).dataset.state_dict(3 * BATCH, True)
     other = loader_of(data, **over)
     with pytest.raises(ValueError, match=message):
-        other.dataset.load_state_dict(state)
+        other.dataset.load_state_dict(state_after(data, 3))
 
 
-def test_other_data_of_the_same_size_is_noticed(data, write_mds, tmp_path):
-    state = loader_of_after_start(data).dataset.state_dict(3 * BATCH, True)
-    write_mds(tmp_path / 'new', 7, 400)  # other rows, as many, of as many bytes
+@pytest.mark.parametrize(('kind', 'samples'), [(7, 400), (0, 410)], ids=['as many rows', 'more rows'])
+def test_other_data_is_noticed_and_moved_data_is_the_same(data, write_mds, tmp_path, kind, samples):
+    state = state_after(data, 3)
+    write_mds(tmp_path / 'new', kind, samples)
     other = loader_of(data, new={'local': str(tmp_path / 'new'), 'split': 'train'})
-    with pytest.raises(ValueError, match=r'new\.new: 400 samples \(\w+\) -> 400 samples'):
+    with pytest.raises(ValueError, match=rf'new\.new: 400 samples \(\w+\) -> {samples} samples'):
         other.dataset.load_state_dict(state)
     shutil.copytree(data['new'], tmp_path / 'moved')
     loader_of(data, new={'local': str(tmp_path / 'moved'), 'split': 'train'}).dataset.load_state_dict(state)
-
-
-def test_replaced_data_is_noticed(data, write_mds, tmp_path):
-    state = loader_of_after_start(data).dataset.state_dict(3 * BATCH, True)
-    write_mds(tmp_path / 'new', 0, 410)
-    other = loader_of(data, new={'local': str(tmp_path / 'new'), 'split': 'train'})
-    with pytest.raises(ValueError, match=r'new\.new: 400 samples .* -> 410 samples'):
-        other.dataset.load_state_dict(state)
 
 
 def test_another_loaders_state_is_refused(data):
@@ -260,7 +245,7 @@ def test_another_loaders_state_is_refused(data):
         ({'replay': {'fracton': 0.1}}, r"replay\.fracton .* did you mean 'fraction'"),
         ({'replay': {'fraction': 0.1}}, r'replay\.streams is empty'),
         ({'replay': {'fraction': 0.1, 'order': 'random', 'streams': {}}}, r"replay\.order='random' is not possible"),
-        ({'new': {'local': 'x', 'proportion': 0.5}}, r'new\.new\.proportion is not a key'),
+        ({'new': {'local': 'x', 'proportion': 0.5}}, r'dataset\.new\.proportion is not a key'),
         ({'new': {}}, r'dataset\.new is empty'),
         ({'new': {'pile': 'x'}}, r"new\.pile='x' is not a stream"),
     ],
@@ -273,12 +258,6 @@ def test_bad_sections_are_named(data, over, message):
 def test_rows_of_another_length_are_refused(data):
     with pytest.raises(ValueError, match='max_seq_len=8, but the data was packed to rows of 16 tokens'):
         loader_of(data, max_seq_len=8)
-
-
-def test_a_sequence_can_be_sent_to_a_spawned_worker(data):
-    sequence = loader_of(data).dataset.sequence
-    sequence(np.arange(50))
-    assert pickle.loads(pickle.dumps(sequence))(np.arange(50)).tolist() == sequence(np.arange(50)).tolist()
 
 
 def test_less_new_data_than_a_batch_is_an_error(data):

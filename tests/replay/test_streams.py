@@ -104,23 +104,15 @@ def evaluation(tmp_path, name='new', split='train', dataset=StreamingTextDataset
 
 
 def ids(rows):
-    rows = [row['tokens'] if isinstance(row, dict) else row for row in rows]
-    return [(int(row[0]), int(row[1]) * 100 + int(row[2])) for row in rows]
+    tokens = (row['tokens'] if isinstance(row, dict) else row for row in rows)
+    return [(int(row[0]), int(row[1]) * 100 + int(row[2])) for row in tokens]
 
 
 @pytest.fixture
-def undisturbed(data):
+def undisturbed(data, tmp_path):
     """What the training must read."""
-    dataset = ReplayTextDataset(
-        None,
-        SEQ_LEN,
-        new={'local': str(data['new']), 'split': 'train'},
-        replay={'fraction': 0.25, 'streams': {'old': {'local': str(data['old']), 'split': 'train'}}},
-        batch_size=8,
-        shuffle=True,
-        shuffle_block_size=30,
-    )
-    return ids(dataset)
+    new, old = ({'local': str(data[name]), 'split': 'train'} for name in ('new', 'old'))
+    return ids(training(tmp_path, new=new, replay={'fraction': 0.25, 'streams': {'old': old}}))
 
 
 @pytest.mark.parametrize(
