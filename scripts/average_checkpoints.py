@@ -169,7 +169,6 @@ def average(
         'weights': options.weights,
         'decay': options.decay if options.weights == 'ema' else None,
         **plan.described(),
-        'parts_of_the_average': plan.parts_of_the_average if options.average else None,
         'to': options.to,
         'versions': {'python': platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }

@@ -40,28 +40,33 @@ class Average:
     write: Callable[[int, Any], None]
 
 
-def check_alike(checkpoints: Sequence[Checkpoint]) -> None:
+def check_alike(checkpoints: Sequence[Checkpoint], and_dtypes: bool = True) -> None:
     """Refuse to average what does not belong together.
 
+    Args:
+        checkpoints: The others are compared with the first.
+        and_dtypes: Whether dtypes must be the same, beside names and shapes. Default: ``True``.
+
     Raises:
-        CheckpointError: If names, shapes or dtypes differ (with the first three differences), or a dtype cannot be
-            averaged.
+        CheckpointError: If they differ (with the first three differences), or a dtype cannot be averaged.
     """
-    first = checkpoints[0]
-    for name, one in first.tensors.items():
-        if (one.dtype.is_floating_point or one.dtype.is_complex) and one.dtype not in FLOATS:
-            raise CheckpointError(f'{first.path}: {name} is {short(one.dtype)}, which cannot be averaged')
-    for other in checkpoints[1:]:
+    first = checkpoints[0].tensors
+    for other in checkpoints:
+        for name, one in other.tensors.items():
+            if (one.dtype.is_floating_point or one.dtype.is_complex) and one.dtype not in FLOATS:
+                raise CheckpointError(f'{other.path}: {name} is {short(one.dtype)}, which cannot be averaged')
         differences = [
             f'{name} is {describe(a)} there and {describe(b)} here'
-            for name, a in first.tensors.items()
-            if (b := other.tensors.get(name)) and (a.dtype, a.shape) != (b.dtype, b.shape)
+            for name, a in first.items()
+            if (b := other.tensors.get(name)) and (a.shape != b.shape or and_dtypes and a.dtype != b.dtype)
         ]
-        differences += [f'{name} is missing here' for name in first.tensors if name not in other.tensors]
-        differences += [f'{name} is missing there' for name in other.tensors if name not in first.tensors]
+        differences += [f'{name} is missing here' for name in first if name not in other.tensors]
+        differences += [f'{name} is missing there' for name in other.tensors if name not in first]
         if differences:
             more = f' (and {len(differences) - 3} more)' if len(differences) > 3 else ''
-            raise CheckpointError(f'{other.path} does not fit {first.path}: {"; ".join(differences[:3])}{more}')
+            raise CheckpointError(
+                f'{other.path} does not fit {checkpoints[0].path}: {"; ".join(differences[:3])}{more}'
+            )
 
 
 def short(dtype: torch.dtype) -> str:
@@ -98,34 +103,10 @@ def view_average(checkpoint: Checkpoint, average: str) -> list[tuple[float, Chec
     views = []
     for weight, part in averages[average]:
         kept = {checkpoint.aliases.get(name, name): one for name, one in part.items()}
-        for name, one in kept.items():
-            if (own := checkpoint.tensors.get(name)) is None or own.shape != one.shape:
-                here = 'missing' if own is None else describe(own)
-                raise CheckpointError(
-                    f'{checkpoint.path}: {name} is {describe(one)} in the average {average} and {here} in the model'
-                )
-        views.append((weight, replace(checkpoint, tensors={**checkpoint.tensors, **kept})))
+        tensors, path = {**checkpoint.tensors, **kept}, Path(f'{checkpoint.path} ({average})')
+        views.append((weight, replace(checkpoint, path=path, tensors=tensors)))
+    check_alike([checkpoint, *(view for _, view in views)], and_dtypes=False)
     return views
-
-
-class _Files:
-    """Opens files once and keeps them open."""
-
-    def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def __getitem__(self, path: Path) -> int:
-        if (found := self._descriptors.get(path)) is not None:
-            return found
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-            return self._descriptors[path]
-
-    def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -133,7 +114,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
-def _read_run(files: _Files, path: Path, offset: int, view: memoryview) -> None:
+def _read_run(files: dict[Path, int], path: Path, offset: int, view: memoryview) -> None:
     while view:
         count = os.preadv(files[path], [view], offset)
         if not count:
@@ -150,7 +131,7 @@ def _rows(stored: TensorOnDisk) -> int:
     return prod(stored.shape)
 
 
-def _read(files: _Files, stored: TensorOnDisk, begin: int, into: torch.Tensor, view: memoryview) -> None:
+def _read(files: dict[Path, int], stored: TensorOnDisk, begin: int, into: torch.Tensor, view: memoryview) -> None:
     """Elements ``begin`` to ``begin + len(into)``, which are whole rows unless the chunks are flat, of a tensor.
 
     ``view`` is the memory of ``into``.
@@ -187,20 +168,15 @@ class _Scratch(threading.local):
     """Memory of a thread, used again for each block."""
 
     def __init__(self) -> None:
-        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(3)]
-        self._made: list[tuple[Any, torch.Tensor, memoryview]] = [(None, b, as_bytes(b)) for b in self._buffers]
+        self._made: dict[int, tuple[torch.Tensor, memoryview]] = {}
 
     def __call__(self, which: int, dtype: torch.dtype, count: int) -> tuple[torch.Tensor, memoryview]:
         """A tensor, and its bytes."""
-        key, tensor, view = self._made[which]
-        if key != (dtype, count):
-            size = count * dtype.itemsize
-            if self._buffers[which].numel() < size:
-                self._buffers[which] = torch.empty(size, dtype=torch.uint8)
-            tensor = self._buffers[which][:size].view(dtype)
-            view = as_bytes(tensor)
-            self._made[which] = ((dtype, count), tensor, view)
-        return tensor, view
+        made = self._made.get(which)
+        if made is None or made[0].dtype != dtype or made[0].numel() != count:
+            tensor = torch.empty(count, dtype=dtype)
+            made = self._made[which] = tensor, as_bytes(tensor)
+        return made
 
 
 def average_tensors(
@@ -219,8 +195,7 @@ def average_tensors(
 
     Args:
         averages: What to compute. A part of weight 0 is not read. A single part of the result's dtype is copied.
-        accumulate: Dtype of the sums, ``float32`` or ``float64``; tensors that are wider use their own.
-            Default: ``float32``.
+        accumulate: Dtype of the sums; tensors that are wider use their own. Default: ``float32``.
         progress: Called with the number of bytes read, after each block. Default: nothing.
 
     Raises:
@@ -234,12 +209,15 @@ def average_tensors(
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # k checkpoints of a file for each rank
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads here share the cores already
-    files, scratch = _Files(), _Scratch()
+    files: dict[Path, int] = {}
+    scratch = _Scratch()
     waiting: deque[Future[int]] = deque()
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             try:
                 for average in averages:
+                    for path in {chunk.path for _, stored in average.parts for chunk in stored.chunks} - files.keys():
+                        files[path] = os.open(path, os.O_RDONLY)
                     count = prod(average.parts[0][1].shape)
                     rows = max(1, *(_rows(stored) for _, stored in average.parts))
                     block = rows * max(1, BLOCK // rows)
@@ -254,13 +232,14 @@ def average_tensors(
                 for future in waiting:
                     future.cancel()
     finally:
-        files.close()
+        for descriptor in files.values():
+            os.close(descriptor)
         torch.set_num_threads(num_threads)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _average_block(
-    average: Average, begin: int, size: int, accumulate: torch.dtype, files: _Files, scratch: _Scratch
+    average: Average, begin: int, size: int, accumulate: torch.dtype, files: dict[Path, int], scratch: _Scratch
 ) -> int:
     parts = [(weight, stored) for weight, stored in average.parts if weight]
     dtype = parts[0][1].dtype
