@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
-from cpt_algorithms.checkpoints.open import Checkpoint, TensorOnDisk, contiguous
+from cpt_algorithms.checkpoints.open import Checkpoint, TensorOnDisk
 from cpt_algorithms.weight_averaging.functional import window_weights
 
 __all__ = ['Average', 'average_tensors', 'check_alike', 'view_average']
@@ -122,46 +122,26 @@ def _read_run(files: dict[Path, int], path: Path, offset: int, view: memoryview)
         view, offset = view[count:], offset + count
 
 
-def _rows(stored: TensorOnDisk) -> int:
-    """Elements that are best read together: as many as a block must be a multiple of."""
-    if stored.is_flat:
-        return 1
-    if all(chunk.stride == contiguous(chunk.shape) for chunk in stored.chunks):
-        return prod(stored.shape[1:])
-    return prod(stored.shape)
-
-
 def _read(files: dict[Path, int], stored: TensorOnDisk, begin: int, into: torch.Tensor, view: memoryview) -> None:
-    """Elements ``begin`` to ``begin + len(into)``, which are whole rows unless the chunks are flat, of a tensor.
-
-    ``view`` is the memory of ``into``.
-    """
-    if len(stored.chunks) == 1 and stored.is_flat:  # nearly always; Python's own time counts here
-        chunk = stored.chunks[0]
-        _read_run(files, chunk.path, chunk.offset + begin * stored.dtype.itemsize, view)
-        return
-    end, row = begin + into.numel(), prod(stored.shape[1:])
-    for chunk in stored.chunks:
-        if chunk.is_flat_in(stored.shape):
+    """Elements from ``begin`` on into a tensor, whose memory is ``view``; all of them unless the chunks are flat."""
+    size = stored.dtype.itemsize
+    if stored.is_flat:
+        end, row = begin + into.numel(), prod(stored.shape[1:])
+        for chunk in stored.chunks:
             start = chunk.at[0] * row if chunk.at else 0
             low, high = max(begin, start), min(end, start + prod(chunk.shape))
             if low < high:
-                offset = chunk.offset + (low - start) * stored.dtype.itemsize
-                _read_run(files, chunk.path, offset, as_bytes(into[low - begin : high - begin]))
-            continue
-        top = begin // row
-        low, high = max(top, chunk.at[0]), min(end // row, chunk.at[0] + chunk.shape[0])
-        if low >= high:
-            continue
-        shape = (high - low, *chunk.shape[1:])
-        span = 1 + sum((n - 1) * step for n, step in zip(shape, chunk.stride, strict=True))
+                part = view[(low - begin) * size : (high - begin) * size]
+                _read_run(files, chunk.path, chunk.offset + (low - start) * size, part)
+        return
+    for chunk in stored.chunks:
+        span = 1 + sum((n - 1) * step for n, step in zip(chunk.shape, chunk.stride, strict=True))
         data = torch.empty(span, dtype=stored.dtype)
-        place = chunk.offset + (low - chunk.at[0]) * chunk.stride[0] * data.itemsize
-        _read_run(files, chunk.path, place, as_bytes(data))
-        box = into.view(-1, *stored.shape[1:])[low - top : high - top]
-        for axis in range(1, box.dim()):
-            box = box.narrow(axis, chunk.at[axis], shape[axis])
-        box.copy_(data.as_strided(shape, chunk.stride))
+        _read_run(files, chunk.path, chunk.offset, as_bytes(data))
+        box = into.view(stored.shape)
+        for axis, (at, length) in enumerate(zip(chunk.at, chunk.shape, strict=True)):
+            box = box.narrow(axis, at, length)
+        box.copy_(data.as_strided(chunk.shape, chunk.stride))
 
 
 class _Scratch(threading.local):
@@ -202,8 +182,7 @@ def average_tensors(
         CheckpointError: If a file ends early or is damaged.
 
     Cost: reads every part once. Memory: about 20 bytes for each of the 2^17 elements of a block, for each of at most 8
-    threads; tensors that are stored with gaps (transposed, or split along a later dimension) are read by rows, or at
-    once.
+    threads; tensors that are stored with gaps (transposed, or split along a later dimension) are read at once.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # k checkpoints of a file for each rank
@@ -219,8 +198,7 @@ def average_tensors(
                     for path in {chunk.path for _, stored in average.parts for chunk in stored.chunks} - files.keys():
                         files[path] = os.open(path, os.O_RDONLY)
                     count = prod(average.parts[0][1].shape)
-                    rows = max(1, *(_rows(stored) for _, stored in average.parts))
-                    block = rows * max(1, BLOCK // rows)
+                    block = BLOCK if all(stored.is_flat for _, stored in average.parts) else max(1, count)
                     for begin in range(0, count, block):
                         size = min(block, count - begin)
                         waiting.append(pool.submit(_average_block, average, begin, size, accumulate, files, scratch))
