@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint._traverse import set_element
+from torch.utils._pytree import tree_leaves
 
 from cpt_algorithms.checkpoints.errors import CheckpointError, UnsafeCheckpointError
 
@@ -254,13 +256,14 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
         # cpu: a checkpoint of a GPU run is read where there is none
         with torch.serialization.safe_globals(safe_globals()), FakeTensorMode():
             loaded = torch.load(file, map_location='cpu', weights_only=True)
+        tensors = [leaf for leaf in tree_leaves(loaded) if isinstance(leaf, torch.Tensor)]
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL (\S+)', str(error))
         what = f'it asks to import {found.group(1)}' if found else _one_line(error)
         raise UnsafeCheckpointError(f'{where} is not safe to read: {what}, which no weights need') from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f'{where} is damaged: {_one_line(error)}') from None
-    for tensor in _tensors_in(loaded):
+    for tensor in tensors:
         if (begin := _place_of(tensor)) is None:
             continue
         span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -273,23 +276,6 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
 
 def _one_line(error: Exception) -> str:
     return ' '.join((str(error) or repr(error)).split())[:500]
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested mappings and lists, once."""
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        one = waiting.pop()
-        if id(one) in seen:  # a few lists can be nested in each other a thousand million times
-            continue
-        seen.add(id(one))
-        if isinstance(one, torch.Tensor):
-            yield one
-        elif isinstance(one, dict):
-            waiting += one.values()
-        elif isinstance(one, list | tuple | set):
-            waiting += one
 
 
 def _place_of(tensor: torch.Tensor) -> int | None:
@@ -549,10 +535,9 @@ def _open_sharded(folder: Path) -> Checkpoint:
             meta = entries.read(key)
         # the tokenizer would be one entry for each of its tokens
         elif path[:2] == ('state', 'metadata') or path[:4] == ('state', 'integrations', 'huggingface', 'model'):
-            _put(words, path[1:], entries.read(key))
+            set_element(words, path[1:], entries.read(key))
     if not tensors:
         raise CheckpointError(f'{folder} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
-    words = _with_lists(words)
     return Checkpoint(
         folder,
         'sharded',
@@ -565,21 +550,6 @@ def _open_sharded(folder: Path) -> Checkpoint:
         words.get('integrations') or {},
         _plain(words.get('metadata')),
     )
-
-
-def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
-def _with_lists(tree: Any) -> Any:
-    """Nested dicts whose keys are 0, 1, ... back to the lists they were."""
-    if not isinstance(tree, dict):
-        return tree
-    values = {key: _with_lists(value) for key, value in tree.items()}
-    is_list = bool(values) and all(isinstance(key, int) for key in values)
-    return [values[key] for key in sorted(values)] if is_list else values
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
@@ -604,7 +574,7 @@ def dataset_state_of(path: str | Path) -> dict[str, Any]:
             entries = _Entries(path)
             for key, where in (entries.metadata.planner_data or {}).items():
                 if tuple(where)[:3] == ('state', 'dataset_state', 'train'):
-                    _put(state, tuple(where)[3:], entries.read(key))
+                    set_element(state, tuple(where)[3:], entries.read(key))
         else:
             loaded = _load_without_data(path, str(path))
             with_state = loaded.get('state') if isinstance(loaded, dict) else None

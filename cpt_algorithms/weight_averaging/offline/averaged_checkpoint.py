@@ -3,7 +3,6 @@
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -148,7 +147,7 @@ def write_average(
     out: Path,
     to: str,
     provenance: dict[str, Any],
-    small_files: dict[str, Path | str | bytes],
+    small_files: dict[str, bytes],
     max_shard_size: str,
     progress: Progress,
 ) -> None:
@@ -178,7 +177,7 @@ def write_average(
         provenance_of(made, is_file=to == 'pt').write_text(content, encoding='utf-8')
 
 
-def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, Path | str | bytes]:
+def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, bytes]:
     """What belongs to a Hugging Face model besides its weights: config, tokenizer, code.
 
     Args:
@@ -187,7 +186,7 @@ def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, P
             ``huggingface/*`` beside it (Composer), or what its state holds.
 
     Returns:
-        For each file name where it is, or its content.
+        Contents by file name.
 
     Raises:
         CheckpointError: If there is no ``config.json``.
@@ -200,10 +199,11 @@ def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, P
         return _files_of_state(checkpoint)
     if not (folder / 'config.json').is_file():
         raise CheckpointError(f'{folder} has no config.json; give a folder that has one with --config')
-    return {file.name: file for file in folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHT_FILES)}
+    files = (file for file in folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHT_FILES))
+    return {file.name: file.read_bytes() for file in files}
 
 
-def _files_of_state(checkpoint: Checkpoint) -> dict[str, Path | str | bytes]:
+def _files_of_state(checkpoint: Checkpoint) -> dict[str, bytes]:
     saved = checkpoint.integrations.get('huggingface') or {}
     config = ((saved.get('model') or {}).get('config') or {}).get('content')
     if not config:
@@ -211,7 +211,7 @@ def _files_of_state(checkpoint: Checkpoint) -> dict[str, Path | str | bytes]:
             f'{checkpoint.path} holds no config of a Hugging Face model, and there is no export huggingface/* beside '
             'it; give a folder with config.json with --config'
         )
-    files: dict[str, Path | str | bytes] = {'config.json': json.dumps(config, indent=2) + '\n'}
+    files = {'config.json': f'{json.dumps(config, indent=2)}\n'.encode()}
     for name, entry in (saved.get('tokenizer') or {}).items():
         content = entry['content']
         if Path(name).name != name:
@@ -220,7 +220,7 @@ def _files_of_state(checkpoint: Checkpoint) -> dict[str, Path | str | bytes]:
             content = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
         elif entry['file_extension'] == '.txt':
             content = '\n'.join(content)
-        files[name] = content
+        files[name] = content if isinstance(content, bytes) else content.encode()
     return files
 
 
@@ -241,15 +241,12 @@ def _fill(plan: Plan, skeleton: Checkpoint, progress: Progress) -> None:
 
 
 def _write_hugging_face(
-    plan: Plan, folder: Path, small_files: dict[str, Path | str | bytes], max_shard_size: str, progress: Progress
+    plan: Plan, folder: Path, small_files: dict[str, bytes], max_shard_size: str, progress: Progress
 ) -> None:
     """A folder that ``from_pretrained`` takes; ``torch_dtype`` in ``config.json`` becomes that of the weights."""
     folder.mkdir()
     for name, content in small_files.items():
-        if isinstance(content, Path):
-            shutil.copyfile(content, folder / name)
-        else:
-            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        (folder / name).write_bytes(content)
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     floats = {short(dtype) for dtype in plan.dtypes.values() if dtype.is_floating_point}
     key = 'dtype' if 'dtype' in config else 'torch_dtype'  # transformers 5, and before
