@@ -197,10 +197,9 @@ def _read_hugging_face(path: Path) -> dict[str, TensorOnDisk]:
         if not os.path.isfile(path.parent / name):
             raise CheckpointError(f'{path} names {name}, which is missing')
         files[name] = _read_safetensors(path.parent / name)
-    if absent := [key for key, name in places.items() if key not in files[name]]:
-        raise CheckpointError(f'{path}: {absent[0]} is not in {places[absent[0]]}')
-    if unnamed := [(key, name) for name in files for key in files[name] if places.get(key) != name]:
-        raise CheckpointError(f'{path} does not name {unnamed[0][0]}, which is in {unnamed[0][1]}')
+    there = {(key, name) for name in files for key in files[name]}
+    if unlike := sorted(there ^ set(places.items())):
+        raise CheckpointError(f'{path} and {unlike[0][1]} do not agree on where {unlike[0][0]} is')
     parts = {file.name for file in path.parent.glob('model-*-of-*.safetensors')}
     if stray := sorted(parts - files.keys()):
         raise CheckpointError(f'{path} does not name {stray[0]}, which is beside it')
