@@ -302,7 +302,7 @@ def test_another_check_in_the_environment_is_not_replaced(monkeypatch):
 
 def test_trust_is_true_or_false(data, tmp_path):
     cfg = tiny.config(tmp_path, data, 'x', callbacks={'stage_start': {'trust_checkpoint': 'no'}})
-    with pytest.raises(ConfigError, match="trust_checkpoint='no' is not possible; use true or false"):
+    with pytest.raises(ConfigError, match="trust_checkpoint='no' .*true or false"):
         preflight(Stage.from_yaml(cfg))
 
 
