@@ -67,12 +67,7 @@ def make_parser() -> OneLineParser:
     add('--decay', type=float, help=f'of --weights ema, for each step into the past (default: {DEFAULT_DECAY})')
     add('--last', type=int, metavar='K', help='only the latest K (default: all)')
     add('--every', metavar='NU', help='with --last: those NU batches apart, such as 1000ba, back from the newest')
-    add(
-        '--window',
-        type=int,
-        metavar='W',
-        help='an average of every W in a row; OUT gets one each, called as its newest',
-    )
+    add('--window', type=int, metavar='W', help='average every W in a row; OUT gets one each, called as its newest')
     add('--stride', type=int, help='checkpoints from one window to the next; as long as a window: blocks (default: 1)')
     add('--average', metavar='NAME', help="the run's own averages (an ema_..., or lawa) in place of its weights")
     add('--to', default='hf', choices=('hf', 'pt', 'sharded'), help='Hugging Face, or Composer weights (default: hf)')
@@ -94,11 +89,11 @@ def check_options(options: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise AverageError(f'--{name} {value}: expected at least 1')
     if options.every is not None:
-        if not (match := re.fullmatch(r'(\d+)(ba)?', options.every)) or not int(match.group(1)):
+        if not (match := re.fullmatch(r'0*([1-9]\d*)(ba)?', options.every)):
             raise AverageError(f'--every {options.every}: expected a number of batches, such as 1000ba')
         if options.last is None:
             raise AverageError(f'--every {options.every} needs --last: how many of them')
-        options.every = int(match.group(1))
+        options.every = int(match[1])
     if options.stride is not None and options.window is None:
         raise AverageError(f'--stride {options.stride} needs --window')
     if options.to == 'pt' and options.window is None and not options.out.endswith('.pt'):
@@ -169,7 +164,6 @@ def average(
         'weights': options.weights,
         'decay': options.decay if options.weights == 'ema' else None,
         **plan.described(),
-        'parts_of_the_average': plan.parts_of_the_average if options.average else None,
         'to': options.to,
         'versions': {'python': platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }

@@ -40,10 +40,7 @@ class PretrainedModel:
 
 
 def folder_of_pretrained(name: str) -> Path:
-    """Where a pretrained model lies on this machine. Looks nothing up on the hub.
-
-    Args:
-        name: A folder, or a name on the hub.
+    """Where a pretrained model, a folder or a name on the hub, lies on this machine. Looks nothing up on the hub.
 
     Raises:
         ValueError: If it is neither a folder nor in the cache of the hub.

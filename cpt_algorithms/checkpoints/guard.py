@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cpt_algorithms.checkpoints.errors import CheckpointError, UnsafeCheckpointError
-from cpt_algorithms.checkpoints.open import check_size, load_entry, load_structure, read_metadata
+from cpt_algorithms.checkpoints.open import load_entry, load_structure, read_metadata
 
 __all__ = ['HOOK', 'TRUST', 'guard_loading', 'is_safe']
 
@@ -67,7 +67,7 @@ def is_safe(path: str | Path, specs: list[tuple[int, int]] | None = None) -> boo
         True.
 
     Raises:
-        UnsafeCheckpointError: If loading it could run code, naming the file, what it wanted, and what to do.
+        UnsafeCheckpointError: If loading it could run code.
         CheckpointError: If it is cut off or damaged.
     """
     if not os.path.isfile(path):  # also if no file can have this name
@@ -75,10 +75,8 @@ def is_safe(path: str | Path, specs: list[tuple[int, int]] | None = None) -> boo
     path = Path(os.path.realpath(path))  # what Composer calls rank0_checkpoint is a link to it
     try:
         if specs is not None:
-            check_size(path, max((offset + length for offset, length in specs), default=0))
-            with open(path, 'rb') as file:
-                for offset, length in set(specs):
-                    _check_algorithms(load_entry(file, offset, length, str(path)), path)
+            for offset, length in set(specs):
+                _check_algorithms(load_entry(path, offset, length, str(path)), path)
         elif path.name == '.metadata':
             read_metadata(path.parent)
         else:

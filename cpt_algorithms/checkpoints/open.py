@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint._traverse import set_element
+from torch.utils._pytree import tree_leaves
 
 from cpt_algorithms.checkpoints.errors import CheckpointError, UnsafeCheckpointError
 
@@ -30,7 +32,6 @@ __all__ = [
     'Checkpoint',
     'Chunk',
     'TensorOnDisk',
-    'check_size',
     'dataset_state_of',
     'files_of',
     'load_entry',
@@ -61,7 +62,7 @@ class Chunk:
         offset: Byte of the first element.
         at: Where the box begins in the tensor.
         shape: Size of the box.
-        stride: Of the box in the file, in elements.
+        stride: In the file, in elements.
     """
 
     path: Path
@@ -77,13 +78,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TensorOnDisk:
-    """A tensor on disk.
-
-    Args:
-        dtype: Of every chunk.
-        shape: Of the whole.
-        find: Finds the chunks; called when they are first needed.
-    """
+    """A tensor on disk; ``find`` is called when its chunks are first needed."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -160,13 +155,7 @@ def _refusing_other_forms(path: Path) -> Iterator[None]:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint of any supported kind.
-
-    Args:
-        path: A file or folder.
-
-    Returns:
-        The tensors' places. Cost: reads headers only; memory for the names and the small values of the state.
+    """Open a checkpoint of any supported kind. Reads headers only, and the small values of the state.
 
     Raises:
         CheckpointError: If it is missing, damaged, of no supported kind, or needs code that a model never needs.
@@ -208,10 +197,9 @@ def _read_hugging_face(path: Path) -> dict[str, TensorOnDisk]:
         if not os.path.isfile(path.parent / name):
             raise CheckpointError(f'{path} names {name}, which is missing')
         files[name] = _read_safetensors(path.parent / name)
-    if absent := [key for key, name in places.items() if key not in files[name]]:
-        raise CheckpointError(f'{path}: {absent[0]} is not in {places[absent[0]]}')
-    if unnamed := [(key, name) for name in files for key in files[name] if places.get(key) != name]:
-        raise CheckpointError(f'{path} does not name {unnamed[0][0]}, which is in {unnamed[0][1]}')
+    there = {(key, name) for name in files for key in files[name]}
+    if unlike := sorted(there ^ set(places.items())):
+        raise CheckpointError(f'{path} and {unlike[0][1]} do not agree on where {unlike[0][0]} is')
     parts = {file.name for file in path.parent.glob('model-*-of-*.safetensors')}
     if stray := sorted(parts - files.keys()):
         raise CheckpointError(f'{path} does not name {stray[0]}, which is beside it')
@@ -232,13 +220,15 @@ def _read_safetensors(path: Path) -> dict[str, TensorOnDisk]:
     for key, entry in header.items():
         if entry['dtype'] not in DTYPES:
             raise CheckpointError(f'{path}: {key} is {entry["dtype"]}; one of {", ".join(DTYPES)} is possible')
-        shape = tuple(entry['shape'])
-        tensors[key] = _in_one_chunk(path, 8 + length + entry['data_offsets'][0], DTYPES[entry['dtype']], shape)
+        shape, offset = tuple(entry['shape']), 8 + length + entry['data_offsets'][0]
+        tensors[key] = _in_one_chunk(path, offset, DTYPES[entry['dtype']], shape, contiguous(shape))
     return tensors
 
 
-def _in_one_chunk(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorOnDisk:
-    chunk = Chunk(path, offset, (0,) * len(shape), shape, contiguous(shape))
+def _in_one_chunk(
+    path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> TensorOnDisk:
+    chunk = Chunk(path, offset, (0,) * len(shape), shape, stride)
     return TensorOnDisk(dtype, shape, lambda: [chunk])
 
 
@@ -265,13 +255,14 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
         # cpu: a checkpoint of a GPU run is read where there is none
         with torch.serialization.safe_globals(safe_globals()), FakeTensorMode():
             loaded = torch.load(file, map_location='cpu', weights_only=True)
+        tensors = [leaf for leaf in tree_leaves(loaded) if isinstance(leaf, torch.Tensor)]
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL (\S+)', str(error))
         what = f'it asks to import {found.group(1)}' if found else _one_line(error)
         raise UnsafeCheckpointError(f'{where} is not safe to read: {what}, which no weights need') from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f'{where} is damaged: {_one_line(error)}') from None
-    for tensor in _tensors_in(loaded):
+    for tensor in tensors:
         if (begin := _place_of(tensor)) is None:
             continue
         span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -286,23 +277,6 @@ def _one_line(error: Exception) -> str:
     return ' '.join((str(error) or repr(error)).split())[:500]
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested mappings and lists, once."""
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        one = waiting.pop()
-        if id(one) in seen:  # a few lists can be nested in each other a thousand million times
-            continue
-        seen.add(id(one))
-        if isinstance(one, torch.Tensor):
-            yield one
-        elif isinstance(one, dict):
-            waiting += one.values()
-        elif isinstance(one, list | tuple | set):
-            waiting += one
-
-
 def _place_of(tensor: torch.Tensor) -> int | None:
     """Byte of a fake tensor's first element in the file it was loaded from; None if it is no array with data."""
     start = getattr(tensor.untyped_storage(), '_checkpoint_offset', None) if tensor.layout == torch.strided else None
@@ -312,8 +286,7 @@ def _place_of(tensor: torch.Tensor) -> int | None:
 def _open_monolithic(path: Path) -> Checkpoint:
     loaded = _load_without_data(path, str(path))
     state = loaded.get('state') if isinstance(loaded, dict) else None
-    model = state.get('model') if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not isinstance(model, dict):
+    if not isinstance(state, dict) or not isinstance(model := state.get('model'), dict):
         raise CheckpointError(f'{path} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
     prefix = _prefix_of(model)
 
@@ -322,9 +295,8 @@ def _open_monolithic(path: Path) -> Checkpoint:
         for key, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor) or (offset := _place_of(tensor)) is None:
                 raise CheckpointError(f'{path}: {key} is a {type(tensor).__name__}, not a tensor with data')
-            shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-            chunk = Chunk(path, offset, (0,) * len(shape), shape, stride)
-            found[key.removeprefix(prefix)] = TensorOnDisk(tensor.dtype, shape, lambda chunk=chunk: [chunk])
+            one = _in_one_chunk(path, offset, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+            found[key.removeprefix(prefix)] = one
         return found
 
     tensors, aliases, first = {}, {}, {}
@@ -403,9 +375,6 @@ class _MetadataUnpickler(pickle.Unpickler):
 def read_metadata(folder: str | Path) -> metadata.Metadata:
     """The metadata of a sharded checkpoint, without the risk of ``FileSystemReader.read_metadata``, a plain unpickling.
 
-    Args:
-        folder: A folder that ``torch.distributed.checkpoint`` wrote.
-
     Raises:
         CheckpointError: If it asks for anything but metadata, or is damaged.
     """
@@ -433,9 +402,6 @@ def read_metadata(folder: str | Path) -> metadata.Metadata:
 def load_structure(path: str | Path) -> dict[str, Any]:
     """What a Composer ``.pt`` file holds; its tensors have a dtype and a shape, and no data.
 
-    Args:
-        path: The file.
-
     Raises:
         UnsafeCheckpointError: If unpickling it could run code.
         CheckpointError: If it is cut off, damaged, or no checkpoint of Composer.
@@ -447,37 +413,26 @@ def load_structure(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def check_size(path: Path, end: int) -> None:
-    """Refuse a file of a sharded checkpoint that is missing, or ends before an entry does.
-
-    Args:
-        path: The file.
-        end: The byte behind the last one that will be read.
-
-    Raises:
-        CheckpointError: If it is.
-    """
-    if not os.path.isfile(path):
-        raise CheckpointError(f'{path} is missing, or not of this checkpoint')
-    if (size := path.stat().st_size) < end:
-        raise CheckpointError(f'{path} is damaged: it has {size:,} bytes, of which {end:,} are to be read')
-
-
-def load_entry(file: BinaryIO, offset: int, length: int, where: str) -> Any:
+def load_entry(path: Path, offset: int, length: int, where: str) -> Any:
     """An entry of a sharded checkpoint's file, its tensors without data.
 
     Args:
-        file: The open file.
+        path: The file.
         offset: Where the entry begins.
         length: Its bytes.
         where: What errors call it.
 
     Raises:
         UnsafeCheckpointError: If unpickling it could run code.
-        CheckpointError: If it is damaged.
+        CheckpointError: If the file is missing, cut off or damaged.
     """
-    view = io.BufferedReader(_Slice(file, offset, length))
-    return _load_without_data(view, where)  # pyright: ignore[reportArgumentType]
+    if not os.path.isfile(path):  # also if no file can have this name
+        raise CheckpointError(f'{path} is missing, or not of this checkpoint')
+    if (size := path.stat().st_size) < offset + length:
+        raise CheckpointError(f'{path} is damaged: it has {size:,} bytes, of which {offset + length:,} are to be read')
+    with open(path, 'rb') as file:
+        view = io.BufferedReader(_Slice(file, offset, length))
+        return _load_without_data(view, where)  # pyright: ignore[reportArgumentType]
 
 
 class _Slice(io.RawIOBase):
@@ -504,64 +459,59 @@ class _Slice(io.RawIOBase):
         return len(data)
 
 
-def _read_slice(folder: Path, info: Any, where: str) -> tuple[Path, Any]:
-    """The file an entry lies in, and the entry itself without its tensors' data."""
-    path = folder / info.relative_path
-    if getattr(info, 'transform_descriptors', None):
-        raise CheckpointError(f'{path}: {where} is compressed ({", ".join(info.transform_descriptors)})')
-    check_size(path, info.offset + info.length)
-    with open(path, 'rb') as file:
-        return path, load_entry(file, info.offset, info.length, f'{where} in {path}')
+class _Entries:
+    """What a sharded checkpoint's ``.metadata`` says, and the entries that it leads to."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.metadata = folder, read_metadata(folder)
 
-def _open_sharded(folder: Path) -> Checkpoint:
-    found = read_metadata(folder)
-    storage = found.storage_data
+    def where(self, key: str, offset: torch.Size | None = None) -> Any:
+        """File, offset and length."""
+        info = self.metadata.storage_data.get(metadata.MetadataIndex(key, offset))
+        if info is None:
+            raise CheckpointError(f'{self.folder}/.metadata does not say where {key} is')
+        if descriptors := getattr(info, 'transform_descriptors', None):
+            raise CheckpointError(f'{self.folder / info.relative_path}: {key} is compressed ({", ".join(descriptors)})')
+        return info
 
-    def entry(key: str, offset: torch.Size | None) -> Any:
-        try:
-            return storage[metadata.MetadataIndex(key, offset)]
-        except KeyError:
-            raise CheckpointError(f'{folder}/.metadata does not say where {key} is') from None
+    def read(self, key: str, offset: torch.Size | None = None) -> Any:
+        """The entry, its tensors without data."""
+        info = self.where(key, offset)
+        path = self.folder / info.relative_path
+        return load_entry(path, info.offset, info.length, f'{key} in {path}')
 
-    def stored(key: str, tensor: metadata.TensorStorageMetadata) -> TensorOnDisk:
+    def stored(self, key: str, tensor: metadata.TensorStorageMetadata) -> TensorOnDisk:
+        """A tensor, whose chunks are read when they are needed."""
         dtype, shape = tensor.properties.dtype, tuple(tensor.size)
         if not isinstance(dtype, torch.dtype):
-            raise CheckpointError(f'{folder}/.metadata does not say of what numbers {key} is')
+            raise CheckpointError(f'{self.folder}/.metadata does not say of what numbers {key} is')
         if sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(shape):
-            raise CheckpointError(f'{folder} does not hold all of {key}, or some of it twice')
-        for chunk in tensor.chunks:
-            info = entry(key, chunk.offsets) if prod(chunk.sizes) else None
-            if info and not getattr(info, 'transform_descriptors', None):
-                if info.length < prod(chunk.sizes) * dtype.itemsize:
-                    raise CheckpointError(f'{folder}/.metadata says that {key} is larger than what is stored of it')
+            raise CheckpointError(f'{self.folder} does not hold all of {key}, or some of it twice')
+        chunks = [chunk for chunk in tensor.chunks if prod(chunk.sizes)]
+        if any(self.where(key, each.offsets).length < prod(each.sizes) * dtype.itemsize for each in chunks):
+            raise CheckpointError(f'{self.folder}/.metadata says that {key} is larger than what is stored of it')
 
+        @_refusing_other_forms(self.folder)
         def find() -> list[Chunk]:
-            with _refusing_other_forms(folder):
-                return chunks_of()
-
-        def chunks_of() -> list[Chunk]:
             found = []
-            for chunk in tensor.chunks:
-                if not prod(chunk.sizes):
-                    continue
-                info = entry(key, chunk.offsets)
-                path, value = _read_slice(folder, info, key)
+            for chunk in chunks:
+                at, sizes, info = tuple(chunk.offsets), tuple(chunk.sizes), self.where(key, chunk.offsets)
+                path, value = self.folder / info.relative_path, self.read(key, chunk.offsets)
                 if not isinstance(value, torch.Tensor) or (value.dtype, value.shape) != (dtype, chunk.sizes):
-                    raise CheckpointError(
-                        f'{path}: {key} is not the {dtype} of {tuple(chunk.sizes)} that .metadata says'
-                    )
-                at, sizes, stride = tuple(chunk.offsets), tuple(chunk.sizes), tuple(value.stride())
-                place = _place_of(value)
-                if place is None:
+                    raise CheckpointError(f'{path}: {key} is not the {dtype} of {sizes} that .metadata says')
+                if (place := _place_of(value)) is None:
                     raise CheckpointError(f'{path}: {key} has no data')
-                found.append(Chunk(path, info.offset + place, at, sizes, stride))
+                found.append(Chunk(path, info.offset + place, at, sizes, tuple(value.stride())))
             return found
 
         return TensorOnDisk(dtype, shape, find)
 
+
+def _open_sharded(folder: Path) -> Checkpoint:
+    entries = _Entries(folder)
+    kept = entries.metadata.state_dict_metadata
     # a name may contain dots: only the planner's paths tell where it ends
-    paths = {key: tuple(path) for key, path in (found.planner_data or {}).items()}
+    paths = {key: tuple(path) for key, path in (entries.metadata.planner_data or {}).items()}
     if strange := [key for key, path in paths.items() if '.'.join(map(str, path)) != key]:
         raise CheckpointError(f'{folder}/.metadata does not say to which part of the state {strange[0]} belongs')
     tensors: dict[str, TensorOnDisk] = {}
@@ -569,25 +519,24 @@ def _open_sharded(folder: Path) -> Checkpoint:
     window: dict[int, dict[str, TensorOnDisk]] = {}
     words: dict[str, Any] = {}
     meta = None
-    entries = {paths.get(key, tuple(key.split('.', 2))): (key, each) for key, each in found.state_dict_metadata.items()}
-    prefix = _prefix_of(path[2] for path in entries if path[:2] == ('state', 'model'))
-    for path, (key, each) in entries.items():
+    by_path = {paths.get(key, tuple(key.split('.', 2))): (key, each) for key, each in kept.items()}
+    prefix = _prefix_of(path[2] for path in by_path if path[:2] == ('state', 'model'))
+    for path, (key, each) in by_path.items():
         if isinstance(each, metadata.TensorStorageMetadata):
             match path:
                 case 'state', 'model', name:
-                    tensors[name.removeprefix(prefix)] = stored(key, each)
+                    tensors[name.removeprefix(prefix)] = entries.stored(key, each)
                 case 'state', 'callbacks', 'EMA', 'averages', average, name:
-                    ema.setdefault(average, {})[name.removeprefix(prefix)] = stored(key, each)
+                    ema.setdefault(average, {})[name.removeprefix(prefix)] = entries.stored(key, each)
                 case 'state', 'callbacks', 'LAWA', 'window', slot, name:
-                    window.setdefault(int(slot), {})[name.removeprefix(prefix)] = stored(key, each)
+                    window.setdefault(int(slot), {})[name.removeprefix(prefix)] = entries.stored(key, each)
         elif path == ('state', 'callbacks', 'LAWA', 'meta'):
-            meta = _read_slice(folder, entry(key, None), key)[1]
+            meta = entries.read(key)
         # the tokenizer would be one entry for each of its tokens
         elif path[:2] == ('state', 'metadata') or path[:4] == ('state', 'integrations', 'huggingface', 'model'):
-            _put(words, path[1:], _read_slice(folder, entry(key, None), key)[1])
+            set_element(words, path[1:], entries.read(key))
     if not tensors:
         raise CheckpointError(f'{folder} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
-    words = _with_lists(words)
     return Checkpoint(
         folder,
         'sharded',
@@ -602,21 +551,6 @@ def _open_sharded(folder: Path) -> Checkpoint:
     )
 
 
-def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
-def _with_lists(tree: Any) -> Any:
-    """Nested dicts whose keys are 0, 1, ... back to the lists they were."""
-    if not isinstance(tree, dict):
-        return tree
-    values = {key: _with_lists(value) for key, value in tree.items()}
-    is_list = bool(values) and all(isinstance(key, int) for key in values)
-    return [values[key] for key in sorted(values)] if is_list else values
-
-
 def files_of(checkpoint: Checkpoint) -> list[Path]:
     """The files that hold a checkpoint."""
     if checkpoint.kind == 'sharded':
@@ -625,10 +559,7 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
 
 
 def dataset_state_of(path: str | Path) -> dict[str, Any]:
-    """The state of the train loader's dataset in a Composer checkpoint.
-
-    Args:
-        path: A ``.pt`` file, or a sharded folder.
+    """The state of the train loader's dataset in a Composer checkpoint, a ``.pt`` file or a sharded folder.
 
     Raises:
         CheckpointError: If it cannot be read, or has none (weights only, or another kind of dataset).
@@ -639,11 +570,10 @@ def dataset_state_of(path: str | Path) -> dict[str, Any]:
     state: Any = {}
     with _refusing_other_forms(path):
         if path.is_dir():
-            found = read_metadata(path)
-            for key, where in (found.planner_data or {}).items():
+            entries = _Entries(path)
+            for key, where in (entries.metadata.planner_data or {}).items():
                 if tuple(where)[:3] == ('state', 'dataset_state', 'train'):
-                    info = found.storage_data[metadata.MetadataIndex(key)]
-                    _put(state, tuple(where)[3:], _read_slice(path, info, key)[1])
+                    set_element(state, tuple(where)[3:], entries.read(key))
         else:
             loaded = _load_without_data(path, str(path))
             with_state = loaded.get('state') if isinstance(loaded, dict) else None

@@ -24,31 +24,18 @@ __all__ = [
 
 
 def batch_of(place: str | Path) -> int | None:
-    """The batch in the name of a checkpoint (``ep0-ba100-rank0.pt``) or export (``ba100-lawa``); None without one.
-
-    Args:
-        place: Name, path or URI.
-    """
+    """The batch in the name of a checkpoint (``ep0-ba100-rank0.pt``) or export (``ba100-lawa``); None without one."""
     found = re.findall(r'(?<![a-zA-Z])ba(\d+)', str(place).rstrip('/').rpartition('/')[2])
     return int(found[-1]) if found else None
 
 
 def checkpoint_name(batch: int, sharded: bool) -> str:
-    """What Composer calls the checkpoint of a batch; stages are one epoch.
-
-    Args:
-        batch: The batch.
-        sharded: Whether the run saves sharded checkpoints.
-    """
+    """What Composer calls the checkpoint of a batch; stages are one epoch."""
     return f'ep0-ba{batch}' if sharded else f'ep0-ba{batch}-rank0.pt'
 
 
 def latest_link(sharded: bool) -> str:
-    """What Composer calls the link to the newest checkpoint.
-
-    Args:
-        sharded: Whether the run saves sharded checkpoints.
-    """
+    """What Composer calls the link to the newest checkpoint."""
     return 'latest-sharded-rank0' if sharded else 'latest-rank0.pt'
 
 
@@ -57,9 +44,6 @@ def is_complete(path: str | Path) -> bool:
 
     A zip's directory stands at its end. A sharded folder's ``.metadata`` is written last, and says how long its other
     files are, some of which may be deleted before it.
-
-    Args:
-        path: A ``.pt`` file, or a sharded folder.
 
     Raises:
         CheckpointError: If ``.metadata``, which is there whole or not at all, cannot be read.
@@ -104,13 +88,10 @@ def newest_complete(folder: str | Path) -> tuple[int, str | None]:
     return next(complete, (0, None))
 
 
-def _in_folder(folder: Path) -> list[tuple[int, Path]]:
-    found = [(batch_of(path), path) for path in folder.glob('ep*-ba*')]
-    return sorted(((batch, path) for batch, path in found if batch is not None), reverse=True)
-
-
 def _complete_here(folder: Path) -> Iterator[tuple[int, str]]:
-    return ((batch, str(path)) for batch, path in _in_folder(folder) if is_complete(path))
+    found = ((batch_of(path), path) for path in folder.glob('ep*-ba*'))
+    newest_first = sorted(((batch, path) for batch, path in found if batch is not None), reverse=True)
+    return ((batch, str(path)) for batch, path in newest_first if is_complete(path))
 
 
 def _complete_objects(folder: str) -> Iterator[tuple[int, str]]:

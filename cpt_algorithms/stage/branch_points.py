@@ -4,9 +4,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
+
+from cpt_algorithms.stage.saving import savers
 
 __all__ = ['BranchPoints']
 
@@ -32,19 +33,15 @@ class BranchPoints(Callback):
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Have these batches saved, too."""
-        for saver in _savers(state):
+        for saver in savers(state):
             saver.save_interval = _also_at(self.at, saver.save_interval)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Take what was just saved from those that Composer deletes in their turn."""
         if int(state.timestamp.batch.value) in self.at:
-            for saver in _savers(state):
+            for saver in savers(state):
                 if saver.last_checkpoint_batch == state.timestamp.batch and saver.saved_checkpoints:
                     saver.saved_checkpoints.pop()
-
-
-def _savers(state: State) -> list[CheckpointSaver]:
-    return [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
 
 
 def _also_at(batches: set[int], given: Any) -> Any:

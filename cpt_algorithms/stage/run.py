@@ -37,7 +37,7 @@ from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.streams import StreamError
 from cpt_algorithms.stage.preflight import PreflightError, preflight
 from cpt_algorithms.stage.record import StageRecord, read_record
-from cpt_algorithms.stage.saving import StoppedError, disk_problem
+from cpt_algorithms.stage.saving import StoppedError, disk_problem, savers
 from cpt_algorithms.stage.stage import Stage
 
 __all__ = ['DATASETS_LOCK', 'check_or_exit', 'evaluate', 'train_stage', 'write_record']
@@ -71,9 +71,8 @@ class OneWriter(Callback):
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Look before every checkpoint."""
-        for saver in state.callbacks:
-            if isinstance(saver, CheckpointSaver):
-                self._guard(saver)
+        for saver in savers(state):
+            self._guard(saver)
 
     def _guard(self, saver: CheckpointSaver) -> None:
         save = saver._save_checkpoint

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-__all__ = ['StoppedError', 'check_loss', 'disk_problem', 'guard_saving']
+__all__ = ['StoppedError', 'check_loss', 'disk_problem', 'guard_saving', 'savers']
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 
@@ -102,13 +102,14 @@ def _are_finite(state: State) -> bool:
     return bool(flag)
 
 
-def _savers(state: State) -> list[CheckpointSaver]:
+def savers(state: State) -> list[CheckpointSaver]:
+    """The callbacks that write a run's checkpoints."""
     return [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
 
 
 def _left(state: State) -> str:
     """What there is to go on from."""
-    saved = [int(time.batch.value) for each in _savers(state) for time in _saved(each).values()]
+    saved = [int(time.batch.value) for each in savers(state) for time in _saved(each).values()]
     return f'The latest checkpoint is that of batch {max(saved)}' if saved else 'There is no checkpoint of this run yet'
 
 

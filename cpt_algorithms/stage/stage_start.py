@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State, Time
 from composer.loggers import Logger
 from composer.optim import ComposerScheduler
@@ -24,7 +23,7 @@ from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
-from cpt_algorithms.stage.saving import check_loss, guard_saving
+from cpt_algorithms.stage.saving import check_loss, guard_saving, savers
 from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS
 from cpt_algorithms.validation import differences
 
@@ -331,8 +330,8 @@ def _check_save_folder(state: State) -> None:
     """A run at batch 0 must not write over checkpoints; a sharded one would, without autoresume."""
     if state.timestamp.batch.value:
         return
-    for saver in state.callbacks:
-        if isinstance(saver, CheckpointSaver) and not saver.overwrite:
+    for saver in savers(state):
+        if not saver.overwrite:
             folder = Path(format_name_with_dist(saver.folder, state.run_name))
             if found := sorted(folder.glob('ep*-ba*')):
                 raise ValueError(

@@ -23,53 +23,34 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cpt_algorithms.checkpoints.exports import export_atomically
+from cpt_algorithms.duration import Duration
 from cpt_algorithms.weight_averaging.local_shards import LocalShards
 
-__all__ = ['AveragedWeights', 'parse_time', 'resolve_time']
+__all__ = ['AveragedWeights']
 
 log = logging.getLogger(__name__)
 
 copy_ = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-_UNITS = (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.DURATION)
 
 
-def parse_time(key: str, value: Any, at_least: float) -> Time:
-    """Read a time of a YAML.
-
-    Args:
-        key: Its dotted path, for the error.
-        value: Such as ``100ba``, ``1000000tok`` or ``0.01dur``.
-        at_least: 0 for a point in time, 1 for a length (which in ``dur`` must be above 0).
-
-    Raises:
-        ValueError: If it is not such a time.
-    """
-    try:
-        time = Time.from_input(value)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError):
-        time = None
-    if time is None or time.unit not in _UNITS or time.value < (0 if time.unit == TimeUnit.DURATION else at_least):
-        raise ValueError(f"{key}={value!r} must be a time in ba, tok, sp or dur, such as '100ba' or '0.01dur'")
-    if at_least and time.value <= 0:
+def parse_time(key: str, value: Any, may_be_zero: bool = False) -> Duration:
+    """Read a time in ba, tok, sp or dur."""
+    time = Duration.parse(key, value, ('ba', 'tok', 'sp', 'dur'))
+    if not time.value and not may_be_zero:
         raise ValueError(f'{key}={value!r} must be more than nothing')
     return time
 
 
-def resolve_time(time: Time, state: State) -> Time:
-    """A ``dur`` in the unit of ``max_duration``, or in batches if that is epochs; at least 1. Others as they are.
-
-    Args:
-        time: Of :func:`parse_time`.
-        state: Of a run that has begun.
-    """
-    if time.unit != TimeUnit.DURATION:
+def resolve_time(time: Duration, state: State) -> Duration:
+    """A ``dur`` in the unit of ``max_duration``, or in batches if that is epochs; at least 1. Others as they are."""
+    if time.unit != 'dur':
         return time
     total = state.max_duration
     assert total is not None, 'fit has begun'
     if total.unit == TimeUnit.EPOCH:
         assert state.dataloader_len is not None, 'replay_text knows its length'
         total = Time.from_batch(int(total.value) * int(state.dataloader_len.value))
-    return Time(max(int(time.value * total.value), 1 if time.value else 0), total.unit)
+    return Duration(max(int(time.value * total.value), 1 if time.value else 0), total.unit.value)
 
 
 class _EvaluatorOfAverage(Evaluator):
@@ -117,8 +98,8 @@ class AveragedWeights(Callback, ABC):
     state_key: str  # the key of the saved tensors
 
     def __init__(self, start: str, interval: str) -> None:
-        self.start = parse_time(f'callbacks.{self.key}.start', start, at_least=0)
-        self.interval = parse_time(f'callbacks.{self.key}.interval', interval, at_least=1)
+        self.start = parse_time(f'callbacks.{self.key}.start', start, may_be_zero=True)
+        self.interval = parse_time(f'callbacks.{self.key}.interval', interval)
         self._state: State | None = None
         self._shards: LocalShards | None = None
         self._loaded: dict[str, Any] | None = None
@@ -215,19 +196,15 @@ class AveragedWeights(Callback, ABC):
 
     def _copy_out(self) -> None:
         if self._is_in:
-            self.shards.reshard()
             assert self._raw is not None
+            self.shards.reshard()
             with torch.no_grad():
                 copy_(self.shards.tensors(), self._raw)
             self._is_in = False
 
     @contextmanager
     def swapped_in(self, name: str) -> Iterator[None]:
-        """The model holds an average inside, and its own weights again after.
-
-        Args:
-            name: One of :meth:`names`.
-        """
+        """The model holds an average inside, and its own weights again after."""
         try:
             self._copy_in(name)
             yield
@@ -235,9 +212,7 @@ class AveragedWeights(Callback, ABC):
             self._copy_out()
             self._raw = None
 
-    def eval_standalone_start(self, state: State, logger: Logger) -> None:
-        """Evaluate restored averages also if nothing is trained."""
-        self._add_evaluators(state)
+    eval_standalone_start = fit_start  # also if nothing is trained
 
     def eval_start(self, state: State, logger: Logger) -> None:
         """Find out whether one of our twins is about to run."""
@@ -269,9 +244,7 @@ class AveragedWeights(Callback, ABC):
         """Free what was kept for the evaluation."""
         self.release()
 
-    def eval_standalone_end(self, state: State, logger: Logger) -> None:
-        """Free what was kept for the evaluation."""
-        self.release()
+    eval_standalone_end = eval_after_all
 
     # checkpoints
 

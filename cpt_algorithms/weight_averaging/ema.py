@@ -45,8 +45,8 @@ class EMA(AveragedWeights):
     def __init__(self, half_life: str | Sequence[str], start: str = '0ba', interval: str = '1ba') -> None:
         super().__init__(start, interval)
         given = [half_life] if isinstance(half_life, str) else list(half_life)
-        times = [parse_time('callbacks.ema.half_life', value, at_least=1) for value in given]
-        self.half_lives = {f'ema_{time.to_timestring()}': time for time in times}
+        times = [parse_time('callbacks.ema.half_life', value) for value in given]
+        self.half_lives = {f'ema_{time}': time for time in times}
         if not times or len(self.half_lives) < len(times):
             raise ValueError(f'callbacks.ema.half_life={half_life!r} must be one time, or several different ones')
         self._averages: dict[str, list[torch.Tensor]] = {}
@@ -67,8 +67,7 @@ class EMA(AveragedWeights):
         for name, time in self.half_lives.items():
             if name not in self._clocks:
                 unit = resolve_time(time, state).unit
-                now = state.previous_timestamp.get(unit).value
-                self._clocks[name] = {'unit': unit.value, 'begin': now}
+                self._clocks[name] = {'unit': unit, 'begin': state.previous_timestamp.get(unit).value}
 
     def update(self, state: State) -> None:
         """Update every average."""
@@ -96,7 +95,7 @@ class EMA(AveragedWeights):
         clocks = settings['clocks']
         complaints = [f'{name} of the checkpoint is not asked for any more' for name in saved.keys() - self.half_lives]
         for name, time in self.half_lives.items():
-            unit = resolve_time(time, state).unit.value
+            unit = resolve_time(time, state).unit
             if name not in clocks or clocks[name]['unit'] != unit:
                 complaints.append(f'the checkpoint holds no {name} in {unit}; it starts afresh from here')
                 continue

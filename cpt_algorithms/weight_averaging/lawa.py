@@ -107,11 +107,11 @@ class LAWA(AveragedWeights):
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         window = {str(index): snapshot for index, snapshot in enumerate(self._window)}
-        return window, {'interval': self.interval.to_timestring(), 'weights': self.weights}
+        return window, {'interval': str(self.interval), 'weights': self.weights}
 
     def restore(self, saved: dict[str, list[torch.Tensor]], settings: dict[str, Any], state: State) -> list[str]:
         """Take back the window; of a longer one than now, the newest stay."""
-        interval = self.interval.to_timestring()
+        interval = str(self.interval)
         if settings['interval'] != interval:
             return [
                 f'the window was taken every {settings["interval"]}, now every {interval}; it starts afresh from here'

@@ -117,11 +117,7 @@ class LocalShards:
         return made
 
     def square_sum(self, tensors: Sequence[torch.Tensor]) -> float:
-        """Sum of squares over all ranks, in float64: the same whatever the number of ranks.
-
-        Args:
-            tensors: One for each parameter.
-        """
+        """Sum of squares over all ranks, in float64: the same whatever the number of ranks."""
         total, sharded = 0.0, False
         for parameter, tensor in zip(self.parameters.values(), tensors, strict=True):
             owns = dist.get_global_rank() == 0

@@ -2,6 +2,7 @@
 """No checkpoint runs code of its own, and a damaged one is named; each is shown to be dangerous with the stock stack."""
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -61,6 +62,11 @@ def config(folder: Path, data, place: str, **over):
     return tiny.merge(tiny.config(folder, data, 'run', max_duration='3ba', scheduler={'t_max': '8ba'}), over)
 
 
+def write_record(run: Path, cfg: dict) -> None:
+    """Whose checkpoints these are."""
+    (run / 'stage.json').write_text(json.dumps({'run_name': 'run', 'config': cfg}))
+
+
 def spoil(path: Path, kind: str, sign: Path) -> None:
     """Put what is evil into a ``.pt`` file."""
     content = load(path)
@@ -84,7 +90,7 @@ def test_a_pt_file_that_runs_code(kind, place, trained, data, tmp_path):
     shutil.copytree(trained, tmp_path, symlinks=True, dirs_exist_ok=True)
     sign, checkpoint = tmp_path / 'sign', tmp_path / 'run' / 'ep0-ba2-rank0.pt'
     spoil(checkpoint, kind, sign)
-    (tmp_path / 'run' / 'stage.json').write_text('{"run_name": "run"}')
+    write_record(tmp_path / 'run', config(tmp_path, data, 'newest of its own'))
     before = checkpoint.read_bytes()
     cfg = config(tmp_path, data, place)
     what = 'asks to import posix.system' if kind == 'pickle' else "Composer would evaluate 'BlurPool"
@@ -296,7 +302,7 @@ def test_another_check_in_the_environment_is_not_replaced(monkeypatch):
 
 def test_trust_is_true_or_false(data, tmp_path):
     cfg = tiny.config(tmp_path, data, 'x', callbacks={'stage_start': {'trust_checkpoint': 'no'}})
-    with pytest.raises(ConfigError, match="trust_checkpoint='no' is not possible; use true or false"):
+    with pytest.raises(ConfigError, match="trust_checkpoint='no' .*true or false"):
         preflight(Stage.from_yaml(cfg))
 
 

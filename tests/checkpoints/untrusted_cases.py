@@ -69,7 +69,7 @@ def main():
     base = OmegaConf.to_container(OmegaConf.load(sys.argv[1]))
     folder = Path(base['save_folder']).parent
     tiny.run(tiny.merge(base, {'max_duration': '2ba'}))
-    on_rank_zero((folder / 'run' / 'stage.json').write_text, '{"run_name": "run"}')
+    on_rank_zero(untrusted.write_record, folder / 'run', base)
 
     for place, kind in (
         ('load_path', 'metadata'), ('load_path', 'entry'),  # neither `reset` nor `keep` loads a parent's algorithms

@@ -68,6 +68,11 @@ def expected_lawa(weights, batches, kind='uniform'):
     }
 
 
+def assert_near(tensors, expected):
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(tensor.double(), expected[key].double(), rtol=1e-6, atol=1e-8)
+
+
 def callback_state(cfg):
     path = f'{cfg["save_folder"]}/latest-rank0.pt'
     return torch.load(path, weights_only=False)['state']['callbacks']
@@ -93,11 +98,9 @@ def test_averages_are_those_of_the_definition(averaged):
     saved = callback_state(cfg)['EMA']['averages']
     assert list(saved) == list(HALF_LIVES)
     for name, half_life in HALF_LIVES.items():
-        expected = expected_ema(weights, half_life)
         assert saved[name].keys() == weights[0].keys(), 'named as in state.model'
-        for key, tensor in saved[name].items():
-            assert tensor.dtype == torch.float32
-            torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-6, atol=1e-8)
+        assert {tensor.dtype for tensor in saved[name].values()} == {torch.float32}
+        assert_near(saved[name], expected_ema(weights, half_life))
     window = callback_state(cfg)['LAWA']['window']
     assert list(window) == ['0', '1', '2'], 'oldest first'
     for snapshot, batch in zip(window.values(), (4, 6, 8), strict=True):
@@ -172,8 +175,7 @@ def test_averages_are_exported_beside_the_model(averaged):
     for batch, name, average in expected:
         exported = load_file(folder / f'ba{batch}{name}' / 'model.safetensors')
         assert (folder / f'ba{batch}{name}' / 'tokenizer.json').exists()
-        for key, tensor in exported.items():
-            torch.testing.assert_close(tensor.double(), average[f'model.{key}'].double(), rtol=1e-6, atol=1e-8)
+        assert_near({f'model.{key}': tensor for key, tensor in exported.items()}, average)
 
 
 def same_state(ours, theirs):
@@ -233,38 +235,26 @@ def test_a_checkpoint_without_averages_starts_them_afresh(data, tmp_path, said):
         assert f'{key}: the checkpoint at batch 4 holds no average; it starts afresh from here' in said
     weights = trajectory(cfg)
     saved = callback_state(cfg)
-    expected = expected_ema(weights, 2.0, begin=4)
-    for key, tensor in saved['EMA']['averages']['ema_2ba'].items():
-        torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-6, atol=1e-8)
+    assert_near(saved['EMA']['averages']['ema_2ba'], expected_ema(weights, 2.0, begin=4))
     assert len(saved['LAWA']['window']) == 2, 'batches 6 and 8'
 
 
 def test_what_the_yaml_changes_at_a_restart_is_said(data, tmp_path, said):
-    stopped(config(tmp_path, data, 'changed'), 7)
-    changed = {'ema': {'half_life': ['2ba', '5ba']}, 'lawa': {'k': 3, 'interval': '1ba'}}
+    stopped(config(tmp_path, data, 'changed'), 8)
+    changed = {'ema': {'half_life': ['2ba', '5ba']}, 'lawa': {'k': 2, 'interval': '2ba', 'weights': 'linear'}}
     cfg = config(tmp_path, data, 'changed', averages=changed)
     tiny.run(cfg)
     for words in (
-        'ema: restored ema_2ba at batch 6',
+        'ema: restored ema_2ba at batch 7',
         'ema: ema_192tok of the checkpoint is not asked for any more',
         'ema: the checkpoint holds no ema_5ba in ba; it starts afresh from here',
-        'lawa: the window was taken every 2ba, now every 1ba; it starts afresh from here',
     ):
         assert words in said, said
     weights = trajectory(cfg)
     saved = callback_state(cfg)['EMA']['averages']
-    for name, half_life, begin in (('ema_2ba', 2, 0), ('ema_5ba', 5, 6)):
-        expected = expected_ema(weights, half_life, begin)
-        for key, tensor in saved[name].items():
-            torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-6, atol=1e-8)
-    assert len(callback_state(cfg)['LAWA']['window']) == 2
-
-
-def test_a_shorter_window_keeps_the_newest(data, tmp_path):
-    stopped(config(tmp_path, data, 'shorter'), 8)
-    cfg = config(tmp_path, data, 'shorter', averages={'lawa': {'k': 2, 'interval': '2ba', 'weights': 'linear'}})
-    tiny.run(cfg)
-    weights = trajectory(cfg)
+    for name, half_life, begin in (('ema_2ba', 2, 0), ('ema_5ba', 5, 7)):
+        assert_near(saved[name], expected_ema(weights, half_life, begin))
+    # of a shorter window, the newest stay
     window = callback_state(cfg)['LAWA']['window']
     assert len(window) == 2
     for snapshot, batch in zip(window.values(), (6, 8), strict=True):
@@ -282,9 +272,8 @@ def test_nothing_is_averaged_before_start(data, tmp_path):
     tiny.run(cfg)
     weights = trajectory(cfg)
     average = callback_state(cfg)['EMA']['averages']['ema_2ba']
-    for key, tensor in average.items():  # looked at after batches 6 and 8, one half-life apart
-        expected = (weights[5][key].double() + 2 * weights[7][key].double()) / 3
-        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)
+    # looked at after batches 6 and 8, one half-life apart
+    assert_near(average, {key: (weights[5][key].double() + 2 * weights[7][key].double()) / 3 for key in average})
     assert len(callback_state(cfg)['LAWA']['window']) == 2
     assert [row[0] for row in losses(cfg)['old']] == [3, 6, 8]
     assert [row[0] for row in losses(cfg)['old/lawa']] == [6, 8], 'evaluated from when it exists'
@@ -411,22 +400,14 @@ def test_tied_frozen_and_half_precision_parameters(tmp_path):
     ('averages', 'words'),
     [
         ({'ema': {}}, 'callbacks.ema.half_life is missing'),
-        ({'ema': {'half_life': []}}, r'callbacks.ema.half_life=\[\] must be one time, or several different ones'),
-        ({'ema': {'half_life': ['2ba', '2ba']}}, 'callbacks.ema.half_life=.* must be one time, or several different'),
-        ({'ema': {'half_life': '100'}}, "callbacks.ema.half_life='100' must be a time in ba, tok, sp or dur"),
-        ({'ema': {'half_life': '2ep'}}, "callbacks.ema.half_life='2ep' must be a time in ba, tok, sp or dur"),
-        ({'ema': {'half_life': '0ba'}}, 'callbacks.ema.half_life=.0ba'),
-        ({'ema': {'half_life': '0dur'}}, 'callbacks.ema.half_life=.0dur. must be more than nothing'),
-        ({'ema': {'half_life': '2ba', 'interval': '0ba'}}, 'callbacks.ema.interval=.0ba'),
-        ({'ema': {'halflife': '2ba'}}, "callbacks.ema.halflife is not a key that anything reads; did you mean 'half_life'"),
+        ({'ema': {'half_life': '2ep'}}, "callbacks.ema.half_life='2ep'"),
+        ({'ema': {'halflife': '2ba'}}, "callbacks.ema.halflife .*'half_life'"),
         ({'lawa': {'k': 3}}, 'callbacks.lawa.interval is missing'),
-        ({'lawa': {'interval': '2ba', 'k': 0}}, 'callbacks.lawa.k=0 must be a whole number of at least 1'),
-        ({'lawa': {'interval': '2ba', 'k': 2.5}}, 'callbacks.lawa.k=2.5 must be a whole number'),
-        ({'lawa': {'interval': '2ba', 'start': '-1ba'}}, 'callbacks.lawa.start=.-1ba'),
-        ({'lawa': {'interval': '2ba', 'weights': 'ema'}}, "callbacks.lawa.weights='ema' is not possible; use 'uniform' or 'linear'"),
+        ({'lawa': {'interval': '2ba', 'k': 2.5}}, 'callbacks.lawa.k=2.5'),
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_refused_before_training(data, tmp_path, averages, words):
+    """What the callbacks themselves refuse: test_averages_by_hand."""
     with pytest.raises(ConfigError, match=words) as refused:
         preflight(Stage.from_yaml(config(tmp_path, data, 'bad', averages=averages)))
     assert len(refused.value.problems) == 1

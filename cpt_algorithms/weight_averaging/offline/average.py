@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
-from cpt_algorithms.checkpoints.open import Checkpoint, TensorOnDisk, contiguous
+from cpt_algorithms.checkpoints.open import Checkpoint, TensorOnDisk
 from cpt_algorithms.weight_averaging.functional import window_weights
 
 __all__ = ['Average', 'average_tensors', 'check_alike', 'view_average']
@@ -40,28 +40,33 @@ class Average:
     write: Callable[[int, Any], None]
 
 
-def check_alike(checkpoints: Sequence[Checkpoint]) -> None:
+def check_alike(checkpoints: Sequence[Checkpoint], and_dtypes: bool = True) -> None:
     """Refuse to average what does not belong together.
 
+    Args:
+        checkpoints: The others are compared with the first.
+        and_dtypes: Whether dtypes must be the same, beside names and shapes. Default: ``True``.
+
     Raises:
-        CheckpointError: If names, shapes or dtypes differ (with the first three differences), or a dtype cannot be
-            averaged.
+        CheckpointError: If they differ (with the first three differences), or a dtype cannot be averaged.
     """
-    first = checkpoints[0]
-    for name, one in first.tensors.items():
-        if (one.dtype.is_floating_point or one.dtype.is_complex) and one.dtype not in FLOATS:
-            raise CheckpointError(f'{first.path}: {name} is {short(one.dtype)}, which cannot be averaged')
-    for other in checkpoints[1:]:
+    first = checkpoints[0].tensors
+    for other in checkpoints:
+        for name, one in other.tensors.items():
+            if (one.dtype.is_floating_point or one.dtype.is_complex) and one.dtype not in FLOATS:
+                raise CheckpointError(f'{other.path}: {name} is {short(one.dtype)}, which cannot be averaged')
         differences = [
             f'{name} is {describe(a)} there and {describe(b)} here'
-            for name, a in first.tensors.items()
-            if (b := other.tensors.get(name)) and (a.dtype, a.shape) != (b.dtype, b.shape)
+            for name, a in first.items()
+            if (b := other.tensors.get(name)) and (a.shape != b.shape or and_dtypes and a.dtype != b.dtype)
         ]
-        differences += [f'{name} is missing here' for name in first.tensors if name not in other.tensors]
-        differences += [f'{name} is missing there' for name in other.tensors if name not in first.tensors]
+        differences += [f'{name} is missing here' for name in first if name not in other.tensors]
+        differences += [f'{name} is missing there' for name in other.tensors if name not in first]
         if differences:
             more = f' (and {len(differences) - 3} more)' if len(differences) > 3 else ''
-            raise CheckpointError(f'{other.path} does not fit {first.path}: {"; ".join(differences[:3])}{more}')
+            raise CheckpointError(
+                f'{other.path} does not fit {checkpoints[0].path}: {"; ".join(differences[:3])}{more}'
+            )
 
 
 def short(dtype: torch.dtype) -> str:
@@ -98,34 +103,10 @@ def view_average(checkpoint: Checkpoint, average: str) -> list[tuple[float, Chec
     views = []
     for weight, part in averages[average]:
         kept = {checkpoint.aliases.get(name, name): one for name, one in part.items()}
-        for name, one in kept.items():
-            if (own := checkpoint.tensors.get(name)) is None or own.shape != one.shape:
-                here = 'missing' if own is None else describe(own)
-                raise CheckpointError(
-                    f'{checkpoint.path}: {name} is {describe(one)} in the average {average} and {here} in the model'
-                )
-        views.append((weight, replace(checkpoint, tensors={**checkpoint.tensors, **kept})))
+        tensors, path = {**checkpoint.tensors, **kept}, Path(f'{checkpoint.path} ({average})')
+        views.append((weight, replace(checkpoint, path=path, tensors=tensors)))
+    check_alike([checkpoint, *(view for _, view in views)], and_dtypes=False)
     return views
-
-
-class _Files:
-    """Opens files once and keeps them open."""
-
-    def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def __getitem__(self, path: Path) -> int:
-        if (found := self._descriptors.get(path)) is not None:
-            return found
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-            return self._descriptors[path]
-
-    def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -133,7 +114,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
-def _read_run(files: _Files, path: Path, offset: int, view: memoryview) -> None:
+def _read_run(files: dict[Path, int], path: Path, offset: int, view: memoryview) -> None:
     while view:
         count = os.preadv(files[path], [view], offset)
         if not count:
@@ -141,66 +122,41 @@ def _read_run(files: _Files, path: Path, offset: int, view: memoryview) -> None:
         view, offset = view[count:], offset + count
 
 
-def _rows(stored: TensorOnDisk) -> int:
-    """Elements that are best read together: as many as a block must be a multiple of."""
+def _read(files: dict[Path, int], stored: TensorOnDisk, begin: int, into: torch.Tensor, view: memoryview) -> None:
+    """Elements from ``begin`` on into a tensor, whose memory is ``view``; all of them unless the chunks are flat."""
+    size = stored.dtype.itemsize
     if stored.is_flat:
-        return 1
-    if all(chunk.stride == contiguous(chunk.shape) for chunk in stored.chunks):
-        return prod(stored.shape[1:])
-    return prod(stored.shape)
-
-
-def _read(files: _Files, stored: TensorOnDisk, begin: int, into: torch.Tensor, view: memoryview) -> None:
-    """Elements ``begin`` to ``begin + len(into)``, which are whole rows unless the chunks are flat, of a tensor.
-
-    ``view`` is the memory of ``into``.
-    """
-    if len(stored.chunks) == 1 and stored.is_flat:  # nearly always; Python's own time counts here
-        chunk = stored.chunks[0]
-        _read_run(files, chunk.path, chunk.offset + begin * stored.dtype.itemsize, view)
-        return
-    end, row = begin + into.numel(), prod(stored.shape[1:])
-    for chunk in stored.chunks:
-        if chunk.is_flat_in(stored.shape):
+        end, row = begin + into.numel(), prod(stored.shape[1:])
+        for chunk in stored.chunks:
             start = chunk.at[0] * row if chunk.at else 0
             low, high = max(begin, start), min(end, start + prod(chunk.shape))
             if low < high:
-                offset = chunk.offset + (low - start) * stored.dtype.itemsize
-                _read_run(files, chunk.path, offset, as_bytes(into[low - begin : high - begin]))
-            continue
-        top = begin // row
-        low, high = max(top, chunk.at[0]), min(end // row, chunk.at[0] + chunk.shape[0])
-        if low >= high:
-            continue
-        shape = (high - low, *chunk.shape[1:])
-        span = 1 + sum((n - 1) * step for n, step in zip(shape, chunk.stride, strict=True))
+                part = view[(low - begin) * size : (high - begin) * size]
+                _read_run(files, chunk.path, chunk.offset + (low - start) * size, part)
+        return
+    for chunk in stored.chunks:
+        span = 1 + sum((n - 1) * step for n, step in zip(chunk.shape, chunk.stride, strict=True))
         data = torch.empty(span, dtype=stored.dtype)
-        place = chunk.offset + (low - chunk.at[0]) * chunk.stride[0] * data.itemsize
-        _read_run(files, chunk.path, place, as_bytes(data))
-        box = into.view(-1, *stored.shape[1:])[low - top : high - top]
-        for axis in range(1, box.dim()):
-            box = box.narrow(axis, chunk.at[axis], shape[axis])
-        box.copy_(data.as_strided(shape, chunk.stride))
+        _read_run(files, chunk.path, chunk.offset, as_bytes(data))
+        box = into.view(stored.shape)
+        for axis, (at, length) in enumerate(zip(chunk.at, chunk.shape, strict=True)):
+            box = box.narrow(axis, at, length)
+        box.copy_(data.as_strided(chunk.shape, chunk.stride))
 
 
 class _Scratch(threading.local):
     """Memory of a thread, used again for each block."""
 
     def __init__(self) -> None:
-        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(3)]
-        self._made: list[tuple[Any, torch.Tensor, memoryview]] = [(None, b, as_bytes(b)) for b in self._buffers]
+        self._made: dict[int, tuple[torch.Tensor, memoryview]] = {}
 
     def __call__(self, which: int, dtype: torch.dtype, count: int) -> tuple[torch.Tensor, memoryview]:
         """A tensor, and its bytes."""
-        key, tensor, view = self._made[which]
-        if key != (dtype, count):
-            size = count * dtype.itemsize
-            if self._buffers[which].numel() < size:
-                self._buffers[which] = torch.empty(size, dtype=torch.uint8)
-            tensor = self._buffers[which][:size].view(dtype)
-            view = as_bytes(tensor)
-            self._made[which] = ((dtype, count), tensor, view)
-        return tensor, view
+        made = self._made.get(which)
+        if made is None or made[0].dtype != dtype or made[0].numel() != count:
+            tensor = torch.empty(count, dtype=dtype)
+            made = self._made[which] = tensor, as_bytes(tensor)
+        return made
 
 
 def average_tensors(
@@ -219,30 +175,30 @@ def average_tensors(
 
     Args:
         averages: What to compute. A part of weight 0 is not read. A single part of the result's dtype is copied.
-        accumulate: Dtype of the sums, ``float32`` or ``float64``; tensors that are wider use their own.
-            Default: ``float32``.
+        accumulate: Dtype of the sums; tensors that are wider use their own. Default: ``float32``.
         progress: Called with the number of bytes read, after each block. Default: nothing.
 
     Raises:
         CheckpointError: If a file ends early or is damaged.
 
     Cost: reads every part once. Memory: about 20 bytes for each of the 2^17 elements of a block, for each of at most 8
-    threads; tensors that are stored with gaps (transposed, or split along a later dimension) are read by rows, or at
-    once.
+    threads; tensors that are stored with gaps (transposed, or split along a later dimension) are read at once.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # k checkpoints of a file for each rank
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads here share the cores already
-    files, scratch = _Files(), _Scratch()
+    files: dict[Path, int] = {}
+    scratch = _Scratch()
     waiting: deque[Future[int]] = deque()
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             try:
                 for average in averages:
+                    for path in {chunk.path for _, stored in average.parts for chunk in stored.chunks} - files.keys():
+                        files[path] = os.open(path, os.O_RDONLY)
                     count = prod(average.parts[0][1].shape)
-                    rows = max(1, *(_rows(stored) for _, stored in average.parts))
-                    block = rows * max(1, BLOCK // rows)
+                    block = BLOCK if all(stored.is_flat for _, stored in average.parts) else max(1, count)
                     for begin in range(0, count, block):
                         size = min(block, count - begin)
                         waiting.append(pool.submit(_average_block, average, begin, size, accumulate, files, scratch))
@@ -254,13 +210,14 @@ def average_tensors(
                 for future in waiting:
                     future.cancel()
     finally:
-        files.close()
+        for descriptor in files.values():
+            os.close(descriptor)
         torch.set_num_threads(num_threads)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _average_block(
-    average: Average, begin: int, size: int, accumulate: torch.dtype, files: _Files, scratch: _Scratch
+    average: Average, begin: int, size: int, accumulate: torch.dtype, files: dict[Path, int], scratch: _Scratch
 ) -> int:
     parts = [(weight, stored) for weight, stored in average.parts if weight]
     dtype = parts[0][1].dtype

@@ -3,11 +3,11 @@
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,6 @@ class Plan:
         """Bytes that will be written."""
         return sum(prod(parts[0][1].shape) * self.dtypes[name].itemsize for name, parts in self.parts.items())
 
-    @property
-    def parts_of_the_average(self) -> list[float]:
-        """The weights of everything that goes into a tensor."""
-        return [weight for weight, _ in next(iter(self.parts.values()))]
-
     def described(self) -> dict[str, Any]:
         """For the provenance of the result."""
         return {
@@ -83,6 +78,7 @@ class Plan:
             'dtypes': sorted({short(dtype) for dtype in self.dtypes.values() if dtype.is_floating_point}),
             'copied_from_newest': self.copied,
             'not_in_the_callback': self.kept,
+            'parts_of_the_average': [weight for weight, _ in next(iter(self.parts.values()), [])],
         }
 
     def averages(self, write: dict[str, Callable[[int, Any], None]]) -> Iterator[Average]:
@@ -104,7 +100,7 @@ def make_plan(
         weights: As many, with sum 1.
         average: Instead of the models, average what the callbacks kept under this name. Default: ``None``.
         dtype: Of the floating-point results. Default: as in the model.
-        accumulate: Of the sums. Default: ``float32``.
+        accumulate: Dtype of the sums. Default: ``float32``.
 
     Raises:
         CheckpointError: If the checkpoints do not fit each other, or one has no such average.
@@ -136,17 +132,14 @@ def appearing_whole(out: Path) -> Iterator[Path]:
     """Gives a hidden folder beside ``out``; what is made in it as ``out.name`` becomes ``out`` if nothing goes wrong.
 
     A killed run leaves only the hidden folder, which the next run empties. One run at a time has it.
-
-    Raises:
-        CheckpointError: If ``out`` is there already, or another run is making it.
     """
     if out.exists() or out.is_symlink():
         raise CheckpointError(f'{out} exists; choose another --out or delete it')
-    with hidden_sibling(out, CheckpointError(f'another run is making {out}')) as partial:
-        yield partial
-        for made in sorted(partial.iterdir(), key=lambda path: path.name == out.name):  # the result last
+    with hidden_sibling(out, CheckpointError(f'another run is making {out}')) as folder:
+        yield folder
+        for made in sorted(folder.iterdir(), key=lambda path: path.name == out.name):  # the result last
             made.rename(out.with_name(made.name))
-        partial.rmdir()
+        folder.rmdir()
 
 
 def write_average(
@@ -154,7 +147,7 @@ def write_average(
     out: Path,
     to: str,
     provenance: dict[str, Any],
-    small_files: dict[str, Path | str | bytes],
+    small_files: dict[str, bytes],
     max_shard_size: str,
     progress: Progress,
 ) -> None:
@@ -166,14 +159,14 @@ def write_average(
         to: ``hf``, ``pt`` or ``sharded``.
         provenance: How it was made; written as JSON in the folder, or beside the file.
         small_files: Of :func:`find_small_files`, for ``hf``.
-        max_shard_size: As ``save_pretrained`` takes it, such as ``5GB``, for ``hf``.
+        max_shard_size: As ``save_pretrained`` takes it, for ``hf``.
         progress: See :func:`average_tensors`.
 
     Raises:
         CheckpointError: If ``out`` exists, another run is making it, or an input is damaged.
     """
-    with appearing_whole(out) as partial:
-        made = partial / out.name
+    with appearing_whole(out) as folder:
+        made = folder / out.name
         if to == 'hf':
             _write_hugging_face(plan, made, small_files, max_shard_size, progress)
         elif to == 'pt':
@@ -184,7 +177,7 @@ def write_average(
         provenance_of(made, is_file=to == 'pt').write_text(content, encoding='utf-8')
 
 
-def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, Path | str | bytes]:
+def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, bytes]:
     """What belongs to a Hugging Face model besides its weights: config, tokenizer, code.
 
     Args:
@@ -193,7 +186,7 @@ def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, P
             ``huggingface/*`` beside it (Composer), or what its state holds.
 
     Returns:
-        For each file name where it is, or its content.
+        Contents by file name.
 
     Raises:
         CheckpointError: If there is no ``config.json``.
@@ -206,10 +199,11 @@ def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, P
         return _files_of_state(checkpoint)
     if not (folder / 'config.json').is_file():
         raise CheckpointError(f'{folder} has no config.json; give a folder that has one with --config')
-    return {file.name: file for file in folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHT_FILES)}
+    files = (file for file in folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHT_FILES))
+    return {file.name: file.read_bytes() for file in files}
 
 
-def _files_of_state(checkpoint: Checkpoint) -> dict[str, Path | str | bytes]:
+def _files_of_state(checkpoint: Checkpoint) -> dict[str, bytes]:
     saved = checkpoint.integrations.get('huggingface') or {}
     config = ((saved.get('model') or {}).get('config') or {}).get('content')
     if not config:
@@ -217,7 +211,7 @@ def _files_of_state(checkpoint: Checkpoint) -> dict[str, Path | str | bytes]:
             f'{checkpoint.path} holds no config of a Hugging Face model, and there is no export huggingface/* beside '
             'it; give a folder with config.json with --config'
         )
-    files: dict[str, Path | str | bytes] = {'config.json': json.dumps(config, indent=2) + '\n'}
+    files = {'config.json': f'{json.dumps(config, indent=2)}\n'.encode()}
     for name, entry in (saved.get('tokenizer') or {}).items():
         content = entry['content']
         if Path(name).name != name:
@@ -226,39 +220,33 @@ def _files_of_state(checkpoint: Checkpoint) -> dict[str, Path | str | bytes]:
             content = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
         elif entry['file_extension'] == '.txt':
             content = '\n'.join(content)
-        files[name] = content
+        files[name] = content if isinstance(content, bytes) else content.encode()
     return files
 
 
 def _fill(plan: Plan, skeleton: Checkpoint, progress: Progress) -> None:
     """Compute everything into a file that has room for it."""
-    places = {name: one.chunks[0] for name, one in skeleton.tensors.items()}
-    (path,) = {place.path for place in places.values()} or {skeleton.path}
+    in_order = sorted((one.chunks[0].offset, name) for name, one in skeleton.tensors.items())
+    (path,) = {one.chunks[0].path for one in skeleton.tensors.values()} or {skeleton.path}
 
-    def writer(offset: int) -> Callable[[int, Any], None]:
-        def write(begin: int, data: Any) -> None:
-            place = offset + begin
-            while data:
-                count = os.pwrite(file.fileno(), data, place)
-                data, place = data[count:], place + count
+    def write(offset: int, begin: int, data: Any) -> None:
+        place = offset + begin
+        while data:
+            count = os.pwrite(file.fileno(), data, place)
+            data, place = data[count:], place + count
 
-        return write
-
-    in_order = sorted(places.items(), key=lambda item: item[1].offset)
     with open(path, 'r+b') as file:
-        average_tensors(plan.averages({name: writer(p.offset) for name, p in in_order}), plan.accumulate, progress)
+        writers = {name: partial(write, offset) for offset, name in in_order}
+        average_tensors(plan.averages(writers), plan.accumulate, progress)
 
 
 def _write_hugging_face(
-    plan: Plan, folder: Path, small_files: dict[str, Path | str | bytes], max_shard_size: str, progress: Progress
+    plan: Plan, folder: Path, small_files: dict[str, bytes], max_shard_size: str, progress: Progress
 ) -> None:
     """A folder that ``from_pretrained`` takes; ``torch_dtype`` in ``config.json`` becomes that of the weights."""
     folder.mkdir()
     for name, content in small_files.items():
-        if isinstance(content, Path):
-            shutil.copyfile(content, folder / name)
-        else:
-            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        (folder / name).write_bytes(content)
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     floats = {short(dtype) for dtype in plan.dtypes.values() if dtype.is_floating_point}
     key = 'dtype' if 'dtype' in config else 'torch_dtype'  # transformers 5, and before
@@ -386,13 +374,7 @@ def with_tied_names(checkpoint: Checkpoint, config: Path | None) -> Checkpoint:
     except Exception:  # what a config.json holds can be anything
         return checkpoint
     model.tie_weights()
-    names: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in checkpoint.tensors:
-            names[id(tensor)] = name
-    aliases = {
-        name: names[id(tensor)]
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if name not in checkpoint.tensors and id(tensor) in names
-    }
+    ids = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    names = {ids[name]: name for name in ids if name in checkpoint.tensors}
+    aliases = {name: names[ids[name]] for name in ids if name not in checkpoint.tensors and ids[name] in names}
     return replace(checkpoint, aliases=aliases)

@@ -25,12 +25,7 @@ class AverageError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that was found.
-
-    Args:
-        path: Its path or URI.
-        objects: In object storage, the URIs of its files.
-    """
+    """A checkpoint that was found: its path or URI, and in object storage the URIs of its files."""
 
     path: str
     objects: Sequence[str] = field(default=(), repr=False, compare=False)
@@ -67,11 +62,7 @@ class _Here:
 
 
 class _Bucket:
-    """Objects in object storage, as files in folders.
-
-    Args:
-        uri: A URI; what does not lie below it, or below the folder of its first wildcard, is not listed.
-    """
+    """Objects in object storage, as files in folders: those below a URI, or below the folder of its first wildcard."""
 
     def __init__(self, uri: str) -> None:
         fixed = re.split(r'[*?[]', uri)[0]
@@ -87,10 +78,11 @@ class _Bucket:
     def glob(self, pattern: str) -> list[str]:
         parts = pattern.split('/')
         found = {tuple(uri.split('/')[: len(parts)]) for uri in self.uris}
-        matching = [
-            names for names in found if len(names) == len(parts) and all(map(fnmatch.fnmatchcase, names, parts))
+        return [
+            '/'.join(names)
+            for names in found
+            if len(names) == len(parts) and all(map(fnmatch.fnmatchcase, names, parts))
         ]
-        return ['/'.join(names) for names in matching]
 
     def found(self, path: str) -> Found:
         return Found(path, [uri for uri in self.uris if uri == path or uri.startswith(f'{path}/')])
@@ -147,12 +139,7 @@ def find(inputs: Sequence[str]) -> list[Found]:
 
 
 def latest(found: Sequence[Found], last: int, every: int | None) -> list[Found]:
-    """The latest ``last`` checkpoints, ``every`` batches apart, oldest first.
-
-    Args:
-        found: Of :func:`find`.
-        last: How many.
-        every: Batches between two of them; ``None`` for those that are there.
+    """The latest ``last`` checkpoints, oldest first, ``every`` batches apart; ``None`` for those that are there.
 
     Raises:
         AverageError: If there are too few, one is missing, or one has no batch in its name.
@@ -183,12 +170,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def windows_of(found: Sequence[Found], window: int | None, stride: int) -> list[Sequence[Found]]:
-    """Each window along the run; one of everything without ``window``.
-
-    Args:
-        found: Oldest first.
-        window: Checkpoints in a window.
-        stride: Checkpoints from one window to the next.
+    """Each ``window`` checkpoints along the run, ``stride`` apart; without ``window`` all as one.
 
     Raises:
         AverageError: If there are too few, or two windows would have one name.

@@ -17,21 +17,12 @@ SMALL_FILES = ('.json', '.txt', '.model', '.py', '.jinja')
 
 
 def provenance_of(result: Path, is_file: bool) -> Path:
-    """The file that says how a result was made.
-
-    Args:
-        result: The result.
-        is_file: Whether it is a file, beside which that file lies; it lies in a folder.
-    """
+    """The file that says how a result was made: beside a file, or in a folder."""
     return result.with_name(f'{result.name}.average.json') if is_file else result / 'average.json'
 
 
 def refuse_existing(out: str, is_file: bool) -> None:
-    """Refuse to overwrite a result.
-
-    Args:
-        out: Its path or URI.
-        is_file: Whether it is a file, with its provenance beside it.
+    """Refuse to overwrite a result, or the provenance beside a file.
 
     Raises:
         AverageError: If it exists.
@@ -43,19 +34,14 @@ def refuse_existing(out: str, is_file: bool) -> None:
         result = Path(out)
         # killed between the two renames, a run has left the provenance of a result that is in its hidden folder
         was_killed = result.with_name(f'.{result.name}.partial').exists()
-        places = [result, *([provenance_of(result, is_file)] if is_file and not was_killed else [])]
+        places = [result, provenance_of(result, is_file)] if is_file and not was_killed else [result]
         there = [str(path) for path in places if path.exists() or path.is_symlink()]
     if there:
         raise AverageError(f'{there[0]} exists; choose another --out or delete it')
 
 
 def require_disk(folder: Path, num_bytes: int, what: str) -> None:
-    """Refuse to begin what does not fit.
-
-    Args:
-        folder: Where it would be written; need not exist yet.
-        num_bytes: What it takes.
-        what: What errors call it.
+    """Refuse to begin what does not fit into a folder, which need not exist yet.
 
     Raises:
         AverageError: If the disk is too small.
@@ -108,12 +94,7 @@ def download(found: Sequence[Found], folder: Path, small_files: bool) -> list[Pa
 
 
 def upload_result(made: Path, uri: str) -> None:
-    """Send a result to object storage, the files that make it look finished last.
-
-    Args:
-        made: The result, alone with its provenance in its folder.
-        uri: Where it goes.
-    """
+    """Send a result, alone with its provenance in its folder, to a URI, the files that make it look finished last."""
     files = [file for file in made.parent.rglob('*') if file.is_file()]
     files.sort(key=lambda file: (file.name in ('config.json', '.metadata') or file.suffix == '.pt', file))
     for file in tqdm(files, 'uploading', unit=' files', disable=None):
