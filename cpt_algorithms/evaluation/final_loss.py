@@ -24,11 +24,7 @@ def dataset_of(label: str) -> str:
 
 
 def loss_of(state: State, metric: str) -> float | None:
-    """Loss of the dataset that was just evaluated; ``None`` if it is not judged by one.
-
-    Args:
-        state: At ``Event.EVAL_END``.
-        metric: Its name among the evaluation metrics.
+    """Loss of the dataset that was just evaluated, at ``Event.EVAL_END``; ``None`` if it is not judged by one.
 
     Raises:
         ValueError: If there was nothing to evaluate.
@@ -46,11 +42,7 @@ def loss_of(state: State, metric: str) -> float | None:
 
 
 def batches_left(state: State) -> int:
-    """Batches that are still to be trained.
-
-    Args:
-        state: Of a run that has trained at least one.
-    """
+    """Batches that are still to be trained, of a run that has trained at least one."""
     assert state.max_duration is not None, 'training has begun'
     done, batches = state.timestamp.get(state.max_duration.unit).value, state.timestamp.batch.value
     if state.max_duration.unit == TimeUnit.EPOCH:
@@ -99,12 +91,9 @@ class FinalLoss(Callback):
             raise ValueError(f'callbacks.final_loss.interval={interval} must be at least 1ba, at most window={window}')
         self.save_folder = save_folder
         self.metric = metric
-        # {dataset: [[batch, token, loss, in final window], ...]}
-        self.losses: dict[str, list[list[float]]] = {}
-        # [[batch, token, learning rate], ...]
-        self.learning_rate: list[list[float]] = []
-        # [[batch, token, training loss], ...]
-        self.training_loss: list[list[float]] = []
+        self.losses: dict[str, list[list[float]]] = {}  # {dataset: [[batch, token, loss, in final window], ...]}
+        self.learning_rate: list[list[float]] = []  # [[batch, token, learning rate], ...]
+        self.training_loss: list[list[float]] = []  # [[batch, token, training loss], ...]
         self.seconds = 0.0
         self._since = 0.0
         self._parameters = 0

@@ -276,23 +276,14 @@ def _value(metric: str, value: Any) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """A task of a suite, or the mean of several, as a table shows it.
-
-    Args:
-        name: As the suite calls it.
-        num_fewshot: Examples in the prompt; ``None`` of a mean.
-        is_accuracy: Whether it is a mean of items that are better the higher.
-        score: Of the model.
-        parent: Of the parent; ``None`` if that is not there.
-        delta: Model minus parent, paired; ``None`` if the parent has not answered the same items.
-    """
+    """A task of a suite, or the mean of several, as a table shows it."""
 
     name: str
-    num_fewshot: int | None
-    is_accuracy: bool
+    num_fewshot: int | None  # examples in the prompt; None of a mean
+    is_accuracy: bool  # whether it is a mean of items that are better the higher
     score: Mean
-    parent: Mean | None
-    delta: Mean | None
+    parent: Mean | None  # the parent's score, if that is there
+    delta: Mean | None  # model minus parent, paired; None if the parent has not answered the same items
 
     def cell(self, mean: Mean | None, sign: str = '') -> str:
         """A number of it with its standard error, in percent or as it is."""

@@ -110,13 +110,7 @@ def load_suite(given: str | Path | Sequence[str]) -> Suite:
 
 
 def check_suite(suite: Suite) -> list[str]:
-    """Find every task of a suite that cannot be run here, as far as that shows without a model.
-
-    Args:
-        suite: Of :func:`load_suite`.
-
-    Returns:
-        One line for each.
+    """A line for each task of a suite that cannot be run here, as far as that shows without a model.
 
     Cost: 7 s the first time, if a task is named that lm-eval is to know.
     """

@@ -21,26 +21,15 @@ _NO_RUNS = re.compile(r'huggingface|slurm|ep\d+-ba\d+.*|\..*')
 
 @dataclass(frozen=True)
 class Node:
-    """A run, or what a run began from.
-
-    Args:
-        name: Its name.
-        kind: ``run``; ``merge`` (an average of checkpoints); ``base`` (a pretrained model); or ``missing`` (a parent
-            that is not there).
-        place: Folder or URI; the name of a pretrained model.
-        run: The run; None of what is no run. Default: ``None``.
-        begins: Batch of its parent at which it begins; None at the parent's end. Default: ``None``.
-        merged: Of a merge, its checkpoints: batches of the parent, or paths. Default: none.
-        children: What began from it, by where it begins.
-    """
+    """A run, or what a run began from."""
 
     name: str
-    kind: str
-    place: str
-    run: RunRecord | None = None
-    begins: int | None = None
-    merged: list[str] = field(default_factory=list)
-    children: list['Node'] = field(default_factory=list)
+    kind: str  # run, merge (an average of checkpoints), base (a pretrained model), missing (a parent that is not there)
+    place: str  # folder or URI; the name of a pretrained model
+    run: RunRecord | None = None  # None of what is no run
+    begins: int | None = None  # batch of its parent at which it begins; None at the parent's end
+    merged: list[str] = field(default_factory=list)  # checkpoints of a merge: batches of the parent, or paths
+    children: list['Node'] = field(default_factory=list)  # what began from it, by where it begins
 
     @property
     def status(self) -> str:
@@ -114,12 +103,7 @@ def _schedule(run: RunRecord) -> str:
 
 
 def walk(nodes: Sequence[Node], depth: int = 0) -> Iterator[tuple[int, Node]]:
-    """Every node after its parent, with its depth.
-
-    Args:
-        nodes: Roots.
-        depth: Theirs. Default: ``0``.
-    """
+    """Every node after its parent, with its depth."""
     for node in nodes:
         yield depth, node
         yield from walk(node.children, depth + 1)

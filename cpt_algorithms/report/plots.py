@@ -60,16 +60,10 @@ Values = Callable[[RunRecord], list[list[float]]]
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure of the report.
+    """A figure of the report."""
 
-    Args:
-        name: Its file's name without the ending.
-        title: What it shows, for people who cannot see it.
-        figure: The figure.
-    """
-
-    name: str
-    title: str
+    name: str  # of its file, without the ending
+    title: str  # what it shows, for people who cannot see it
     figure: Figure
 
 

@@ -21,65 +21,36 @@ Curve = list[list[float]]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: what its folder holds or, before it begins, what its sequence plans.
+    """One run: what its folder holds or, before it begins, what its sequence plans."""
 
-    Args:
-        folder: Its folder or URI; runs are known by it.
-        name: Its name.
-        arm: The arm that named it.
-        stage: The name of the stage it trains.
-        seed: Its seed.
-        kind: ``update`` (starts from a parent), ``union`` (from scratch on everything) or ``scratch``; of a branch,
-            that of its trunk.
-        parent: Folder of the run it starts from, if that is there.
-        tokens: Tokens of its budget by stream, the new data first.
-        tokens_before_branch: Of a branch: what its parent had read of each stream where it starts; its stage took both.
-        batches: Batches of its budget; None if only the data knows.
-        union_tokens: Tokens of training on all data from scratch; None if unknown.
-        record: Its ``stage.json``; None before it begins.
-        state: ``finished``, ``unfinished``, ``failed`` or ``not started``.
-        batch: The last batch that is known to be trained.
-        error: Last error line of a failed run.
-        losses: ``{label: [[batch, token, loss], ...]}``; a label is a dataset or ``<dataset>/<average>``.
-        final: ``{label: loss}``: final losses, or the latest ones of a run that has not finished.
-        learning_rate: ``[[batch, token, learning rate], ...]`` as applied.
-        training_loss: ``[[batch, token, loss], ...]``, before the batch's step.
-        cost: ``tokens``, ``seconds``, ``devices``, ``device``, ``parameters``, ``batch``; empty before an evaluation.
-        parameters: Size of the model; None if nothing of that size has run.
-        old: Datasets learned before this stage.
-        new: Datasets of this stage.
-        at_start: ``{dataset: loss of the untouched parent}``.
-        bytes_per_token: ``{dataset: bytes per token}``.
-        benchmarks: ``{suite: {average, or '' for the training weights: lm-eval result}}`` of its latest export.
-        base_benchmarks: ``{suite: {'': lm-eval result}}`` of the pretrained model that it starts from.
-    """
-
-    folder: str
+    folder: str  # or URI; runs are known by it
     name: str
-    arm: str
-    stage: str
+    arm: str  # that named it
+    stage: str  # the name of the stage it trains
     seed: int
-    kind: str
-    parent: str | None
-    tokens: dict[str, int]
-    tokens_before_branch: dict[str, int]
-    batches: int | None
-    union_tokens: int | None
-    record: StageRecord | None
-    state: str
-    batch: int
-    error: str
-    losses: dict[str, Curve]
-    final: dict[str, float]
-    learning_rate: Curve
-    training_loss: Curve
-    cost: dict[str, Any]
-    parameters: int | None
-    old: list[str]
-    new: list[str]
-    at_start: dict[str, float]
-    bytes_per_token: dict[str, float]
+    kind: str  # update (starts from a parent), union (from scratch on everything), scratch; a branch has its trunk's
+    parent: str | None  # folder of the run it starts from, if that is there
+    tokens: dict[str, int]  # of its budget by stream, the new data first
+    tokens_before_branch: dict[str, int]  # what a branch's parent had read where it starts; its stage took both
+    batches: int | None  # of its budget; None if only the data knows
+    union_tokens: int | None  # of training on all data from scratch; None if unknown
+    record: StageRecord | None  # its stage.json; None before it begins
+    state: str  # finished, unfinished, failed, not started
+    batch: int  # the last one that is known to be trained
+    error: str  # last error line of a failed run
+    losses: dict[str, Curve]  # {label: [[batch, token, loss], ...]}; a label is a dataset or <dataset>/<average>
+    final: dict[str, float]  # {label: loss}, the latest ones of a run that has not finished
+    learning_rate: Curve  # as applied
+    training_loss: Curve  # before the batch's step
+    cost: dict[str, Any]  # tokens, seconds, devices, device, parameters, batch; empty before an evaluation
+    parameters: int | None  # of the model; None if nothing of that size has run
+    old: list[str]  # datasets learned before this stage
+    new: list[str]  # datasets of this stage
+    at_start: dict[str, float]  # {dataset: loss of the untouched parent}
+    bytes_per_token: dict[str, float]  # of each dataset
+    # {suite: {average, or '' for the training weights: lm-eval result}}, of its latest export
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # the same of the pretrained model that it starts from
     base_benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -125,13 +96,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the tables: the last runs of one arm, one for each seed.
-
-    Args:
-        name: Its name.
-        kind: As that of its runs.
-        runs: One for each seed.
-    """
+    """A row of the tables: the last runs of one arm, one for each seed, all of one kind."""
 
     name: str
     kind: str
@@ -140,21 +105,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class RunSet:
-    """Runs that are looked at together.
+    """Runs that are looked at together."""
 
-    Args:
-        name: Names of the sequences or runs.
-        data: Datasets in the order they arrive.
-        runs: By folder, parents before children.
-        given: Those that were asked for, and not only found as ancestors.
-        missing_parents: ``{run name: parent's folder that is not there}``.
-    """
-
-    name: str
-    data: list[str]
-    runs: dict[str, RunRecord]
-    given: list[RunRecord]
-    missing_parents: dict[str, str]
+    name: str  # names of the sequences or runs
+    data: list[str]  # datasets in the order they arrive
+    runs: dict[str, RunRecord]  # by folder, parents before children
+    given: list[RunRecord]  # those that were asked for, and not only found as ancestors
+    missing_parents: dict[str, str]  # {run name: parent's folder that is not there}
 
     def label(self, name: str, size: int | None) -> str:
         """A name with the model's size, if there are several sizes."""

@@ -49,16 +49,10 @@ COUNTS = ('tokens', 'new tokens', 'replayed tokens')
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """A mean over seeds.
-
-    Args:
-        mean: The mean.
-        half: Half-width of its 95 % interval (Student's t); None for a single seed.
-        values: Of each seed.
-    """
+    """A mean over seeds."""
 
     mean: float
-    half: float | None
+    half: float | None  # half-width of its 95 % interval (Student's t); None for a single seed
     values: tuple[float, ...]
 
     @property
@@ -67,37 +61,22 @@ class OverSeeds:
         return len(self.values)
 
     def text(self, digits: int, scale: float = 1) -> str:
-        """As people read it: ``1.23 ± 0.04``.
-
-        Args:
-            digits: After the point.
-            scale: What to multiply it by, such as 100. Default: ``1``.
-        """
+        """As people read it, multiplied by ``scale``: ``1.23 ± 0.04``."""
         half = '' if self.half is None else f' ± {scale * self.half:.{digits}f}'
         return f'{scale * self.mean:.{digits}f}{half}'
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the tables: one arm, or an average of its weights, at one model size.
-
-    Args:
-        arm: Its name.
-        average: Name of the average; '' for the training weights.
-        size: Parameters of the model; None if unknown.
-        kind: ``update``, ``union`` or ``scratch``.
-        runs: The runs behind it: those that have finished, or else the one that has come furthest.
-        others: The other seeds, which have not finished.
-        columns: ``{column: mean over seeds}``; what it does not have is left out.
-    """
+    """A row of the tables: one arm, or an average of its weights, at one model size."""
 
     arm: str
-    average: str
-    size: int | None
-    kind: str
-    runs: list[RunRecord]
-    others: list[RunRecord]
-    columns: dict[str, OverSeeds]
+    average: str  # '' for the training weights
+    size: int | None  # parameters of the model, if known
+    kind: str  # update, union or scratch
+    runs: list[RunRecord]  # those that have finished, or else the one that has come furthest
+    others: list[RunRecord]  # the other seeds, which have not finished
+    columns: dict[str, OverSeeds]  # what it does not have is left out
 
     @property
     def name(self) -> str:
@@ -121,23 +100,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Scores:
-    """Task scores of a row.
-
-    Args:
-        row: The row.
-        suite: The suite of tasks.
-        tasks: ``{task: score}``, accuracies in percent.
-        deltas: ``{task: change against the parent's training weights, paired by item}``, where these were scored too.
-        mean: Over the accuracies that all rows have.
-        mean_delta: Its change against the parent.
-    """
+    """Task scores of a row."""
 
     row: Row
     suite: str
-    tasks: dict[str, OverSeeds]
-    deltas: dict[str, Mean]
-    mean: OverSeeds | None
-    mean_delta: Mean | None
+    tasks: dict[str, OverSeeds]  # accuracies in percent
+    deltas: dict[str, Mean]  # against the parent's training weights, paired by item, where these were scored too
+    mean: OverSeeds | None  # over the accuracies that all rows have
+    mean_delta: Mean | None  # against the parent
 
 
 def over_seeds(values: Sequence[float]) -> OverSeeds:
