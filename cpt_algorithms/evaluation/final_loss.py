@@ -12,7 +12,14 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 
 from cpt_algorithms.duration import Duration
-from cpt_algorithms.evaluation.functional import by_average, final_loss, in_final_window, thinned, training_flops
+from cpt_algorithms.evaluation.functional import (
+    by_average,
+    final_loss,
+    in_final_window,
+    thinned,
+    training_flops,
+    without_averages,
+)
 from cpt_algorithms.files import write_json
 
 __all__ = ['FinalLoss', 'batches_left', 'dataset_of', 'loss_of']
@@ -166,7 +173,8 @@ class FinalLoss(Callback):
             for label, mean in final.items():
                 logger.log_metrics({f'final_loss/{label}': mean['mean'], f'final_loss/{label}_stderr': mean['stderr']})
             means = {label: mean['mean'] for label, mean in final.items()}
-            for average, losses in by_average(means, self._datasets(state)).items():
+            datasets = without_averages(dataset_of(evaluator.label) for evaluator in state.evaluators)
+            for average, losses in by_average(means, datasets).items():
                 key = f'final_loss/mean/{average}' if average else 'final_loss/mean'
                 logger.log_metrics({key: sum(losses.values()) / len(losses)})
             cost = self._cost(state)
@@ -187,11 +195,6 @@ class FinalLoss(Callback):
                 mean = final_loss(losses)
                 result[label] = {'mean': mean.value, 'stderr': mean.stderr, 'count': mean.count}
         return result
-
-    def _datasets(self, state: State) -> list[str]:
-        """Labels of the YAML's own evaluators."""
-        labels = [dataset_of(evaluator.label) for evaluator in state.evaluators]
-        return [label for label in labels if not any(label.startswith(f'{other}/') for other in labels)]
 
     def _count_time(self) -> None:
         # Composer's own time is that of the wall clock, which may be set

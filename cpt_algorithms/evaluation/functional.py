@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log, sqrt
 from statistics import fmean
+from typing import Any
 
 __all__ = [
     'Mean',
@@ -15,7 +16,9 @@ __all__ = [
     'final_loss',
     'forgetting',
     'has_diverged',
+    'has_same_items',
     'in_final_window',
+    'is_accuracy',
     'mean_over_tasks',
     'paired_delta',
     'score',
@@ -23,6 +26,7 @@ __all__ = [
     'thinned',
     'training_flops',
     'within_noise',
+    'without_averages',
 ]
 
 
@@ -88,6 +92,12 @@ def by_average(losses: Mapping[str, float], datasets: Iterable[str]) -> dict[str
     return result
 
 
+def without_averages(labels: Iterable[str]) -> list[str]:
+    """The datasets among labels of evaluators, in order and each once, without ``<dataset>/<average>``."""
+    names = list(dict.fromkeys(labels))
+    return [name for name in names if not any(name.startswith(f'{other}/') for other in names)]
+
+
 def changes(
     losses: Mapping[str, float], parent: Mapping[str, float], old: Sequence[str], new: Sequence[str]
 ) -> dict[str, float]:
@@ -143,6 +153,16 @@ def paired_delta(values: Sequence[float], parent_values: Sequence[float], weight
     weights of items do not depend on the model.
     """
     return score([ours - theirs for ours, theirs in zip(values, parent_values, strict=True)], weights)
+
+
+def is_accuracy(result: Mapping[str, Any]) -> bool:
+    """Whether a task's score is a mean over items, and better the higher."""
+    return result['higher_is_better'] and set(result['weights']) == {1}
+
+
+def has_same_items(result: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether another model has answered the same items of a task, in the same way."""
+    return all(other.get(key) == result[key] for key in ('entry', 'items', 'weights'))
 
 
 def within_noise(delta: Mean) -> bool:

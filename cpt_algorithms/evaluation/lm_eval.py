@@ -22,7 +22,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from cpt_algorithms.checkpoints.exports import PretrainedModel, folder_of_pretrained, models_of, parent_of
-from cpt_algorithms.evaluation.functional import Mean, mean_over_tasks, paired_delta, score, within_noise
+from cpt_algorithms.evaluation.functional import (
+    Mean,
+    has_same_items,
+    is_accuracy,
+    mean_over_tasks,
+    paired_delta,
+    score,
+    within_noise,
+)
 from cpt_algorithms.evaluation.suite import Suite, SuiteTask, task_manager, why_unavailable
 from cpt_algorithms.files import read_json, write_json
 
@@ -304,23 +312,19 @@ class Row:
 
 
 def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list[Row]:
-    """The tasks of a result beside the parent's, and the mean over those that measure an accuracy.
+    """The tasks of a result beside the parent's, if it has one, and the mean over those that measure an accuracy.
 
     Args:
         result: Of :func:`evaluate_runs`, or its file.
-        parent: Likewise; ``None`` for a model without.
+        parent: Likewise.
     """
-
-    def mean(task: Mapping[str, Any]) -> Mean:
-        return Mean(task['score'], task['stderr'], task['count'])
-
     rows: list[Row] = []
     for name, task in result['tasks'].items():
         theirs = parent['tasks'].get(name) if parent else None
-        is_same = theirs is not None and all(theirs[key] == task[key] for key in ('entry', 'items', 'weights'))
-        delta = paired_delta(task['values'], theirs['values'], task['weights']) if theirs and is_same else None
-        is_accuracy = task['higher_is_better'] and set(task['weights']) == {1}
-        rows.append(Row(name, task['num_fewshot'], is_accuracy, mean(task), mean(theirs) if theirs else None, delta))
+        is_same = theirs and has_same_items(task, theirs)
+        delta = paired_delta(task['values'], theirs['values'], task['weights']) if is_same else None
+        means = [Mean(each['score'], each['stderr'], each['count']) if each else None for each in (task, theirs)]
+        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), *means, delta))
     scored = [row for row in rows if row.is_accuracy]
     if len(scored) > 1:
         paired = [(row.parent, row.delta) for row in scored if row.parent and row.delta]
@@ -332,12 +336,7 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
 
 
 def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> None:
-    """Print the scores of a model, beside its parent's if it has one.
-
-    Args:
-        result: Of :func:`evaluate_runs`, or its file.
-        parent: Likewise.
-    """
+    """Print what :func:`compare` finds."""
     title = f'{result["model"]}: {result["suite"]}' + (f', against {parent["model"]}' if parent else '')
     table = Table('task', title=escape(title), title_justify='left', box=box.SIMPLE)
     for column in ('shots', 'n', 'score', *(('parent', 'delta') if parent else ())):

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.evaluation.functional import changes
 from cpt_algorithms.files import is_remote, list_names, read_json
 from cpt_algorithms.formatting import short, signed
-from cpt_algorithms.report.run_records import RunRecord, batch_in, find_run, read_run
+from cpt_algorithms.report.run_records import RunRecord, find_run, read_run
 
 __all__ = ['Node', 'read_lineage', 'tree_of', 'walk']
 
@@ -196,7 +197,7 @@ class _Tree:
         return self.nodes.get(place) or self._hang(Node(name, kind, place), None)
 
     def _begins(self, checkpoint: str | None, parent: str | None) -> int | None:
-        batch = batch_in(checkpoint) if checkpoint and parent else None
+        batch = batch_of(checkpoint) if checkpoint and parent else None
         return None if parent and batch == self.runs[parent].batches else batch
 
     def _checkpoint(self, checkpoint: str, place: str, written_at: str) -> Node:

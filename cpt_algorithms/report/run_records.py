@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cpt_algorithms.evaluation.functional import has_diverged
+from cpt_algorithms.checkpoints.save_folder import batch_of
+from cpt_algorithms.evaluation.functional import has_diverged, without_averages
 from cpt_algorithms.files import exists, is_remote, read_json
 from cpt_algorithms.formatting import short
 from cpt_algorithms.stage.record import StageRecord, read_record
 from cpt_algorithms.stage.stage import Stage
 
-__all__ = ['Arm', 'RunRecord', 'RunSet', 'batch_in', 'find_run', 'read_run', 'read_runs', 'size_name']
+__all__ = ['Arm', 'RunRecord', 'RunSet', 'find_run', 'read_run', 'read_runs', 'size_name']
 
 Curve = list[list[float]]
 
@@ -164,12 +165,6 @@ def size_name(size: int | None) -> str:
     return 'unknown size' if size is None else f'{short(size)} parameters'
 
 
-def batch_in(checkpoint: str) -> int | None:
-    """The batch that a checkpoint's name tells; None of ``latest``."""
-    found = re.search(r'-ba(\d+)', checkpoint.rpartition('/')[2])
-    return int(found[1]) if found else None
-
-
 def find_run(folder: str, place: str, written_at: str) -> str | None:
     """The folder of a run that another run names, which may have been moved together with that.
 
@@ -306,7 +301,7 @@ def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, Run
         parent = find_run(checkpoint.rpartition('/')[0], folder, stage.folder or folder)
     if parent:
         read_run(parent, runs)
-        continues = batch_in(record.parent or '') if stage.train_loader.dataset.continues else None  # a branch
+        continues = batch_of(record.parent or '') if stage.train_loader.dataset.continues else None  # a branch
         at, trunk = stage.merge.batch if stage.merge else continues, runs[parent].config
         before = trunk.tokens_by_stream(at) if trunk and at is not None else {}
     tokens = stage.tokens_by_stream(0 if stage.batches is None else None)
@@ -366,5 +361,4 @@ def _benchmarks(folder: str) -> dict[str, dict[str, dict[str, Any]]]:
 def _datasets(runs: Iterable[RunRecord]) -> list[str]:
     """Datasets of single runs, as their evaluators are labelled."""
     labels = [each.label for run in runs if run.config for each in run.config.eval_loader if each.label]
-    labels += [label for run in runs for label in run.losses]
-    return [name for name in dict.fromkeys(labels) if not any(name.startswith(f'{other}/') for other in labels)]
+    return without_averages([*labels, *(label for run in runs for label in run.losses)])

@@ -18,6 +18,8 @@ from cpt_algorithms.evaluation.functional import (
     bits_per_byte,
     by_average,
     changes,
+    has_same_items,
+    is_accuracy,
     mean_over_tasks,
     paired_delta,
     training_flops,
@@ -175,10 +177,6 @@ def rows_of(study: RunSet) -> list[Row]:
     return rows
 
 
-def _is_accuracy(result: Mapping[str, Any]) -> bool:
-    return result['higher_is_better'] and set(result['weights']) == {1}
-
-
 def scores_of(study: RunSet, rows: Sequence[Row]) -> list[Scores]:
     """lm-eval scores by suite and row, with their change against the parent's training weights on the same items."""
     scores = []
@@ -193,7 +191,7 @@ def scores_of(study: RunSet, rows: Sequence[Row]) -> list[Scores]:
         ]
         every = [tasks for found in of_rows for _, tasks in found]
         names = list(dict.fromkeys(task for tasks in every for task in tasks))
-        common = [name for name in names if all(name in tasks and _is_accuracy(tasks[name]) for tasks in every)]
+        common = [name for name in names if all(name in tasks and is_accuracy(tasks[name]) for tasks in every)]
         scores += [
             _scores(study, row, suite, found, names, common) for row, found in zip(rows, of_rows, strict=True) if found
         ]
@@ -220,20 +218,19 @@ def _scores(
 
 
 def _scale(result: Mapping[str, Any]) -> float:
-    return 100.0 if _is_accuracy(result) else 1.0
+    return 100.0 if is_accuracy(result) else 1.0
 
 
 def _against_parents(
     study: RunSet, suite: str, task: str, found: Sequence[tuple[RunRecord, Mapping[str, Any]]]
 ) -> Mean | None:
     """Change against the parents, item by item: seeds answer the same items, so each is first averaged over them."""
-    same = ('entry', 'items', 'weights')
     parents = []
     for run, result in found:
         scored = study.runs[run.parent].benchmarks if run.parent else run.base_benchmarks
         of_parent = scored.get(suite, {}).get('', {})
         parents.append(of_parent.get('tasks', {}).get(task, {}))
-        if any(parents[-1].get(key) != result[key] or result[key] != found[0][1][key] for key in same):
+        if not has_same_items(result, parents[-1]) or not has_same_items(result, found[0][1]):
             return None
     ours, theirs = (np.mean([each['values'] for each in side], axis=0) for side in ([r for _, r in found], parents))
     scale = _scale(found[0][1])
