@@ -70,16 +70,11 @@ class Node:
     @property
     def data(self) -> dict[str, Any]:
         """The tree from here as JSON can hold it."""
-        known = {
-            key: getattr(self.run, key, None) for key in ('state', 'batch', 'batches', 'tokens', 'final', 'parent')
-        }
-        own = {'name': self.name, 'kind': self.kind, 'place': self.place, 'begins': self.begins, 'merged': self.merged}
-        return {
-            **own,
-            **known,
-            'schedule': _schedule(self.run) if self.run else '',
-            'children': [child.data for child in self.children],
-        }
+        own = {key: getattr(self, key) for key in ('name', 'kind', 'place', 'begins', 'merged')}
+        known = ('state', 'batch', 'batches', 'tokens', 'final', 'parent')
+        own |= {key: getattr(self.run, key, None) for key in known}
+        schedule = _schedule(self.run) if self.run else ''
+        return own | {'schedule': schedule, 'children': [child.data for child in self.children]}
 
 
 def _mix(run: RunRecord) -> str:

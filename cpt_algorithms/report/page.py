@@ -176,14 +176,9 @@ def _as_json(report: Report) -> dict[str, Any]:
         'rows': [flat(row) for row in report.rows],
         'benchmarks': [flat_scores(scores) for scores in report.scores],
         'runs': [
-            {
-                'name': run.name,
-                'state': run.state,
-                'batch': run.batch,
-                'batches': run.batches,
+            {key: getattr(run, key) for key in ('name', 'state', 'batch', 'batches', 'tokens', 'cost')}
+            | {
                 'parent': study.runs[run.parent].name if run.parent else run.began_from,
-                'tokens': run.tokens,
-                'cost': run.cost,
                 'scheduler': dict(run.config.scheduler.given) if run.config else None,
                 'versions': run.record.versions if run.record else {},
             }

@@ -240,10 +240,12 @@ def _against_parents(
 
 def _is_told_apart(row: Row, other: Row, column: str) -> bool:
     """Whether the difference, paired by seed, has an interval without 0."""
-    by_seed = [dict(zip((run.seed for run in r.runs), r.columns[column].values, strict=True)) for r in (row, other)]
-    both = [seed for seed in by_seed[0] if seed in by_seed[1]]
-    difference = over_seeds([by_seed[0][seed] - by_seed[1][seed] for seed in both]) if both else None
-    return difference is not None and difference.half is not None and abs(difference.mean) > difference.half
+    ours, theirs = (
+        {run.seed: value for run, value in zip(r.runs, r.columns[column].values, strict=True)} for r in (row, other)
+    )
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    found = over_seeds(differences) if len(differences) > 1 else None
+    return found is not None and found.half is not None and abs(found.mean) > found.half
 
 
 def contenders(rows: Sequence[Row], size: int | None) -> list[Row]:
@@ -355,12 +357,8 @@ def _missing_benchmarks(runs: Sequence[RunRecord]) -> Iterator[str]:
 
 def flat(row: Row) -> dict[str, Any]:
     """A row as JSON and CSV hold it: means by column, with ``<column> interval`` where there are several seeds."""
-    result: dict[str, Any] = {
-        'arm': row.name,
-        'parameters': row.size,
-        'seeds': len(row.runs),
-        'state': row.note or 'finished',
-    }
+    state = row.note or 'finished'
+    result: dict[str, Any] = {'arm': row.name, 'parameters': row.size, 'seeds': len(row.runs), 'state': state}
     for column, value in row.columns.items():
         result[column] = value.mean
         # the same for every seed
