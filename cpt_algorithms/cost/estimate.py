@@ -56,11 +56,7 @@ class Gpu:
 
 
 def find_gpu(gpu: str, precision: str = 'amp_bf16') -> Gpu:
-    """A GPU by its name in ``GPUS``, or by its peak FLOP/s.
-
-    Args:
-        gpu: Such as ``h100`` or ``989e12``.
-        precision: Composer's name of the run's precision. Default: ``amp_bf16``.
+    """A GPU by its name in ``GPUS``, or by its peak FLOP/s; ``precision`` is Composer's name of the run's.
 
     Raises:
         ValueError: If it is not known, or cannot compute in this precision.
@@ -107,9 +103,6 @@ class ModelSize:
 
 def measure(model: Any) -> ModelSize:
     """Count the parameters of a Hugging Face or MPT causal language model, on any device, meta included.
-
-    Args:
-        model: What a Composer model of LLM Foundry has under ``model``.
 
     Raises:
         ValueError: If its blocks have something else than attention and an MLP of two or three matrices.
@@ -323,15 +316,15 @@ def memory_per_gpu(
         sharding: One of ``SHARDINGS``; ``none`` is one GPU, or DDP.
         gpus: All of them.
         shards: GPUs that share one copy of the model.
-        weight_bytes: Of a trained weight; 2 with ``master_weights_dtype``. Default: ``4``.
-        compute_bytes: Of a number in the forward pass. Default: ``2``.
-        gathered_bytes: Of a gathered weight. Default: ``2``.
-        optimizer_bytes: State per parameter. Default: ``8``, AdamW in float32.
-        activations: Of :func:`backward_bytes`. Default: ``0``.
-        evaluation_logits: Bytes of the logits of an evaluation. Default: ``0``.
-        emas: Half-lives of ``ema``. Default: ``0``.
-        lawa: Length of the window of ``lawa``. Default: ``0``.
-        lawa_is_offloaded: Whether the window is in the CPU's memory. Default: ``True``.
+        weight_bytes: Of a trained weight; 2 with ``master_weights_dtype``.
+        compute_bytes: Of a number in the forward pass.
+        gathered_bytes: Of a gathered weight.
+        optimizer_bytes: State per parameter; 8 is AdamW in float32.
+        activations: Of :func:`backward_bytes`.
+        evaluation_logits: Bytes of the logits of an evaluation.
+        emas: Half-lives of ``ema``.
+        lawa: Length of the window of ``lawa``.
+        lawa_is_offloaded: Whether the window is in the CPU's memory.
     """
     if sharding not in SHARDINGS:
         raise ValueError(f'fsdp_config.sharding_strategy={sharding} is not planned for; one of {", ".join(SHARDINGS)}')

@@ -34,10 +34,7 @@ _PARTS = {
 def print_phases(stages: Mapping[str, Stage], console: Console) -> None:
     """Tokens of each stream in each phase of the schedule, steps, and learning rates where phases meet.
 
-    Args:
-        stages: Stages, by name. Those that differ in nothing of this are shown once; those that train
-            nothing (merges) are left out.
-        console: Where to print.
+    Stages that differ in nothing of this are shown once; those that train nothing (merges) are left out.
 
     Raises:
         ValueError: If a run is given in epochs.
@@ -92,12 +89,7 @@ def _spans(stage: Stage, batches: int) -> list[tuple[Span | None, int]]:
 
 
 def print_stage(stage: Stage, with_cost: bool) -> None:
-    """The schedule, as the multipliers of ``optimizer.lr`` that each batch will be trained with; on the first rank.
-
-    Args:
-        stage: The stage.
-        with_cost: Whether to print what it will cost, too, on as many GPUs as there are ranks.
-    """
+    """On the first rank, the schedule as multipliers of ``optimizer.lr`` and, if wanted, the cost on these ranks."""
     if os.environ.get('RANK', '0') != '0':
         return
     console = Console(width=140)
@@ -125,16 +117,13 @@ def print_costs(
     Args:
         stages: Stages, by name. Those that train nothing (merges) are left out.
         console: Where to print.
-        gpu: A name in ``cost.GPUS``, or a peak in FLOP/s. Default: ``h100``.
-        gpus: How many each run is on. Default: ``8``.
-        mfu: Model FLOPs utilisation to reckon with. Default: ``0.4``.
+        gpu: As of :func:`~cpt_algorithms.cost.estimate.costs_of`, which raises if this or what follows is not right.
+        gpus: Likewise, for each run.
+        mfu: Likewise.
         budgets: Token budget of each stage, for the saving. Default: ``None``, no such table, as for one stage.
 
     Returns:
         The numbers, by name.
-
-    Raises:
-        ValueError: If a YAML, or one of the numbers, is not right.
     """
     costs = {name: costs_of(stage, gpu, gpus, mfu) for name, stage in stages.items() if stage.batches != 0}
     chip = next(iter(costs.values())).gpu

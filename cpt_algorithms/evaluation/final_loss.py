@@ -31,11 +31,7 @@ def dataset_of(label: str) -> str:
 
 
 def loss_of(state: State, metric: str) -> float | None:
-    """Loss of the dataset that was just evaluated, at ``Event.EVAL_END``; ``None`` if it is not judged by one.
-
-    Raises:
-        ValueError: If there was nothing to evaluate.
-    """
+    """Loss of the dataset that was just evaluated, at ``Event.EVAL_END``; ``None`` if it is not judged by one."""
     label = str(state.dataloader_label)
     found = state.eval_metrics.get(label, {}).get(metric)
     if found is None:

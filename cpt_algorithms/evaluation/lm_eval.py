@@ -46,11 +46,6 @@ def load_model(folder: Path, device: str, batch_size: int) -> Any:
     ``AutoModelForCausalLM`` takes transformers' ``mpt``, which knows no learned positions, and gives other numbers
     without a word. No code is taken from the folder.
 
-    Args:
-        folder: A Hugging Face model with its tokenizer.
-        device: ``cpu`` or ``cuda``.
-        batch_size: Sequences at once.
-
     Raises:
         ValueError: If it cannot be loaded, or not all of its weights are there.
     """
@@ -105,8 +100,6 @@ def evaluate_runs(
         higher_is_better, score, stderr, count, values, weights, items, entry, data}}, missing: {name: reason},
         settings}``. ``items`` is the identity of the items, ``entry`` and ``data`` are what the task was run with.
 
-    Raises:
-        ValueError: If a model is not there or cannot be loaded.
     """
     import torch
 
@@ -209,11 +202,7 @@ def _quiet() -> None:
 
 
 def _load_tasks(entry: SuiteTask) -> Any:
-    """The tasks of an entry with their data.
-
-    As ``lm_eval.simple_evaluate`` loads them; that one leaves the shots of tasks alone that say 0, and takes seconds
-    each time to describe the machine.
-    """
+    """As ``lm_eval.simple_evaluate``, which leaves shots of tasks that say 0, and describes the machine for seconds."""
     import numpy as np
     import torch
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED

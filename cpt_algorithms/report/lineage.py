@@ -115,8 +115,7 @@ def read_lineage(folders: Sequence[str | Path]) -> list[Node]:
         Roots: what began from scratch, from a pretrained model, or from a parent that is not there.
 
     Raises:
-        ValueError: If there is no run below a folder, or a file of one is damaged.
-        StorageError: If object storage cannot be reached.
+        ValueError: If there is no run below a folder, a file of one is damaged, or storage cannot be reached.
     """
     runs: dict[str, RunRecord] = {}
     for given in folders:
@@ -142,14 +141,7 @@ def _runs_below(folder: str | Path) -> list[str]:
 
 
 def tree_of(runs: dict[str, RunRecord]) -> list[Node]:
-    """Runs under what they began from.
-
-    Args:
-        runs: By folder, with their ancestors; those of averaged checkpoints are added.
-
-    Returns:
-        Roots, as of :func:`read_lineage`.
-    """
+    """Roots, as of :func:`read_lineage`, of runs by folder, with their ancestors; averaged checkpoints' are added."""
     tree = _Tree(runs)
     for run in list(runs.values()):
         tree.add(run)

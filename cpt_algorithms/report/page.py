@@ -90,11 +90,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
     the runs alone.
 
     Args:
-        folders: Sequence folders or run folders.
+        folders: As of :func:`~cpt_algorithms.report.run_records.read_runs`.
         out: Where to write; made if need be.
-
-    Raises:
-        ValueError: If a folder is neither a sequence nor a run.
     """
     study = read_runs(folders)
     rows = rows_of(study)

@@ -188,8 +188,7 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
         plan: What a sequence knows of it, with its parent's folder. Default: ``None``, its parent is looked for.
 
     Raises:
-        ValueError: If it has not begun and there is no plan, or a file of it is damaged.
-        StorageError: If object storage cannot be reached.
+        ValueError: If it has not begun and there is no plan, a file is damaged, or storage cannot be reached.
     """
     if plan is None and folder in runs:
         return

@@ -9,7 +9,7 @@ import papers
 import pytest
 import results
 import training
-from judge import Claim, Condition, Finding, NotRun, judge
+from judge import Claim, Condition, Finding, judge
 from tiny import ROOT, planned
 
 from cpt_algorithms.sequence.run import write_sequence
@@ -18,19 +18,12 @@ from cpt_algorithms.sequence.spec import SequenceSpec
 SEEDS = (17, 18, 19)
 
 
-def test_a_claim_whose_runs_are_not_there_stays_in_the_table():
-    def test(evidence):
-        raise NotRun('cpp-s17 in runs')
-
-    (finding,) = judge([Claim('C0', 'says', 'paper', test)], None)
-    assert finding.verdict == 'not run'
-    assert '| cpp-s17 in runs | not run |' in results.page([finding], [], 'made here')
-
-
 def test_a_page_says_what_decided():
     good, bad = Condition('a', [1, 1.1, 0.9], above=0), Condition('b', [-1, -1.1, -0.9], above=0)
-    finding = Finding(Claim('C0', 'says', 'paper', lambda evidence: []), [good, bad])
-    lines = results.page([finding], [], 'made here').splitlines()
+    claim = Claim('C0', 'says', 'paper', lambda evidence: [])
+    findings = [Finding(claim, [good, bad]), Finding(claim, [], 'cpp-s17 in runs')]
+    lines = results.page(findings, [], 'made here').splitlines()
+    assert '| C0 says | paper | cpp-s17 in runs | not run |' in lines
     assert '| C0 says | paper | b: -1.000 ± 0.248 | not reproduced |' in lines
     assert '| C0 | a | > 0 | +1.000 ± 0.248 |' in lines
     assert '| C0 | b | > 0 | -1.000 ± 0.248 (not reproduced) |' in lines
@@ -181,9 +174,8 @@ def write(folder, data, made_up, run):
 
 def test_every_claim_is_reproduced_where_it_holds(tmp_path, plans, monkeypatch):
     found = judge(papers.CLAIMS, world(tmp_path, plans, monkeypatch))
-    assert [finding.claim.name for finding in found] == [f'C{i}' for i in range(1, 12)] + [
-        f'W{i}' for i in range(1, 11)
-    ]
+    names = [*(f'C{i}' for i in range(1, 12)), *(f'W{i}' for i in range(1, 11))]
+    assert [finding.claim.name for finding in found] == names
     assert {finding.claim.name: finding.conditions for finding in found if finding.verdict != 'reproduced'} == {}
 
 
