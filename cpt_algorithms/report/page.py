@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -60,23 +60,20 @@ class Report:
     path: Path  # of the page
 
 
-@dataclass(frozen=True)
-class _Cell:
+class _Cell(NamedTuple):
     text: str = '-'
     small: str = ''
     look: str = ''
 
 
-@dataclass(frozen=True)
-class _Line:
+class _Line(NamedTuple):
     name: str
     note: str
     look: str
     cells: list[_Cell]
 
 
-@dataclass(frozen=True)
-class _Table:
+class _Table(NamedTuple):
     title: str
     note: str
     groups: list[tuple[str, list[str]]]
@@ -98,17 +95,12 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
     scores = scores_of(study, rows)
     findings = [finding(rows, size) for size in study.sizes]
     if len(findings) > 1:
-        findings = [
-            f'At {size_name(size)}, {text.replace("Nothing", "nothing", 1)}'
-            for size, text in zip(study.sizes, findings, strict=True)
-        ]
+        texts = zip(study.sizes, findings, strict=True)
+        findings = [f'At {size_name(size)}, {text.replace("Nothing", "nothing", 1)}' for size, text in texts]
     mixes = [run.config.mix for run in study.runs.values() if run.config]
-    stand_ins = {name: stream.stand_in_for for mix in mixes if mix for name, stream in mix.old.items()}
-    findings += [
-        f'{name} stands in for {what}: forgetting is measured on it.'
-        for name, what in sorted(stand_ins.items())
-        if what
-    ]
+    streams = {name: stream for mix in mixes if mix for name, stream in mix.old.items()}
+    stand_ins = {name: streams[name].stand_in_for for name in sorted(streams) if streams[name].stand_in_for}
+    findings += [f'{name} stands in for {what}: forgetting is measured on it.' for name, what in stand_ins.items()]
     report = Report(study, findings, rows, scores, missing(study, rows), out / 'report.html')
     out.mkdir(parents=True, exist_ok=True)
     plots = list(plots_of(study, rows))
@@ -191,8 +183,8 @@ def _losses(study: RunSet) -> dict[str, str]:
     return columns | ({'loss mean': 'mean'} if len(study.data) > 1 else {})
 
 
-def _number(row: Row, column: str) -> _Cell:
-    """A number of the table in the form that people read."""
+def _number(row: Row, column: str, scale: int = 1) -> _Cell:
+    """A number of the table in the form that people read; of hours, ``scale`` times as many."""
     value = row.columns.get(column)
     if value is None:
         return _Cell()
@@ -202,15 +194,11 @@ def _number(row: Row, column: str) -> _Cell:
         return _Cell(flop(value.mean))
     if column == 'compute vs union':
         return _Cell(percent(value.mean))
+    if column.startswith('device hours'):
+        return _Cell(f'{scale * value.mean:.3g}', '' if value.half is None else f'±{scale * value.half:.2g}')
     is_change = column.startswith(CHANGES)
     half = '' if value.half is None else f'±{value.half:.3f}'
     return _Cell(signed(value.mean, 3) if is_change else f'{value.mean:.3f}', half)
-
-
-def _hours(value: OverSeeds | None, scale: int) -> _Cell:
-    if value is None:
-        return _Cell()
-    return _Cell(f'{scale * value.mean:.3g}', '' if value.half is None else f'±{scale * value.half:.2g}')
 
 
 def _cards_of(report: Report, size: int | None) -> list[dict[str, str]]:
@@ -344,12 +332,12 @@ def _cost_table(report: Report) -> _Table:
     for row in report.rows:
         if row.average:
             continue
-        saved = _hours(row.columns.get('device hours saved'), scale)
+        spent, saved = (_number(row, column, scale) for column in ('device hours', 'device hours saved'))
         if 'device hours saved (estimated)' in row.columns:
-            guess = _hours(row.columns['device hours saved (estimated)'], scale)
+            guess = _number(row, 'device hours saved (estimated)', scale)
             saved, is_estimate = _Cell(f'≈ {guess.text}', guess.small), True
         cells = [_number(row, column) for column in ('new tokens', 'replayed tokens', 'flops', 'compute vs union')]
-        lines.append(_line(study, row, [*cells, _hours(row.columns.get('device hours'), scale), saved]))
+        lines.append(_line(study, row, [*cells, spent, saved]))
     note = 'Of the last stage of each arm: what came before is paid for already. Compute: 6 × parameters N × tokens T.'
     if is_estimate:
         note += ' ≈: union was not run to its end; estimated from the hours that this run took for a token.'

@@ -342,18 +342,14 @@ def _last_error(lines: Sequence[str]) -> str:
 
 def _benchmarks(folder: str) -> dict[str, dict[str, dict[str, Any]]]:
     """lm-eval results of a local run's latest export, and of the pretrained model."""
-    latest: dict[tuple[str, str], tuple[int, Path]] = {}
-    base = {}
-    for path in sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/*.json')):
-        suite = path.parent.name
-        if path.stem == 'base':
-            base[suite] = {'': read_json(path)}
-        elif match := re.fullmatch(r'ba(\d+)(?:-(.+))?', path.stem):
-            of = (suite, match[2] or '')
-            latest[of] = max(latest.get(of, (-1, path)), (int(match[1]), path))
-    found: dict[str, dict[str, Any]] = {}
-    for (suite, average), (_, path) in latest.items():
-        found.setdefault(suite, {})[average] = read_json(path)
+    paths = sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/*.json'))
+    base = {path.parent.name: {'': read_json(path)} for path in paths if path.stem == 'base'}
+    latest: dict[str, dict[str, tuple[int, Path]]] = {}
+    for path in paths:
+        if match := re.fullmatch(r'ba(\d+)(?:-(.+))?', path.stem):
+            of_suite, average = latest.setdefault(path.parent.name, {}), match[2] or ''
+            of_suite[average] = max(of_suite.get(average, (-1, path)), (int(match[1]), path))
+    found = {suite: {average: read_json(of[average][1]) for average in of} for suite, of in latest.items()}
     return {'benchmarks': found, 'base_benchmarks': base}
 
 

@@ -183,31 +183,23 @@ def scores_of(study: RunSet, rows: Sequence[Row]) -> list[Scores]:
     for suite in dict.fromkeys(suite for row in rows for run in row.runs for suite in run.benchmarks):
         of_rows = [
             [
-                (run, run.benchmarks[suite][row.average]['tasks'])
+                (run, of[row.average]['tasks'])
                 for run in row.runs
-                if row.average in run.benchmarks.get(suite, {})
+                if row.average in (of := run.benchmarks.get(suite, {}))
             ]
             for row in rows
         ]
         every = [tasks for found in of_rows for _, tasks in found]
-        names = list(dict.fromkeys(task for tasks in every for task in tasks))
-        common = [name for name in names if all(name in tasks and is_accuracy(tasks[name]) for tasks in every)]
-        scores += [
-            _scores(study, row, suite, found, names, common) for row, found in zip(rows, of_rows, strict=True) if found
-        ]
+        # by task, whether its accuracy is one that all rows have
+        names = dict.fromkeys(task for tasks in every for task in tasks)
+        names = {name: all(name in tasks and is_accuracy(tasks[name]) for tasks in every) for name in names}
+        scores += [_scores(study, row, suite, found, names) for row, found in zip(rows, of_rows, strict=True) if found]
     return scores
 
 
-def _scores(
-    study: RunSet,
-    row: Row,
-    suite: str,
-    found: Sequence[tuple[RunRecord, Mapping[str, Any]]],
-    names: Sequence[str],
-    common: Sequence[str],
-) -> Scores:
-    of_tasks = {name: [(run, tasks[name]) for run, tasks in found if name in tasks] for name in names}
-    of_tasks = {name: of for name, of in of_tasks.items() if of}
+def _scores(study: RunSet, row: Row, suite: str, found: list[tuple[RunRecord, Any]], names: dict[str, bool]) -> Scores:
+    common = [name for name, is_common in names.items() if is_common]
+    of_tasks = {name: of for name in names if (of := [(run, tasks[name]) for run, tasks in found if name in tasks])}
     means = {name: over_seeds([_scale(result) * result['score'] for _, result in of]) for name, of in of_tasks.items()}
     changed_by = {name: _against_parents(study, suite, name, of) for name, of in of_tasks.items()}
     deltas = {name: delta for name, delta in changed_by.items() if delta is not None}
@@ -221,9 +213,7 @@ def _scale(result: Mapping[str, Any]) -> float:
     return 100.0 if is_accuracy(result) else 1.0
 
 
-def _against_parents(
-    study: RunSet, suite: str, task: str, found: Sequence[tuple[RunRecord, Mapping[str, Any]]]
-) -> Mean | None:
+def _against_parents(study: RunSet, suite: str, task: str, found: list[tuple[RunRecord, Any]]) -> Mean | None:
     """Change against the parents, item by item: seeds answer the same items, so each is first averaged over them."""
     parents = []
     for run, result in found:
