@@ -310,10 +310,10 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
     rows: list[Row] = []
     for name, task in result['tasks'].items():
         theirs = parent['tasks'].get(name) if parent else None
-        is_same = theirs and has_same_items(task, theirs)
-        delta = paired_delta(task['values'], theirs['values'], task['weights']) if is_same else None
-        means = [Mean(each['score'], each['stderr'], each['count']) if each else None for each in (task, theirs)]
-        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), *means, delta))
+        pair = (task['values'], theirs['values']) if theirs and has_same_items(task, theirs) else None
+        delta = paired_delta(*pair, task['weights']) if pair else None
+        ours, parents = (of and Mean(of['score'], of['stderr'], of['count']) for of in (task, theirs))
+        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), ours, parents, delta))
     scored = [row for row in rows if row.is_accuracy]
     if len(scored) > 1:
         paired = [(row.parent, row.delta) for row in scored if row.parent and row.delta]

@@ -260,7 +260,7 @@ def _averages(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:
     averages = [a for a in dict.fromkeys(a for run in runs for a in by_average(run.final, [name])) if a]
     if not averages:
         return None
-    styles = dict(zip(averages, cycle(AVERAGE_STYLES), strict=False))
+    styles: dict[str, Any] = dict(zip(averages, cycle(AVERAGE_STYLES), strict=False))
     averaged = [
         replace(line, style=style, label=f'_{line.label}')
         for average, style in styles.items()

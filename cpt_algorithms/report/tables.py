@@ -182,12 +182,8 @@ def scores_of(study: RunSet, rows: Sequence[Row]) -> list[Scores]:
     scores = []
     for suite in dict.fromkeys(suite for row in rows for run in row.runs for suite in run.benchmarks):
         of_rows = [
-            [
-                (run, of[row.average]['tasks'])
-                for run in row.runs
-                if row.average in (of := run.benchmarks.get(suite, {}))
-            ]
-            for row in rows
+            [(run, of[r.average]['tasks']) for run in r.runs if r.average in (of := run.benchmarks.get(suite, {}))]
+            for r in rows
         ]
         every = [tasks for found in of_rows for _, tasks in found]
         # by task, whether its accuracy is one that all rows have
