@@ -100,6 +100,8 @@ def evaluate_runs(
         higher_is_better, score, stderr, count, values, weights, items, entry, data}}, missing: {name: reason},
         settings}``. ``items`` is the identity of the items, ``entry`` and ``data`` are what the task was run with.
 
+    Raises:
+        ValueError: If a model is not there or cannot be loaded.
     """
     import torch
 

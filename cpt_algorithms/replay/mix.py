@@ -50,19 +50,19 @@ STREAM_KEYS = tuple(Stream.model_fields)
 class OldStream(Stream):
     """A dataset that is replayed.
 
-    Its ``weight`` among these; ``consumed_by``, a checkpoint whose run has read what there is to replay; or
+    Its ``weight`` among these; ``only_seen_by``, a checkpoint whose run has read what there is to replay; or
     ``stand_in_for``, a text that says in place of which unknown data it is replayed.
     """
 
     weight: float | str = 1
-    consumed_by: PathStr | None = None
+    only_seen_by: PathStr | None = None
     stand_in_for: str | None = None
 
     @model_validator(mode='after')
     def _is_one_thing(self) -> 'OldStream':
-        if self.consumed_by and self.stand_in_for:
+        if self.only_seen_by and self.stand_in_for:
             raise ValueError(
-                'KEY has consumed_by and stand_in_for: it is what that run read, or stands in for data that is not '
+                'KEY has only_seen_by and stand_in_for: it is what that run read, or stands in for data that is not '
                 'known, not both'
             )
         return self

@@ -87,7 +87,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         max_seq_len: Tokens per sample.
         new: One stream (``remote``, ``local``, ``split`` and Streaming's download options), or several named ones.
         replay: ``{fraction, streams, order}``. ``fraction``: share of every batch from earlier datasets, in [0, 1).
-            ``streams``: ``{name: stream}``, each with an optional ``weight`` (Default: ``1``); ``consumed_by``, a
+            ``streams``: ``{name: stream}``, each with an optional ``weight`` (Default: ``1``); ``only_seen_by``, a
             checkpoint: only what its run had read by then is replayed, in its order (``pretraining``, with that run's
             shuffle) or in another; or ``stand_in_for``, a text that says for which unknown data this stands. ``order``:
             ``pretraining`` (the order in which this loader read that dataset when it was ``new`` on its own, under
@@ -99,7 +99,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         shuffle_seed: Seed of the shuffle. Default: ``9176``.
         shuffle_block_size: Samples within which the shuffle mixes shards. Default: ``1 << 18``.
         max_passes: How many times the stage's budget may read a dataset, old or new. Default: ``1``.
-        continues: A checkpoint: what its run has read of the same data, in the same role, is not read again; each
+        resume_after: A checkpoint: what its run has read of the same data, in the same role, is not read again; each
             dataset goes on behind it (a branch). The fraction and the weights may differ. Default: ``None``.
         token_encoding_type: Of tokens that were stored as bytes. Default: ``'int64'``.
         kwargs: Streaming's own: ``cache_limit``, ``predownload``, ``download_retry``, ``download_timeout``,
@@ -107,8 +107,8 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
 
     Raises:
         ValueError: If a key is unknown, the fraction or a weight is out of range, two streams share a name, or the
-            new data does not fill one global batch, rows were packed to another length, ``consumed_by`` is no
-            checkpoint of a run that learned that dataset, or ``continues`` is one that read this data in another
+            new data does not fill one global batch, rows were packed to another length, ``only_seen_by`` is no
+            checkpoint of a run that learned that dataset, or ``resume_after`` is one that read this data in another
             order.
 
     Source: Ibrahim et al. 2024, section 4.2 (compute-equivalent replay).
@@ -126,7 +126,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         shuffle_seed: int = 9176,
         shuffle_block_size: int | None = None,
         max_passes: float = 1,
-        continues: str | None = None,
+        resume_after: str | None = None,
         token_encoding_type: str = 'int64',
         **kwargs: Any,
     ) -> None:
@@ -181,8 +181,8 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
                 **self._describe_streams('replay', mix.old, len(mix.new)),
             }
         )
-        if continues is not None:
-            read = read_positions('train_loader.dataset.continues', continues, self.mix)
+        if resume_after is not None:
+            read = read_positions('train_loader.dataset.resume_after', resume_after, self.mix)
             self.sequence = MixedSequence(mix.interleaving, orders, [read.get(name, 0) for name in self.names])
             self.mix = json.dumps({**json.loads(self.mix), 'read before': json.dumps(read)})
 
@@ -190,9 +190,9 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         index, block_size = self.indexes[stream], int(self.shuffle_block_size or 0)
         seed = self.shuffle_seed if self.shuffle else None
         fresh = self.shuffle_seed + FRESH_SHUFFLE if mix.order == 'shuffled' else None
-        if (checkpoint := mix.old[name].consumed_by) is None:
+        if (checkpoint := mix.old[name].only_seen_by) is None:
             return StreamOrder(index.samples, seed if fresh is None else fresh, block_size)
-        where = f'train_loader.dataset.replay.streams.{name}.consumed_by'
+        where = f'train_loader.dataset.replay.streams.{name}.only_seen_by'
         consumed = read_consumed(where, checkpoint, index.digest)
         if not consumed.samples:
             raise ValueError(f'{where}={checkpoint}: that run had read nothing yet')

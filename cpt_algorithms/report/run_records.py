@@ -300,7 +300,7 @@ def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, Run
         parent = find_run(checkpoint.rpartition('/')[0], folder, stage.folder or folder)
     if parent:
         read_run(parent, runs)
-        continues = batch_of(record.parent or '') if stage.train_loader.dataset.continues else None  # a branch
+        continues = batch_of(record.parent or '') if stage.train_loader.dataset.resume_after else None  # a branch
         at, trunk = stage.merge.batch if stage.merge else continues, runs[parent].config
         before = trunk.tokens_by_stream(at) if trunk and at is not None else {}
     tokens = stage.tokens_by_stream(0 if stage.batches is None else None)

@@ -109,13 +109,13 @@ def annealed(
     for each in callbacks.values():
         if each.get('save_folder') == trunk.save_folder:
             each['save_folder'] = save_folder
-    callbacks['stage_start'] = {'optimizer': 'keep'}
+    callbacks['stage_start'] = {'optimizer_state': 'keep'}
     if 'forgetting' in callbacks:
         # of the stage as a whole: against what its trunk started from
         losses = f'{trunk.save_folder}/forgetting.json'
         callbacks['forgetting'] = {'parent_losses': losses, **callbacks['forgetting']}
     branch = {key: copy.deepcopy(value) for key, value in given.items() if key not in _PLACES}
-    branch['train_loader']['dataset']['continues'] = checkpoint
+    branch['train_loader']['dataset']['resume_after'] = checkpoint
     return {
         **branch,
         'run_name': run_name,

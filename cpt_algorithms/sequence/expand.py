@@ -189,9 +189,9 @@ def _baseline(
     spec: SequenceSpec, where: str, baseline: str, stages: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     first, last = next(iter(stages.values())), list(stages.values())[-1]
-    if baseline == 'single':
+    if baseline == 'from_scratch':
         kept = {key: last[key] for key in ('new', 'max_duration')}
-        return {'single': {**{key: value for key, value in first.items() if key != 'replay'}, **kept}}
+        return {'from_scratch': {**{key: value for key, value in first.items() if key != 'replay'}, **kept}}
     if baseline == 'union':
         return {'union': _union(spec, where, stages)}
     changed = {}
@@ -351,7 +351,7 @@ class _RunFactory:
         if parent is not None:
             config['load_path'] = f'{parent.folder}/{latest_link(parent.stage.is_sharded)}'
         else:  # there is no state to keep
-            config['callbacks']['stage_start'] = {'optimizer': 'reset'}
+            config['callbacks']['stage_start'] = {'optimizer_state': 'reset'}
         if self.stage not in FROM_SCRATCH:
             new = list(config['train_loader']['dataset']['new'])
             if old := [name for name in dict.fromkeys(earlier) if name not in new]:
@@ -455,7 +455,7 @@ def _train_yaml(
     callbacks = config.get('callbacks') or {}
     config['callbacks'] = {
         **callbacks,
-        'stage_start': {'optimizer': stage.optimizer_state},
+        'stage_start': {'optimizer_state': stage.optimizer_state},
         'final_loss': callbacks.get('final_loss') or {},
     }
     return config
@@ -480,7 +480,7 @@ def _replay(
                 raise ValueError(
                     f'replay.consumed_only=true, and no stage of this sequence learned {name!r} by itself; leave it out'
                 )
-            streams[name]['consumed_by'] = read_by[name]
+            streams[name]['only_seen_by'] = read_by[name]
     if not streams:
         raise ValueError(
             f'replay.fraction={stage.replay.fraction} for {", ".join(new)}, and none of the earlier stages has read '

@@ -28,9 +28,9 @@ __all__ = [
 
 # From scratch on the data of all stages; or on the last one's. Or later stages: at the learning rate that the first one
 # ended with; re-warmed and not decayed; without replay; re-warmed on the first one's data.
-Baseline = Literal['union', 'single', 'constant_eta_min', 'constant_eta_max', 'no_replay', 'same_data']
+Baseline = Literal['union', 'from_scratch', 'constant_eta_min', 'constant_eta_max', 'no_replay', 'same_data']
 BASELINES: tuple[str, ...] = get_args(Baseline)
-FROM_SCRATCH = ('union', 'single')
+FROM_SCRATCH = ('union', 'from_scratch')
 ANNEAL_KEYS = ('t_anneal', 'anneal', 'alpha_f')
 # Filled in for every run.
 DERIVED = ('run_name', 'save_folder', 'load_path', 'load_weights_only', 'load_ignore_keys', 'autoresume', 'seed')

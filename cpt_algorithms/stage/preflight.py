@@ -396,13 +396,14 @@ def _check_loading(stage: Stage) -> None:
         return
     if stage.callbacks.stage_start is None:
         raise ValueError(
-            'callbacks.stage_start is missing, and load_path names a parent: add `stage_start: {optimizer: reset}` '
-            "(the papers' setting) or `{optimizer: keep}` so that the learning rate of this YAML is obeyed"
+            'callbacks.stage_start is missing, and load_path names a parent: add '
+            "`stage_start: {optimizer_state: reset}` (the papers' setting) or `{optimizer_state: keep}` so that the "
+            'learning rate of this YAML is obeyed'
         )
     keep = stage.keeps_optimizer_state
     if stage.load_weights_only == keep:
         raise ValueError(
-            f'load_weights_only={stage.load_weights_only} contradicts stage_start.optimizer='
+            f'load_weights_only={stage.load_weights_only} contradicts stage_start.optimizer_state='
             f'{"keep" if keep else "reset"}; leave it out (the recipe sets it)'
         )
     if keep and (missing := set(KEEP_OPTIMIZER_IGNORE_KEYS) - set(stage.load_ignore_keys)):
@@ -516,9 +517,9 @@ def _check_data(stage: Stage, parent_is_there: bool) -> None:
         return
     sizes = {'new': sum(size or 0 for size in new_sizes.values()), **{k: v or 0 for k, v in old_sizes.items()}}
     for name, stream in mix.old.items():
-        if (checkpoint := stream.consumed_by) is None:
+        if (checkpoint := stream.only_seen_by) is None:
             continue
-        where = f'train_loader.dataset.replay.streams.{name}.consumed_by'
+        where = f'train_loader.dataset.replay.streams.{name}.only_seen_by'
         index = Path(stream.local or '', stream.split or '', 'index.json')
         # of what is still to be trained, or elsewhere, the loader itself finds out
         if index.exists() and Path(checkpoint).exists():

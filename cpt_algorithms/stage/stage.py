@@ -121,7 +121,7 @@ class Dataset(Section):
     new: dict[str, Any] = {}
     replay: dict[str, Any] = {}
     max_passes: float | str = 1
-    continues: PathStr | None = None
+    resume_after: PathStr | None = None
 
 
 class Loader(Section):
@@ -174,7 +174,7 @@ class FSDP(Section):
 class StageStartArguments(Section):
     """How the stage begins."""
 
-    optimizer: str = 'reset'
+    optimizer_state: str = 'reset'
     trust_checkpoint: bool = False
 
 
@@ -319,7 +319,7 @@ class Stage(Section):
 
         * ``model: FILE.yaml``: its content, such as ``yamls/models/gpt_neox_405m.yaml``.
         * ``autoresume: true``: llm-foundry says it turns it on, and does not.
-        * ``load_weights_only`` and ``load_ignore_keys`` as ``callbacks.stage_start.optimizer`` needs them.
+        * ``load_weights_only`` and ``load_ignore_keys`` as ``callbacks.stage_start.optimizer_state`` needs them.
         * ``save_folder`` of ``callbacks.final_loss``, ``forgetting`` and ``hf_checkpointer`` (export at the end).
         * ``eval_first: true`` for ``callbacks.forgetting``, which wants the parent's losses.
         * ``model.pretrained: false`` with ``load_path``: the checkpoint's weights would replace those that were read.
@@ -422,7 +422,7 @@ class Stage(Section):
     @property
     def keeps_optimizer_state(self) -> bool:
         """Whether it goes on with its parent's."""
-        return self.callbacks.stage_start is not None and self.callbacks.stage_start.optimizer == 'keep'
+        return self.callbacks.stage_start is not None and self.callbacks.stage_start.optimizer_state == 'keep'
 
     @property
     def is_sharded(self) -> bool:

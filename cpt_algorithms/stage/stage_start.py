@@ -60,8 +60,8 @@ class StageStart(Callback):
     rank 0's shard on resume).
 
     Args:
-        optimizer: ``reset`` drops the parent's optimizer state (the papers' setting; ``load_weights_only: true`` in the
-            YAML), ``keep`` goes on with it (``load_ignore_keys`` as in ``KEEP_OPTIMIZER_IGNORE_KEYS``).
+        optimizer_state: ``reset`` drops the parent's optimizer state (the papers' setting; ``load_weights_only: true``
+            in the YAML), ``keep`` goes on with it (``load_ignore_keys`` as in ``KEEP_OPTIMIZER_IGNORE_KEYS``).
             Default: ``reset``.
         trust_checkpoint: Whether checkpoints may run code of their own when they are loaded, the parent's as well as
             those that the run resumes from. Otherwise one that could is refused, and so is a damaged one. Default:
@@ -74,14 +74,16 @@ class StageStart(Callback):
     Cost: a pass over the weights for each checkpoint.
     """
 
-    def __init__(self, optimizer: str = 'reset', trust_checkpoint: bool = False) -> None:
-        if optimizer not in _LOAD_LINES:
-            raise ValueError(f"callbacks.stage_start.optimizer={optimizer!r} is not possible; use 'reset' or 'keep'")
+    def __init__(self, optimizer_state: str = 'reset', trust_checkpoint: bool = False) -> None:
+        if optimizer_state not in _LOAD_LINES:
+            raise ValueError(
+                f"callbacks.stage_start.optimizer_state={optimizer_state!r} is not possible; use 'reset' or 'keep'"
+            )
         if not isinstance(trust_checkpoint, bool):
             raise ValueError(
                 f'callbacks.stage_start.trust_checkpoint={trust_checkpoint!r} is not possible; use true or false'
             )
-        self.optimizer = optimizer
+        self.optimizer_state = optimizer_state
         self.trust_checkpoint = trust_checkpoint
         self._hyperparameters: list[list[dict[str, Any]]] = []
         self._loaded: dict[str, Any] | None = None
@@ -126,21 +128,23 @@ class StageStart(Callback):
             self._check_restart(state)
         elif state.load_path is not None:
             self._start_from_parent(state)
-        elif self.optimizer == 'keep':
-            raise ValueError('callbacks.stage_start.optimizer is keep, but there is no load_path to keep one from')
+        elif self.optimizer_state == 'keep':
+            raise ValueError(
+                'callbacks.stage_start.optimizer_state is keep, but there is no load_path to keep one from'
+            )
         for scheduler in state.schedulers:
             # torch's LambdaLR; a sharded load with the wrong load_ignore_keys leaves this list empty
             scheduler.base_lrs = [group['initial_lr'] for group in scheduler.optimizer.param_groups]
 
     def _start_from_parent(self, state: State) -> None:
         for optimizer, groups in zip(state.optimizers, self._hyperparameters, strict=True):
-            if self.optimizer == 'reset':
+            if self.optimizer_state == 'reset':
                 # also what a sharded load leaves behind when it ignores the optimizer: step 1 and zero moments
                 optimizer.state.clear()
             elif not _has_moments(optimizer):
                 raise ValueError(
-                    "callbacks.stage_start.optimizer is keep, but the parent's optimizer state was not loaded; set "
-                    + _LOAD_LINES['keep']
+                    "callbacks.stage_start.optimizer_state is keep, but the parent's optimizer state was not loaded; "
+                    'set ' + _LOAD_LINES['keep']
                 )
             for group, values in zip(optimizer.param_groups, groups, strict=True):
                 group.update(values)
@@ -151,7 +155,7 @@ class StageStart(Callback):
             raise ValueError(
                 f'{state.load_path} was loaded whole, at batch {state.timestamp.batch.value} of {parent}: its learning '
                 f'rate, time and data position would go on in {state.run_name!r}. To start a stage from it, set '
-                f'{_LOAD_LINES[self.optimizer]}, and a save_folder of its own'
+                f'{_LOAD_LINES[self.optimizer_state]}, and a save_folder of its own'
             )
         changed = [
             f'{key}: {group.get(key)} -> {value}'
@@ -211,7 +215,7 @@ class StageStart(Callback):
             log.info(
                 f'stage start: first step at lr={first["lr"]:g} (base {first["initial_lr"]:g}), '
                 f'weight_decay={first.get("weight_decay", 0):g}, optimizer state '
-                + ('kept' if self.optimizer == 'keep' else 'fresh')
+                + ('kept' if self.optimizer_state == 'keep' else 'fresh')
                 + (f', parent {state.load_path}' if state.load_path else ', no checkpoint loaded')
             )
 

@@ -102,7 +102,7 @@ def c6(of: Evidence) -> list[Condition]:
             ),
             Condition(
                 f'D1: from scratch minus {percent} % replay, {shift}',
-                runs.final(f'single_{new}-from_scratch', new) - update,
+                runs.final(f'from_scratch_{new}-from_scratch', new) - update,
                 above=0,
             ),
         ]

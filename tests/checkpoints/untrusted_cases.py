@@ -80,7 +80,7 @@ def main():
         on_rank_zero(untrusted.SPOIL[kind][0], checkpoint, sign)
         if place == 'load_path':
             child = {'run_name': 'child', 'save_folder': str(sign.with_name('child')), 'load_path': str(checkpoint)}
-            keep = {**KEEP, 'callbacks': {'stage_start': {'optimizer': 'keep'}}}
+            keep = {**KEEP, 'callbacks': {'stage_start': {'optimizer_state': 'keep'}}}
             cfg = tiny.merge(cfg, {**child, **(keep if kind == 'entry' else {'load_weights_only': True})})
         for said in (plain(cfg), recipe(cfg)):
             # preflight has rank 0 say it

@@ -62,7 +62,7 @@ WEAK = {
     'stdlib-replay_5pct': (3.05, 3.008, 3.5),
     'stdlib-replay_10pct': (3.02, 3.012, 3.5),
     'stdlib-replay_50pct': (2.9, 3.05, 3.5),
-    'single_stdlib-from_scratch': (3.6, 3.1, 3.6),
+    'from_scratch_stdlib-from_scratch': (3.6, 3.1, 3.6),
     'union_stdlib': (2.99, 3.04, 3.0),
 }
 STRONG = {
@@ -82,7 +82,7 @@ STRONG = {
     'cpp-warm_up_2pct': (4.198, 2.0, 4.3),
     'cpp-same_data': (2.9, 6.0, 3.1),
     'cpp-same_data_double_eta_max': (2.9, 6.0, 3.2),
-    'single_cpp-from_scratch': (6.0, 2.3, 6.0),
+    'from_scratch_cpp-from_scratch': (6.0, 2.3, 6.0),
     'union_cpp': (3.0, 2.1, 3.0),
 }
 INFINITE = {
@@ -189,7 +189,7 @@ FALSE = {
     'C3': ('strong_shift/cpp-replay_10pct', (3.2, 2.04, 4.3)),
     'C4': ('weak_shift/stdlib-replay_10pct', (3.2, 3.012, 3.5)),
     'C5': ('strong_shift/union_cpp', (2.9, 2.05, 3.0)),
-    'C6': ('strong_shift/single_cpp-from_scratch', (6.0, 1.9, 6.0)),
+    'C6': ('strong_shift/from_scratch_cpp-from_scratch', (6.0, 1.9, 6.0)),
     'C7': ('strong_shift/cpp-constant_eta_min', (3.6, 1.9, 3.6)),
     'C8': ('strong_shift/cpp-half_eta_max', (4.3, 2.1, 4.1)),
     'C9': ('strong_shift/cpp-warm_up_2pct', (4.3, 2.0, 4.3)),

@@ -146,7 +146,7 @@ def trained(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp('runs')
     load_path = str(folder / 'base' / 'latest-rank0.pt')
     started = {'load_path': load_path, 'load_weights_only': True}
-    with_average = {'stage_start': {'optimizer': 'reset'}, 'lawa': {'k': 2, 'interval': '1ba'}}
+    with_average = {'stage_start': {'optimizer_state': 'reset'}, 'lawa': {'k': 2, 'interval': '1ba'}}
     for name, over, callbacks in (('base', {}, {}), ('child', started, with_average)):
         export = {'save_folder': str(folder / name), 'save_interval': '4ba', 'precision': 'float32'}
         tiny.run(tiny.config(

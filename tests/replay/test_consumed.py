@@ -150,7 +150,7 @@ def in_slot_order(found):
 
 def test_only_what_was_read_comes_back_in_that_order(parent, data):
     checkpoint, read = parent
-    limited = dataset(data, {'consumed_by': str(checkpoint)})
+    limited = dataset(data, {'only_seen_by': str(checkpoint)})
     assert limited.sequence.sizes == [400, 64]
     found = in_slot_order(limited)
     # the parent's batches are turned too
@@ -158,21 +158,21 @@ def test_only_what_was_read_comes_back_in_that_order(parent, data):
     assert all(sorted(found[k : k + 64]) == sorted(read) for k in range(0, 320, 64))
     assert found[64:128] != found[:64]
     assert set(ids_of(limited)) == set(read), 'as the loader reads it'
-    shuffled = in_slot_order(dataset(data, {'consumed_by': str(checkpoint)}, order='shuffled'))
+    shuffled = in_slot_order(dataset(data, {'only_seen_by': str(checkpoint)}, order='shuffled'))
     assert sorted(shuffled[:64]) == sorted(read)
     assert shuffled[:64] != found[:64]
     assert len(set(in_slot_order(dataset(data))[:200])) == 200, 'without the key there is no limit'
 
 
 def test_the_budget_counts_passes_over_the_part(parent, data):
-    limited = dataset(data, {'consumed_by': str(parent[0])})
+    limited = dataset(data, {'only_seen_by': str(parent[0])})
     limited.check_budget(128)
     with pytest.raises(ValueError, match=r"replay stream 'old', which has 1,024 \(1\.\d+ passes"):
         limited.check_budget(160)
 
 
 def test_the_mix_says_so(parent, data):
-    mixes = [json.loads(dataset(data, {'consumed_by': str(parent[0])} if key else {}).mix) for key in (True, False)]
+    mixes = [json.loads(dataset(data, {'only_seen_by': str(parent[0])} if key else {}).mix) for key in (True, False)]
     limited, free = (mix['replay.old'] for mix in mixes)
     assert limited.startswith(free)
     assert 'the first 64 of seed 5, block 40' in limited
@@ -182,12 +182,12 @@ def test_a_sharded_checkpoint_says_the_same(parent, data, tmp_path):
     state = dataset_state_of(parent[0])
     dcp.save({'state': {'dataset_state': {'train': state}}}, checkpoint_id=tmp_path / 'ep0-ba8', no_dist=True)
     assert dataset_state_of(tmp_path / 'ep0-ba8') == state
-    assert dataset(data, {'consumed_by': str(tmp_path / 'ep0-ba8')}).sequence.sizes == [400, 64]
+    assert dataset(data, {'only_seen_by': str(tmp_path / 'ep0-ba8')}).sequence.sizes == [400, 64]
 
 
 def test_a_stage_replays_it_and_resumes(parent, data, tmp_path):
     checkpoint, read = parent
-    streams = {'old': {'local': str(data['old']), 'split': 'train', 'consumed_by': str(checkpoint)}}
+    streams = {'old': {'local': str(data['old']), 'split': 'train', 'only_seen_by': str(checkpoint)}}
     over = {
         'train_loader': {'dataset': {'replay': {'fraction': 0.25, 'streams': streams}}},
         'load_path': str(checkpoint),
@@ -197,31 +197,31 @@ def test_a_stage_replays_it_and_resumes(parent, data, tmp_path):
     rows = [row for batch in range(8) for row in lines[batch]['rows']]
     assert set(ids_of(rows)) == set(read[:16])
     lineage = json.loads((tmp_path / 'stage' / 'stage.json').read_text())
-    assert lineage['data']['replay']['streams']['old']['consumed_by'] == str(checkpoint)
+    assert lineage['config']['train_loader']['dataset']['replay']['streams']['old']['only_seen_by'] == str(checkpoint)
 
 
 def test_what_cannot_be_is_named(parent, data, tmp_path):
-    key = 'train_loader.dataset.replay.streams.old.consumed_by'
+    key = 'train_loader.dataset.replay.streams.old.only_seen_by'
     for stream, name, message in [
-        ({'consumed_by': str(tmp_path / 'nothing.pt')}, 'old', f'{key}={tmp_path}/nothing.pt: .*does not exist'),
-        ({'consumed_by': str(parent[0])}, 'older', r'it learned another dataset \(.*: 300 samples .*this one is'),
-        ({'consumed_by': str(parent[0]), 'stand_in_for': 'the web'}, 'old', 'not both'),
+        ({'only_seen_by': str(tmp_path / 'nothing.pt')}, 'old', f'{key}={tmp_path}/nothing.pt: .*does not exist'),
+        ({'only_seen_by': str(parent[0])}, 'older', r'it learned another dataset \(.*: 300 samples .*this one is'),
+        ({'only_seen_by': str(parent[0]), 'stand_in_for': 'the web'}, 'old', 'not both'),
     ]:
         with pytest.raises(ValueError, match=message):
             dataset(data, stream, name=name)
     (tmp_path / 'text.pt').write_text('no zip')
     with pytest.raises(ValueError, match='text.pt is'):
-        dataset(data, {'consumed_by': str(tmp_path / 'text.pt')})
+        dataset(data, {'only_seen_by': str(tmp_path / 'text.pt')})
 
 
 def test_preflight_knows_how_much_that_is(parent, data, tmp_path):
-    streams = {'old': {'local': str(data['old']), 'split': 'train', 'consumed_by': str(parent[0])}}
+    streams = {'old': {'local': str(data['old']), 'split': 'train', 'only_seen_by': str(parent[0])}}
     replay = {'fraction': 0.5, 'streams': streams}
     cfg = tiny.config(tmp_path, data, 'stage', max_duration='16ba', train_loader={'dataset': {'replay': replay}})
     preflight(Stage.from_yaml(cfg))
     with pytest.raises(ConfigError, match=r"replay stream 'old', which has 1,024 \(1.25 passes"):
         preflight(Stage.from_yaml({**cfg, 'max_duration': '20ba'}))
-    streams['old']['consumed_by'] = str(tmp_path / 'later.pt')
+    streams['old']['only_seen_by'] = str(tmp_path / 'later.pt')
     with pytest.raises(ConfigError, match='later.pt does not exist'):
         preflight(Stage.from_yaml(cfg))
     preflight(Stage.from_yaml(cfg), parent_is_there=False)

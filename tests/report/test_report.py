@@ -273,7 +273,7 @@ def test_single_runs_find_their_ancestors(tmp_path, no_plots):
 def test_a_branch_of_a_single_run_has_what_its_trunk_had_read(tiny):
     trunk = tiny / 'new-r25-s1'
     dataset = read(trunk / 'stage.json')['config']['train_loader']['dataset']
-    loader = {'name': 'replay_text', 'dataset': {**dataset, 'continues': f'{trunk}/ep0-ba6-rank0.pt'}}
+    loader = {'name': 'replay_text', 'dataset': {**dataset, 'resume_after': f'{trunk}/ep0-ba6-rank0.pt'}}
     final = {'old': 3.1, 'new': 1.4}
     write_run(tiny / 'anneal-s1', final, f'{trunk}/ep0-ba6-rank0.pt', batches=4, train_loader=loader)
     merge = {'of': str(trunk), 'batch': 10, 'last': 2, 'every': '5ba'}

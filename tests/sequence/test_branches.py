@@ -188,7 +188,9 @@ def test_a_branch_is_what_the_trunk_would_have_been(trunk, data, streams, tmp_pa
         assert float.fromhex(ours['loss']) == pytest.approx(float.fromhex(theirs['loss']), rel=1e-5)
     stage = json.loads((branch / 'stage.json').read_text())
     assert stage['run_name'] == 'trunk-anneal-ba4'
-    assert stage['parent'] == stage['config']['train_loader']['dataset']['continues'] == str(trunk / 'ep0-ba4-rank0.pt')
+    assert (
+        stage['parent'] == stage['config']['train_loader']['dataset']['resume_after'] == str(trunk / 'ep0-ba4-rank0.pt')
+    )
     assert list((branch / 'huggingface').glob('ba4/model.safetensors'))
 
 
@@ -235,7 +237,7 @@ def test_other_data_takes_the_place_of_the_trunks(trunk):
 def test_what_was_read_before_counts(trunk, streams):
     dataset = ReplayTextDataset(
         tokenizer=None, max_seq_len=tiny.SEQ_LEN, batch_size=8, shuffle=True, shuffle_seed=9176, **streams,
-        continues=str(trunk / 'ep0-ba4-rank0.pt'),
+        resume_after=str(trunk / 'ep0-ba4-rank0.pt'),
     )  # fmt: skip
     assert json.loads(dataset.state_dict(16, True)['consumed']) == {'new': 24 + 12, 'old': 8 + 4}
     dataset.check_budget(400)

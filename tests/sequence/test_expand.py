@@ -48,7 +48,7 @@ def test_a_run_is_a_plain_stage_yaml(spec):
     run = next(run for run in runs_of(spec) if run.name == 'cpp-replay_5pct-s17')
     assert run.stage.given['load_path'] == 'runs/quickstart/python-s17/latest-rank0.pt'
     assert run.stage.given['save_folder'] == 'runs/quickstart/cpp-replay_5pct-s17'
-    assert run.stage.given['callbacks']['stage_start'] == {'optimizer': 'reset'}
+    assert run.stage.given['callbacks']['stage_start'] == {'optimizer_state': 'reset'}
     dataset = run.stage.given['train_loader']['dataset']
     assert dataset['replay']['fraction'] == 0.05
     assert list(dataset['replay']['streams']) == ['python']
@@ -170,7 +170,7 @@ def test_only_what_the_earlier_stage_read_comes_back(spec):
     spec['stages']['cpp']['replay'] = {'fraction': 0.05, 'consumed_only': True}
     runs = {run.name: run for run in runs_of({**spec, 'arms': {'default': {}}})}
     old = runs['cpp-s17'].stage.given['train_loader']['dataset']['replay']
-    assert old['streams']['python']['consumed_by'] == 'runs/quickstart/python-s17/latest-rank0.pt'
+    assert old['streams']['python']['only_seen_by'] == 'runs/quickstart/python-s17/latest-rank0.pt'
     assert 'consumed_only' not in old
     spec['stages']['python']['new'] = ['python', 'cpp']
     spec['data']['more'] = spec['data']['cpp']
@@ -187,7 +187,7 @@ def test_a_stand_in_is_named_where_it_is_replayed_and_nowhere_else(spec):
     configs = {run.name: run.stage.given for run in runs_of({**spec, 'arms': {'default': {}}})}
     dataset = configs['cpp-s17']['train_loader']['dataset']
     assert dataset['replay']['streams']['python']['stand_in_for'] == 'the data of the base model'
-    assert 'consumed_by' not in dataset['replay']['streams']['python']
+    assert 'only_seen_by' not in dataset['replay']['streams']['python']
     assert 'stand_in_for' not in str(configs['python-s17']['train_loader'])
     assert all('stand_in_for' not in str(config['eval_loader']) for config in configs.values())
 
@@ -224,9 +224,11 @@ def test_a_trunk_stays_constant_and_each_stage_leaves_an_annealed_model(infinite
     durations = ['194ba', '26ba', '104ba', '26ba']
     assert [config['max_duration'] for config in (python, annealed, cpp, last)] == durations
     assert annealed['load_path'] == cpp['load_path'] == f'{python["save_folder"]}/latest-rank0.pt'
-    assert last['train_loader']['dataset']['continues'] == last['load_path'] == f'{cpp["save_folder"]}/latest-rank0.pt'
-    assert last['callbacks']['stage_start'] == {'optimizer': 'keep'}
-    assert cpp['callbacks']['stage_start'] == {'optimizer': 'reset'}
+    assert (
+        last['train_loader']['dataset']['resume_after'] == last['load_path'] == f'{cpp["save_folder"]}/latest-rank0.pt'
+    )
+    assert last['callbacks']['stage_start'] == {'optimizer_state': 'keep'}
+    assert cpp['callbacks']['stage_start'] == {'optimizer_state': 'reset'}
     losses = f'{cpp["save_folder"]}/forgetting.json'
     judged = {'new': ['cpp'], 'old': ['python'], 'parent_losses': losses, 'save_folder': last['save_folder']}
     assert last['callbacks']['forgetting'] == judged
@@ -359,10 +361,10 @@ def test_baselines_follow_from_the_stages(spec):
     assert tokens['constant_eta_min'] == tokens['constant_eta_max'] == {'cpp': 505_856, 'python': 26_624}
     assert tokens['no_replay'] == {'cpp': 532_480}
     assert tokens['same_data'] == {'python': 532_480}
-    assert tokens['single'] == {'cpp': 532_480}
-    for name in ('no_replay', 'same_data', 'single', 'union'):
+    assert tokens['from_scratch'] == {'cpp': 532_480}
+    for name in ('no_replay', 'same_data', 'from_scratch', 'union'):
         assert runs[name]['scheduler'] == cosine
-    assert ['load_path' in runs[name] for name in ('single', 'union', 'same_data')] == [False, False, True]
+    assert ['load_path' in runs[name] for name in ('from_scratch', 'union', 'same_data')] == [False, False, True]
 
 
 def test_a_baseline_may_be_changed(spec):
@@ -439,7 +441,7 @@ def test_a_union_has_the_unit_of_the_schedule(infinite):
 
 def test_a_first_stage_has_no_optimizer_to_keep(infinite):
     infinite['common']['optimizer_state'] = 'keep'
-    states = [run.stage.given['callbacks']['stage_start']['optimizer'] for run in runs_of(infinite)]
+    states = [run.stage.given['callbacks']['stage_start']['optimizer_state'] for run in runs_of(infinite)]
     assert states == ['reset', 'keep', 'keep', 'keep']
 
 
@@ -456,4 +458,4 @@ def test_a_branch_may_learn_other_data_and_replay_its_trunks(infinite):
     infinite['stages']['cpp']['replay'] = {'fraction': 0.5, 'consumed_only': True}
     infinite['stages']['cpp']['branches'] = {'x': {'t_anneal': '40ba', 'new': 'python'}}
     branch = runs_of(infinite)[-1].stage.given
-    assert branch['train_loader']['dataset']['replay']['streams']['cpp']['consumed_by'] == branch['load_path']
+    assert branch['train_loader']['dataset']['replay']['streams']['cpp']['only_seen_by'] == branch['load_path']

@@ -59,7 +59,7 @@ def main():
     tiny.run(parent)
     dist.barrier()
     keep = {'load_weights_only': False, 'load_ignore_keys': KEEP_OPTIMIZER_IGNORE_KEYS}
-    keeps = {'callbacks': {'stage_start': {'optimizer': 'keep'}}}
+    keeps = {'callbacks': {'stage_start': {'optimizer_state': 'keep'}}}
     short = {'max_duration': '3ba', 'scheduler': {'t_max': '8ba'}}
 
     lines = witnessed(case(base, 'kept optimizer', **keep, **keeps, **short))

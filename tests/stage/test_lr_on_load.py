@@ -49,7 +49,7 @@ def planned(batch: int) -> float:
 def test_a_stage_obeys_its_own_yaml_from_its_first_step(parents, parent, optimizer, data, tmp_path):
     cfg = tiny.config(
         tmp_path, data, 'child', load_path=str(parents[parent]), **LOAD[optimizer],
-        callbacks={'stage_start': {'optimizer': optimizer}},
+        callbacks={'stage_start': {'optimizer_state': optimizer}},
     )  # fmt: skip
     lines = tiny.run(cfg)
     assert sorted(lines) == list(range(8))
@@ -65,7 +65,7 @@ def test_a_stage_obeys_its_own_yaml_from_its_first_step(parents, parent, optimiz
 def test_stock_scheduler_also_obeys_at_the_first_step(parents, data, tmp_path):
     cfg = tiny.config(
         tmp_path, data, 'child', load_path=str(parents['other base lr']), **LOAD['keep'],
-        callbacks={'stage_start': {'optimizer': 'keep'}},
+        callbacks={'stage_start': {'optimizer_state': 'keep'}},
         scheduler={'name': 'constant_with_warmup', 't_warmup': '0ba', 'alpha': 0.5},
     )  # fmt: skip
     assert [line['lr'] for line in tiny.run(cfg).values()] == [[5e-4]] * 8
@@ -92,7 +92,7 @@ def test_a_load_that_takes_over_the_parents_time_is_refused(parents, parent, loa
 def test_keep_without_a_loaded_optimizer_is_refused(parents, data, tmp_path):
     cfg = tiny.config(
         tmp_path, data, 'child', load_path=str(parents['same']), load_weights_only=True,
-        callbacks={'stage_start': {'optimizer': 'keep'}},
+        callbacks={'stage_start': {'optimizer_state': 'keep'}},
     )  # fmt: skip
     with pytest.raises(ValueError, match="the parent's optimizer state was not loaded; set load_weights_only: false"):
         tiny.run(cfg)
@@ -174,5 +174,7 @@ def test_too_little_data_is_said_before_the_first_batch(data, tmp_path):
 def test_unknown_optimizer_option_is_named():
     from cpt_algorithms.stage.stage_start import StageStart
 
-    with pytest.raises(ValueError, match=r"stage_start\.optimizer='fresh' is not possible; use 'reset' or 'keep'"):
-        StageStart(optimizer='fresh')
+    with pytest.raises(
+        ValueError, match=r"stage_start\.optimizer_state='fresh' is not possible; use 'reset' or 'keep'"
+    ):
+        StageStart(optimizer_state='fresh')

@@ -25,7 +25,9 @@ def test_what_follows_is_filled_in_and_what_was_given_stays(yaml, tmp_path):
     assert filled['callbacks']['hf_checkpointer']['save_folder'] == str(tmp_path / 'child')
     assert yaml == before
     assert Stage.from_yaml(filled).to_train_yaml() == filled, 'once more changes nothing'
-    kept = stage.but(load_weights_only=None, callbacks={**yaml['callbacks'], 'stage_start': {'optimizer': 'keep'}})
+    kept = stage.but(
+        load_weights_only=None, callbacks={**yaml['callbacks'], 'stage_start': {'optimizer_state': 'keep'}}
+    )
     assert kept.keeps_optimizer_state and not kept.load_weights_only
     assert kept.load_ignore_keys == KEEP_OPTIMIZER_IGNORE_KEYS
 

@@ -98,7 +98,7 @@ def test_kept_optimizers_keep_their_moments():
     assert run.optimizer.state[run.state.model.weight]['exp_avg'].item() == pytest.approx(0.1)
     with pytest.raises(
         ValueError,
-        match="^callbacks.stage_start.optimizer is keep, but the parent's optimizer state was not loaded; set load_weights_only: false, load_ignore_keys: .state/schedulers, ",
+        match="^callbacks.stage_start.optimizer_state is keep, but the parent's optimizer state was not loaded; set load_weights_only: false, load_ignore_keys: .state/schedulers, ",
     ):
         Run('keep').load()
     # a sharded load leaves zero moments behind, and a step
@@ -109,21 +109,21 @@ def test_kept_optimizers_keep_their_moments():
     run.optimizer.state[run.state.model.weight] = {'step': torch.ones(1), 'exp_avg': -torch.ones(1)}
     run.load()
     with pytest.raises(
-        ValueError, match='^callbacks.stage_start.optimizer is keep, but there is no load_path to keep one from$'
+        ValueError, match='^callbacks.stage_start.optimizer_state is keep, but there is no load_path to keep one from$'
     ):
         Run('keep').load(parent=None)
 
 
 def test_bad_options_are_named():
     with pytest.raises(
-        ValueError, match="^callbacks.stage_start.optimizer='x' is not possible; use 'reset' or 'keep'$"
+        ValueError, match="^callbacks.stage_start.optimizer_state='x' is not possible; use 'reset' or 'keep'$"
     ):
         StageStart('x')
     with pytest.raises(
         ValueError, match='^callbacks.stage_start.trust_checkpoint=1 is not possible; use true or false$'
     ):
         StageStart(trust_checkpoint=1)
-    assert StageStart().optimizer == 'reset'
+    assert StageStart().optimizer_state == 'reset'
     assert StageStart().trust_checkpoint is False
 
 
@@ -135,18 +135,18 @@ def test_a_checkpoint_says_which_run_it_is_of():
     saved = json.loads(run.saved()['stage'])
     assert saved.keys() == {'run_name', 'data', 'schedule', 'training'}
     assert saved['run_name'] == 'run'
-    assert saved['data'] == '{}'
-    schedule = json.loads(saved['schedule'])
+    assert saved['data'] == {}
+    schedule = saved['schedule']
     assert schedule['scheduler'] == 'RewarmConstantScheduler'
     assert schedule['alpha_i'] == '0.25' and schedule['alpha'] == '0.5'
     assert schedule['t_warmup'] == str(Time.from_timestring('2ba'))
     assert 'max_duration' not in schedule, 'it shapes nothing'
     assert '_private' not in schedule
-    assert json.loads(saved['training']) == {
+    assert saved['training'] == {
         'precision': 'fp32',
         'GradientClipping': "{'clipping_type': 'norm', 'clipping_threshold': 1.5}",
     }
-    of_share = json.loads(json.loads(Run(scheduler=RewarmConstantScheduler('0.5dur')).saved()['stage'])['schedule'])
+    of_share = json.loads(Run(scheduler=RewarmConstantScheduler('0.5dur')).saved()['stage'])['schedule']
     assert of_share['max_duration'] == str(Time.from_timestring('8ba'))
 
 
@@ -274,15 +274,15 @@ def test_a_stock_mix_is_described():
     vars(dataset).update(batching_method='random', shuffle=True, shuffle_algo='py1e', shuffle_seed=9)
     dataset.streams = [stream('s3://there', _proportion=0.5, _choose=7), stream(None, _repeat=2.0)]
     state = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=dataset))
-    assert json.loads(stage_start._describe_stock_data(state)) == {
+    assert stage_start._describe_stock_data(state) == {
         'batching_method': 'random', 'shuffle': True, 'shuffle_algo': 'py1e', 'shuffle_seed': 9,
         'stream 0': "s3://there train {'proportion': 0.5, 'choose': 7}", 'stream 1': "here train {'repeat': 2.0}",
     }  # fmt: skip
-    assert stage_start._describe_stock_data(SimpleNamespace(train_dataloader=None)) == '{}'
+    assert stage_start._describe_stock_data(SimpleNamespace(train_dataloader=None)) == {}
 
 
 def test_a_scheduler_that_is_not_composers_has_no_description():
-    assert stage_start._describe_schedule(SimpleNamespace(schedulers=[object()])) == '{}'
+    assert stage_start._describe_schedule(SimpleNamespace(schedulers=[object()])) == {}
 
 
 @pytest.mark.parametrize('state', [{'a': [{'b': torch.ones(1)}]}, {'a': (1, torch.ones(1))}, {'a': torch.ones(1)}])
