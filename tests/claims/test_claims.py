@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims are judged by intervals over seeds; what they ask for is what the sequences train."""
 
-import json
-
 import evidence
 import numpy as np
 import papers
@@ -12,6 +10,7 @@ import training
 from judge import Claim, Condition, Finding, judge
 from tiny import ROOT, planned
 
+from cpt_algorithms.files import write_json
 from cpt_algorithms.sequence.run import write_sequence
 from cpt_algorithms.sequence.spec import SequenceSpec
 
@@ -166,10 +165,9 @@ def write(folder, data, made_up, run):
             noise = 1e-4 * (run.seed - 18)
             losses[label] = [[128 * share, 0, loss + noise] for share, loss in zip(shares, curve, strict=True)]
             final[label] = {'mean': losses[label][-1][2]}
-    folder.mkdir(parents=True)
-    (folder / 'stage.json').write_text(json.dumps({'parent': None, 'config': run.stage.to_train_yaml()}))
-    (folder / 'losses.json').write_text(json.dumps({'losses': losses, 'final': final, 'cost': {'parameters': 1}}))
-    (folder / 'done.json').write_text('{}')
+    write_json(folder / 'stage.json', {'run_name': run.name, 'config': run.stage.to_train_yaml()})
+    write_json(folder / 'losses.json', {'losses': losses, 'final': final, 'cost': {'parameters': 1}})
+    write_json(folder / 'done.json', {'batch': run.stage.batches})
 
 
 def test_every_claim_is_reproduced_where_it_holds(tmp_path, plans, monkeypatch):
