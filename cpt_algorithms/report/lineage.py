@@ -3,7 +3,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from cpt_algorithms.files import is_remote, list_names, read_json
 from cpt_algorithms.formatting import short, signed
 from cpt_algorithms.report.run_records import RunRecord, find_run, read_run
 
-__all__ = ['Node', 'read_lineage', 'tree_of', 'walk']
+__all__ = ['Node', 'read_lineage', 'tree_of']
 
 # Folders of a run in which there are no runs, and possibly thousands of files.
 _NO_RUNS = re.compile(r'huggingface|slurm|ep\d+-ba\d+.*|\..*')
@@ -96,13 +96,6 @@ def _schedule(run: RunRecord) -> str:
     scheduler, lr = run.config.scheduler, run.config.optimizer.lr
     words = [scheduler.name, *([f'lr {lr:g}'] if lr is not None else [])]
     return ', '.join(filter(None, [*words, *(f'{key} {value}' for key, value in scheduler.arguments.items())]))
-
-
-def walk(nodes: Sequence[Node], depth: int = 0) -> Iterator[tuple[int, Node]]:
-    """Every node after its parent, with its depth."""
-    for node in nodes:
-        yield depth, node
-        yield from walk(node.children, depth + 1)
 
 
 def read_lineage(folders: Sequence[str | Path]) -> list[Node]:

@@ -170,8 +170,8 @@ def find_run(folder: str, place: str, written_at: str) -> str | None:
 
     Args:
         folder: As the other run's YAML names it.
-        place: Where the other run lies now. Of a local one, nothing is looked up in object storage.
-        written_at: Where that was trained.
+        place: Where that run lies now. Of a local one, nothing is looked up in object storage.
+        written_at: Where it was trained.
     """
     written, was = (each if is_remote(each) else os.path.realpath(each) for each in (folder, written_at))
     moved = os.path.normpath(f'{place}/{os.path.relpath(written, was)}')
