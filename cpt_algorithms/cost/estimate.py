@@ -352,11 +352,7 @@ def memory_per_gpu(
 
 
 def optimizer_bytes(optimizer: Optimizer, weight_bytes: int = 4) -> float:
-    """State per parameter of any registered optimizer: what one step on a small matrix leaves, in its shape.
-
-    Raises:
-        ValueError: If it cannot be built.
-    """
+    """State per parameter of any registered optimizer: what one step on a small matrix leaves, in its shape."""
     layer = nn.Linear(16, 16, bias=False, dtype=torch.float32 if weight_bytes == 4 else torch.bfloat16)
     try:
         built = build_optimizer(layer, optimizer.name, optimizer.arguments)
@@ -406,17 +402,9 @@ def disk(
     averages: int = 0,
     points: Collection[int] = (),
 ) -> Disk:
-    """What a run leaves. Composer saves every ``every`` batches and at the end.
+    """What a run leaves. Composer saves every ``every`` batches and at the end, and keeps ``keep``, or with -1 all.
 
-    Args:
-        checkpoint: Bytes of one checkpoint.
-        export: Bytes of one exported model.
-        batches: Of the run.
-        every: Batches from one checkpoint to the next.
-        keep: ``save_num_checkpoints_to_keep``; -1 for all.
-        exports_every: Batches from one export to the next.
-        averages: Averages that are exported beside the weights. Default: ``0``.
-        points: Batches of ``branch_points``, saved and kept besides. Default: none.
+    ``averages`` are exported beside the weights; ``points``, the batches of ``branch_points``, are kept besides.
     """
     ends = math.ceil(batches / every)
     in_turn = ends - sum(1 for point in {*points} if 0 < point <= batches and (point % every == 0 or point == batches))

@@ -133,9 +133,6 @@ def score(values: Sequence[float], weights: Sequence[float]) -> Mean:
         values: Of each item: accuracy, exact match, or bits.
         weights: Of each item: 1, or bytes for bits per byte.
 
-    Raises:
-        ValueError: If there is no item.
-
     Source: Cochran 1977, Sampling Techniques, 6.3-6.4.
     """
     if not values:
@@ -224,10 +221,8 @@ def has_diverged(losses: Sequence[float]) -> bool:
 def thinned(points: list[list[float]], point: list[float], most: int = 2000) -> list[list[float]]:
     """A curve with one point more, and never more than ``most``: then every second one is dropped.
 
-    Args:
-        points: ``[[batch, ...], ...]``, of every d-th batch for some power of two d.
-        point: Of the next batch; taken if its turn has come.
-        most: Points to keep. Default: ``2000``.
+    Points, ``[batch, ...]``, are of every d-th batch for some power of two d; that of the next batch is taken if its
+    turn has come.
     """
     step = points[1][0] - points[0][0] if len(points) > 1 else 1
     if points and (point[0] - points[0][0]) % step:

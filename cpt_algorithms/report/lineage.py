@@ -128,9 +128,8 @@ def _runs_below(folder: str | Path) -> list[str]:
     for place, below, files in os.walk(folder):
         is_run = 'stage.json' in files
         below[:] = sorted(name for name in below if not (is_run and _NO_RUNS.fullmatch(name)))
-        if is_run:
-            found.append(place)
-    return [os.path.realpath(place) for place in found]
+        found += [os.path.realpath(place)] if is_run else []
+    return found
 
 
 def tree_of(runs: dict[str, RunRecord]) -> list[Node]:
