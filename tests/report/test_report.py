@@ -53,6 +53,17 @@ def said_of(name, *folders):
     return [line for line in missing(study, rows_of(study)) if line.startswith(f'{name}: ')]
 
 
+def scored(study):
+    return {scores.row.name: scores for scores in scores_of(study, rows_of(study))}
+
+
+def terminal(report):
+    """The table as a terminal shows it."""
+    console = Console(width=200, record=True, file=open('/dev/null', 'w'))
+    console.print(rich_table(report))
+    return console.export_text()
+
+
 def test_interval_by_hand():
     found = over_seeds([1.0, 2.0, 3.0])
     assert found.mean == 2
@@ -189,8 +200,7 @@ def test_benchmarks_by_hand(tiny, tmp_path, no_plots):
     benchmark(tiny / 'old-s1', 3)
     benchmark(tiny / 'new-none-s1', 1)
     benchmark(tiny / 'new-r25-s1', 3, missing=['trivia'])
-    study = read_runs([tiny])
-    found = {scores.row.name: scores for scores in scores_of(study, rows_of(study))}
+    found = scored(read_runs([tiny]))
     assert list(found) == ['old only', 'none', 'replay 25 %']
     none = found['none']
     assert none.tasks['arc'].mean == 25  # an accuracy in percent
@@ -217,7 +227,7 @@ def test_seeds_that_answer_the_same_items_are_not_more_items(tmp_path):
         benchmark(folder / f'new-none-s{seed}', 1, missing=['trivia'])
         benchmark(folder / f'new-r25-s{seed}', seed)
     study = read_runs([folder])
-    found = {scores.row.name: scores for scores in scores_of(study, rows_of(study))}
+    found = scored(study)
     assert found['none'].deltas['arc'].stderr == pytest.approx(100 * sqrt(1 / 3) / 2), 'as for one seed'
     # mean over the seeds of each item: 0, -1/2, -1, 0, with the sample deviation sqrt(11/48)
     assert found['replay 25 %'].deltas['arc'].value == pytest.approx(-37.5)
@@ -244,9 +254,7 @@ def test_a_run_without_several_evaluators(loaders, data, tmp_path, no_plots):
 def test_names_that_look_like_markup(arm, tiny, tmp_path):
     change(tiny / 'sequence.json', lambda value: value['runs'][1].update(arm=arm))
     report = write_report([tiny], tmp_path / 'out')
-    console = Console(width=200, record=True)
-    console.print(rich_table(report))
-    assert arm in console.export_text()
+    assert arm in terminal(report)
     page = report.path.read_text()
     assert '<b>$' not in page and arm.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;') in page
 
@@ -432,10 +440,7 @@ def test_csv_json_and_terminal_say_the_same(tmp_path, no_plots):
     assert float(table['none']['forgetting']) == found['none']['forgetting'] == pytest.approx(1.2)
     assert float(table['none']['forgetting interval']) == pytest.approx(4.302653 * 0.1 / sqrt(3))
     assert table['union']['forgetting'] == ''
-    console = Console(width=160, record=True, file=open('/dev/null', 'w'))
-    console.print(rich_table(report))
-    shown = console.export_text()
-    assert re.search(r'none .*\+1\.200 ±0\.248', shown), shown
+    assert re.search(r'none .*\+1\.200 ±0\.248', terminal(report))
 
 
 def test_script(tiny, tmp_path, capsys, no_plots):
