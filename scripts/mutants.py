@@ -3,9 +3,9 @@
 
 Changes ("mutants"), tests and modules are those of ``[tool.mutmut]`` in ``pyproject.toml``. Ends with an error if a
 mutant survives that ``tests/equivalent_mutants.txt`` does not explain, or if a line of it explains no survivor.
-Names of mutants may be given (``'cpt_algorithms.replay.*'``); then only these are tested.
 """
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -46,8 +46,11 @@ def explains(line: str, mutant: str, change: str) -> bool:
     return line == change or line == f'{function_of(mutant)}: *'
 
 
-def main(given: list[str]) -> None:
+def main() -> None:
     """Test the mutants, and compare the survivors with those that are explained."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('names', nargs='*', metavar='NAME', help="such as 'cpt_algorithms.replay.*' (default: all)")
+    given = parser.parse_args().names
     shutil.rmtree('mutants', ignore_errors=True)
     subprocess.run([MUTMUT, 'run', *given], check=True)
     results = dict(line.strip().split(': ') for line in mutmut('results').splitlines())
@@ -69,4 +72,4 @@ def main(given: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main()

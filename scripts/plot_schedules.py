@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from cpt_algorithms.duration import ABSOLUTE, Duration, per_batch_of
 from cpt_algorithms.files import read_yaml
+from cpt_algorithms.formatting import exact, scientific
 from cpt_algorithms.schedulers.functional import Span
 from cpt_algorithms.schedulers.phases import build, format_spans, phases_of
 
@@ -155,25 +156,11 @@ def draw(curve: Curve, axes: 'Axes') -> None:
     axes.plot(curve.starts, curve.lrs, color=COLOR, lw=1.8, solid_capstyle='round')
     axes.set(xlim=(0, end), ylim=(0, top), ylabel='learning rate', xlabel=UNIT_NAMES[curve.unit])
     axes.set_title(curve.title, loc='left', fontsize=11, fontweight='bold', color='#22303c', pad=18)
-    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    axes.xaxis.set_major_formatter(lambda value, _: exact(value))
     axes.yaxis.set_major_formatter(lambda value, _: scientific(value))
     axes.grid(axis='y', color='white', lw=1)
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
-
-
-def short(value: float) -> str:
-    """A time as people write it: 183B, 2.5k."""
-    for power, letter in ((12, 'T'), (9, 'B'), (6, 'M'), (3, 'k')):
-        if value >= 10**power:
-            return f'{value / 10**power:.6g}{letter}'
-    return f'{value:.6g}'
-
-
-def scientific(value: float) -> str:
-    """A learning rate as people write it: 3e-4."""
-    mantissa, exponent = f'{value:.2e}'.split('e')
-    return '0' if value == 0 else f'{float(mantissa):g}e{int(exponent)}'
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ RECIPES = sorted((ROOT / 'recipes').glob('*.py'))
 COMMANDS = [
     path
     for path in [*RECIPES, *sorted((ROOT / 'scripts').rglob('*.py'))]
-    if 'ArgumentParser' in path.read_text() and 'def main' in path.read_text()
+    if 'Parser(' in path.read_text() and 'def main' in path.read_text()
 ]
 HEAVY = {'torch', 'composer', 'llmfoundry', 'streaming', 'transformers'}
 

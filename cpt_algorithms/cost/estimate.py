@@ -5,6 +5,9 @@ Sources: Kaplan et al. 2020, https://arxiv.org/abs/2001.08361 (6 FLOPs per param
 *PaLM*, https://arxiv.org/abs/2204.02311, appendix B (attention, MFU); Rajbhandari et al. 2020, *ZeRO*,
 https://arxiv.org/abs/1910.02054 (what is sharded); Korthikanti et al. 2022, *Reducing Activation Recomputation*,
 https://arxiv.org/abs/2205.05198 (activations, recomputation).
+
+Everywhere, a ``microbatch`` is the sequences that go through the model at once, a ``length`` the tokens of a sequence,
+and ``bytes_each`` those of a number in the forward pass: 2 in mixed precision, 4 in float32.
 """
 
 import json
@@ -12,7 +15,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -28,30 +31,7 @@ from cpt_algorithms.files import is_remote
 from cpt_algorithms.stage.preflight import model_on_meta
 from cpt_algorithms.stage.stage import FSDP, Model, Optimizer, Stage
 
-__all__ = [
-    'GPUS',
-    'Costs',
-    'Disk',
-    'Gpu',
-    'Memory',
-    'ModelSize',
-    'Saving',
-    'activation_bytes',
-    'against_union',
-    'backward_bytes',
-    'checkpoint_bytes',
-    'costs_of',
-    'disk',
-    'find_gpu',
-    'flops_per_token',
-    'gpu_hours',
-    'logit_bytes',
-    'measure',
-    'memory_per_gpu',
-    'model_size',
-    'optimizer_bytes',
-    'recomputed_flops_per_token',
-]
+__all__ = ['GPUS', 'Costs', 'Disk', 'Gpu', 'Memory', 'ModelSize', 'costs_of', 'find_gpu', 'measure', 'model_size']
 
 # Chip in Composer's table of dense peaks, with which its MFU is computed too, and memory: the vendor's gigabytes, taken
 # as 10^9 bytes. Data sheets: https://www.nvidia.com/en-us/data-center/ (a10, a100, h100, h200).
@@ -68,13 +48,7 @@ SHARDINGS = ('none', 'NO_SHARD', 'SHARD_GRAD_OP', 'FULL_SHARD')
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU.
-
-    Args:
-        name: What it is called.
-        peak: Dense FLOP/s in the run's precision.
-        memory: Bytes; None if not known.
-    """
+    """A GPU, with its dense FLOP/s in the run's precision and its bytes, None if not known."""
 
     name: str
     peak: float
@@ -82,11 +56,7 @@ class Gpu:
 
 
 def find_gpu(gpu: str, precision: str = 'amp_bf16') -> Gpu:
-    """A GPU by its name in ``GPUS``, or by its peak FLOP/s.
-
-    Args:
-        gpu: Such as ``h100`` or ``989e12``.
-        precision: Composer's name of the run's precision. Default: ``amp_bf16``.
+    """A GPU by its name in ``GPUS``, or by its peak FLOP/s; ``precision`` is Composer's name of the run's.
 
     Raises:
         ValueError: If it is not known, or cannot compute in this precision.
@@ -101,47 +71,29 @@ def find_gpu(gpu: str, precision: str = 'amp_bf16') -> Gpu:
         peak = float(gpu)
     except ValueError:
         peak = math.nan
-    if not (math.isfinite(peak) and peak > 0):
+    if not 0 < peak < math.inf:
         raise ValueError(f"gpu={gpu!r} must be one of {', '.join(GPUS)}, or a peak in FLOP/s such as '989e12'")
     return Gpu(f'{peak:g} FLOP/s', peak, None)
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A decoder-only transformer in numbers. Tied weights count once.
-
-    Args:
-        parameters: All of them.
-        embedding: Those of token and position embeddings and of the output layer.
-        lookup: Those of token embeddings that are only looked up: 0 if they are the output layer too.
-        blocks: Those of all layers together.
-        layers: Number of transformer blocks.
-        hidden: Width.
-        heads: Attention heads.
-        kv_heads: Heads of keys and values.
-        head_dim: Width of a head.
-        ffn: Width inside the MLP.
-        gated: Whether the MLP multiplies two projections (SwiGLU).
-        rms_norm: Whether norms are by root mean square (Llama's), not LayerNorm.
-        vocab: Width of the output.
-        keeps_scores: Whether attention keeps its length x length scores for the backward pass (``torch``, ``eager``),
-            and is not fused (``flash``, ``sdpa``).
-    """
+    """A decoder-only transformer in numbers. Tied weights count once."""
 
     parameters: int
-    embedding: int
-    lookup: int
-    blocks: int
+    embedding: int  # parameters of token and position embeddings and of the output layer
+    lookup: int  # those of token embeddings that are only looked up: 0 if they are the output layer too
+    blocks: int  # those of all layers together
     layers: int
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     ffn: int
-    gated: bool
-    rms_norm: bool
+    gated: bool  # whether the MLP multiplies two projections (SwiGLU)
+    rms_norm: bool  # whether norms are by root mean square (Llama's), not LayerNorm
     vocab: int
-    keeps_scores: bool
+    keeps_scores: bool  # whether attention keeps length x length scores (torch, eager), and is not fused (flash, sdpa)
 
     @property
     def non_embedding(self) -> int:
@@ -151,9 +103,6 @@ class ModelSize:
 
 def measure(model: Any) -> ModelSize:
     """Count the parameters of a Hugging Face or MPT causal language model, on any device, meta included.
-
-    Args:
-        model: What a Composer model of LLM Foundry has under ``model``.
 
     Raises:
         ValueError: If its blocks have something else than attention and an MLP of two or three matrices.
@@ -211,9 +160,6 @@ def measure(model: Any) -> ModelSize:
 def model_size(model: Model) -> ModelSize:
     """The size of the model that a YAML's ``model`` section describes; of a pretrained one, only its config is read.
 
-    Args:
-        model: The section.
-
     Raises:
         ValueError: If it cannot be built, or its blocks are not known.
 
@@ -247,10 +193,6 @@ def flops_per_token(size: ModelSize, length: int) -> float:
     SpeedMonitor computes MFU for MPT: an embedding that is not tied is looked up and not multiplied, and attention is
     counted as if it saw the future too. The report's 6 N T (:func:`~cpt_algorithms.evaluation.training_flops`) has all
     parameters and no attention: right for shares of runs of one model, and too little by a fifth for 405 M at 2048.
-
-    Args:
-        size: The model.
-        length: Tokens of a sequence.
     """
     return 6.0 * (size.parameters - size.lookup) + 12.0 * size.layers * size.heads * size.head_dim * length
 
@@ -259,25 +201,12 @@ def recomputed_flops_per_token(size: ModelSize, length: int) -> float:
     r"""FLOPs that activation checkpointing adds: the blocks' forward pass, :math:`2 N_{blocks} + 4 L d_{attn} s`.
 
     Hardware FLOPs are these and :func:`flops_per_token`; MFU is about the latter alone.
-
-    Args:
-        size: The model.
-        length: Tokens of a sequence.
     """
     return 2.0 * size.blocks + 4.0 * size.layers * size.heads * size.head_dim * length
 
 
 def gpu_hours(flops: float, peak: float, mfu: float) -> float:
-    r"""Hours of one GPU: :math:`F / (peak \cdot MFU) / 3600`.
-
-    Args:
-        flops: Model FLOPs.
-        peak: FLOP/s of the GPU.
-        mfu: Model FLOPs utilisation, above 0 and at most 1.
-
-    Raises:
-        ValueError: If ``mfu`` is not.
-    """
+    r"""Hours of one GPU: :math:`F / (peak \cdot MFU) / 3600`; ``mfu``, the utilisation, is above 0 and at most 1."""
     if not 0 < mfu <= 1:
         raise ValueError(f'mfu={mfu} must be above 0 and at most 1')
     return flops / (peak * mfu) / 3600
@@ -295,12 +224,6 @@ def activation_bytes(size: ModelSize, microbatch: int, length: int, *, bytes_eac
 
     What PyTorch kept on the CPU was 0.95 to 1.06 of this for GPT-NeoX and MPT, and 1.0 to 1.16 for Llama, whose casts
     under autocast (without FSDP) are more.
-
-    Args:
-        size: The model.
-        microbatch: Sequences that go through it at once.
-        length: Tokens of a sequence.
-        bytes_each: 2 in mixed precision, 4 in float32. Default: ``2``.
     """
     mlp = (4 if size.gated else 2) * size.ffn
     numbers = 2 * size.hidden + 4 * size.heads * size.head_dim + mlp
@@ -314,13 +237,6 @@ def logit_bytes(size: ModelSize, microbatch: int, length: int, *, bytes_each: in
 
     Per token and entry of the vocabulary: the logits and float32 log-probabilities, and two float32 gradients. A fused
     loss (MPT's ``fused_crossentropy``) has the logits and their gradient only.
-
-    Args:
-        size: The model.
-        microbatch: Sequences that go through it at once.
-        length: Tokens of a sequence.
-        bytes_each: 2 in mixed precision, 4 in float32. Default: ``2``.
-        fused: Whether the loss is fused. Default: ``False``.
     """
     return microbatch * length * size.vocab * (2 * bytes_each if fused else bytes_each + 12)
 
@@ -339,14 +255,6 @@ def backward_bytes(
     That is its start: :func:`activation_bytes` and :func:`logit_bytes`. With activation checkpointing the blocks have
     kept their inputs only, and beside them there are the logits or, later, what one block keeps when it is computed
     again, whichever is more.
-
-    Args:
-        size: The model.
-        microbatch: Sequences that go through it at once.
-        length: Tokens of a sequence.
-        bytes_each: 2 in mixed precision, 4 in float32. Default: ``2``.
-        checkpointing: Whether blocks are computed again in the backward pass. Default: ``False``.
-        fused: Whether the loss is fused. Default: ``False``.
     """
     activations = activation_bytes(size, microbatch, length, bytes_each=bytes_each)
     logits = logit_bytes(size, microbatch, length, bytes_each=bytes_each, fused=fused)
@@ -357,27 +265,16 @@ def backward_bytes(
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU, by part; without CUDA's context, NCCL's buffers and fragmentation: some 10 % more.
+    """Bytes on one GPU, by part; without CUDA's context, NCCL's buffers and fragmentation: some 10 % more."""
 
-    Args:
-        parameters: Trained weights, or this GPU's shard of them.
-        gradients: Likewise.
-        optimizer: Likewise.
-        averages: Of ``ema``, and of a ``lawa`` that is not offloaded.
-        gathered: Whole copies in the precision that is computed in, with their gradients.
-        activations: Of one microbatch, with its logits.
-        evaluation: What evaluations need instead: logits, and copies for averaged weights.
-        host: Of the CPU's memory, per GPU: the window of ``lawa``.
-    """
-
-    parameters: float
+    parameters: float  # trained weights, or this GPU's shard of them; likewise what follows
     gradients: float
     optimizer: float
-    averages: float
-    gathered: float
-    activations: float
-    evaluation: float
-    host: float
+    averages: float  # of ema, and of a lawa that is not offloaded
+    gathered: float  # whole copies in the precision that is computed in, with their gradients
+    activations: float  # of one microbatch, with its logits
+    evaluation: float  # what evaluations need instead: logits, and copies for averaged weights
+    host: float  # of the CPU's memory, per GPU: the window of lawa
 
     @property
     def total(self) -> float:
@@ -419,18 +316,15 @@ def memory_per_gpu(
         sharding: One of ``SHARDINGS``; ``none`` is one GPU, or DDP.
         gpus: All of them.
         shards: GPUs that share one copy of the model.
-        weight_bytes: Of a trained weight; 2 with ``master_weights_dtype``. Default: ``4``.
-        compute_bytes: Of a number in the forward pass. Default: ``2``.
-        gathered_bytes: Of a gathered weight. Default: ``2``.
-        optimizer_bytes: State per parameter. Default: ``8``, AdamW in float32.
-        activations: Bytes of :func:`backward_bytes`. Default: ``0``.
-        evaluation_logits: Bytes of the logits of an evaluation. Default: ``0``.
-        emas: Half-lives of ``ema``. Default: ``0``.
-        lawa: Length of the window of ``lawa``. Default: ``0``.
-        lawa_is_offloaded: Whether the window is in the CPU's memory. Default: ``True``.
-
-    Raises:
-        ValueError: If the sharding is unknown.
+        weight_bytes: Of a trained weight; 2 with ``master_weights_dtype``.
+        compute_bytes: Of a number in the forward pass.
+        gathered_bytes: Of a gathered weight.
+        optimizer_bytes: State per parameter; 8 is AdamW in float32.
+        activations: Of :func:`backward_bytes`.
+        evaluation_logits: Bytes of the logits of an evaluation.
+        emas: Half-lives of ``ema``.
+        lawa: Length of the window of ``lawa``.
+        lawa_is_offloaded: Whether the window is in the CPU's memory.
     """
     if sharding not in SHARDINGS:
         raise ValueError(f'fsdp_config.sharding_strategy={sharding} is not planned for; one of {", ".join(SHARDINGS)}')
@@ -458,15 +352,7 @@ def memory_per_gpu(
 
 
 def optimizer_bytes(optimizer: Optimizer, weight_bytes: int = 4) -> float:
-    """State per parameter of any registered optimizer: what one step on a small matrix leaves, in its shape.
-
-    Args:
-        optimizer: The YAML's section.
-        weight_bytes: Of a trained weight, 4 or 2. Default: ``4``.
-
-    Raises:
-        ValueError: If it cannot be built.
-    """
+    """State per parameter of any registered optimizer: what one step on a small matrix leaves, in its shape."""
     layer = nn.Linear(16, 16, bias=False, dtype=torch.float32 if weight_bytes == 4 else torch.bfloat16)
     try:
         built = build_optimizer(layer, optimizer.name, optimizer.arguments)
@@ -482,39 +368,23 @@ def optimizer_bytes(optimizer: Optimizer, weight_bytes: int = 4) -> float:
 def checkpoint_bytes(
     parameters: int, *, weight_bytes: int = 4, optimizer_bytes: float = 8, emas: int = 0, lawa: int = 0
 ) -> float:
-    """A Composer checkpoint: weights, optimizer state, and averages, as they are in memory; sharded or not.
+    """A Composer checkpoint: weights, optimizer state, and averages, as in :func:`memory_per_gpu`; sharded or not.
 
     Buffers, random states and the tokenizer are left out: less than a megabyte, or a few with a large tokenizer.
-
-    Args:
-        parameters: Of the model.
-        weight_bytes: Of a trained weight. Default: ``4``.
-        optimizer_bytes: State per parameter. Default: ``8``, AdamW in float32.
-        emas: Half-lives of ``ema``. Default: ``0``.
-        lawa: Length of the window of ``lawa``. Default: ``0``.
     """
     return parameters * (weight_bytes * (1 + lawa) + optimizer_bytes + 4 * emas)
 
 
 @dataclass(frozen=True)
 class Disk:
-    """What a run leaves.
+    """What a run leaves."""
 
-    Args:
-        checkpoint: Bytes of one checkpoint.
-        saves: Checkpoints that are written.
-        kept: Of these, how many stay.
-        at_once: The most there are at one time: the oldest goes when the newest is complete.
-        export: Bytes of one exported model.
-        exports: Exported models, of the weights and of their averages.
-    """
-
-    checkpoint: float
-    saves: int
-    kept: int
-    at_once: int
-    export: float
-    exports: int
+    checkpoint: float  # bytes of one
+    saves: int  # checkpoints that are written
+    kept: int  # of these, how many stay
+    at_once: int  # the most there are at one time: the oldest goes when the newest is complete
+    export: float  # bytes of one exported model
+    exports: int  # exported models, of the weights and of their averages
 
     @property
     def total(self) -> float:
@@ -532,19 +402,11 @@ def disk(
     averages: int = 0,
     points: Collection[int] = (),
 ) -> Disk:
-    """What a run leaves. Composer saves every ``every`` batches and at the end.
+    """What a run leaves. Composer saves every ``every`` batches and at the end, and keeps ``keep``, or with -1 all.
 
-    Args:
-        checkpoint: Bytes of one checkpoint.
-        export: Bytes of one exported model.
-        batches: Of the run.
-        every: Batches from one checkpoint to the next.
-        keep: ``save_num_checkpoints_to_keep``; -1 for all.
-        exports_every: Batches from one export to the next.
-        averages: Averages that are exported beside the weights. Default: ``0``.
-        points: Batches of ``branch_points``, saved and kept besides. Default: none.
+    ``averages`` are exported beside the weights; ``points``, the batches of ``branch_points``, are kept besides.
     """
-    ends = batches // every + (1 if batches % every else 0)
+    ends = math.ceil(batches / every)
     in_turn = ends - sum(1 for point in {*points} if 0 < point <= batches and (point % every == 0 or point == batches))
     kept = in_turn if keep < 0 else min(in_turn, keep)
     return Disk(
@@ -558,71 +420,19 @@ def disk(
 
 
 @dataclass(frozen=True)
-class Saving:
-    """Updating against training from scratch on everything, when one more dataset has come.
-
-    Args:
-        stage: Its stage.
-        update: Tokens of the update.
-        retrain: Tokens of training from scratch on all data so far.
-        updates: Tokens of all stages so far.
-        retrains: Tokens of training from scratch each time so far.
-    """
-
-    stage: str
-    update: int
-    retrain: int
-    updates: int
-    retrains: int
-
-
-def against_union(stages: Mapping[str, int]) -> list[Saving]:
-    r"""What each stage saves: :math:`T_k` against :math:`\sum_{j \le k} T_j`, and both summed over the stages so far.
-
-    Replay is part of a stage's budget (compute-equivalent, Ibrahim et al. 2024, section 4.2), so that the union has
-    the tokens of all budgets.
-
-    Args:
-        stages: Token budget of each stage, in order.
-    """
-    savings: list[Saving] = []
-    updates = retrains = 0
-    for stage, tokens in stages.items():
-        updates += tokens
-        retrains += updates
-        savings.append(Saving(stage, tokens, updates, updates, retrains))
-    return savings
-
-
-@dataclass(frozen=True)
 class Costs:
-    """What one run costs.
-
-    Args:
-        size: The model.
-        tokens: Of each stream, the new data first.
-        batches: Optimizer steps.
-        flops: Model FLOPs.
-        hardware_flops: With recomputation.
-        gpu: What it runs on.
-        gpus: How many.
-        gpu_hours: Of all GPUs together.
-        microbatch: Sequences of a GPU at once; of ``auto``, the largest that fits, from the GPU's batch by halves.
-        sharding: One of ``SHARDINGS``.
-        memory: Of one GPU.
-        disk: What it leaves.
-    """
+    """What one run costs."""
 
     size: ModelSize
-    tokens: dict[str, int]
+    tokens: dict[str, int]  # of each stream, the new data first
     batches: int
-    flops: float
-    hardware_flops: float
+    flops: float  # model FLOPs
+    hardware_flops: float  # with recomputation
     gpu: Gpu
     gpus: int
-    gpu_hours: float
-    microbatch: int
-    sharding: str
+    gpu_hours: float  # of all GPUs together
+    microbatch: int  # of a GPU; of ``auto``, the largest that fits, from the GPU's batch by halves
+    sharding: str  # one of SHARDINGS
     memory: Memory
     disk: Disk
 
@@ -653,14 +463,17 @@ def costs_of(stage: Stage, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4) -
     fsdp = stage.fsdp_config if gpus > 1 else None
     checkpointing = fsdp is not None and fsdp.activation_checkpointing
     flops = tokens * flops_per_token(size, length)
-    recomputed = tokens * recomputed_flops_per_token(size, length) if checkpointing else 0.0
     weight_bytes = 2 if stage.model.master_weights_dtype else 4
     compute_bytes = 4 if stage.precision == 'fp32' else 2
     sharding, shards = _sharding(fsdp, gpus)
-    state = optimizer_bytes(stage.optimizer, weight_bytes)
     callbacks = stage.callbacks
-    emas = callbacks.ema.count if callbacks.ema else 0
-    lawa = callbacks.lawa.k if callbacks.lawa else 0
+    kept: dict[str, Any] = {
+        'weight_bytes': weight_bytes,
+        'optimizer_bytes': optimizer_bytes(stage.optimizer, weight_bytes),
+        'emas': callbacks.ema.count if callbacks.ema else 0,
+        'lawa': callbacks.lawa.k if callbacks.lawa else 0,
+    }
+    is_fused = stage.model.loss_fn == 'fused_crossentropy'
 
     def memory_of(microbatch: int) -> Memory:
         return memory_per_gpu(
@@ -668,23 +481,15 @@ def costs_of(stage: Stage, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4) -
             sharding=sharding,
             gpus=gpus,
             shards=shards,
-            weight_bytes=weight_bytes,
             compute_bytes=compute_bytes,
             gathered_bytes=weight_bytes if fsdp and fsdp.mixed_precision == 'FULL' else compute_bytes,
-            optimizer_bytes=state,
             activations=backward_bytes(
-                size,
-                microbatch,
-                length,
-                bytes_each=compute_bytes,
-                checkpointing=checkpointing,
-                fused=stage.model.loss_fn == 'fused_crossentropy',
+                size, microbatch, length, bytes_each=compute_bytes, checkpointing=checkpointing, fused=is_fused
             ),
             # no gradients
             evaluation_logits=(stage.device_eval_batch_size or microbatch) * length * size.vocab * (compute_bytes + 8),
-            emas=emas,
-            lawa=lawa,
             lawa_is_offloaded=callbacks.lawa is None or callbacks.lawa.offload,
+            **kept,
         )
 
     of_a_gpu, given = stage.global_train_batch_size // gpus, stage.device_train_microbatch_size
@@ -697,7 +502,7 @@ def costs_of(stage: Stage, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4) -
         tokens=stage.tokens_by_stream(),
         batches=batches,
         flops=flops,
-        hardware_flops=flops + recomputed,
+        hardware_flops=flops + (tokens * recomputed_flops_per_token(size, length) if checkpointing else 0),
         gpu=chip,
         gpus=gpus,
         gpu_hours=gpu_hours(flops, chip.peak, mfu),
@@ -705,13 +510,13 @@ def costs_of(stage: Stage, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4) -
         sharding=sharding,
         memory=memory_of(microbatch),
         disk=disk(
-            checkpoint_bytes(size.parameters, weight_bytes=weight_bytes, optimizer_bytes=state, emas=emas, lawa=lawa),
+            checkpoint_bytes(size.parameters, **kept),
             size.parameters * (4 if export.precision == 'float32' else 2),
             batches,
             _interval('save_interval', stage.save_interval, stage),
             -1 if is_remote(stage.save_folder) else stage.save_num_checkpoints_to_keep,
             _interval('callbacks.hf_checkpointer.save_interval', export.save_interval, stage),
-            emas + (1 if lawa else 0),
+            kept['emas'] + (1 if kept['lawa'] else 0),
             callbacks.branch_points.at if callbacks.branch_points else (),
         ),
     )

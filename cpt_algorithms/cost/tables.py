@@ -3,13 +3,14 @@
 
 import os
 from collections.abc import Mapping
+from itertools import accumulate
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.cost.estimate import Costs, Memory, Saving, against_union, costs_of
+from cpt_algorithms.cost.estimate import Costs, Memory, costs_of
 from cpt_algorithms.duration import per_batch_of
 from cpt_algorithms.evaluation.functional import training_flops
 from cpt_algorithms.formatting import flop, gigabytes, hours, percent, short
@@ -33,10 +34,7 @@ _PARTS = {
 def print_phases(stages: Mapping[str, Stage], console: Console) -> None:
     """Tokens of each stream in each phase of the schedule, steps, and learning rates where phases meet.
 
-    Args:
-        stages: Stages, by name. Those that differ in nothing of this are shown once; those that train
-            nothing (merges) are left out.
-        console: Where to print.
+    Stages that differ in nothing of this are shown once; those that train nothing (merges) are left out.
 
     Raises:
         ValueError: If a run is given in epochs.
@@ -66,18 +64,15 @@ def _phase_table(name: str, stage: Stage) -> tuple[str, Table]:
     total = sum(tokens.values())
     batches, lr = total // stage.tokens_per_batch, stage.optimizer.lr or 0.0
     title = f'{name}: {stage.scheduler.name}, {batches:,} batches of {stage.tokens_per_batch:,} tokens'
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column('phase')
-    for column in ('to batch', 'LR from', 'LR to', 'tokens', *tokens):
-        table.add_column(escape(column), justify='right')
-    done, before = 0, dict.fromkeys(tokens, 0)
+    table = _table('phase', 'to batch', 'LR from', 'LR to', 'tokens', *tokens)
+    before = dict.fromkeys(tokens, 0)
     for span, end in _spans(stage, batches):
         counts = stage.tokens_by_stream(end)
         row = [counts[name] - before[name] for name in tokens]
         lrs = [f'{span.start * lr:.3g}', f'{span.end * lr:.3g}'] if span else ['', '']
         table.add_row(span.name if span else 'all', f'{end:,}', *lrs, f'{sum(row):,}', *(f'{n:,}' for n in row))
-        done, before = end, counts
-    assert done == batches, 'the last phase ends with the run'
+        before = counts
+    assert before == tokens, 'the last phase ends with the run'
     table.add_section()
     table.add_row('in all', f'{batches:,}', '', '', f'{total:,}', *(f'{count:,}' for count in tokens.values()))
     return title, table
@@ -94,12 +89,7 @@ def _spans(stage: Stage, batches: int) -> list[tuple[Span | None, int]]:
 
 
 def print_stage(stage: Stage, with_cost: bool) -> None:
-    """The schedule, as the multipliers of ``optimizer.lr`` that each batch will be trained with; on the first rank.
-
-    Args:
-        stage: The stage.
-        with_cost: Whether to print what it will cost, too, on as many GPUs as there are ranks.
-    """
+    """On the first rank, the schedule as multipliers of ``optimizer.lr`` and, if wanted, the cost on these ranks."""
     if os.environ.get('RANK', '0') != '0':
         return
     console = Console(width=140)
@@ -127,16 +117,13 @@ def print_costs(
     Args:
         stages: Stages, by name. Those that train nothing (merges) are left out.
         console: Where to print.
-        gpu: A name in ``cost.GPUS``, or a peak in FLOP/s. Default: ``h100``.
-        gpus: How many each run is on. Default: ``8``.
-        mfu: Model FLOPs utilisation to reckon with. Default: ``0.4``.
+        gpu: As of :func:`~cpt_algorithms.cost.estimate.costs_of`, which raises if this or what follows is not right.
+        gpus: Likewise, for each run.
+        mfu: Likewise.
         budgets: Token budget of each stage, for the saving. Default: ``None``, no such table, as for one stage.
 
     Returns:
         The numbers, by name.
-
-    Raises:
-        ValueError: If a YAML, or one of the numbers, is not right.
     """
     costs = {name: costs_of(stage, gpu, gpus, mfu) for name, stage in stages.items() if stage.batches != 0}
     chip = next(iter(costs.values())).gpu
@@ -159,31 +146,29 @@ def print_costs(
     console.print('  besides, some 10 %: CUDA, NCCL, fragmentation\n', highlight=False)
     _show(console, 'checkpoints and disk', _disk_table(costs))
     if budgets and len(budgets) > 1:
-        _show(console, 'updating against training from scratch on everything', _saving_table(against_union(budgets)))
+        _show(console, 'updating against training from scratch on everything', _saving_table(budgets))
     return costs
 
 
+def _table(first: str, *columns: str) -> Table:
+    table = Table(first, box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(escape(column), justify='right')
+    return table
+
+
 def _compute_table(costs: Mapping[str, Costs]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column('run')
-    for column in ('parameters', 'not embeddings', 'tokens', 'batches', 'FLOP', 'GPU-hours', 'hours'):
-        table.add_column(column, justify='right')
+    table = _table('run', 'parameters', 'not embeddings', 'tokens', 'batches', 'FLOP', 'GPU-hours', 'hours')
     for name, cost in costs.items():
-        table.add_row(
-            escape(name),
-            f'{cost.size.parameters:,}',
-            f'{cost.size.non_embedding:,}',
-            f'{sum(cost.tokens.values()):,}',
-            f'{cost.batches:,}',
-            flop(cost.flops),
-            hours(cost.gpu_hours),
-            hours(cost.gpu_hours / cost.gpus),
-        )
+        size, tokens = cost.size, sum(cost.tokens.values())
+        counts = (f'{n:,}' for n in (size.parameters, size.non_embedding, tokens, cost.batches))
+        table.add_row(escape(name), *counts, flop(cost.flops), hours(cost.gpu_hours), hours(cost.gpu_hours / cost.gpus))
     if len(costs) > 1:
+        every = costs.values()
+        tokens = sum(sum(cost.tokens.values()) for cost in every)
+        spent = flop(sum(cost.flops for cost in every)), hours(sum(cost.gpu_hours for cost in every))
         table.add_section()
-        sums = [sum(values) for values in zip(*((c.flops, c.gpu_hours) for c in costs.values()), strict=True)]
-        tokens = sum(sum(cost.tokens.values()) for cost in costs.values())
-        table.add_row('in all', '', '', f'{tokens:,}', '', flop(sums[0]), hours(sums[1]), '')
+        table.add_row('in all', '', '', f'{tokens:,}', '', *spent, '')
     return table
 
 
@@ -191,56 +176,42 @@ def _memory_table(costs: Mapping[str, Costs]) -> Table:
     groups: dict[tuple[Memory, int, str], list[str]] = {}
     for name, cost in costs.items():
         groups.setdefault((cost.memory, cost.microbatch, cost.sharding), []).append(name)
-    gpu = next(iter(costs.values())).gpu
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column('part')
-    for names in groups.values():
-        table.add_column(escape(_several(names)), justify='right')
+    limit = next(iter(costs.values())).gpu.memory
+    memories = [memory for memory, _, _ in groups]
+    table = _table('part', *map(_several, groups.values()))
     for part, shown in _PARTS.items():
-        table.add_row(shown, *(gigabytes(getattr(memory, part)) for memory, _, _ in groups))
+        table.add_row(shown, *(gigabytes(getattr(memory, part)) for memory in memories))
     table.add_section()
-    totals = []
-    for memory, _, _ in groups:
-        over = ' [red]too much[/red]' if gpu.memory and memory.total > gpu.memory else ''
-        totals.append(f'{gigabytes(memory.total)}{over}')
-    table.add_row('at most at one time', *totals)
-    if any(memory.host for memory, _, _ in groups):
-        table.add_row("the CPU's memory, per GPU (lawa)", *(gigabytes(memory.host) for memory, _, _ in groups))
+    totals = [memory.total for memory in memories]
+    over = [' [red]too much[/red]' if limit and total > limit else '' for total in totals]
+    table.add_row('at most at one time', *(f'{gigabytes(n)}{mark}' for n, mark in zip(totals, over, strict=True)))
+    if any(memory.host for memory in memories):
+        table.add_row("the CPU's memory, per GPU (lawa)", *(gigabytes(memory.host) for memory in memories))
     table.add_row('microbatch, sharding', *(f'{microbatch}, {sharding}' for _, microbatch, sharding in groups))
     return table
 
 
 def _disk_table(costs: Mapping[str, Costs]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column('run')
-    for column in ('a checkpoint', 'saved', 'kept', 'at once', 'an export', 'exports', 'at most'):
-        table.add_column(column, justify='right')
+    table = _table('run', 'a checkpoint', 'saved', 'kept', 'at once', 'an export', 'exports', 'at most')
     for name, cost in costs.items():
         d = cost.disk
-        numbers = (d.saves, d.kept, d.at_once)
-        exported = (gigabytes(d.export), f'{d.exports:,}')
-        table.add_row(
-            escape(name), gigabytes(d.checkpoint), *(f'{n:,}' for n in numbers), *exported, gigabytes(d.total)
-        )
+        saved = (gigabytes(d.checkpoint), *(f'{n:,}' for n in (d.saves, d.kept, d.at_once)))
+        table.add_row(escape(name), *saved, gigabytes(d.export), f'{d.exports:,}', gigabytes(d.total))
     if len(costs) > 1:
         table.add_section()
         table.add_row('in all', *[''] * 6, gigabytes(sum(cost.disk.total for cost in costs.values())))
     return table
 
 
-def _saving_table(savings: list[Saving]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column('stage')
-    for column in ('update', 'from scratch', 'share', 'all updates', 'from scratch each time', 'share'):
-        table.add_column(column, justify='right')
-    for s in savings:
-        table.add_row(
-            escape(s.stage),
-            short(s.update),
-            short(s.retrain),
-            percent(s.update / s.retrain),
-            short(s.updates),
-            short(s.retrains),
-            percent(s.updates / s.retrains),
-        )
+def _saving_table(budgets: Mapping[str, int]) -> Table:
+    r"""What each stage saves: :math:`T_k` against :math:`\sum_{j \le k} T_j`, and both summed over the stages so far.
+
+    Replay is part of a stage's budget (compute-equivalent, Ibrahim et al. 2024, section 4.2), so that the union has
+    the tokens of all budgets.
+    """
+    table = _table('stage', 'update', 'from scratch', 'share', 'all updates', 'from scratch each time', 'share')
+    union = list(accumulate(budgets.values()))
+    for (stage, update), updates, retrains in zip(budgets.items(), union, accumulate(union), strict=True):
+        pairs = (update, updates), (updates, retrains)
+        table.add_row(escape(stage), *(text for a, b in pairs for text in (short(a), short(b), percent(a / b))))
     return table

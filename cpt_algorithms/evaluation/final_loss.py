@@ -12,7 +12,14 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 
 from cpt_algorithms.duration import Duration
-from cpt_algorithms.evaluation.functional import by_average, final_loss, in_final_window, thinned, training_flops
+from cpt_algorithms.evaluation.functional import (
+    by_average,
+    final_loss,
+    in_final_window,
+    thinned,
+    training_flops,
+    without_averages,
+)
 from cpt_algorithms.files import write_json
 
 __all__ = ['FinalLoss', 'batches_left', 'dataset_of', 'loss_of']
@@ -24,15 +31,7 @@ def dataset_of(label: str) -> str:
 
 
 def loss_of(state: State, metric: str) -> float | None:
-    """Loss of the dataset that was just evaluated; ``None`` if it is not judged by one.
-
-    Args:
-        state: At ``Event.EVAL_END``.
-        metric: Its name among the evaluation metrics.
-
-    Raises:
-        ValueError: If there was nothing to evaluate.
-    """
+    """Loss of the dataset that was just evaluated, at ``Event.EVAL_END``; ``None`` if it is not judged by one."""
     label = str(state.dataloader_label)
     found = state.eval_metrics.get(label, {}).get(metric)
     if found is None:
@@ -46,11 +45,7 @@ def loss_of(state: State, metric: str) -> float | None:
 
 
 def batches_left(state: State) -> int:
-    """Batches that are still to be trained.
-
-    Args:
-        state: Of a run that has trained at least one.
-    """
+    """Batches that are still to be trained, of a run that has trained at least one."""
     assert state.max_duration is not None, 'training has begun'
     done, batches = state.timestamp.get(state.max_duration.unit).value, state.timestamp.batch.value
     if state.max_duration.unit == TimeUnit.EPOCH:
@@ -99,12 +94,9 @@ class FinalLoss(Callback):
             raise ValueError(f'callbacks.final_loss.interval={interval} must be at least 1ba, at most window={window}')
         self.save_folder = save_folder
         self.metric = metric
-        # {dataset: [[batch, token, loss, in final window], ...]}
-        self.losses: dict[str, list[list[float]]] = {}
-        # [[batch, token, learning rate], ...]
-        self.learning_rate: list[list[float]] = []
-        # [[batch, token, training loss], ...]
-        self.training_loss: list[list[float]] = []
+        self.losses: dict[str, list[list[float]]] = {}  # {dataset: [[batch, token, loss, in final window], ...]}
+        self.learning_rate: list[list[float]] = []  # [[batch, token, learning rate], ...]
+        self.training_loss: list[list[float]] = []  # [[batch, token, training loss], ...]
         self.seconds = 0.0
         self._since = 0.0
         self._parameters = 0
@@ -177,7 +169,8 @@ class FinalLoss(Callback):
             for label, mean in final.items():
                 logger.log_metrics({f'final_loss/{label}': mean['mean'], f'final_loss/{label}_stderr': mean['stderr']})
             means = {label: mean['mean'] for label, mean in final.items()}
-            for average, losses in by_average(means, self._datasets(state)).items():
+            datasets = without_averages(dataset_of(evaluator.label) for evaluator in state.evaluators)
+            for average, losses in by_average(means, datasets).items():
                 key = f'final_loss/mean/{average}' if average else 'final_loss/mean'
                 logger.log_metrics({key: sum(losses.values()) / len(losses)})
             cost = self._cost(state)
@@ -198,11 +191,6 @@ class FinalLoss(Callback):
                 mean = final_loss(losses)
                 result[label] = {'mean': mean.value, 'stderr': mean.stderr, 'count': mean.count}
         return result
-
-    def _datasets(self, state: State) -> list[str]:
-        """Labels of the YAML's own evaluators."""
-        labels = [dataset_of(evaluator.label) for evaluator in state.evaluators]
-        return [label for label in labels if not any(label.startswith(f'{other}/') for other in labels)]
 
     def _count_time(self) -> None:
         # Composer's own time is that of the wall clock, which may be set

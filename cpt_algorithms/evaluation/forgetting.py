@@ -28,9 +28,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor | None:
     Exact for byte-level BPE (GPT-2, GPT-NeoX, Llama 3) and SentencePiece (Llama 2, T5), also where a token ends in the
     middle of a character.
 
-    Args:
-        tokenizer: Of Hugging Face.
-
     Returns:
         int64, shape (vocabulary,); None for a tokenizer of another kind.
     """
@@ -73,9 +70,8 @@ class Forgetting(Callback):
     Args:
         new: Labels of the evaluation datasets of what is learned in this stage.
         old: Labels of those of what was learned before.
-        save_folder: Where ``forgetting.json`` goes, a path or URI; ``{run_name}`` is filled in. ``None`` writes no
+        save_folder: Where ``forgetting.json`` goes, a path or URI; ``{run_name}`` is filled in. Default: ``None``, no
             file.
-            Default: ``None``.
         metric: Name of the loss among the evaluation metrics. Default: ``LanguageCrossEntropy``.
         parent_losses: The ``forgetting.json`` of another run, a path or URI: that run's parent is compared with, and
             not the model that this one starts from. For a branch, whose stage began with its trunk. Default: ``None``.

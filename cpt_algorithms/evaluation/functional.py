@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log, sqrt
 from statistics import fmean
+from typing import Any
 
 __all__ = [
     'Mean',
@@ -15,7 +16,9 @@ __all__ = [
     'final_loss',
     'forgetting',
     'has_diverged',
+    'has_same_items',
     'in_final_window',
+    'is_accuracy',
     'mean_over_tasks',
     'paired_delta',
     'score',
@@ -23,18 +26,13 @@ __all__ = [
     'thinned',
     'training_flops',
     'within_noise',
+    'without_averages',
 ]
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean with its standard error; ``stderr`` is 0 for a single value.
-
-    Args:
-        value: The mean.
-        stderr: Standard error of the mean.
-        count: Values it was taken over.
-    """
+    """A mean of ``count`` values with its standard error, which is 0 for a single value."""
 
     value: float
     stderr: float
@@ -46,11 +44,6 @@ def in_final_window(batches_left: int, window: int, interval: int) -> bool:
 
     At the end and every ``interval`` batches before it, over the last ``window`` batches: with 100 and 10, when 90, 80,
     ..., 10, 0 batches are left.
-
-    Args:
-        batches_left: Batches still to train, >= 0.
-        window: Batches the protocol looks back over.
-        interval: Batches between evaluations.
     """
     return 0 <= batches_left < window and batches_left % interval == 0
 
@@ -59,9 +52,6 @@ def final_loss(losses: Sequence[float]) -> Mean:
     r"""Final loss: the mean of the losses evaluated in the final window, with its standard error.
 
     :math:`\bar L = \frac1n \sum L_i`, :math:`s = \sqrt{\sum (L_i - \bar L)^2 / (n - 1)} / \sqrt n`.
-
-    Args:
-        losses: Validation losses, at least one.
 
     Source: Ibrahim et al. 2024, captions of Tables 2-4.
     """
@@ -83,12 +73,7 @@ def adaptation(loss: float, parent_loss: float) -> float:
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    r"""Loss that can be compared between tokenizers: :math:`L / \ln 2 / b`.
-
-    Args:
-        loss: Nats per token.
-        bytes_per_token: UTF-8 bytes of the text over the tokens it was predicted as.
-    """
+    r"""Loss that can be compared between tokenizers: :math:`L / \ln 2 / b`, with b UTF-8 bytes per predicted token."""
     return loss / log(2) / bytes_per_token
 
 
@@ -105,6 +90,12 @@ def by_average(losses: Mapping[str, float], datasets: Iterable[str]) -> dict[str
         if found := [name for name in backwards if label == name or label.startswith(f'{name}/')]:
             result.setdefault(label[len(found[0]) + 1 :], {})[found[0]] = loss
     return result
+
+
+def without_averages(labels: Iterable[str]) -> list[str]:
+    """The datasets among labels of evaluators, in order and each once, without ``<dataset>/<average>``."""
+    names = list(dict.fromkeys(labels))
+    return [name for name in names if not any(name.startswith(f'{other}/') for other in names)]
 
 
 def changes(
@@ -142,9 +133,6 @@ def score(values: Sequence[float], weights: Sequence[float]) -> Mean:
         values: Of each item: accuracy, exact match, or bits.
         weights: Of each item: 1, or bytes for bits per byte.
 
-    Raises:
-        ValueError: If there is no item.
-
     Source: Cochran 1977, Sampling Techniques, 6.3-6.4.
     """
     if not values:
@@ -158,14 +146,20 @@ def score(values: Sequence[float], weights: Sequence[float]) -> Mean:
 def paired_delta(values: Sequence[float], parent_values: Sequence[float], weights: Sequence[float]) -> Mean:
     """Score minus the parent's on the same items; its standard error is that of the differences item by item.
 
-    Items that both models get right, or wrong, cancel: this is much less than the two scores' errors together.
-
-    Args:
-        values: Of each item.
-        parent_values: The parent's, of the same items.
-        weights: Of each item, which do not depend on the model.
+    Items that both models get right, or wrong, cancel: this is much less than the two scores' errors together. The
+    weights of items do not depend on the model.
     """
     return score([ours - theirs for ours, theirs in zip(values, parent_values, strict=True)], weights)
+
+
+def is_accuracy(result: Mapping[str, Any]) -> bool:
+    """Whether a task's score is a mean over items, and better the higher."""
+    return result['higher_is_better'] and set(result['weights']) == {1}
+
+
+def has_same_items(result: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether another model has answered the same items of a task, in the same way."""
+    return all(other.get(key) == result[key] for key in ('entry', 'items', 'weights'))
 
 
 def within_noise(delta: Mean) -> bool:
@@ -174,11 +168,7 @@ def within_noise(delta: Mean) -> bool:
 
 
 def mean_over_tasks(means: Sequence[Mean]) -> Mean:
-    r"""Mean over tasks, each counting the same: :math:`\frac1k \sum m_j \pm \frac1k \sqrt{\sum s_j^2}`.
-
-    Args:
-        means: Scores of the tasks, or differences, at least one.
-    """
+    r"""Mean over tasks, each counting the same: :math:`\frac1k \sum m_j \pm \frac1k \sqrt{\sum s_j^2}`."""
     stderr = sqrt(sum(mean.stderr**2 for mean in means)) / len(means)
     return Mean(sum(mean.value for mean in means) / len(means), stderr, sum(mean.count for mean in means))
 
@@ -219,9 +209,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
     The loss is cut into twenty parts of equal length, of which the means are taken; the first batch, of which the loss
     is that of the model before any step, is looked at as well. What has few batches is cut less, never below one each.
-
-    Args:
-        losses: Training loss of evenly spaced batches, the first one's first.
+    ``losses`` are those of evenly spaced batches.
     """
     if len(losses) < 2:
         return False
@@ -233,10 +221,8 @@ def has_diverged(losses: Sequence[float]) -> bool:
 def thinned(points: list[list[float]], point: list[float], most: int = 2000) -> list[list[float]]:
     """A curve with one point more, and never more than ``most``: then every second one is dropped.
 
-    Args:
-        points: ``[[batch, ...], ...]``, of every d-th batch for some power of two d.
-        point: Of the next batch; taken if its turn has come.
-        most: Points to keep. Default: ``2000``.
+    Points, ``[batch, ...]``, are of every d-th batch for some power of two d; that of the next batch is taken if its
+    turn has come.
     """
     step = points[1][0] - points[0][0] if len(points) > 1 else 1
     if points and (point[0] - points[0][0]) % step:

@@ -22,7 +22,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from cpt_algorithms.checkpoints.exports import PretrainedModel, folder_of_pretrained, models_of, parent_of
-from cpt_algorithms.evaluation.functional import Mean, mean_over_tasks, paired_delta, score, within_noise
+from cpt_algorithms.evaluation.functional import (
+    Mean,
+    has_same_items,
+    is_accuracy,
+    mean_over_tasks,
+    paired_delta,
+    score,
+    within_noise,
+)
 from cpt_algorithms.evaluation.suite import Suite, SuiteTask, task_manager, why_unavailable
 from cpt_algorithms.files import read_json, write_json
 
@@ -37,11 +45,6 @@ def load_model(folder: Path, device: str, batch_size: int) -> Any:
     Models that LLM Foundry's ``mpt_causal_lm`` exported are loaded with LLM Foundry's own class: for these,
     ``AutoModelForCausalLM`` takes transformers' ``mpt``, which knows no learned positions, and gives other numbers
     without a word. No code is taken from the folder.
-
-    Args:
-        folder: A Hugging Face model with its tokenizer.
-        device: ``cpu`` or ``cuda``.
-        batch_size: Sequences at once.
 
     Raises:
         ValueError: If it cannot be loaded, or not all of its weights are there.
@@ -201,11 +204,7 @@ def _quiet() -> None:
 
 
 def _load_tasks(entry: SuiteTask) -> Any:
-    """The tasks of an entry with their data.
-
-    As ``lm_eval.simple_evaluate`` loads them; that one leaves the shots of tasks alone that say 0, and takes seconds
-    each time to describe the machine.
-    """
+    """As ``lm_eval.simple_evaluate``, which leaves shots of tasks that say 0, and describes the machine for seconds."""
     import numpy as np
     import torch
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -276,23 +275,14 @@ def _value(metric: str, value: Any) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """A task of a suite, or the mean of several, as a table shows it.
-
-    Args:
-        name: As the suite calls it.
-        num_fewshot: Examples in the prompt; ``None`` of a mean.
-        is_accuracy: Whether it is a mean of items that are better the higher.
-        score: Of the model.
-        parent: Of the parent; ``None`` if that is not there.
-        delta: Model minus parent, paired; ``None`` if the parent has not answered the same items.
-    """
+    """A task of a suite, or the mean of several, as a table shows it."""
 
     name: str
-    num_fewshot: int | None
-    is_accuracy: bool
+    num_fewshot: int | None  # examples in the prompt; None of a mean
+    is_accuracy: bool  # whether it is a mean of items that are better the higher
     score: Mean
-    parent: Mean | None
-    delta: Mean | None
+    parent: Mean | None  # the parent's score, if that is there
+    delta: Mean | None  # model minus parent, paired; None if the parent has not answered the same items
 
     def cell(self, mean: Mean | None, sign: str = '') -> str:
         """A number of it with its standard error, in percent or as it is."""
@@ -313,23 +303,19 @@ class Row:
 
 
 def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list[Row]:
-    """The tasks of a result beside the parent's, and the mean over those that measure an accuracy.
+    """The tasks of a result beside the parent's, if it has one, and the mean over those that measure an accuracy.
 
     Args:
         result: Of :func:`evaluate_runs`, or its file.
-        parent: Likewise; ``None`` for a model without.
+        parent: Likewise.
     """
-
-    def mean(task: Mapping[str, Any]) -> Mean:
-        return Mean(task['score'], task['stderr'], task['count'])
-
     rows: list[Row] = []
     for name, task in result['tasks'].items():
         theirs = parent['tasks'].get(name) if parent else None
-        is_same = theirs is not None and all(theirs[key] == task[key] for key in ('entry', 'items', 'weights'))
-        delta = paired_delta(task['values'], theirs['values'], task['weights']) if theirs and is_same else None
-        is_accuracy = task['higher_is_better'] and set(task['weights']) == {1}
-        rows.append(Row(name, task['num_fewshot'], is_accuracy, mean(task), mean(theirs) if theirs else None, delta))
+        pair = (task['values'], theirs['values']) if theirs and has_same_items(task, theirs) else None
+        delta = paired_delta(*pair, task['weights']) if pair else None
+        ours, parents = (of and Mean(of['score'], of['stderr'], of['count']) for of in (task, theirs))
+        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), ours, parents, delta))
     scored = [row for row in rows if row.is_accuracy]
     if len(scored) > 1:
         paired = [(row.parent, row.delta) for row in scored if row.parent and row.delta]
@@ -341,12 +327,7 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
 
 
 def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> None:
-    """Print the scores of a model, beside its parent's if it has one.
-
-    Args:
-        result: Of :func:`evaluate_runs`, or its file.
-        parent: Likewise.
-    """
+    """Print what :func:`compare` finds."""
     title = f'{result["model"]}: {result["suite"]}' + (f', against {parent["model"]}' if parent else '')
     table = Table('task', title=escape(title), title_justify='left', box=box.SIMPLE)
     for column in ('shots', 'n', 'score', *(('parent', 'delta') if parent else ())):

@@ -21,19 +21,13 @@ _FILE_BUILDERS = ('json', 'csv', 'parquet', 'text', 'arrow')
 
 
 class SuiteTask(Section):
-    """A task of a suite.
-
-    Args:
-        task: A name that lm-eval knows, or the config of a task, which has its own name as ``task``.
-        num_fewshot: Examples in each prompt.
-        metric: A mean over items that the task has; ``<metric>,<filter>`` if it filters answers in several ways.
-    """
+    """A task of a suite."""
 
     model_config = ConfigDict(extra='forbid')
 
-    task: str | dict[str, Any]
+    task: str | dict[str, Any]  # a name that lm-eval knows, or the config of a task, which has its own name as task
     num_fewshot: int = Field(ge=0)
-    metric: str
+    metric: str  # a mean over items that the task has; <metric>,<filter> if it filters answers in several ways
 
     @field_validator('task')
     @classmethod
@@ -59,21 +53,14 @@ class SuiteTask(Section):
 
 
 class Suite(Section):
-    """Tasks that models are compared on.
-
-    Args:
-        name: Of the folder that results go to.
-        variables: What ``${variables.x}`` stands for.
-        tasks: By the name that tables show.
-        missing: Tasks that the suite wants and lm-eval does not have, each with the reason.
-    """
+    """Tasks that models are compared on."""
 
     model_config = ConfigDict(extra='forbid')
 
-    name: str
-    variables: dict[str, Any] = {}
-    tasks: dict[str, SuiteTask]
-    missing: dict[str, str] = {}
+    name: str  # of the folder that results go to
+    variables: dict[str, Any] = {}  # what ${variables.x} stands for
+    tasks: dict[str, SuiteTask]  # by the name that tables show
+    missing: dict[str, str] = {}  # tasks that the suite wants and lm-eval does not have, each with the reason
 
     @field_validator('name')
     @classmethod
@@ -110,13 +97,7 @@ def load_suite(given: str | Path | Sequence[str]) -> Suite:
 
 
 def check_suite(suite: Suite) -> list[str]:
-    """Find every task of a suite that cannot be run here, as far as that shows without a model.
-
-    Args:
-        suite: Of :func:`load_suite`.
-
-    Returns:
-        One line for each.
+    """A line for each task of a suite that cannot be run here, as far as that shows without a model.
 
     Cost: 7 s the first time, if a task is named that lm-eval is to know.
     """

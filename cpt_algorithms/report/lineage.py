@@ -3,17 +3,18 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.evaluation.functional import changes
 from cpt_algorithms.files import is_remote, list_names, read_json
 from cpt_algorithms.formatting import short, signed
-from cpt_algorithms.report.run_records import RunRecord, batch_in, find_run, read_run
+from cpt_algorithms.report.run_records import RunRecord, find_run, read_run
 
-__all__ = ['Node', 'read_lineage', 'tree_of', 'walk']
+__all__ = ['Node', 'read_lineage', 'tree_of']
 
 # Folders of a run in which there are no runs, and possibly thousands of files.
 _NO_RUNS = re.compile(r'huggingface|slurm|ep\d+-ba\d+.*|\..*')
@@ -21,26 +22,15 @@ _NO_RUNS = re.compile(r'huggingface|slurm|ep\d+-ba\d+.*|\..*')
 
 @dataclass(frozen=True)
 class Node:
-    """A run, or what a run began from.
-
-    Args:
-        name: Its name.
-        kind: ``run``; ``merge`` (an average of checkpoints); ``base`` (a pretrained model); or ``missing`` (a parent
-            that is not there).
-        place: Folder or URI; the name of a pretrained model.
-        run: The run; None of what is no run. Default: ``None``.
-        begins: Batch of its parent at which it begins; None at the parent's end. Default: ``None``.
-        merged: Of a merge, its checkpoints: batches of the parent, or paths. Default: none.
-        children: What began from it, by where it begins.
-    """
+    """A run, or what a run began from."""
 
     name: str
-    kind: str
-    place: str
-    run: RunRecord | None = None
-    begins: int | None = None
-    merged: list[str] = field(default_factory=list)
-    children: list['Node'] = field(default_factory=list)
+    kind: str  # run, merge (an average of checkpoints), base (a pretrained model), missing (a parent that is not there)
+    place: str  # folder or URI; the name of a pretrained model
+    run: RunRecord | None = None  # None of what is no run
+    begins: int | None = None  # batch of its parent at which it begins; None at the parent's end
+    merged: list[str] = field(default_factory=list)  # checkpoints of a merge: batches of the parent, or paths
+    children: list['Node'] = field(default_factory=list)  # what began from it, by where it begins
 
     @property
     def status(self) -> str:
@@ -80,16 +70,11 @@ class Node:
     @property
     def data(self) -> dict[str, Any]:
         """The tree from here as JSON can hold it."""
-        known = {
-            key: getattr(self.run, key, None) for key in ('state', 'batch', 'batches', 'tokens', 'final', 'parent')
-        }
-        own = {'name': self.name, 'kind': self.kind, 'place': self.place, 'begins': self.begins, 'merged': self.merged}
-        return {
-            **own,
-            **known,
-            'schedule': _schedule(self.run) if self.run else '',
-            'children': [child.data for child in self.children],
-        }
+        own = {key: getattr(self, key) for key in ('name', 'kind', 'place', 'begins', 'merged')}
+        known = ('state', 'batch', 'batches', 'tokens', 'final', 'parent')
+        own |= {key: getattr(self.run, key, None) for key in known}
+        schedule = _schedule(self.run) if self.run else ''
+        return own | {'schedule': schedule, 'children': [child.data for child in self.children]}
 
 
 def _mix(run: RunRecord) -> str:
@@ -113,18 +98,6 @@ def _schedule(run: RunRecord) -> str:
     return ', '.join(filter(None, [*words, *(f'{key} {value}' for key, value in scheduler.arguments.items())]))
 
 
-def walk(nodes: Sequence[Node], depth: int = 0) -> Iterator[tuple[int, Node]]:
-    """Every node after its parent, with its depth.
-
-    Args:
-        nodes: Roots.
-        depth: Theirs. Default: ``0``.
-    """
-    for node in nodes:
-        yield depth, node
-        yield from walk(node.children, depth + 1)
-
-
 def read_lineage(folders: Sequence[str | Path]) -> list[Node]:
     """The trees of all runs below some folders, each with all its ancestors that are there.
 
@@ -135,8 +108,7 @@ def read_lineage(folders: Sequence[str | Path]) -> list[Node]:
         Roots: what began from scratch, from a pretrained model, or from a parent that is not there.
 
     Raises:
-        ValueError: If there is no run below a folder, or a file of one is damaged.
-        StorageError: If object storage cannot be reached.
+        ValueError: If there is no run below a folder, a file of one is damaged, or storage cannot be reached.
     """
     runs: dict[str, RunRecord] = {}
     for given in folders:
@@ -156,20 +128,12 @@ def _runs_below(folder: str | Path) -> list[str]:
     for place, below, files in os.walk(folder):
         is_run = 'stage.json' in files
         below[:] = sorted(name for name in below if not (is_run and _NO_RUNS.fullmatch(name)))
-        if is_run:
-            found.append(place)
-    return [os.path.realpath(place) for place in found]
+        found += [os.path.realpath(place)] if is_run else []
+    return found
 
 
 def tree_of(runs: dict[str, RunRecord]) -> list[Node]:
-    """Runs under what they began from.
-
-    Args:
-        runs: By folder, with their ancestors; those of averaged checkpoints are added.
-
-    Returns:
-        Roots, as of :func:`read_lineage`.
-    """
+    """Roots, as of :func:`read_lineage`, of runs by folder, with their ancestors; averaged checkpoints' are added."""
     tree = _Tree(runs)
     for run in list(runs.values()):
         tree.add(run)
@@ -212,7 +176,7 @@ class _Tree:
         return self.nodes.get(place) or self._hang(Node(name, kind, place), None)
 
     def _begins(self, checkpoint: str | None, parent: str | None) -> int | None:
-        batch = batch_in(checkpoint) if checkpoint and parent else None
+        batch = batch_of(checkpoint) if checkpoint and parent else None
         return None if parent and batch == self.runs[parent].batches else batch
 
     def _checkpoint(self, checkpoint: str, place: str, written_at: str) -> Node:

@@ -2,10 +2,10 @@
 """The report of runs: one page to look at, the same as PNG, CSV and JSON files, and a table for the terminal."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -37,59 +37,47 @@ from cpt_algorithms.report.tables import (
 __all__ = ['Report', 'print_report', 'rich_table', 'write_report']
 
 LOWER_IS_BETTER = ('loss', 'forgetting', 'bits per byte')
+CHANGES = ('forgetting', 'adaptation')
+# what the cards say: the best of a column
+QUESTIONS: list[tuple[str, str, str, Any, str]] = [
+    ('Forgot', 'least', 'forgetting', min, 'nats/token'),
+    ('Learned', 'most', 'adaptation', max, 'nats/token'),
+    ('Mean loss:', 'best', 'loss mean', min, 'nats/token'),
+    ('Cost of an update:', 'lowest', 'compute vs union', min, 'of training on everything'),
+]
+STATES = ('finished', 'unfinished', 'failed', 'not started')
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written, and the numbers in it.
+    """What was written, and the numbers in it."""
 
-    Args:
-        name: Names of the sequences or runs.
-        findings: A sentence or two for each model size.
-        rows: The rows of the table.
-        scores: lm-eval scores by suite and row.
-        missing: What is not there.
-        path: The page.
-        study: What was read.
-    """
-
-    name: str
-    findings: list[str]
-    rows: list[Row]
-    scores: list[Scores]
-    missing: list[str]
-    path: Path
     study: RunSet
+    findings: list[str]  # a sentence or two for each model size
+    rows: list[Row]
+    scores: list[Scores]  # of lm-eval, by suite and row
+    missing: list[str]
+    path: Path  # of the page
 
 
-@dataclass(frozen=True)
-class _Cell:
+class _Cell(NamedTuple):
     text: str = '-'
     small: str = ''
     look: str = ''
 
 
-@dataclass(frozen=True)
-class _Line:
+class _Line(NamedTuple):
     name: str
     note: str
     look: str
     cells: list[_Cell]
 
 
-@dataclass(frozen=True)
-class _Table:
+class _Table(NamedTuple):
     title: str
     note: str
     groups: list[tuple[str, list[str]]]
     lines: list[_Line]
-
-
-def _stand_ins(study: RunSet) -> list[tuple[str, str]]:
-    """Old datasets that stand in for data that is not known, and for which, as the runs' YAMLs say."""
-    mixes = [run.config.mix for run in study.runs.values() if run.config]
-    streams = {name: stream for mix in mixes if mix for name, stream in mix.old.items()}
-    return sorted((name, stream.stand_in_for) for name, stream in streams.items() if stream.stand_in_for)
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Report:
@@ -99,23 +87,21 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
     the runs alone.
 
     Args:
-        folders: Sequence folders or run folders.
+        folders: As of :func:`~cpt_algorithms.report.run_records.read_runs`.
         out: Where to write; made if need be.
-
-    Raises:
-        ValueError: If a folder is neither a sequence nor a run.
     """
     study = read_runs(folders)
     rows = rows_of(study)
     scores = scores_of(study, rows)
     findings = [finding(rows, size) for size in study.sizes]
     if len(findings) > 1:
-        findings = [
-            f'At {size_name(size)}, {text.replace("Nothing", "nothing", 1)}'
-            for size, text in zip(study.sizes, findings, strict=True)
-        ]
-    findings += [f'{name} stands in for {what}: forgetting is measured on it.' for name, what in _stand_ins(study)]
-    report = Report(study.name, findings, rows, scores, missing(study, rows), out / 'report.html', study)
+        texts = zip(study.sizes, findings, strict=True)
+        findings = [f'At {size_name(size)}, {text.replace("Nothing", "nothing", 1)}' for size, text in texts]
+    mixes = [run.config.mix for run in study.runs.values() if run.config]
+    streams = {name: stream for mix in mixes if mix for name, stream in mix.old.items()}
+    stand_ins = {name: streams[name].stand_in_for for name in sorted(streams) if streams[name].stand_in_for}
+    findings += [f'{name} stands in for {what}: forgetting is measured on it.' for name, what in stand_ins.items()]
+    report = Report(study, findings, rows, scores, missing(study, rows), out / 'report.html')
     out.mkdir(parents=True, exist_ok=True)
     plots = list(plots_of(study, rows))
     for plot in plots:
@@ -129,12 +115,13 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    states = Counter(run.state for run in study.given)
     page = environment.get_template('page.html.jinja').render(
         report=report,
         cards=[_cards_of(report, size) for size in study.sizes],
         arms=len({row.arm for row in rows}),
         seeds=len({run.seed for run in study.given}),
-        states=_states(study),
+        states=[(state, states[state]) for state in STATES if states[state]],
         tables=_tables(report),
         tree=tree_of(dict(study.runs)),
         versions=_versions(study),
@@ -146,19 +133,17 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
 
 def rich_table(report: Report) -> Table:
     """The main numbers, as a terminal shows them."""
-    shown = Table(title=escape(f'{report.name}: final validation loss'), title_justify='left')
+    shown = Table(title=escape(f'{report.study.name}: final validation loss'), title_justify='left')
     shown.add_column('arm', no_wrap=True)
-    columns = [*_loss_columns(report.study), 'forgetting', 'adaptation']
-    for column in columns:
-        shown.add_column(escape(column.replace('loss ', 'loss\n')), justify='right')
-    for column in ('update\ntokens', 'update\nFLOP', 'compute\nvs union'):
-        shown.add_column(column, justify='right')
+    heads = {column: column.replace('loss ', 'loss\n') for column in (*_losses(report.study), *CHANGES)}
+    heads |= {'tokens': 'update\ntokens', 'flops': 'update\nFLOP', 'compute vs union': 'compute\nvs union'}
+    for head in heads.values():
+        shown.add_column(escape(head), justify='right')
     for row in report.rows:
-        cells = [_number(row, column) for column in columns]
-        texts = [f'{cell.text} {cell.small}'.strip() for cell in cells]
-        cost = [_number(row, column).text for column in ('tokens', 'flops', 'compute vs union')]
+        cells = [_number(row, column) for column in heads]
         name = report.study.label(row.name, row.size)
-        shown.add_row(escape(f'{name}\n  {row.note}' if row.note else name), *texts, *cost)
+        texts = [f'{cell.text} {cell.small}'.strip() for cell in cells]
+        shown.add_row(escape(f'{name}\n  {row.note}' if row.note else name), *texts)
     return shown
 
 
@@ -167,28 +152,22 @@ def print_report(report: Report, console: Console) -> None:
     for sentence in report.findings:
         console.print(sentence, highlight=False, markup=False)
     console.print(rich_table(report))
-    for line in report.missing:
-        console.print(f'missing: {line}', highlight=False, markup=False, soft_wrap=True)
-    console.print(f'report: {report.path}', highlight=False, markup=False, soft_wrap=True)
+    for line in (*(f'missing: {line}' for line in report.missing), f'report: {report.path}'):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _as_json(report: Report) -> dict[str, Any]:
     study = report.study
     return {
-        'name': report.name,
+        'name': study.name,
         'data': study.data,
         'findings': report.findings,
         'rows': [flat(row) for row in report.rows],
         'benchmarks': [flat_scores(scores) for scores in report.scores],
         'runs': [
-            {
-                'name': run.name,
-                'state': run.state,
-                'batch': run.batch,
-                'batches': run.batches,
+            {key: getattr(run, key) for key in ('name', 'state', 'batch', 'batches', 'tokens', 'cost')}
+            | {
                 'parent': study.runs[run.parent].name if run.parent else run.began_from,
-                'tokens': run.tokens,
-                'cost': run.cost,
                 'scheduler': dict(run.config.scheduler.given) if run.config else None,
                 'versions': run.record.versions if run.record else {},
             }
@@ -198,12 +177,14 @@ def _as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _loss_columns(study: RunSet) -> list[str]:
-    return [*(f'loss {name}' for name in study.data), *(['loss mean'] if len(study.data) > 1 else [])]
+def _losses(study: RunSet) -> dict[str, str]:
+    """Columns of losses, and what they are called on the page."""
+    columns = {f'loss {name}': f'D{index} {name}' for index, name in enumerate(study.data)}
+    return columns | ({'loss mean': 'mean'} if len(study.data) > 1 else {})
 
 
-def _number(row: Row, column: str) -> _Cell:
-    """A number of the table in the form that people read."""
+def _number(row: Row, column: str, scale: int = 1) -> _Cell:
+    """A number of the table in the form that people read; of hours, ``scale`` times as many."""
     value = row.columns.get(column)
     if value is None:
         return _Cell()
@@ -213,94 +194,66 @@ def _number(row: Row, column: str) -> _Cell:
         return _Cell(flop(value.mean))
     if column == 'compute vs union':
         return _Cell(percent(value.mean))
-    is_change = column.startswith(('forgetting', 'adaptation'))
+    if column.startswith('device hours'):
+        return _Cell(f'{scale * value.mean:.3g}', '' if value.half is None else f'±{scale * value.half:.2g}')
+    is_change = column.startswith(CHANGES)
     half = '' if value.half is None else f'±{value.half:.3f}'
     return _Cell(signed(value.mean, 3) if is_change else f'{value.mean:.3f}', half)
-
-
-def _hours(value: OverSeeds | None, scale: int) -> _Cell:
-    if value is None:
-        return _Cell()
-    return _Cell(f'{scale * value.mean:.3g}', '' if value.half is None else f'±{scale * value.half:.2g}')
 
 
 def _cards_of(report: Report, size: int | None) -> list[dict[str, str]]:
     cards = []
     updates = contenders(report.rows, size)
     which = f', {size_name(size)}' if len(report.study.sizes) > 1 else ''
-    questions = [
-        ('Forgot', 'least', 'forgetting', min, 'nats/token'),
-        ('Learned', 'most', 'adaptation', max, 'nats/token'),
-        ('Mean loss:', 'best', 'loss mean', min, 'nats/token'),
-        ('Cost of an update:', 'lowest', 'compute vs union', min, 'of training on everything'),
-    ]
-    for title, superlative, column, choose, unit in questions:
+    for title, superlative, column, choose, unit in QUESTIONS:
         able = [row for row in updates if column in row.columns]
         if not able or (column == 'compute vs union' and able[0].kind != 'update'):
             continue
         best = choose(able, key=lambda row, column=column: row.columns[column].mean)
         level = [row.name for row in able if row.columns[column].mean == best.columns[column].mean]
         is_alike = len(level) == len(able)
+        title = (title.rstrip(':') if is_alike else f'{title} {superlative}') + which
+        arm = 'all updates alike' if is_alike and len(level) > 1 else ', '.join(level)
         cell = _number(best, column)
-        cards.append(
-            {
-                'title': (title.rstrip(':') if is_alike else f'{title} {superlative}') + which,
-                'value': cell.text,
-                'small': cell.small,
-                'unit': unit,
-                'arm': 'all updates alike' if is_alike and len(level) > 1 else ', '.join(level),
-            }
-        )
+        cards.append({'title': title, 'value': cell.text, 'small': cell.small, 'unit': unit, 'arm': arm})
     return cards
-
-
-def _states(study: RunSet) -> list[tuple[str, int]]:
-    """Runs by state, the good ones first."""
-    found = Counter(run.state for run in study.given)
-    return [(state, found[state]) for state in ('finished', 'unfinished', 'failed', 'not started') if found[state]]
 
 
 def _tables(report: Report) -> list[_Table]:
     study, rows = report.study, report.rows
-    labels = {name: f'D{index} {name}' for index, name in enumerate(study.data)}
-    losses = {column: labels.get(column.removeprefix('loss '), 'mean') for column in _loss_columns(study)}
-    changed = {'forgetting': 'forgetting', 'adaptation': 'adaptation'}
+    losses = _losses(study)
     note = 'Mean ± 95 % interval over seeds (Student’s t)' if any(len(row.runs) > 1 for row in rows) else 'One seed'
     note += '; bold: the best.' if any(len(contenders(rows, size)) > 1 for size in study.sizes) else '.'
     if any(len(row.runs) == 1 for row in rows) and any(len(row.runs) > 1 for row in rows):
         note += ' Rows with one seed have no interval.'
-    tables = []
     if len(study.sizes) > 1:
-        names = list(dict.fromkeys(row.name for row in rows))
         lines = []
-        for name in names:
+        for name in dict.fromkeys(row.name for row in rows):
             by_size = {row.size: row for row in rows if row.name == name}
             cells = [
                 _ranked(by_size[size], column, rows) if size in by_size else _Cell()
                 for size in study.sizes
-                for column in (*losses, *changed)
+                for column in (*losses, *CHANGES)
             ]
             notes = dict.fromkeys(f'{size_name(size)}: {row.note}' for size, row in by_size.items() if row.note)
             lines.append(_Line(name, '; '.join(notes), next(iter(by_size.values())).kind, cells))
-        groups = [(size_name(size), [*losses.values(), *changed.values()]) for size in study.sizes]
-        tables.append(_Table('Final loss by model size', note, groups, lines))
+        heads = [(size_name(size), [*losses.values(), *CHANGES]) for size in study.sizes]
+        first = _Table('Final loss by model size', note, heads, lines)
     else:
-        lengths = {f'bits per byte {name}': labels[name] for name in study.data if name in study.bytes_per_token}
-        cost = {'tokens': 'tokens', 'compute vs union': 'compute vs union'}
-        groups = [
-            ('validation loss (nats/token)', losses),
-            ('against the parent', changed),
-            ('bits per byte', lengths),
-            ('last stage', cost),
-        ]
-        groups = [(title, columns) for title, columns in groups if columns]
-        every = [column for _, columns in groups for column in columns]
+        known = [name for name in study.data if name in study.bytes_per_token]
+        groups = {
+            'validation loss (nats/token)': losses,
+            'against the parent': {column: column for column in CHANGES},
+            'bits per byte': {f'bits per byte {name}': losses[f'loss {name}'] for name in known},
+            'last stage': {column: column for column in ('tokens', 'compute vs union')},
+        }
+        every = [column for columns in groups.values() for column in columns]
         lines = [
             _line(study, row, [*(_ranked(row, column, rows) for column in every), _Cell(_seeds(row))]) for row in rows
         ]
-        heads = [(title, list(columns.values())) for title, columns in groups]
-        tables.append(_Table('Final loss', note, [*heads, ('', ['seeds'])], lines))
-    return [*tables, *_benchmark_tables(report, losses), _cost_table(report)]
+        heads = [(title, [*columns.values()]) for title, columns in groups.items() if columns]
+        first = _Table('Final loss', note, [*heads, ('', ['seeds'])], lines)
+    return [first, *_benchmark_tables(report), _cost_table(report)]
 
 
 def _line(study: RunSet, row: Row, cells: list[_Cell]) -> _Line:
@@ -324,9 +277,10 @@ def _ranked(row: Row, column: str, rows: Sequence[Row]) -> _Cell:
     return _Cell(cell.text, cell.small, 'best') if row.columns[column].mean == best else cell
 
 
-def _benchmark_tables(report: Report, losses: Mapping[str, str]) -> list[_Table]:
+def _benchmark_tables(report: Report) -> list[_Table]:
     if not report.scores:
         return []
+    losses = _losses(report.study)
     suites = list(dict.fromkeys(scores.suite for scores in report.scores))
     of = {(id(scores.row), scores.suite): scores for scores in report.scores}
     note = 'Small: change against the parent on the same items ± its standard error; grey: within noise (1.96 of them).'
@@ -336,7 +290,7 @@ def _benchmark_tables(report: Report, losses: Mapping[str, str]) -> list[_Table]
     for row in report.rows:
         found = [of.get((id(row), suite)) for suite in suites]
         if any(found):
-            means = [_score(s.mean, s.mean_delta) if s and s.mean else _Cell() for s in found]
+            means = [_score(s.mean, s.mean_delta) if s else _Cell() for s in found]
             lines.append(_line(report.study, row, [*(_number(row, column) for column in losses), *means]))
     groups = [('validation loss (nats/token)', list(losses.values())), ('mean of accuracies (%)', suites)]
     tables = [_Table('Losses and benchmarks', note, groups, lines)]
@@ -345,12 +299,8 @@ def _benchmark_tables(report: Report, losses: Mapping[str, str]) -> list[_Table]
         tasks = list(dict.fromkeys(task for scores in of_suite for task in scores.tasks))
         lines = []
         for scores in of_suite:
-            cells = [
-                _score(scores.tasks[task], scores.deltas.get(task)) if task in scores.tasks else _Cell()
-                for task in tasks
-            ]
-            mean = _score(scores.mean, scores.mean_delta) if scores.mean else _Cell()
-            lines.append(_line(report.study, scores.row, [*cells, mean]))
+            cells = [_score(scores.tasks.get(task), scores.deltas.get(task)) for task in tasks]
+            lines.append(_line(report.study, scores.row, [*cells, _score(scores.mean, scores.mean_delta)]))
         heads = [_task_head(report, suite, task) for task in tasks]
         tables.append(_Table(f'Benchmarks: {suite}', note, [('scores, accuracies in %', [*heads, 'mean'])], lines))
     return tables
@@ -365,12 +315,11 @@ def _task_head(report: Report, suite: str, task: str) -> str:
     return f'{task}{shots}'
 
 
-def _score(score: OverSeeds, delta: Mean | None) -> _Cell:
-    if delta is None:
-        return _Cell(score.text(2))
-    return _Cell(
-        score.text(2), f'{signed(delta.value, 2)} ± {delta.stderr:.2f}', 'noise' if within_noise(delta) else 'signal'
-    )
+def _score(score: OverSeeds | None, delta: Mean | None) -> _Cell:
+    if score is None or delta is None:
+        return _Cell(score.text(2)) if score else _Cell()
+    change = f'{signed(delta.value, 2)} ± {delta.stderr:.2f}'
+    return _Cell(score.text(2), change, 'noise' if within_noise(delta) else 'signal')
 
 
 def _cost_table(report: Report) -> _Table:
@@ -379,28 +328,25 @@ def _cost_table(report: Report) -> _Table:
     longest = max((run.hours or 0 for run in study.runs.values()), default=0)
     scale, unit = (60, 'minutes') if longest < 1 else (1, 'hours')
     hours = f'{next(iter(devices)).upper() if len(devices) == 1 else "device"}-{unit}'
-    has_new = ('new tokens', 'replayed tokens', 'flops', 'compute vs union')
-    lines = []
-    is_estimate = False
+    lines, is_estimate = [], False
     for row in report.rows:
         if row.average:
             continue
-        saved = _hours(row.columns.get('device hours saved'), scale)
+        spent, saved = (_number(row, column, scale) for column in ('device hours', 'device hours saved'))
         if 'device hours saved (estimated)' in row.columns:
-            guess = _hours(row.columns['device hours saved (estimated)'], scale)
+            guess = _number(row, 'device hours saved (estimated)', scale)
             saved, is_estimate = _Cell(f'≈ {guess.text}', guess.small), True
-        spent = _hours(row.columns.get('device hours'), scale)
-        cells = [*(_number(row, column) for column in has_new), spent, saved]
-        lines.append(_line(study, row, cells))
+        cells = [_number(row, column) for column in ('new tokens', 'replayed tokens', 'flops', 'compute vs union')]
+        lines.append(_line(study, row, [*cells, spent, saved]))
     note = 'Of the last stage of each arm: what came before is paid for already. Compute: 6 × parameters N × tokens T.'
     if is_estimate:
         note += ' ≈: union was not run to its end; estimated from the hours that this run took for a token.'
-    groups = [
-        ('tokens', ['new', 'replayed']),
-        ('compute', ['6 N T', 'compute vs union']),
-        (f'measured {hours}', ['spent', 'saved against union']),
-    ]
-    return _Table('Cost', note, groups, lines)
+    groups = {
+        'tokens': ['new', 'replayed'],
+        'compute': ['6 N T', 'compute vs union'],
+        f'measured {hours}': ['spent', 'saved against union'],
+    }
+    return _Table('Cost', note, [*groups.items()], lines)
 
 
 def _versions(study: RunSet) -> list[tuple[str, str]]:

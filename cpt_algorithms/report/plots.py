@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from math import isfinite
 from typing import Any
 
@@ -37,13 +38,9 @@ STYLE: dict[Any, Any] = {
     'axes.titlesize': 10,
     'axes.titleweight': 'bold',
     'axes.titlelocation': 'left',
-    'axes.spines.top': False,
-    'axes.spines.right': False,
+    **dict.fromkeys(('axes.spines.top', 'axes.spines.right'), False),
     'axes.edgecolor': SHARED,
-    'axes.labelcolor': INK,
-    'text.color': INK,
-    'xtick.color': INK,
-    'ytick.color': INK,
+    **dict.fromkeys(('axes.labelcolor', 'text.color', 'xtick.color', 'ytick.color'), INK),
     'axes.grid': True,
     'grid.color': FAINT,
     'grid.linewidth': 0.6,
@@ -60,16 +57,10 @@ Values = Callable[[RunRecord], list[list[float]]]
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure of the report.
+    """A figure of the report."""
 
-    Args:
-        name: Its file's name without the ending.
-        title: What it shows, for people who cannot see it.
-        figure: The figure.
-    """
-
-    name: str
-    title: str
+    name: str  # of its file, without the ending
+    title: str  # what it shows, for people who cannot see it
     figure: Figure
 
 
@@ -101,8 +92,7 @@ def plots_of(study: RunSet, rows: Sequence[Row]) -> Iterator[Plot]:
     for size in study.sizes:
         arms = study.arms(size)
         of_size = [row for row in rows if row.size == size]
-        several = len(study.sizes) > 1
-        tail, title = (f'-{_slug(size_name(size))}', size_name(size)) if several else ('', '')
+        title = size_name(size) if len(study.sizes) > 1 else ''
         with matplotlib.rc_context(STYLE):
             made = [_loss(study, arms, name) for name in study.data]
             made += [_averages(study, arms, name) for name in study.data]
@@ -114,7 +104,7 @@ def plots_of(study: RunSet, rows: Sequence[Row]) -> Iterator[Plot]:
                 plot.figure.draw_without_rendering()
                 plot.figure.set_layout_engine('none')  # it is laid out, for all files
         for plot in found:
-            name = plot.name + tail
+            name = '-'.join(filter(None, (plot.name, _slug(title))))
             taken[name] += 1  # c++ and c# are both c to a file
             name += f'-{taken[name]}' if taken[name] > 1 else ''
             yield Plot(name, ', '.join(filter(None, (plot.title, title))), plot.figure)
@@ -270,12 +260,13 @@ def _averages(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:
     averages = [a for a in dict.fromkeys(a for run in runs for a in by_average(run.final, [name])) if a]
     if not averages:
         return None
-    styles = dict(zip(averages, AVERAGE_STYLES * len(averages), strict=False))
-    averaged: list[_Line] = []
-    for average, style in styles.items():
-        labelled = f'{name}/{average}'
-        found = _lines(study, arms, lambda run, label=labelled: run.losses.get(label, []))
-        averaged += [replace(line, style=style, label=f'_{line.label}') for line in found if line.style == '-']
+    styles: dict[str, Any] = dict(zip(averages, cycle(AVERAGE_STYLES), strict=False))
+    averaged = [
+        replace(line, style=style, label=f'_{line.label}')
+        for average, style in styles.items()
+        for line in _lines(study, arms, lambda run, label=f'{name}/{average}': run.losses.get(label, []))
+        if line.style == '-'
+    ]
     lines = _lines(study, arms, lambda run: _from_parent(study, run, name))
     lines = [line for line in lines if line.style == '-' and f'_{line.label}' in {each.label for each in averaged}]
     if not lines:
@@ -320,18 +311,14 @@ def _plane(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
     if not rows:
         return None
     figure, axis = _figure()
-    for index, row in enumerate(rows):
+    for row, marker in zip(rows, cycle(MARKERS), strict=False):
         forgot, learned = row.columns['forgetting'], row.columns['adaptation']
         colour = colours.get(row.arm, INK)
-        look = {'marker': MARKERS[index % len(MARKERS)], 'zorder': 3}
+        look: dict[str, Any] = {'marker': marker, 'zorder': 3}
         if forgot.count > 1:
             axis.scatter(forgot.values, learned.values, s=12, color=colour, alpha=0.5, linewidths=0, **look)
-        face = colour if row.is_finished else 'white'
-        look |= {
-            'facecolor': face,
-            'edgecolor': colour,
-            'label': row.arm if row.is_finished else f'{row.arm} (unfinished)',
-        }
+        face, label = (colour, row.arm) if row.is_finished else ('white', f'{row.arm} (unfinished)')
+        look |= {'facecolor': face, 'edgecolor': colour, 'label': label}
         axis.scatter(forgot.mean, learned.mean, s=60, linewidths=1.4, **look)
     axis.axvline(0, color=SHARED, linewidth=0.9)
     axis.margins(0.16, 0.14)
@@ -351,12 +338,11 @@ def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
     last = max([row.columns['tokens'].mean for row, _ in bars] + [union or 0])
     figure, axis = _figure()
     count = len(bars) + (union is not None and not is_run)
-    for index, (row, colour) in enumerate(bars):
-        y, columns, is_begun = count - index, row.columns, row.runs[0].state != 'not started'
+    for y, (row, colour) in zip(range(count, 0, -1), bars, strict=False):
+        columns = row.columns
         new, replayed = columns['new tokens'].mean, columns['replayed tokens'].mean
-        axis.barh(
-            y, new, 0.36, color=colour if is_begun else 'white', edgecolor=colour, linestyle='-' if is_begun else ':'
-        )
+        face, style = ('white', ':') if row.runs[0].state == 'not started' else (colour, '-')
+        axis.barh(y, new, 0.36, color=face, edgecolor=colour, linestyle=style)
         if replayed:
             axis.barh(y, replayed, 0.36, left=new, color='white', edgecolor=colour, hatch='/////', linewidth=0.8)
         said = [f'{short(new + replayed)} tokens']

@@ -8,78 +8,50 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cpt_algorithms.evaluation.functional import has_diverged
+from cpt_algorithms.checkpoints.save_folder import batch_of
+from cpt_algorithms.evaluation.functional import has_diverged, without_averages
 from cpt_algorithms.files import exists, is_remote, read_json
 from cpt_algorithms.formatting import short
 from cpt_algorithms.stage.record import StageRecord, read_record
 from cpt_algorithms.stage.stage import Stage
 
-__all__ = ['Arm', 'RunRecord', 'RunSet', 'batch_in', 'find_run', 'read_run', 'read_runs', 'size_name']
+__all__ = ['Arm', 'RunRecord', 'RunSet', 'find_run', 'read_run', 'read_runs', 'size_name']
 
 Curve = list[list[float]]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: what its folder holds or, before it begins, what its sequence plans.
+    """One run: what its folder holds or, before it begins, what its sequence plans."""
 
-    Args:
-        folder: Its folder or URI; runs are known by it.
-        name: Its name.
-        arm: The arm that named it.
-        stage: The name of the stage it trains.
-        seed: Its seed.
-        kind: ``update`` (starts from a parent), ``union`` (from scratch on everything) or ``scratch``; of a branch,
-            that of its trunk.
-        parent: Folder of the run it starts from, if that is there.
-        tokens: Tokens of its budget by stream, the new data first.
-        tokens_before_branch: Of a branch: what its parent had read of each stream where it starts; its stage took both.
-        batches: Batches of its budget; None if only the data knows.
-        union_tokens: Tokens of training on all data from scratch; None if unknown.
-        record: Its ``stage.json``; None before it begins.
-        state: ``finished``, ``unfinished``, ``failed`` or ``not started``.
-        batch: The last batch that is known to be trained.
-        error: Last error line of a failed run.
-        losses: ``{label: [[batch, token, loss], ...]}``; a label is a dataset or ``<dataset>/<average>``.
-        final: ``{label: loss}``: final losses, or the latest ones of a run that has not finished.
-        learning_rate: ``[[batch, token, learning rate], ...]`` as applied.
-        training_loss: ``[[batch, token, loss], ...]``, before the batch's step.
-        cost: ``tokens``, ``seconds``, ``devices``, ``device``, ``parameters``, ``batch``; empty before an evaluation.
-        parameters: Size of the model; None if nothing of that size has run.
-        old: Datasets learned before this stage.
-        new: Datasets of this stage.
-        at_start: ``{dataset: loss of the untouched parent}``.
-        bytes_per_token: ``{dataset: bytes per token}``.
-        benchmarks: ``{suite: {average, or '' for the training weights: lm-eval result}}`` of its latest export.
-        base_benchmarks: ``{suite: {'': lm-eval result}}`` of the pretrained model that it starts from.
-    """
-
-    folder: str
+    folder: str  # or URI; runs are known by it
     name: str
-    arm: str
-    stage: str
+    arm: str  # that named it
+    stage: str  # the name of the stage it trains
     seed: int
-    kind: str
-    parent: str | None
-    tokens: dict[str, int]
-    tokens_before_branch: dict[str, int]
-    batches: int | None
-    union_tokens: int | None
-    record: StageRecord | None
-    state: str
-    batch: int
-    error: str
-    losses: dict[str, Curve]
-    final: dict[str, float]
-    learning_rate: Curve
-    training_loss: Curve
-    cost: dict[str, Any]
-    parameters: int | None
-    old: list[str]
-    new: list[str]
-    at_start: dict[str, float]
-    bytes_per_token: dict[str, float]
+    kind: str  # update (starts from a parent), union (from scratch on everything), scratch; a branch has its trunk's
+    parent: str | None  # folder of the run it starts from, if that is there
+    tokens: dict[str, int]  # of its budget by stream, the new data first
+    tokens_before_branch: dict[str, int]  # what a branch's parent had read where it starts; its stage took both
+    batches: int | None  # of its budget; None if only the data knows
+    union_tokens: int | None  # of training on all data from scratch; None if unknown
+    record: StageRecord | None  # its stage.json; None before it begins
+    state: str  # finished, unfinished, failed, not started
+    batch: int  # the last one that is known to be trained
+    error: str  # last error line of a failed run
+    losses: dict[str, Curve]  # {label: [[batch, token, loss], ...]}; a label is a dataset or <dataset>/<average>
+    final: dict[str, float]  # {label: loss}, the latest ones of a run that has not finished
+    learning_rate: Curve  # as applied
+    training_loss: Curve  # before the batch's step
+    cost: dict[str, Any]  # tokens, seconds, devices, device, parameters, batch; empty before an evaluation
+    parameters: int | None  # of the model; None if nothing of that size has run
+    old: list[str]  # datasets learned before this stage
+    new: list[str]  # datasets of this stage
+    at_start: dict[str, float]  # {dataset: loss of the untouched parent}
+    bytes_per_token: dict[str, float]  # of each dataset
+    # {suite: {average, or '' for the training weights: lm-eval result}}, of its latest export
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # the same of the pretrained model that it starts from
     base_benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -125,13 +97,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the tables: the last runs of one arm, one for each seed.
-
-    Args:
-        name: Its name.
-        kind: As that of its runs.
-        runs: One for each seed.
-    """
+    """A row of the tables: the last runs of one arm, one for each seed, all of one kind."""
 
     name: str
     kind: str
@@ -140,21 +106,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class RunSet:
-    """Runs that are looked at together.
+    """Runs that are looked at together."""
 
-    Args:
-        name: Names of the sequences or runs.
-        data: Datasets in the order they arrive.
-        runs: By folder, parents before children.
-        given: Those that were asked for, and not only found as ancestors.
-        missing_parents: ``{run name: parent's folder that is not there}``.
-    """
-
-    name: str
-    data: list[str]
-    runs: dict[str, RunRecord]
-    given: list[RunRecord]
-    missing_parents: dict[str, str]
+    name: str  # names of the sequences or runs
+    data: list[str]  # datasets in the order they arrive
+    runs: dict[str, RunRecord]  # by folder, parents before children
+    given: list[RunRecord]  # those that were asked for, and not only found as ancestors
+    missing_parents: dict[str, str]  # {run name: parent's folder that is not there}
 
     def label(self, name: str, size: int | None) -> str:
         """A name with the model's size, if there are several sizes."""
@@ -207,19 +165,13 @@ def size_name(size: int | None) -> str:
     return 'unknown size' if size is None else f'{short(size)} parameters'
 
 
-def batch_in(checkpoint: str) -> int | None:
-    """The batch that a checkpoint's name tells; None of ``latest``."""
-    found = re.search(r'-ba(\d+)', checkpoint.rpartition('/')[2])
-    return int(found[1]) if found else None
-
-
 def find_run(folder: str, place: str, written_at: str) -> str | None:
     """The folder of a run that another run names, which may have been moved together with that.
 
     Args:
         folder: As the other run's YAML names it.
-        place: Where the other run lies now. Of a local one, nothing is looked up in object storage.
-        written_at: Where that was trained.
+        place: Where that run lies now. Of a local one, nothing is looked up in object storage.
+        written_at: Where it was trained.
     """
     written, was = (each if is_remote(each) else os.path.realpath(each) for each in (folder, written_at))
     moved = os.path.normpath(f'{place}/{os.path.relpath(written, was)}')
@@ -236,8 +188,7 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
         plan: What a sequence knows of it, with its parent's folder. Default: ``None``, its parent is looked for.
 
     Raises:
-        ValueError: If it has not begun and there is no plan, or a file of it is damaged.
-        StorageError: If object storage cannot be reached.
+        ValueError: If it has not begun and there is no plan, a file is damaged, or storage cannot be reached.
     """
     if plan is None and folder in runs:
         return
@@ -349,7 +300,7 @@ def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, Run
         parent = find_run(checkpoint.rpartition('/')[0], folder, stage.folder or folder)
     if parent:
         read_run(parent, runs)
-        continues = batch_in(record.parent or '') if stage.train_loader.dataset.resume_after else None  # a branch
+        continues = batch_of(record.parent or '') if stage.train_loader.dataset.resume_after else None  # a branch
         at, trunk = stage.merge.batch if stage.merge else continues, runs[parent].config
         before = trunk.tokens_by_stream(at) if trunk and at is not None else {}
     tokens = stage.tokens_by_stream(0 if stage.batches is None else None)
@@ -391,23 +342,18 @@ def _last_error(lines: Sequence[str]) -> str:
 
 def _benchmarks(folder: str) -> dict[str, dict[str, dict[str, Any]]]:
     """lm-eval results of a local run's latest export, and of the pretrained model."""
-    latest: dict[tuple[str, str], tuple[int, Path]] = {}
-    base = {}
-    for path in sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/*.json')):
-        suite = path.parent.name
-        if path.stem == 'base':
-            base[suite] = {'': read_json(path)}
-        elif match := re.fullmatch(r'ba(\d+)(?:-(.+))?', path.stem):
-            of = (suite, match[2] or '')
-            latest[of] = max(latest.get(of, (-1, path)), (int(match[1]), path))
-    found: dict[str, dict[str, Any]] = {}
-    for (suite, average), (_, path) in latest.items():
-        found.setdefault(suite, {})[average] = read_json(path)
+    paths = sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/*.json'))
+    base = {path.parent.name: {'': read_json(path)} for path in paths if path.stem == 'base'}
+    latest: dict[str, dict[str, tuple[int, Path]]] = {}
+    for path in paths:
+        if match := re.fullmatch(r'ba(\d+)(?:-(.+))?', path.stem):
+            of_suite, average = latest.setdefault(path.parent.name, {}), match[2] or ''
+            of_suite[average] = max(of_suite.get(average, (-1, path)), (int(match[1]), path))
+    found = {suite: {average: read_json(of[average][1]) for average in of} for suite, of in latest.items()}
     return {'benchmarks': found, 'base_benchmarks': base}
 
 
 def _datasets(runs: Iterable[RunRecord]) -> list[str]:
     """Datasets of single runs, as their evaluators are labelled."""
     labels = [each.label for run in runs if run.config for each in run.config.eval_loader if each.label]
-    labels += [label for run in runs for label in run.losses]
-    return [name for name in dict.fromkeys(labels) if not any(name.startswith(f'{other}/') for other in labels)]
+    return without_averages([*labels, *(label for run in runs for label in run.losses)])

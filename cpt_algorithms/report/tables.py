@@ -18,6 +18,8 @@ from cpt_algorithms.evaluation.functional import (
     bits_per_byte,
     by_average,
     changes,
+    has_same_items,
+    is_accuracy,
     mean_over_tasks,
     paired_delta,
     training_flops,
@@ -49,16 +51,10 @@ COUNTS = ('tokens', 'new tokens', 'replayed tokens')
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """A mean over seeds.
-
-    Args:
-        mean: The mean.
-        half: Half-width of its 95 % interval (Student's t); None for a single seed.
-        values: Of each seed.
-    """
+    """A mean over seeds."""
 
     mean: float
-    half: float | None
+    half: float | None  # half-width of its 95 % interval (Student's t); None for a single seed
     values: tuple[float, ...]
 
     @property
@@ -67,37 +63,22 @@ class OverSeeds:
         return len(self.values)
 
     def text(self, digits: int, scale: float = 1) -> str:
-        """As people read it: ``1.23 ± 0.04``.
-
-        Args:
-            digits: After the point.
-            scale: What to multiply it by, such as 100. Default: ``1``.
-        """
+        """As people read it, multiplied by ``scale``: ``1.23 ± 0.04``."""
         half = '' if self.half is None else f' ± {scale * self.half:.{digits}f}'
         return f'{scale * self.mean:.{digits}f}{half}'
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the tables: one arm, or an average of its weights, at one model size.
-
-    Args:
-        arm: Its name.
-        average: Name of the average; '' for the training weights.
-        size: Parameters of the model; None if unknown.
-        kind: ``update``, ``union`` or ``scratch``.
-        runs: The runs behind it: those that have finished, or else the one that has come furthest.
-        others: The other seeds, which have not finished.
-        columns: ``{column: mean over seeds}``; what it does not have is left out.
-    """
+    """A row of the tables: one arm, or an average of its weights, at one model size."""
 
     arm: str
-    average: str
-    size: int | None
-    kind: str
-    runs: list[RunRecord]
-    others: list[RunRecord]
-    columns: dict[str, OverSeeds]
+    average: str  # '' for the training weights
+    size: int | None  # parameters of the model, if known
+    kind: str  # update, union or scratch
+    runs: list[RunRecord]  # those that have finished, or else the one that has come furthest
+    others: list[RunRecord]  # the other seeds, which have not finished
+    columns: dict[str, OverSeeds]  # what it does not have is left out
 
     @property
     def name(self) -> str:
@@ -121,23 +102,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Scores:
-    """Task scores of a row.
-
-    Args:
-        row: The row.
-        suite: The suite of tasks.
-        tasks: ``{task: score}``, accuracies in percent.
-        deltas: ``{task: change against the parent's training weights, paired by item}``, where these were scored too.
-        mean: Over the accuracies that all rows have.
-        mean_delta: Its change against the parent.
-    """
+    """Task scores of a row."""
 
     row: Row
     suite: str
-    tasks: dict[str, OverSeeds]
-    deltas: dict[str, Mean]
-    mean: OverSeeds | None
-    mean_delta: Mean | None
+    tasks: dict[str, OverSeeds]  # accuracies in percent
+    deltas: dict[str, Mean]  # against the parent's training weights, paired by item, where these were scored too
+    mean: OverSeeds | None  # over the accuracies that all rows have
+    mean_delta: Mean | None  # against the parent
 
 
 def over_seeds(values: Sequence[float]) -> OverSeeds:
@@ -205,41 +177,25 @@ def rows_of(study: RunSet) -> list[Row]:
     return rows
 
 
-def _is_accuracy(result: Mapping[str, Any]) -> bool:
-    return result['higher_is_better'] and set(result['weights']) == {1}
-
-
 def scores_of(study: RunSet, rows: Sequence[Row]) -> list[Scores]:
     """lm-eval scores by suite and row, with their change against the parent's training weights on the same items."""
     scores = []
     for suite in dict.fromkeys(suite for row in rows for run in row.runs for suite in run.benchmarks):
         of_rows = [
-            [
-                (run, run.benchmarks[suite][row.average]['tasks'])
-                for run in row.runs
-                if row.average in run.benchmarks.get(suite, {})
-            ]
-            for row in rows
+            [(run, of[r.average]['tasks']) for run in r.runs if r.average in (of := run.benchmarks.get(suite, {}))]
+            for r in rows
         ]
         every = [tasks for found in of_rows for _, tasks in found]
-        names = list(dict.fromkeys(task for tasks in every for task in tasks))
-        common = [name for name in names if all(name in tasks and _is_accuracy(tasks[name]) for tasks in every)]
-        scores += [
-            _scores(study, row, suite, found, names, common) for row, found in zip(rows, of_rows, strict=True) if found
-        ]
+        # by task, whether its accuracy is one that all rows have
+        names = dict.fromkeys(task for tasks in every for task in tasks)
+        names = {name: all(name in tasks and is_accuracy(tasks[name]) for tasks in every) for name in names}
+        scores += [_scores(study, row, suite, found, names) for row, found in zip(rows, of_rows, strict=True) if found]
     return scores
 
 
-def _scores(
-    study: RunSet,
-    row: Row,
-    suite: str,
-    found: Sequence[tuple[RunRecord, Mapping[str, Any]]],
-    names: Sequence[str],
-    common: Sequence[str],
-) -> Scores:
-    of_tasks = {name: [(run, tasks[name]) for run, tasks in found if name in tasks] for name in names}
-    of_tasks = {name: of for name, of in of_tasks.items() if of}
+def _scores(study: RunSet, row: Row, suite: str, found: list[tuple[RunRecord, Any]], names: dict[str, bool]) -> Scores:
+    common = [name for name, is_common in names.items() if is_common]
+    of_tasks = {name: of for name in names if (of := [(run, tasks[name]) for run, tasks in found if name in tasks])}
     means = {name: over_seeds([_scale(result) * result['score'] for _, result in of]) for name, of in of_tasks.items()}
     changed_by = {name: _against_parents(study, suite, name, of) for name, of in of_tasks.items()}
     deltas = {name: delta for name, delta in changed_by.items() if delta is not None}
@@ -250,20 +206,17 @@ def _scores(
 
 
 def _scale(result: Mapping[str, Any]) -> float:
-    return 100.0 if _is_accuracy(result) else 1.0
+    return 100.0 if is_accuracy(result) else 1.0
 
 
-def _against_parents(
-    study: RunSet, suite: str, task: str, found: Sequence[tuple[RunRecord, Mapping[str, Any]]]
-) -> Mean | None:
+def _against_parents(study: RunSet, suite: str, task: str, found: list[tuple[RunRecord, Any]]) -> Mean | None:
     """Change against the parents, item by item: seeds answer the same items, so each is first averaged over them."""
-    same = ('entry', 'items', 'weights')
     parents = []
     for run, result in found:
         scored = study.runs[run.parent].benchmarks if run.parent else run.base_benchmarks
         of_parent = scored.get(suite, {}).get('', {})
         parents.append(of_parent.get('tasks', {}).get(task, {}))
-        if any(parents[-1].get(key) != result[key] or result[key] != found[0][1][key] for key in same):
+        if not has_same_items(result, parents[-1]) or not has_same_items(result, found[0][1]):
             return None
     ours, theirs = (np.mean([each['values'] for each in side], axis=0) for side in ([r for _, r in found], parents))
     scale = _scale(found[0][1])
@@ -273,10 +226,12 @@ def _against_parents(
 
 def _is_told_apart(row: Row, other: Row, column: str) -> bool:
     """Whether the difference, paired by seed, has an interval without 0."""
-    by_seed = [dict(zip((run.seed for run in r.runs), r.columns[column].values, strict=True)) for r in (row, other)]
-    both = [seed for seed in by_seed[0] if seed in by_seed[1]]
-    difference = over_seeds([by_seed[0][seed] - by_seed[1][seed] for seed in both]) if both else None
-    return difference is not None and difference.half is not None and abs(difference.mean) > difference.half
+    ours, theirs = (
+        {run.seed: value for run, value in zip(r.runs, r.columns[column].values, strict=True)} for r in (row, other)
+    )
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    found = over_seeds(differences) if len(differences) > 1 else None
+    return found is not None and found.half is not None and abs(found.mean) > found.half
 
 
 def contenders(rows: Sequence[Row], size: int | None) -> list[Row]:
@@ -388,12 +343,8 @@ def _missing_benchmarks(runs: Sequence[RunRecord]) -> Iterator[str]:
 
 def flat(row: Row) -> dict[str, Any]:
     """A row as JSON and CSV hold it: means by column, with ``<column> interval`` where there are several seeds."""
-    result: dict[str, Any] = {
-        'arm': row.name,
-        'parameters': row.size,
-        'seeds': len(row.runs),
-        'state': row.note or 'finished',
-    }
+    state = row.note or 'finished'
+    result: dict[str, Any] = {'arm': row.name, 'parameters': row.size, 'seeds': len(row.runs), 'state': state}
     for column, value in row.columns.items():
         result[column] = value.mean
         # the same for every seed

@@ -24,17 +24,10 @@ class NotRun(ValueError):
 
 @dataclass(frozen=True)
 class Condition:
-    """A quantity, and where its mean over seeds must lie.
+    """A quantity, and where its mean over seeds must lie: between ``above`` and ``below``."""
 
-    Args:
-        what: In words, with its unit if it is not nats per token.
-        values: Of each seed.
-        above: It must be more. Default: no bound.
-        below: It must be less. Default: no bound.
-    """
-
-    what: str
-    values: Sequence[float] | np.ndarray
+    what: str  # in words, with its unit if it is not nats per token
+    values: Sequence[float] | np.ndarray  # of each seed
     above: float = -inf
     below: float = inf
 
@@ -67,34 +60,21 @@ def _place(mean: OverSeeds, above: float, below: float) -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of a paper.
+    """A claim of a paper."""
 
-    Args:
-        name: Such as ``C1``.
-        says: What the paper says.
-        paper: The paper's numbers.
-        test: From the runs to the conditions, all of which must hold.
-    """
-
-    name: str
+    name: str  # such as C1
     says: str
-    paper: str
-    test: Callable[[Any], list[Condition]]
+    paper: str  # the paper's numbers
+    test: Callable[[Any], list[Condition]]  # from the runs to the conditions, all of which must hold
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a claim.
-
-    Args:
-        claim: The claim.
-        conditions: What was measured; none if it was not run.
-        missing: What was not run.
-    """
+    """What became of a claim."""
 
     claim: Claim
-    conditions: list[Condition]
-    missing: str = ''
+    conditions: list[Condition]  # none if it was not run
+    missing: str = ''  # what was not run
 
     @property
     def verdict(self) -> str:

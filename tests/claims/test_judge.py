@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The judge of claims, on verdicts and runs small enough to work out by hand."""
 
-import json
-
 import numpy as np
 import pytest
 
+from cpt_algorithms.files import write_json
 from scripts.claims.judge import Claim, Condition, Finding, NotRun, Runs, judge
 
 # Of one seed: [batch, token, loss]; the average is also evaluated at batch 6, and not at 0.
@@ -14,25 +13,18 @@ EMA = [[2, 8, 5.5], [4, 16, 3.5], [6, 24, 1.0], [8, 32, 5.75]]
 
 
 def write(folder, seeds=(2, 1), finished=(1, 2)):
-    planned = {
-        'arm': 'a',
-        'stage': 'x',
-        'parent': None,
-        'tokens': {'new': 32},
-        'tokens_before_branch': {},
-        'batches': 8,
-    }
+    tokens = {'tokens': {'new': 32}, 'tokens_before_branch': {}, 'batches': 8}
+    planned = {'arm': 'a', 'stage': 'x', 'parent': None, **tokens}
     runs = [{**planned, 'name': f'a-s{seed}', 'seed': seed} for seed in seeds]
-    (folder / 'sequence.json').write_text(json.dumps({'name': 'q', 'data': ['d', 'e'], 'stages': {}, 'runs': runs}))
+    write_json(folder / 'sequence.json', {'name': 'q', 'data': ['d', 'e'], 'stages': {}, 'runs': runs})
     for seed in seeds:
         run = folder / f'a-s{seed}'
-        run.mkdir()
         losses = {'d': RAW, 'd/ema': EMA, 'e': [[8, 32, 1.0]]}
         losses = {label: [[*at, loss + seed] for *at, loss in rows] for label, rows in losses.items()}
         final = {'d': {'mean': 10.0 + seed}, 'd/ema': {'mean': 8.0 * seed}, 'e': {'mean': 2.0}}
-        (run / 'losses.json').write_text(json.dumps({'losses': losses, 'final': final}))
+        write_json(run / 'losses.json', {'losses': losses, 'final': final})
         if seed in finished:
-            (run / 'done.json').write_text('{"batch": 8}')
+            write_json(run / 'done.json', {'batch': 8})
     return Runs(folder)
 
 
@@ -45,28 +37,18 @@ def test_runs_are_given_seed_by_seed(tmp_path):
     assert runs.mean_final('a', ['d', 'e']).tolist() == [6.5, 7.0]
     assert runs.last('a', 'd').tolist() == [7, 8]
     assert runs.last('a', 'd', 'ema').tolist() == [6.75, 7.75]
-
-
-def test_curves_are_over_the_share_of_the_run(tmp_path):
-    first, second = write(tmp_path).curves('a', 'd', 'ema')
-    assert first.tolist() == [[0.25, 6.5], [0.5, 4.5], [0.75, 2.0], [1.0, 6.75]]
+    first, second = runs.curves('a', 'd', 'ema')
+    assert first.tolist() == [[0.25, 6.5], [0.5, 4.5], [0.75, 2.0], [1.0, 6.75]], 'over the share of the run'
     assert second[:, 1].tolist() == [7.5, 5.5, 3.0, 7.75]
 
 
-def test_gain_is_a_mean_over_evaluations_of_both(tmp_path):
+def test_gain_and_rise_by_hand(tmp_path):
     runs = write(tmp_path)
     # raw minus average: -0.5 at 0.25, 0.5 at 0.5, 0.25 at 1
-    assert runs.gain('a', 'd', 'ema', 0.25, 0.5).tolist() == [0.0, 0.0]
-    assert runs.gain('a', 'd', 'ema', 0.26, 1.0).tolist() == [0.375, 0.375]
-    assert runs.gain('a', 'd', 'ema', 0.6, 1.0).tolist() == [0.25, 0.25]
-
-
-def test_rise_is_to_the_highest_loss_of_the_beginning(tmp_path):
-    runs = write(tmp_path)
-    before = np.array([1.0, 3.0])
-    assert runs.rise('a', 'd', before, 0.25).tolist() == [5.0, 4.0]
-    assert runs.rise('a', 'd', before, 0.2).tolist() == [3.0, 2.0]
-    assert runs.rise('a', 'd', before, 1.0).tolist() == [6.0, 5.0]
+    for begin, end, gain in ((0.25, 0.5, 0.0), (0.26, 1.0, 0.375), (0.6, 1.0, 0.25)):
+        assert runs.gain('a', 'd', 'ema', begin, end).tolist() == [gain, gain]
+    for until, rise in ((0.25, [5.0, 4.0]), (0.2, [3.0, 2.0]), (1.0, [6.0, 5.0])):
+        assert runs.rise('a', 'd', np.array([1.0, 3.0]), until).tolist() == rise
 
 
 def test_what_was_not_run_is_named(tmp_path):
@@ -82,48 +64,42 @@ def test_what_was_not_run_is_named(tmp_path):
         nothing.named('a')
 
 
-@pytest.mark.parametrize(
-    ('above', 'below', 'verdict', 'bounds'),
-    [
-        (0.5, np.inf, 'reproduced', '> 0.5'),
-        (0.5, 1.5, 'reproduced', '0.5 to 1.5'),
-        (1, np.inf, 'not reproduced', '> 1'),
-        (-np.inf, 1, 'not reproduced', '< 1'),
-        (-np.inf, 1.5, 'reproduced', '< 1.5'),
-    ],
-)
-def test_a_bound_itself_is_outside(above, below, verdict, bounds):
-    # seeds that agree: an interval of no width, at 1
-    condition = Condition('', [1, 1, 1], above, below)
-    assert condition.verdict == verdict
-    assert condition.bounds == bounds
-
-
-# Verdicts, by hand: of [0.1, 0.2, 0.3] the mean is 0.2, the half-width 4.303 x 0.1 / sqrt(3) = 0.248
+# Of [0.1, 0.2, 0.3] the mean is 0.2, the half-width 4.303 x 0.1 / sqrt(3) = 0.248: the interval is -0.048 to 0.448
+SPREAD, ALIKE = [0.1, 0.2, 0.3], [1, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ('above', 'below', 'verdict'),
+    ('values', 'above', 'below', 'verdict'),
     [
-        (-0.05, np.inf, 'reproduced'),  # the interval is -0.048 to 0.448
-        (-0.04, np.inf, 'inconclusive at this scale'),
-        (0.44, np.inf, 'inconclusive at this scale'),
-        (0.45, np.inf, 'not reproduced'),
-        (-np.inf, 0.45, 'reproduced'),
-        (-np.inf, 0.44, 'inconclusive at this scale'),
-        (-np.inf, -0.05, 'not reproduced'),
-        (-0.05, 0.45, 'reproduced'),
-        (0.0, 0.45, 'inconclusive at this scale'),
+        (SPREAD, -0.05, np.inf, 'reproduced'),
+        (SPREAD, -0.04, np.inf, 'inconclusive at this scale'),
+        (SPREAD, 0.44, np.inf, 'inconclusive at this scale'),
+        (SPREAD, 0.45, np.inf, 'not reproduced'),
+        (SPREAD, -np.inf, 0.45, 'reproduced'),
+        (SPREAD, -np.inf, 0.44, 'inconclusive at this scale'),
+        (SPREAD, -np.inf, -0.05, 'not reproduced'),
+        (SPREAD, -0.05, 0.45, 'reproduced'),
+        (SPREAD, 0.0, 0.45, 'inconclusive at this scale'),
+        # an interval of no width; the bound itself is outside
+        (ALIKE, 0.5, np.inf, 'reproduced'),
+        (ALIKE, 0.5, 1.5, 'reproduced'),
+        (ALIKE, 1, np.inf, 'not reproduced'),
+        (ALIKE, -np.inf, 1, 'not reproduced'),
+        (ALIKE, -np.inf, 1.5, 'reproduced'),
+        ([5.0], 0, np.inf, 'inconclusive at this scale'),
     ],
 )
-def test_a_condition_is_judged_by_its_whole_interval(above, below, verdict):
-    condition = Condition('', [0.1, 0.2, 0.3], above, below)
-    assert condition.over_seeds.half == pytest.approx(0.2484, abs=1e-4)
-    assert condition.verdict == verdict
+def test_a_condition_is_judged_by_its_whole_interval(values, above, below, verdict):
+    assert Condition('', values, above, below).verdict == verdict
 
 
-def test_one_seed_proves_nothing():
-    assert Condition('', [5.0], above=0).verdict == 'inconclusive at this scale'
+def test_bounds_and_interval():
+    assert Condition('', SPREAD).over_seeds.half == pytest.approx(0.2484, abs=1e-4)
+    assert [Condition('', [], *at).bounds for at in ((0.5,), (0.5, 1.5), (-np.inf, 1))] == [
+        '> 0.5',
+        '0.5 to 1.5',
+        '< 1',
+    ]
 
 
 def test_a_claim_is_as_good_as_its_worst_condition():
@@ -143,10 +119,8 @@ def test_every_claim_has_a_finding():
     def missing(evidence):
         raise NotRun(f'nothing in {evidence}')
 
-    claims = [
-        Claim('C1', '', '', lambda evidence: [Condition(evidence, [2, 2], above=1)]),
-        Claim('C2', '', '', missing),
-    ]
+    passing = Claim('C1', '', '', lambda evidence: [Condition(evidence, [2, 2], above=1)])
+    claims = [passing, Claim('C2', '', '', missing)]
     run, not_run = judge(claims, 'runs')
     assert (run.claim, run.conditions[0].what, run.missing, run.verdict) == (claims[0], 'runs', '', 'reproduced')
     assert not_run == Finding(claims[1], [], 'nothing in runs')

@@ -60,16 +60,10 @@ def test_a_curve_is_thinned_evenly():
         points = thinned(points, [batch, batch / 2], most=50)
     steps = {after[0] - before[0] for before, after in zip(points, points[1:], strict=False)}
     assert steps == {32}
-    assert points[0] == [0, 0]
-    assert len(points) == 32
-    assert points[-1] == [992, 496]
+    assert (len(points), points[0], points[-1]) == (32, [0, 0], [992, 496])
     assert len(thinned([[batch] for batch in range(2000)], [2000])) == 1001
     assert len(thinned([[batch] for batch in range(8000)], [8000], most=8000)) == 4001
-
-
-def test_a_curve_of_three_points_by_hand():
-    points: list[list[float]] = []
-    seen = []
+    points, seen = [], []
     for batch in range(11, 20):
         points = thinned(points, [batch, 7], most=3)
         seen.append([batch for batch, _ in points])

@@ -6,8 +6,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from math import log
 from pathlib import Path
 
@@ -83,11 +81,6 @@ def test_unknown_task_and_missing_data(tmp_path):
     assert [problem.partition(': ')[0] for problem in problems] == [f'tasks.{name}' for name in suite.tasks]
     assert f'{tmp_path}/lm_eval/python_passages.jsonl' in problems[0]
     assert "'hellaswga'" in problems[4] and "'hellaswag'" in problems[4]
-
-
-def test_neither_help_nor_suites_wait_for_torch():
-    code = 'import sys, evaluate, cpt_algorithms.evaluation.lm_eval; sys.exit("torch" in sys.modules)'
-    assert subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT / 'scripts').returncode == 0
 
 
 # Real models
@@ -262,16 +255,22 @@ def test_a_run_its_average_and_its_parent(runs, main):
     assert f'{row.score.value:.4f} ± {row.score.stderr:.4f}' in printed and f'{row.delta.value:+.4f}' in printed
 
 
-def test_scores_and_prompts_are_those_of_simple_evaluate(lm, tasks, monkeypatch):
+@pytest.fixture
+def found(monkeypatch):
+    """What lm-eval itself makes of a task."""
+    results = {}
+    original = harness.evaluate
+    monkeypatch.setattr(harness, 'evaluate', lambda **given: results.update(original(**given)) or results)
+    return results
+
+
+def test_scores_and_prompts_are_those_of_simple_evaluate(lm, tasks, found):
     entries = {name: SuiteTask(**entry) for name, entry in tasks.items()}
     entries['choice'] = SuiteTask(**{**tasks['choice'], 'num_fewshot': 2})
     expected = harness.simple_evaluate(
         model=lm, tasks=[{**entry.task, 'num_fewshot': entry.num_fewshot} for entry in entries.values()],
         task_manager=task_manager(False), bootstrap_iters=0,
     )  # fmt: skip
-    found = {}
-    original = harness.evaluate
-    monkeypatch.setattr(harness, 'evaluate', lambda **given: found.update(original(**given)) or found)
     for name, entry in entries.items():
         ours = lm_eval._run(lm, entry, None)
         assert ours['score'] == pytest.approx(expected['results'][name][f'{entry.metric},none'], rel=1e-9)
@@ -281,7 +280,7 @@ def test_scores_and_prompts_are_those_of_simple_evaluate(lm, tasks, monkeypatch)
         assert found['n-shot'] == {name: expected['n-shot'][name]} == {name: entry.num_fewshot}
 
 
-def test_groups_are_pooled_as_lm_eval_weights_them(lm, tasks, tmp_path, monkeypatch):
+def test_groups_are_pooled_as_lm_eval_weights_them(lm, tasks, tmp_path, monkeypatch, found):
     choice = tasks['choice']['task']
     file = Path(choice['dataset_kwargs']['data_files']['test'])
     (few := tmp_path / 'few.jsonl').write_text(''.join(file.read_text().splitlines(keepends=True)[:5]))
@@ -294,9 +293,6 @@ def test_groups_are_pooled_as_lm_eval_weights_them(lm, tasks, tmp_path, monkeypa
         (tmp_path / f'{name}.yaml').write_text(yaml.safe_dump(config))
     manager = harness.tasks.TaskManager(include_defaults=False, include_path=tmp_path)
     monkeypatch.setattr(lm_eval, 'task_manager', lambda with_known_tasks: manager)
-    found = {}
-    original = harness.evaluate
-    monkeypatch.setattr(harness, 'evaluate', lambda **given: found.update(original(**given)) or found)
     ours = lm_eval._run(lm, SuiteTask(task='both', num_fewshot=0, metric='acc'), None)
     assert ours['count'] == ITEMS + 5 and str(ours['version']) == '5'
     assert ours['score'] == pytest.approx(found['results']['both']['acc,none'])
@@ -391,29 +387,21 @@ def test_models_of_transformers(tmp_path, data, main):
     assert result['tasks']['bits']['score'] > 1 and len(result['tasks']) == 3
 
 
-def without_weights(model):
-    config = json.loads((model / 'config.json').read_text())
-    (model / 'config.json').write_text(json.dumps({**config, 'n_layers': 2}))
-
-
 @pytest.mark.parametrize(
     ('arguments', 'named'),
     [
         (['--batch-size', '0'], '--batch-size'),
         (['--limit', '1.5'], '--limit'),
         (['tasks.bits.metrics=acc'], "tasks.bits.metrics .* 'metric'"),
-        (['--suite', 'no/such.yaml'], 'no/such.yaml'),
-        ([without_weights], 'config.json.* transformer.blocks.1'),
+        ({'suite': 'no/such.yaml'}, 'no/such.yaml'),
+        ({'layers': 2}, 'config.json.* transformer.blocks.1'),  # whose weights are not there
     ],
 )
 def test_what_is_refused(model, main, suite_file, arguments, named):
-    suite = suite_file
-    match arguments:
-        case ['--suite', suite]:
-            arguments = []
-        case [spoil] if callable(spoil):
-            arguments = []
-            spoil(model)
-    status, _, error = main(model, *arguments, suite=suite)
+    changed = arguments if isinstance(arguments, dict) else {}
+    config = json.loads((model / 'config.json').read_text())
+    (model / 'config.json').write_text(json.dumps({**config, 'n_layers': changed.get('layers', config['n_layers'])}))
+    given = [] if changed else arguments
+    status, _, error = main(model, *given, suite=changed.get('suite', suite_file))
     assert (status, error.count('\n')) == (2, 1)
     assert re.search(named, error)

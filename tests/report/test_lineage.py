@@ -9,7 +9,7 @@ import lineage as script
 import pytest
 from run_folders import write, write_run
 
-from cpt_algorithms.report.lineage import read_lineage, walk
+from cpt_algorithms.report.lineage import read_lineage
 from cpt_algorithms.report.page import write_report
 
 
@@ -28,6 +28,13 @@ def runs(tmp_path):
     write_run(folder / 'a-merged', {'a': 3.8}, batches=0, variables={'merge': merge}, max_duration='0ba')
     (folder / 'a' / 'huggingface' / 'ba100').mkdir(parents=True)
     return folder
+
+
+def walk(nodes, depth=0):
+    """Every node after its parent, with its depth."""
+    for node in nodes:
+        yield depth, node
+        yield from walk(node.children, depth + 1)
 
 
 def drawn(roots):

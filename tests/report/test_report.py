@@ -53,6 +53,17 @@ def said_of(name, *folders):
     return [line for line in missing(study, rows_of(study)) if line.startswith(f'{name}: ')]
 
 
+def scored(study):
+    return {scores.row.name: scores for scores in scores_of(study, rows_of(study))}
+
+
+def terminal(report):
+    """The table as a terminal shows it."""
+    console = Console(width=200, record=True, file=open('/dev/null', 'w'))
+    console.print(rich_table(report))
+    return console.export_text()
+
+
 def test_interval_by_hand():
     found = over_seeds([1.0, 2.0, 3.0])
     assert found.mean == 2
@@ -136,9 +147,8 @@ def test_half_finished_failed_and_not_started(tmp_path):
 
 
 def test_nothing_but_a_plan(tiny, tmp_path):
-    for path in tiny.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
+    for path in tiny.glob('*-s1'):
+        shutil.rmtree(path)
     report = write_report([tiny], tmp_path / 'out')
     assert {row.note for row in report.rows} == {'not started'}
     (line,) = said_of('new-none-s1', tiny)
@@ -153,11 +163,8 @@ def test_a_run_that_is_trained_again_or_on_is_not_finished(done, tiny):
 
 def test_averages_are_rows_against_the_raw_parent(tmp_path):
     found = rows(write_sequence(tmp_path, averages=('lawa', 'ema_5ba')))
-    assert list(found) == [
-        'old only',
-        *(f'{a}{x}' for a in ('none', 'replay 25 %') for x in ('', ', lawa', ', ema_5ba')),
-        'union',
-    ]
+    updates = [f'{a}{x}' for a in ('none', 'replay 25 %') for x in ('', ', lawa', ', ema_5ba')]
+    assert list(found) == ['old only', *updates, 'union']
     assert found['none, lawa'].columns['forgetting'].mean == pytest.approx(4.2 - 0.5 - 3.0)
     assert found['none, lawa'].columns['tokens'].mean == 1000
 
@@ -193,8 +200,7 @@ def test_benchmarks_by_hand(tiny, tmp_path, no_plots):
     benchmark(tiny / 'old-s1', 3)
     benchmark(tiny / 'new-none-s1', 1)
     benchmark(tiny / 'new-r25-s1', 3, missing=['trivia'])
-    study = read_runs([tiny])
-    found = {scores.row.name: scores for scores in scores_of(study, rows_of(study))}
+    found = scored(read_runs([tiny]))
     assert list(found) == ['old only', 'none', 'replay 25 %']
     none = found['none']
     assert none.tasks['arc'].mean == 25  # an accuracy in percent
@@ -221,7 +227,7 @@ def test_seeds_that_answer_the_same_items_are_not_more_items(tmp_path):
         benchmark(folder / f'new-none-s{seed}', 1, missing=['trivia'])
         benchmark(folder / f'new-r25-s{seed}', seed)
     study = read_runs([folder])
-    found = {scores.row.name: scores for scores in scores_of(study, rows_of(study))}
+    found = scored(study)
     assert found['none'].deltas['arc'].stderr == pytest.approx(100 * sqrt(1 / 3) / 2), 'as for one seed'
     # mean over the seeds of each item: 0, -1/2, -1, 0, with the sample deviation sqrt(11/48)
     assert found['replay 25 %'].deltas['arc'].value == pytest.approx(-37.5)
@@ -248,9 +254,7 @@ def test_a_run_without_several_evaluators(loaders, data, tmp_path, no_plots):
 def test_names_that_look_like_markup(arm, tiny, tmp_path):
     change(tiny / 'sequence.json', lambda value: value['runs'][1].update(arm=arm))
     report = write_report([tiny], tmp_path / 'out')
-    console = Console(width=200, record=True)
-    console.print(rich_table(report))
-    assert arm in console.export_text()
+    assert arm in terminal(report)
     page = report.path.read_text()
     assert '<b>$' not in page and arm.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;') in page
 
@@ -261,14 +265,17 @@ def test_a_damaged_file_is_named(tiny):
         read_runs([tiny])
 
 
-def test_single_runs_find_their_ancestors(tiny, tmp_path, no_plots):
-    report = write_report([tiny / 'new-r25-s1'], tmp_path / 'out')
+def test_single_runs_find_their_ancestors(tmp_path, no_plots):
+    folder = write_sequence(tmp_path, seeds=(1, 2))
+    report = write_report([folder / 'new-r25-s1'], tmp_path / 'out')
     (row,) = report.rows
     assert row.name == 'new-r25', 'the seed is not part of an arm'
     assert row.columns['forgetting'].mean == pytest.approx(0.3)
     assert row.columns['replayed tokens'].mean == 250
     assert row.columns['compute vs union'].mean == 0.5
     assert [run.name for run in report.study.runs.values()] == ['old-s1', 'new-r25-s1']
+    (row,) = rows(folder / 'new-none-s1', folder / 'new-none-s2').values()
+    assert row.columns['loss old'].count == 2, 'two seeds are one arm'
 
 
 def test_a_branch_of_a_single_run_has_what_its_trunk_had_read(tiny):
@@ -289,12 +296,6 @@ def test_a_branch_of_a_single_run_has_what_its_trunk_had_read(tiny):
     assert (anneal.budget, anneal.replayed, anneal.union_tokens, anneal.kind) == (1000, 250, 2000, 'update')
     assert study.hours(anneal) == pytest.approx(0.2 + 0.2 * 600 / 1000)
     assert (sum(merged.tokens.values()), merged.budget, merged.union_tokens) == (0, 1000, 2000)
-
-
-def test_two_seeds_of_a_single_run_are_one_arm(tmp_path):
-    folder = write_sequence(tmp_path, seeds=(1, 2))
-    (row,) = rows(folder / 'new-none-s1', folder / 'new-none-s2').values()
-    assert row.columns['loss old'].count == 2
 
 
 def test_a_parent_that_is_not_there_is_said(alone):
@@ -439,10 +440,7 @@ def test_csv_json_and_terminal_say_the_same(tmp_path, no_plots):
     assert float(table['none']['forgetting']) == found['none']['forgetting'] == pytest.approx(1.2)
     assert float(table['none']['forgetting interval']) == pytest.approx(4.302653 * 0.1 / sqrt(3))
     assert table['union']['forgetting'] == ''
-    console = Console(width=160, record=True, file=open('/dev/null', 'w'))
-    console.print(rich_table(report))
-    shown = console.export_text()
-    assert re.search(r'none .*\+1\.200 ±0\.248', shown), shown
+    assert re.search(r'none .*\+1\.200 ±0\.248', terminal(report))
 
 
 def test_script(tiny, tmp_path, capsys, no_plots):
