@@ -282,7 +282,7 @@ def test_a_sequence_from_a_base(updated, bases, tmp_path):
     row = next(row for row in rows_of(study) if row.arm == 'first only' and not row.average)
     assert row.kind == 'update' and 'compute vs union' not in row.columns
     assert {'forgetting', 'adaptation'} <= row.columns.keys()
-    assert row.runs[0].load_path == str(bases[kind])
+    assert row.runs[0].began_from == str(bases[kind])
 
 
 @of_llama
@@ -450,8 +450,7 @@ def test_a_base_of_the_hub_is_looked_for_in_its_cache(tmp_path, monkeypatch):
         folder_of_pretrained('some/other')
     run = tmp_path / 'run'
     run.mkdir()
-    model = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': 'some/other'}
-    (run / 'stage.json').write_text(json.dumps({'parent': 'some/other', 'config': {'model': model}}))
+    (run / 'stage.json').write_text(json.dumps({'parent': 'some/other', 'pretrained_model': 'some/other'}))
     with pytest.raises(ValueError, match='some/other is neither'):
         parent_of(run)
 
