@@ -314,9 +314,8 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
         theirs = parent['tasks'].get(name) if parent else None
         pair = (task['values'], theirs['values']) if theirs and has_same_items(task, theirs) else None
         delta = paired_delta(*pair, task['weights']) if pair else None
-        ours = Mean(task['score'], task['stderr'], task['count'])
-        parents = Mean(theirs['score'], theirs['stderr'], theirs['count']) if theirs else None
-        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), ours, parents, delta))
+        ours, *parents = [Mean(of['score'], of['stderr'], of['count']) for of in (task, theirs) if of]
+        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), ours, parents[0] if parents else None, delta))
     scored = [row for row in rows if row.is_accuracy]
     if len(scored) > 1:
         paired = [(row.parent, row.delta) for row in scored if row.parent and row.delta]
