@@ -67,7 +67,7 @@ class Options(Choices):
             return None
         from cpt_algorithms.preparation.duplicates import NearDuplicates
 
-        given = {} if self.near_threshold is None else {'threshold': self.near_threshold}
+        given: dict[str, Any] = {} if self.near_threshold is None else {'threshold': self.near_threshold}
         return NearDuplicates(**given).model_dump()
 
 

@@ -21,6 +21,7 @@ from tiny import DATASETS_LOCK
 from torch.utils.data import DataLoader
 
 from cpt_algorithms.replay import ReplayTextDataset, StreamError, streams
+from cpt_algorithms.replay.mix import DOWNLOAD_RETRY
 from cpt_algorithms.stage.stage import Stage
 
 SEQ_LEN = 16
@@ -147,12 +148,12 @@ def test_a_server_that_comes_back_is_waited_for(proxy, tmp_path, undisturbed, ca
 
 
 def test_by_default_a_server_may_be_gone_for_a_minute(proxy, tmp_path):
-    waits = [min(1.0 * 2**n, 15.0) for n in range(streams.DOWNLOAD_RETRY)]  # and jitter, which is positive
+    waits = [min(1.0 * 2**n, 15.0) for n in range(DOWNLOAD_RETRY)]  # and jitter, which is positive
     assert sum(waits) > 60
-    assert {stream.download_retry for stream in training(tmp_path).streams} == {streams.DOWNLOAD_RETRY}
+    assert {stream.download_retry for stream in training(tmp_path).streams} == {DOWNLOAD_RETRY}
     loader = {'name': 'text', 'dataset': stream(tmp_path, 'new'), 'label': 'new'}
-    dataset = Stage.from_yaml({'eval_loader': loader, 'save_folder': 'x'})['eval_loader'][0]['dataset']
-    assert (dataset['stream_name'], dataset['download_retry']) == ('resilient', streams.DOWNLOAD_RETRY)
+    dataset = Stage.from_yaml({'eval_loader': loader, 'save_folder': 'x'}).to_train_yaml()['eval_loader'][0]['dataset']
+    assert (dataset['stream_name'], dataset['download_retry']) == ('resilient', DOWNLOAD_RETRY)
 
 
 def test_a_server_that_stays_away_is_one_clear_error(proxy, tmp_path, undisturbed):
