@@ -14,13 +14,14 @@ from functools import partial
 import boto3
 import numpy as np
 import pytest
+import tiny
 from faults import Faults, Proxy, read_a_row
 from llmfoundry.data.text_data import StreamingTextDataset
 from streaming import MDSWriter, StreamingDataset
-from tiny import DATASETS_LOCK
 from torch.utils.data import DataLoader
 
 from cpt_algorithms.replay import ReplayTextDataset, StreamError, streams
+from cpt_algorithms.replay.mix import DOWNLOAD_RETRY
 from cpt_algorithms.stage.stage import Stage
 
 SEQ_LEN = 16
@@ -146,13 +147,14 @@ def test_a_server_that_comes_back_is_waited_for(proxy, tmp_path, undisturbed, ca
     assert re.search(r's3://shards/\w+/train/shard\.\d+\.mds: attempt 1 of 201 failed', caplog.text)
 
 
-def test_by_default_a_server_may_be_gone_for_a_minute(proxy, tmp_path):
-    waits = [min(1.0 * 2**n, 15.0) for n in range(streams.DOWNLOAD_RETRY)]  # and jitter, which is positive
+def test_by_default_a_server_may_be_gone_for_a_minute(proxy, tmp_path, data):
+    waits = [min(1.0 * 2**n, 15.0) for n in range(DOWNLOAD_RETRY)]  # and jitter, which is positive
     assert sum(waits) > 60
-    assert {stream.download_retry for stream in training(tmp_path).streams} == {streams.DOWNLOAD_RETRY}
+    assert {stream.download_retry for stream in training(tmp_path).streams} == {DOWNLOAD_RETRY}
     loader = {'name': 'text', 'dataset': stream(tmp_path, 'new'), 'label': 'new'}
-    dataset = Stage.from_yaml({'eval_loader': loader, 'save_folder': 'x'})['eval_loader'][0]['dataset']
-    assert (dataset['stream_name'], dataset['download_retry']) == ('resilient', streams.DOWNLOAD_RETRY)
+    cfg = {**tiny.config(tmp_path, data, 'run'), 'eval_loader': [loader]}
+    dataset = Stage.from_yaml(cfg).to_train_yaml()['eval_loader'][0]['dataset']
+    assert (dataset['stream_name'], dataset['download_retry']) == ('resilient', DOWNLOAD_RETRY)
 
 
 def test_a_server_that_stays_away_is_one_clear_error(proxy, tmp_path, undisturbed):
@@ -316,7 +318,7 @@ def in_another_process(dataset_class, **arguments):
     begun = context.Event()
     process = context.Process(
         target=read_a_row,
-        args=(begun, dict(os.environ), DATASETS_LOCK.lock_file, dataset_class, arguments),
+        args=(begun, dict(os.environ), tiny.DATASETS_LOCK.lock_file, dataset_class, arguments),
         daemon=True,
     )
     process.start()
