@@ -89,6 +89,7 @@ def is_safe(path: str | Path, specs: list[tuple[int, int]] | None = None) -> boo
 def _check_algorithms(value: Any, path: Path) -> None:
     """Refuse a list of algorithms if Composer would evaluate more than the plain call of a class for one of them."""
     for entry in value if isinstance(value, list) else ():
-        if isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict):
-            if not _PLAIN_CALL.fullmatch(text := str(entry[1].get('repr'))):
+        # any entry of a sharded checkpoint may come here: what has no `repr` is no algorithm
+        if isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict) and 'repr' in entry[1]:
+            if not _PLAIN_CALL.fullmatch(text := str(entry[1]['repr'])):
                 raise UnsafeCheckpointError(f'{path} is not safe to read: Composer would evaluate {text[:200]!r}')
