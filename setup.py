@@ -70,6 +70,7 @@ setup(
         'omegaconf>=2.3,<3',
         'orjson>=3',
         'pyarrow',
+        'pydantic>=2.10,<3',
         'rich>=13',
         'scipy',
         'setuptools<82',  # llm-foundry 0.22 imports pkg_resources, which later releases no longer have

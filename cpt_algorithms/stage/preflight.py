@@ -15,7 +15,6 @@ from typing import Annotated, Any, get_type_hints
 
 import torch
 from accelerate import init_empty_weights
-from annotated_types import Gt
 from composer.models import ComposerModel
 from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
@@ -29,6 +28,7 @@ from llmfoundry.utils.builders import (
 )
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
 from llmfoundry.utils.registry_utils import import_file
+from pydantic import Field
 from streaming import StreamingDataset
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
@@ -324,7 +324,9 @@ def _check_algorithm(name: str, stage: Stage) -> None:
                 f'algorithms.{name}.clipping_type={short_repr(given.get("clipping_type"))} is not possible; use '
                 f'{" or ".join(kinds)}'
             )
-        check_type(f'algorithms.{name}.clipping_threshold', given.get('clipping_threshold'), Annotated[float, Gt(0)])
+        check_type(
+            f'algorithms.{name}.clipping_threshold', given.get('clipping_threshold'), Annotated[float, Field(gt=0)]
+        )
     try:
         build_algorithm(name, given)
     except Exception as error:
