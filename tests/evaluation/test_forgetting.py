@@ -264,11 +264,11 @@ def test_what_cannot_be_judged_is_refused(child, data, write_mds, tmp_path):
         {'callbacks': {'forgetting': {'old': ['pasd']}}}
     )
     empty = write_mds(tmp_path / 'empty', 0, 0, split='val')
-    assert 'eval_loader[0].stream: the dataset is empty' in problems({'eval_loader': [tiny.eval_loader('past', empty)]})
+    assert 'eval_loader[0].dataset: the dataset is empty' in problems({'eval_loader': [tiny.eval_loader('past', empty)]})
     small = {**tiny.eval_loader('past', data['old']), 'drop_last': True}
     with pytest.raises(ValueError, match=r'eval_loader past: nothing was evaluated.*less than a batch'):
         tiny.run(Stage.from_yaml(tiny.merge(child, {
             'eval_loader': [tiny.eval_loader('fresh', data['new']), small], 'device_eval_batch_size': 64,
         })))  # fmt: skip
     with pytest.raises(ValueError, match='the parent was not evaluated on .past.*set eval_first: true'):
-        tiny.run({**Stage.from_yaml(child), 'eval_first': False})
+        tiny.run({**Stage.from_yaml(child).to_train_yaml(), 'eval_first': False})
