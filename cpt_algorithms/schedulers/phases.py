@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpt_algorithms.schedulers.functional import Schedule, Span, multiplier
+from cpt_algorithms.validation import nearest
 
 if TYPE_CHECKING:
     from composer.optim import ComposerScheduler
@@ -42,16 +43,20 @@ def build(section: Mapping[str, Any]) -> 'ComposerScheduler':
     Raises:
         ValueError: If the name or an argument is missing, unknown or wrong.
     """
-    from llmfoundry.utils.builders import build_scheduler  # seconds that printing phases does not need
+    # seconds that --help does not need
+    from llmfoundry import registry
+    from llmfoundry.utils.builders import build_scheduler
 
     arguments = dict(section)
     name = arguments.pop('name', None)
     if name is None:
         raise ValueError('scheduler.name is missing')
+    if name not in (known := registry.schedulers.get_all()):
+        raise ValueError(f'scheduler.name={name!r} is not registered; {nearest(name, known)}')
     try:
         return build_scheduler(name, arguments)
     except TypeError as error:
-        raise ValueError(f'scheduler {name}: {error}') from None
+        raise ValueError(f'scheduler.name={name!r}: {error}') from None
 
 
 def phases_of(

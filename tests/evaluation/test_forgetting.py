@@ -264,7 +264,9 @@ def test_what_cannot_be_judged_is_refused(child, data, write_mds, tmp_path):
         {'callbacks': {'forgetting': {'old': ['pasd']}}}
     )
     empty = write_mds(tmp_path / 'empty', 0, 0, split='val')
-    assert 'eval_loader[0].dataset: the dataset is empty' in problems({'eval_loader': [tiny.eval_loader('past', empty)]})
+    assert 'eval_loader[0].dataset: the dataset is empty' in problems(
+        {'eval_loader': [tiny.eval_loader('past', empty)]}
+    )
     small = {**tiny.eval_loader('past', data['old']), 'drop_last': True}
     with pytest.raises(ValueError, match=r'eval_loader past: nothing was evaluated.*less than a batch'):
         tiny.run(Stage.from_yaml(tiny.merge(child, {

@@ -77,7 +77,7 @@ BAD = {
     'code path': ({'code_paths': ['nowhere.py']}, 'code_paths', 'nowhere.py'),
     'no such parent': ({'load_path': 'nowhere.pt'}, 'load_path=nowhere.pt'),
     'parent without stage_start': ({'load_path': 'nowhere.pt', 'callbacks': {'stage_start': None}}, 'callbacks.stage_start'),
-    'contradiction': ({'load_path': 'nowhere.pt', 'load_weights_only': False}, 'load_weights_only=False', 'optimizer=reset'),
+    'contradiction': ({'load_path': 'nowhere.pt', 'load_weights_only': False}, 'load_weights_only=False', 'optimizer_state=reset'),
     'starred key': (
         {'load_path': 'nowhere.pt', 'callbacks': {'stage_start': {'optimizer_state': 'keep'}},
          'load_ignore_keys': ['state/schedulers*', *KEEP_OPTIMIZER_IGNORE_KEYS[1:]]},
