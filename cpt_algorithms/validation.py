@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -33,6 +34,7 @@ __all__ = [
     'check_path',
     'check_type',
     'check_yaml_scalars',
+    'fits_on_a_disk',
     'differences',
     'nearest',
     'parse_section',
@@ -202,8 +204,15 @@ def check_path(key: str, value: Any) -> None:
     check_type(key, value, PathStr)
 
 
-# A path or URI: text that is not empty.
-PathStr = Annotated[str, Field(min_length=1, pattern=r'^[^\x00]*[^\s\x00][^\x00]*$')]
+def fits_on_a_disk(path: str) -> str:
+    """Refuse a path with a name that no disk can hold."""
+    if any(len(part.encode()) > 255 for part in path.split('/')):
+        raise ValueError('a name on a disk has at most 255 bytes')
+    return path
+
+
+# A path or URI: text that is not empty, of names that a disk can hold.
+PathStr = Annotated[str, Field(min_length=1, pattern=r'^[^\x00]*[^\s\x00][^\x00]*$'), AfterValidator(fits_on_a_disk)]
 
 
 def check_type(where: str, value: Any, hint: Any) -> None:

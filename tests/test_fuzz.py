@@ -310,7 +310,6 @@ FOUND_IN_STAGES = [
     ('eval_loader.0.dataset.split', 3),
     ('code_paths.0', '../..'),
     ('code_paths.0', 'x' * 3000),
-    ('code_paths', None),
     ('variables', {'lm_eval': -1}),
     ('variables', {'lm_eval': [[]]}),
     ('global_train_batch_size', 10**18),

@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from yaml import YAMLError
 
 from cpt_algorithms.duration import ABSOLUTE, UNITS, Duration
 from cpt_algorithms.files import read_yaml
 from cpt_algorithms.replay.mix import DOWNLOAD_RETRY, STREAM_KEYS, Mix, Stream, read_mix
-from cpt_algorithms.validation import ConfigError, PathStr, Section, parse_section, short_repr
+from cpt_algorithms.validation import ConfigError, PathStr, Section, fits_on_a_disk, parse_section, short_repr
 
 __all__ = ['KEEP_OPTIMIZER_IGNORE_KEYS', 'Callbacks', 'Dataset', 'Loader', 'Merge', 'Model', 'Stage', 'read_model_file']
 
@@ -263,7 +263,7 @@ class Stage(Section):
     max_seq_len: Positive
     global_train_batch_size: Positive
     run_name: str = ''
-    save_folder: str = ''
+    save_folder: Annotated[str, AfterValidator(fits_on_a_disk)] = ''
     save_interval: Interval = Duration(1000, 'ba')
     save_num_checkpoints_to_keep: Share = -1
     save_overwrite: bool = False
@@ -292,7 +292,7 @@ class Stage(Section):
     fsdp_config: FSDP | None = None
     tp_config: dict[str, Any] | None = None
     dist_timeout: Annotated[float, Field(ge=1)] = 600.0
-    code_paths: list[str] = []
+    code_paths: list[PathStr] = []
     variables: Variables = Variables()
 
     @classmethod
