@@ -428,7 +428,7 @@ def read_index(root):
         for number in range(len(read)):
             for file in read.reader(number, '/folder', 'train').file_pairs[0]:
                 assert file is None or os.path.normpath(f'/folder/{file.basename}').startswith('/folder/')
-        read.present(root)
+        read.cached(root)
 
     return read
 
@@ -480,15 +480,15 @@ def test_manifests(root, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('prepared')
     cfg = tiny.config(root, data, 'manifest', train_loader={'dataset': {'new': {'local': str(folder / 'new')}}})
     cfg['eval_loader'] = [{**tiny.eval_loader('old', folder / 'old')}]
-    loaders = [('train_loader', cfg['train_loader']), ('eval_loader[0]', cfg['eval_loader'][0])]
+    stage = Stage.from_yaml(cfg)
 
     def read(value):
         (folder / 'manifest.json').write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
-        list(find_data_problems(cfg, loaders, False))
+        list(find_data_problems(stage, False))
 
     read(MANIFEST)
     (folder / 'manifest.json').write_bytes(b'{"request": ')
     with pytest.raises(ValueError, match=r'manifest\.json cannot be read'):
-        list(find_data_problems(cfg, loaders, False))
+        list(find_data_problems(stage, False))
     strategy = spoilt(MANIFEST, values=IN_INDEX).map(lambda case: (case[0], [('manifest.json',)]))
     cases(strategy, read, root, 60, False)
