@@ -157,7 +157,7 @@ def test_the_same_run_as_in_a_folder(original):
     for key in ('losses', 'final', 'learning_rate'):
         assert named(everything, 'losses')[key] == here['losses'][key]
     assert named(everything, 'stage').keys() == here['stage'].keys()
-    assert named(everything, 'stage')['data'] == here['stage']['data']
+    assert named(everything, 'stage')['config']['train_loader'] == here['stage']['config']['train_loader']
 
 
 def test_done_is_said_when_everything_is_in_the_bucket_and_nothing_is_kept_here(original):
