@@ -219,7 +219,7 @@ def _read_streams(stage: Stage) -> list[_Stream]:
     known: dict[str, Any] = {}
     streams = []
     for where, loader in stage.loaders:
-        for name, stream in loader.streams.items():
+        for name, stream in loader.streams(where).items():
             places = [place.rstrip('/') for place in (stream.remote, stream.local) if place]
             folders = [os.path.join(place, stream.split or '').rstrip('/') for place in places]
             folders = [folder if is_remote(folder) else os.path.realpath(folder) for folder in folders]

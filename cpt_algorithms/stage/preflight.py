@@ -240,7 +240,7 @@ def _check_loader(where: str, loader: Loader) -> None:
                 'train_loader.name=text mixes several streams without saving the mix and may leave data unread; '
                 'use name: replay_text with the same streams under dataset.new'
             )
-        _sizes_of(loader.streams, where)
+        _sizes_of(loader.streams(where), where)
 
 
 def _check_workers(where: str, loader: Loader) -> None:

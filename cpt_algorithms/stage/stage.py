@@ -114,8 +114,8 @@ class Dataset(Section):
     """What a loader reads: ``new`` and ``replay`` of ``replay_text``; one stream or several of ``text``."""
 
     max_seq_len: Positive | None = None
-    local: str | None = None
-    remote: str | None = None
+    local: PathStr | None = None
+    remote: PathStr | None = None
     split: str | None = None
     streams: dict[str, dict[str, Any]] = {}
     new: dict[str, Any] = {}
@@ -140,9 +140,11 @@ class Loader(Section):
         """
         return read_mix(self.dataset.new, self.dataset.replay) if self.name == 'replay_text' else None
 
-    @property
-    def streams(self) -> dict[str, Stream]:
+    def streams(self, where: str) -> dict[str, Stream]:
         """Every stream that is read, by its key below the loader's; none of a loader that reads otherwise.
+
+        Args:
+            where: The loader's key, for errors.
 
         Raises:
             ValueError: If one is not right.
@@ -154,7 +156,7 @@ class Loader(Section):
         if not given and (self.dataset.remote or self.dataset.local or self.name == 'text'):
             given = {'dataset': self.dataset.given}
         return {
-            key: parse_section(Stream, {name: each[name] for name in STREAM_KEYS if name in each}, key)
+            key: parse_section(Stream, {name: each[name] for name in STREAM_KEYS if name in each}, f'{where}.{key}')
             for key, each in given.items()
         }
 
