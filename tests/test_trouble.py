@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_by_its_key(stage, data, t
         preflight(Stage.from_yaml(stage('run', over=over)))
     assert refused.value.problems == refused.value.unseen, 'another machine may have such folders'
     blamed = [problem.partition(f': {tmp_path}/file is no folder; ')[0] for problem in refused.value.problems]
-    assert sorted(set(blamed)) == ['eval_loader[0].stream.local', 'save_folder', 'train_loader.dataset.new.new.local']
+    assert sorted(set(blamed)) == ['eval_loader[0].dataset.local', 'save_folder', 'train_loader.dataset.new.new.local']
     assert any('if all of the data is there already, leave remote out' in line for line in refused.value.problems)
     (tmp_path / 'mine').mkdir()
     code = f"from cpt_algorithms.files import check_writable; check_writable('key', '{tmp_path}/mine/run', 'advice')"
