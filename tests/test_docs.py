@@ -176,6 +176,16 @@ def test_commands_that_need_no_data_are_run(command, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_what_the_readme_says_is_where_it_says():
+    said = ' '.join(PAGES[0].read_text().split('Where is ...')[1].split('## Develop')[0].split())
+    places = re.findall(r'`([\w/]+\.py): ([^`]+)`', said)
+    assert len(places) >= 7
+    for path, names in places:
+        text = (ROOT / 'cpt_algorithms' / path).read_text()
+        for name in re.split(r', |\.', names):
+            assert re.search(rf'^ *(def|class) {name}\b', text, re.MULTILINE), (path, name)
+
+
 def test_public_names_are_listed_and_exist():
     assert cpt_algorithms.__all__ == sorted(cpt_algorithms.__all__)
     for name in cpt_algorithms.__all__:
