@@ -36,9 +36,12 @@ __all__ = [
     'files_of',
     'load_entry',
     'load_structure',
+    'model_config_of',
     'open_checkpoint',
     'read_metadata',
     'safe_globals',
+    'state_of',
+    'time_of',
 ]
 
 SUPPORTED = (
@@ -558,11 +561,15 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
     return sorted({chunk.path for one in checkpoint.tensors.values() for chunk in one.chunks})
 
 
-def dataset_state_of(path: str | Path) -> dict[str, Any]:
-    """The state of the train loader's dataset in a Composer checkpoint, a ``.pt`` file or a sharded folder.
+def state_of(path: str | Path, *keys: str) -> dict[str, Any]:
+    """A section of the state in a Composer checkpoint, a ``.pt`` file or a sharded folder; empty if it has none.
+
+    Args:
+        path: The checkpoint.
+        *keys: Where it stands below ``state``, such as ``'dataset_state', 'train'``.
 
     Raises:
-        CheckpointError: If it cannot be read, or has none (weights only, or another kind of dataset).
+        CheckpointError: If it cannot be read.
     """
     path = Path(path)
     if not path.exists():
@@ -572,12 +579,45 @@ def dataset_state_of(path: str | Path) -> dict[str, Any]:
         if path.is_dir():
             entries = _Entries(path)
             for key, where in (entries.metadata.planner_data or {}).items():
-                if tuple(where)[:3] == ('state', 'dataset_state', 'train'):
-                    set_element(state, tuple(where)[3:], entries.read(key))
+                if tuple(where)[: len(keys) + 1] == ('state', *keys):
+                    set_element(state, tuple(where)[len(keys) + 1 :], entries.read(key))
         else:
-            loaded = _load_without_data(path, str(path))
-            with_state = loaded.get('state') if isinstance(loaded, dict) else None
-            state = ((with_state or {}).get('dataset_state') or {}).get('train')
-    if not isinstance(state, dict) or not state:
+            state = load_structure(path)['state']
+            for key in keys:
+                state = state.get(key) or {}
+    if not isinstance(state, dict):
+        raise CheckpointError(f'{path}: state.{".".join(keys)} is no section of a state')
+    return state
+
+
+def dataset_state_of(path: str | Path) -> dict[str, Any]:
+    """The state of the train loader's dataset in a Composer checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot be read, or has none (weights only, or another kind of dataset).
+    """
+    if not (state := state_of(path, 'dataset_state', 'train')):
         raise CheckpointError(f'{path} holds no dataset state: it was saved with weights only, or from another loader')
     return state
+
+
+def time_of(path: str | Path) -> dict[str, int]:
+    """How far a Composer checkpoint was trained, in ``ep``, ``ba``, ``sp`` and ``tok``.
+
+    Raises:
+        CheckpointError: If it cannot be read, or does not say it.
+    """
+    time = state_of(path, 'timestamp', 'Timestamp')
+    try:
+        return {'ep': time['epoch'], 'ba': time['batch'], 'sp': time['sample'], 'tok': time['token']}
+    except KeyError as key:
+        raise CheckpointError(f'{path} does not say how far it was trained: {key} is missing') from None
+
+
+def model_config_of(path: str | Path) -> dict[str, Any]:
+    """The Hugging Face configuration of the model in a Composer checkpoint of llm-foundry; empty if it has none.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    return state_of(path, 'integrations', 'huggingface', 'model', 'config').get('content') or {}

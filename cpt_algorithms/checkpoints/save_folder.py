@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's save folder: how Composer names checkpoints, and which of them is the newest complete one."""
 
+import os
 import re
 import shutil
 import tempfile
@@ -13,14 +14,22 @@ from cpt_algorithms.files import fetch, is_remote, list_names, read_or_none
 __all__ = [
     'batch_of',
     'checkpoint_name',
+    'fetch_checkpoint',
+    'half_written',
     'is_complete',
     'latest_link',
     'newest_complete',
     'repair',
     'resolve_latest',
+    'weights_in',
 ]
 
 # torch is imported where .metadata is read: names are asked for by commands that answer at once
+
+# Composer's own names, which stages do not change.
+_CHECKPOINT = re.compile(r'ep\d+-ba(\d+)(-rank0\.pt)?')
+_PART = re.compile(r'__\d+_\d+\.distcp|\.metadata(\.tmp)?')
+_WEIGHTS = ('.pt', '.pth', '.ckpt', '.bin', '.distcp', '.metadata', '.safetensors', '.symlink')
 
 
 def batch_of(place: str | Path) -> int | None:
@@ -88,10 +97,14 @@ def newest_complete(folder: str | Path) -> tuple[int, str | None]:
     return next(complete, (0, None))
 
 
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """What has the name of a checkpoint, and its batch, the newest first."""
+    found = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob('ep*-ba*'))
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
 def _complete_here(folder: Path) -> Iterator[tuple[int, str]]:
-    found = ((batch_of(path), path) for path in folder.glob('ep*-ba*'))
-    newest_first = sorted(((batch, path) for batch, path in found if batch is not None), reverse=True)
-    return ((batch, str(path)) for batch, path in newest_first if is_complete(path))
+    return ((batch, str(path)) for batch, path in _checkpoints(folder) if is_complete(path))
 
 
 def _complete_objects(folder: str) -> Iterator[tuple[int, str]]:
@@ -108,18 +121,57 @@ def _complete_objects(folder: str) -> Iterator[tuple[int, str]]:
             yield int(match[2]), f'{folder}/{match[1]}'
 
 
+def half_written(folder: Path) -> list[Path]:
+    """What a kill has left of checkpoints: Composer's name, the beginning of its content, and not the end.
+
+    Nothing between two complete checkpoints: Composer writes the newest and deletes the oldest.
+
+    Args:
+        folder: A run's local ``save_folder``.
+    """
+    complete = {batch: is_complete(path) for batch, path in _checkpoints(folder)}
+    whole = [batch for batch, is_whole in complete.items() if is_whole]
+    between = range(min(whole), max(whole)) if whole else ()
+    found = [path for batch, path in _checkpoints(folder) if not is_complete(path) and batch not in between]
+    return [path for path in found if _is_begun(path)]
+
+
+def _is_begun(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return all(_PART.fullmatch(each.name) for each in path.iterdir())
+    with open(path, 'rb') as file:
+        return file.read(4) in (b'', b'PK\3\4')
+
+
+def weights_in(folder: str | Path) -> list[str]:
+    """Every file that may hold weights, by its path below the folder, whoever wrote it and whatever it is called.
+
+    Args:
+        folder: Here, where what ``torch.save`` wrote is known by its form; or in object storage, by its ending alone.
+
+    Raises:
+        StorageError: If object storage cannot be reached.
+    """
+    if is_remote(folder):
+        return sorted(name for name in list_names(str(folder)) if name.endswith(_WEIGHTS))
+    files = (Path(where, name) for where, _, names in os.walk(folder) for name in names)
+    found = (path for path in files if path.is_file() and (path.name.endswith(_WEIGHTS) or zipfile.is_zipfile(path)))
+    return sorted(str(path.relative_to(folder)) for path in found)
+
+
 def repair(folder: Path) -> None:
-    """Delete incomplete checkpoints, which a kill leaves, and link ``latest`` to the newest complete one.
+    """Delete what a kill has left of checkpoints, and link ``latest`` to the newest complete one.
 
     Composer writes a checkpoint under its final name, then replaces the ``latest`` link by removing it, then deletes
     the oldest checkpoint.
 
     Args:
-        folder: A run's local ``save_folder``, which no other process writes to.
+        folder: The local ``save_folder`` of a run, which is this one's and which no other process writes to.
     """
-    for path in folder.glob('ep*-ba*'):
-        if not is_complete(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in half_written(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     _, newest = newest_complete(folder)
     if newest is None:
         return
@@ -150,3 +202,20 @@ def resolve_latest(uri: str) -> str:
 
     target = read_or_none(uri if uri.endswith('.symlink') else f'{uri}.symlink')
     return uri if target is None else uri.removesuffix(parse_uri(uri)[2]) + target.decode()
+
+
+def fetch_checkpoint(uri: str, folder: Path) -> Path:
+    """Download a checkpoint from object storage.
+
+    Args:
+        uri: It, or a ``latest`` link to it.
+        folder: Where to.
+
+    Raises:
+        StorageError: If the bucket cannot be reached.
+    """
+    uri = resolve_latest(uri)
+    out = folder / uri.rstrip('/').rpartition('/')[2]
+    for name in list_names(uri) or ['']:  # of a sharded one
+        fetch(f'{uri}/{name}' if name else uri, out / name)
+    return out

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from composer.utils import dist
 
 from cpt_algorithms.checkpoints.open import dataset_state_of
-from cpt_algorithms.checkpoints.save_folder import resolve_latest
-from cpt_algorithms.files import fetch, is_remote, list_names
+from cpt_algorithms.checkpoints.save_folder import fetch_checkpoint
+from cpt_algorithms.files import is_remote
 
 __all__ = ['Consumed', 'consumed_by', 'positions_behind', 'read_consumed', 'read_positions']
 
@@ -50,12 +50,8 @@ def consumed_by(state: Mapping[str, Any], digest: str) -> Consumed:
 def _state_of(checkpoint: str) -> dict[str, Any]:
     if not is_remote(checkpoint):
         return dataset_state_of(checkpoint)
-    uri = resolve_latest(checkpoint)
     with tempfile.TemporaryDirectory() as here:
-        names = list_names(uri)  # of a sharded one
-        for name in names or ['']:
-            fetch(f'{uri}/{name}' if name else uri, Path(here) / Path(uri).name / name)
-        return dataset_state_of(Path(here) / Path(uri).name)
+        return dataset_state_of(fetch_checkpoint(checkpoint, Path(here)))
 
 
 def _mix_and_counts(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:

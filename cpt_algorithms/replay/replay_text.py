@@ -227,6 +227,12 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         """Samples of the new data and of each old stream among the first ``num_samples``."""
         return dict(zip(self.names, self.sequence.interleaving.counts(num_samples), strict=True))
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether all rows have the same number of tokens, and not what becomes of a text."""
+        kinds = [kind for index in self.indexes for kind in index.kinds]
+        return all(any(map(row_length, kind['column_encodings'] or ())) for kind in kinds)
+
     def check_budget(self, num_samples: int) -> None:
         """Refuse a budget, new and old, that would read a dataset more than ``max_passes`` times."""
         sizes = dict(zip(self.names, self.sequence.sizes, strict=True))

@@ -12,7 +12,7 @@ from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.evaluation.functional import has_diverged, without_averages
 from cpt_algorithms.files import exists, is_remote, read_json
 from cpt_algorithms.formatting import short
-from cpt_algorithms.stage.record import StageRecord, read_record
+from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.stage import Stage
 
 __all__ = ['Arm', 'RunRecord', 'RunSet', 'find_run', 'read_run', 'read_runs', 'size_name']
@@ -203,8 +203,7 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
         plan = _plan_of(record, folder, cost.get('tokens', 0), runs)
     trunk = runs[plan['parent']] if plan['tokens_before_branch'] and plan['parent'] else None
     is_update = plan['parent'] or (record and record.parent)
-    # a run that is extended, or trained again, is done with less than its budget, or with nothing
-    is_finished = done and (done['batch'] >= plan['batches'] if plan['batches'] is not None else done['batch'] > 0)
+    is_finished = record is not None and done_with(record.config, folder) is not None
     state = 'unfinished' if record or losses else 'not started'
     state = 'finished' if is_finished else 'failed' if failed else state
     final = {label: rows[-1][2] for label, rows in losses.items() if rows}

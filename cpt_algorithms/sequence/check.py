@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Before a sequence trains anything: what preflight sees in its runs, and what would change a finished one."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from cpt_algorithms.sequence.branches import checkpoint_after
+from cpt_algorithms.checkpoints.save_folder import batch_of, newest_complete
 from cpt_algorithms.sequence.expand import Run, descendants
-from cpt_algorithms.sequence.read import with_caches
-from cpt_algorithms.stage.preflight import PreflightError, preflight
-from cpt_algorithms.validation import differences
+from cpt_algorithms.sequence.run import is_done
+from cpt_algorithms.stage.identity import changes
+from cpt_algorithms.stage.preflight import PreflightError, preflight, restart_problem
+from cpt_algorithms.stage.record import StageRecord, read_record
 
-__all__ = ['check']
+__all__ = ['adopted', 'check']
 
 
 def check(runs: Sequence[Run], ranks: int, is_plan: bool = False) -> list[str]:
@@ -41,7 +42,7 @@ def check(runs: Sequence[Run], ranks: int, is_plan: bool = False) -> list[str]:
             for each in error.problems:
                 if not (is_plan and each in error.unseen):
                     found.setdefault(each, []).append(run.name)
-    problems = [problem for run in runs if (problem := _changed(run, runs))]
+    problems = [problem for run in runs if (problem := _cannot_go_on(run, runs))]
     for each, names in found.items():
         others = f' and {len(names) - 1} more of {len(runs)} runs' if len(names) > 1 else ''
         problems.append(f'{names[0]}{others}: {each}')
@@ -50,33 +51,70 @@ def check(runs: Sequence[Run], ranks: int, is_plan: bool = False) -> list[str]:
     return list(dict.fromkeys(unseen))
 
 
-def _changed(run: Run, runs: Sequence[Run]) -> str | None:
-    """What differs between a run and what it was when it was begun; None if nothing, or it was not."""
-    saved = run.folder / 'run.yaml'
-    if not (saved.exists() and (run.folder / 'stage.json').exists()):  # written, perhaps, and not begun
+def _cannot_go_on(run: Run, runs: Sequence[Run]) -> str | None:
+    """What was begun as another run, from another parent, or cannot be begun because its parent's end is gone."""
+    if problem := restart_problem(run.stage):
+        begun = [name for name in descendants(runs, run.name) if (run.folder.parent / name / 'stage.json').exists()]
+        return f'{run.name}: {problem}' + (f'. From it started: {", ".join(begun)}' if begun else '')
+    parent = next((each for each in runs if each.name == run.parent), None)
+    if parent is None:
         return None
-    then: Any = OmegaConf.to_container(OmegaConf.load(saved))
-    before, now = _of_training(then), _of_training(run.stage.to_train_yaml())
-    added = _branch_points(now) - _branch_points(before)
-    if all((run.folder / checkpoint_after(run.stage, batch)).exists() for batch in added):
-        for config in (before, now):  # a new branch begins where a checkpoint was kept
-            config['callbacks'].pop('branch_points', None)
-    if not (changed := differences(before, now)):
-        return None
-    begun = [name for name in descendants(runs, run.name) if (run.folder.parent / name / 'stage.json').exists()]
-    return (
-        f'{run.name} was trained with other settings ({"; ".join(changed[:4])}). Put them back, use another folder, or '
-        f'delete {run.folder}'
-        + (f' and what starts from it and would become invalid: {", ".join(begun)}' if begun else '')
+    places = (
+        run.stage.load_path,
+        *(each.only_seen_by for each in (run.stage.mix.old if run.stage.mix else {}).values()),
     )
+    gone = [place for place in places if place and not Path(place).exists() and Path(place).parent == parent.folder]
+    if not gone or is_done(run) and is_done(parent):
+        return None
+    if read_record(run.folder) is not None and newest_complete(run.folder)[0]:
+        if is_done(parent):
+            return None
+        return (
+            f'{run.name} was started from {parent.name}, which is gone and would be trained again, to another end: put '
+            f'{parent.folder} back, or train both in another folder'
+        )
+    if is_done(parent) or (batch_of(gone[0]) or math.inf) <= newest_complete(parent.folder)[0]:
+        return (
+            f'{run.name} starts from {gone[0]}, which is gone, and {parent.name} has trained past it: put the '
+            f'checkpoint back, or train both in another folder'
+        )
+    return None
 
 
-def _branch_points(config: Mapping[str, Any]) -> set[int]:
-    return set((config['callbacks'].get('branch_points') or {}).get('at', ()))
+def adopted(expand: Callable[[Mapping[str, str]], list[Run]]) -> list[Run]:
+    """The runs of a sequence, those that are there already under the name they have there.
+
+    A run that several arms share is called after the first of them, and arms are sorted, removed and renamed.
+
+    Args:
+        expand: :func:`~cpt_algorithms.sequence.expand.expand` of the sequence, with the names of runs.
+    """
+    names: dict[str, str] = {}
+    while True:
+        runs = expand(names)
+        taken = {run.name for run in runs}
+        unknown = [run for run in runs if not (run.folder / 'stage.json').exists()]
+        there = _records(unknown, taken)
+        found = ((run, name) for run in unknown for name, record in there.items() if _is_it(record, run))
+        run, name = next(found, (None, None))
+        if run is None or name is None:
+            return runs
+        names = {**{old: name if new == run.name else new for old, new in names.items()}, run.name: name}
 
 
-def _of_training(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's YAML says how it is trained, and not on what that is evaluated, or where logged and cached."""
-    kept = {key: value for key, value in given.items() if key not in ('loggers', 'variables', 'eval_loader')}
-    kept['merge'] = (given.get('variables') or {}).get('merge')
-    return with_caches(kept, lambda stream: '')
+def _records(unknown: Sequence[Run], taken: set[str]) -> dict[str, StageRecord]:
+    found = {}
+    for folder in {run.folder.parent for run in unknown}:
+        for path in folder.glob('*/stage.json'):
+            if path.parent.name not in taken:
+                with suppress(ValueError):
+                    found[path.parent.name] = read_record(path.parent)
+    return {name: record for name, record in found.items() if record is not None}
+
+
+def _is_it(record: StageRecord, run: Run) -> bool:
+    return (
+        record.config.seed == run.seed
+        and bool(record.parent) == bool(run.stage.parent)
+        and not changes(record, run.stage)
+    )

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cpt_algorithms.checkpoints.save_folder import latest_link
@@ -67,7 +68,7 @@ class Run:
         return self.stage.batches_of('max_duration', self.stage.max_duration)
 
 
-def expand(spec: SequenceSpec) -> list[Run]:
+def expand(spec: SequenceSpec, names: Mapping[str, str] = MappingProxyType({})) -> list[Run]:
     """Every run of a sequence, parents before children, each once.
 
     Arms share a run as long as their settings are the same: a first stage that no arm changes is trained once per seed.
@@ -79,6 +80,7 @@ def expand(spec: SequenceSpec) -> list[Run]:
 
     Args:
         spec: The sequence.
+        names: What runs are called in place of the names they would be given. Default: nothing else.
 
     Raises:
         ValueError: If an arm, a branch or a run is not right.
@@ -86,9 +88,9 @@ def expand(spec: SequenceSpec) -> list[Run]:
     runs: dict[str, Run] = {}
     for seed in spec.seeds or [17]:
         for name, arm in (spec.arms or {'default': None}).items():
-            _expand_arm(spec, name, arm or Arm(), seed, runs)
-    names = [run.name for run in runs.values()]
-    if clash := [name for name in names if names.count(name) > 1]:
+            _expand_arm(spec, name, arm or Arm(), seed, runs, names)
+    all_names = [run.name for run in runs.values()]
+    if clash := [name for name in all_names if all_names.count(name) > 1]:
         raise ValueError(f'two arms or stages would both be kept in the folder {clash[0]}; name them differently')
     return list(runs.values())
 
@@ -99,7 +101,9 @@ def descendants(runs: Sequence[Run], name: str) -> list[str]:
     return [*children, *(each for child in children for each in descendants(runs, child))]
 
 
-def _expand_arm(spec: SequenceSpec, name: str, arm: Arm, seed: int, runs: dict[str, Run]) -> None:
+def _expand_arm(
+    spec: SequenceSpec, name: str, arm: Arm, seed: int, runs: dict[str, Run], names: Mapping[str, str]
+) -> None:
     """Add the runs of one arm and seed to ``runs``, which knows them by what they are."""
     stages = _stages_of(spec, name, arm)
     is_from_scratch = arm.baseline in FROM_SCRATCH
@@ -116,7 +120,7 @@ def _expand_arm(spec: SequenceSpec, name: str, arm: Arm, seed: int, runs: dict[s
         words = [f'{stage}_{list(spec.stages)[-1]}' if is_from_scratch else stage]
         words += [] if is_shared or name == stage else [name]
         label = name if is_last or not is_shared else stage
-        make = _RunFactory(spec, stage, label, seed, 'shared' if is_shared and not is_last else name)
+        make = _RunFactory(spec, stage, label, seed, 'shared' if is_shared and not is_last else name, names)
         given, branches = _trunk(given, f'stages.{stage}')
         trunk = _added(make.trunk(given, words, earlier, read_by, parent), runs, is_new=is_last and not branches)
         new = _names(given['new'])
@@ -337,6 +341,7 @@ class _RunFactory:
     label: str
     seed: int
     tracked_as: str
+    names: Mapping[str, str]
 
     def trunk(
         self,
@@ -416,6 +421,7 @@ class _RunFactory:
 
     def _run(self, config: dict[str, Any], words: Sequence[str], parent: Run | None, start: int | None = None) -> Run:
         name = f'{"-".join(map(_slug, words))}-s{self.seed}'
+        name = self.names.get(name, name)
         folder = f'{self.spec.folder}/{name}'
         config = {**_placed(config, folder), 'run_name': name, 'save_folder': folder, 'seed': self.seed}
         config['train_loader']['dataset'].setdefault('shuffle_seed', self.seed)

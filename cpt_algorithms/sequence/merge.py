@@ -13,8 +13,9 @@ from llmfoundry.utils.config_utils import EVAL_CONFIG_KEYS
 from omegaconf import OmegaConf
 
 from cpt_algorithms.checkpoints.guard import guard_loading
-from cpt_algorithms.files import read_json, write_json
+from cpt_algorithms.files import write_json
 from cpt_algorithms.launch.processes import die_with_parent
+from cpt_algorithms.stage.record import done_with
 from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate, write_record
 from cpt_algorithms.stage.stage import Merge, Stage
 
@@ -34,7 +35,7 @@ def merge_stage(stage: Stage, average_script: Path) -> None:
     folder = Path(stage.folder)
     checkpoint = folder / 'merged.pt'
     folder.mkdir(parents=True, exist_ok=True)
-    done = read_json(folder / 'done.json')
+    done = done_with(stage)
     if done and (not suite or done['lm_eval'] == suite):
         print(f'{stage.run_name}: finished already')
         return
@@ -55,7 +56,7 @@ def merge_stage(stage: Stage, average_script: Path) -> None:
     if not done:
         _measure_losses(stage, checkpoint)
     if rank_zero:
-        done = {'batch': 0, 'lm_eval': None}
+        done = {'batch': 0, 'time': {}, 'max_duration': str(stage.max_duration), 'lm_eval': None}
         write_json(folder / 'done.json', done)
         if suite and evaluate(folder, suite)[1]:
             write_json(folder / 'done.json', {**done, 'lm_eval': suite})

@@ -4,6 +4,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def read_sequence(
     Raises:
         ValueError: If the sequence, the sweep or a run is not right.
     """
+    from cpt_algorithms.sequence.check import adopted  # seconds that load_yaml does not need
+
     trials = [list(trial)] if trial else []
     if sweep:
         try:
@@ -73,7 +76,7 @@ def read_sequence(
     if not words:
         raise ValueError('a sequence YAML is missing, or --sweep FILE')
     spec = SequenceSpec.from_yaml(load_yaml(words))
-    runs = expand_trials(spec, trials) if trials else expand(spec)
+    runs = expand_trials(spec, trials) if trials else adopted(partial(expand, spec))
     return spec, [_cached_apart(run) for run in runs] if spec.jobs > 1 else runs
 
 

@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cpt_algorithms.files import read_json, write_json
+from cpt_algorithms.files import write_json
 from cpt_algorithms.launch.launcher import Handle, Start
 from cpt_algorithms.sequence.expand import Run
 from cpt_algorithms.sequence.spec import SequenceSpec
+from cpt_algorithms.stage.record import done_with
 
 __all__ = ['is_done', 'recipe_of', 'run_all', 'write_sequence', 'write_yaml']
 
@@ -38,7 +39,7 @@ def recipe_of(run: Run) -> str:
 
 def is_done(run: Run) -> bool:
     """Whether a run is trained, exported and evaluated."""
-    done = read_json(run.folder / 'done.json')
+    done = done_with(run.stage)
     return done is not None and run.stage.suite in (None, done.get('lm_eval'))
 
 

@@ -32,12 +32,19 @@ from pydantic import Field
 from streaming import StreamingDataset
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
+from transformers import PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
 from cpt_algorithms.checkpoints.guard import TRUST
-from cpt_algorithms.checkpoints.open import load_structure, open_checkpoint, read_metadata
-from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
+from cpt_algorithms.checkpoints.open import load_structure, model_config_of, open_checkpoint, read_metadata
+from cpt_algorithms.checkpoints.save_folder import (
+    half_written,
+    latest_link,
+    newest_complete,
+    resolve_latest,
+    weights_in,
+)
 from cpt_algorithms.evaluation.suite import check_suite, load_suite
 from cpt_algorithms.files import (
     StorageError,
@@ -56,7 +63,8 @@ from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, Repla
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.data_checks import find_data_problems
-from cpt_algorithms.stage.record import read_record
+from cpt_algorithms.stage.identity import changes
+from cpt_algorithms.stage.record import done_with, read_record
 from cpt_algorithms.stage.stage import (
     KEEP_OPTIMIZER_IGNORE_KEYS,
     Callbacks,
@@ -67,9 +75,18 @@ from cpt_algorithms.stage.stage import (
     Stage,
     Tokenizer,
 )
-from cpt_algorithms.validation import ConfigError, Section, check_keys, check_path, check_type, nearest, short_repr
+from cpt_algorithms.validation import (
+    ConfigError,
+    Section,
+    check_keys,
+    check_path,
+    check_type,
+    differences,
+    nearest,
+    short_repr,
+)
 
-__all__ = ['PreflightError', 'model_on_meta', 'preflight', 'tokenizer_of']
+__all__ = ['PreflightError', 'format_problem', 'model_on_meta', 'preflight', 'restart_problem', 'tokenizer_of']
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +145,8 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         lambda: _check_lm_eval(stage),
         lambda: _check_loading(stage),
         lambda: _check_saving(stage),
+        lambda: _check_restart(stage),
+        lambda: _check_format(stage, world_size),
         lambda: _check_data(stage, parent_is_there),
         lambda: problems.extend(find_data_problems(stage, parent_is_there)),
         lambda: _check_hugging_face(stage),
@@ -260,8 +279,7 @@ def _check_workers(where: str, loader: Loader) -> None:
 def _check_scheduler(stage: Stage) -> None:
     if not stage.max_duration.value:
         raise ValueError(f"max_duration={stage.max_duration} must be a positive time such as '1000000tok' or '200ba'")
-    # epochs are resolved when the data is known; every other unit is decided here
-    phases_of(stage.scheduler.given, stage.max_duration, dataloader_len=1)
+    phases_of(stage.scheduler.given, stage.max_duration)  # of epochs, when the data is known
 
 
 def _check_callbacks(callbacks: Callbacks) -> None:
@@ -422,12 +440,28 @@ def _check_saving(stage: Stage) -> None:
         )
     if stage.save_weights_only:
         raise ValueError('save_weights_only=true cannot be resumed from; leave it out')
+    if ignored := stage.given.get('save_ignore_keys'):
+        raise ValueError(f'save_ignore_keys={short_repr(ignored)}: a restart needs all of the state; leave it out')
+    named = {
+        'save_filename': 'ep{epoch}-ba{batch}-rank{rank}.pt',
+        'save_latest_filename': latest_link(stage.is_sharded),
+    }
+    for key, usual in named.items():
+        if (stage.given.get(key) or usual).replace('rank{rank}', 'rank0') != usual.replace('rank{rank}', 'rank0'):
+            raise ValueError(
+                f'{key}={stage.given[key]!r}: a restart finds checkpoints by the names that Composer gives them; '
+                'leave it out, and choose save_folder'
+            )
+    prefix = (stage.given.get('fsdp_config') or {}).get('sharded_ckpt_prefix_dir', 'ep{epoch}-ba{batch}')
+    if prefix != 'ep{epoch}-ba{batch}':
+        raise ValueError(f'fsdp_config.sharded_ckpt_prefix_dir={prefix!r}: leave it out, as save_filename')
     if not stage.save_folder:
         return
     folder = stage.folder
     check_writable('save_folder', folder, 'choose another')
     try:
-        names = list_names(folder) if is_remote(folder) else [path.name for path in Path(folder).glob('ep*-ba*')]
+        there = weights_in(folder)
+        newest = newest_complete(folder)[1]
     except StorageError as error:
         raise StorageError(f'save_folder: {error}') from None
     if is_remote(folder) and stage.save_num_checkpoints_to_keep != -1:
@@ -436,17 +470,79 @@ def _check_saving(stage: Stage) -> None:
             'the bucket do it',
             stage.save_num_checkpoints_to_keep,
         )
-    if any(re.match(r'ep.*-ba', name) for name in names):
+    if not there:
+        return
+    try:
+        owner = (read_json(f'{folder}/stage.json') or {}).get('run_name')
+    except (TypeError, ValueError, AttributeError):
+        owner = None
+    if owner != stage.run_name:
+        held_by = f'run {owner!r}' if owner else 'a run that this recipe did not start'
+        raise ValueError(
+            f'save_folder={folder} holds the weights of {held_by} ({there[0]}), and run_name is {stage.run_name!r}: '
+            'they would be resumed from or overwritten; choose another save_folder'
+        )
+    broken = [] if is_remote(folder) else [path.name for path in half_written(Path(folder))]
+    # exports are whole or not there, and of a run that ended once, all there is
+    known = [*broken, *([] if exists(f'{folder}/done.json') else ['huggingface'])]
+    unknown = [name for name in there if name.split('/')[0] not in known]
+    # in object storage half of a checkpoint may be there, and is replaced
+    if newest is None and unknown and not is_remote(folder) and done_with(stage) is None:
+        raise ValueError(
+            f'save_folder={folder} holds weights ({_first(unknown)}) and no whole checkpoint to go on from: the run '
+            'would begin at batch 0 beside them. Put the checkpoints back, or choose another save_folder'
+        )
+
+
+def restart_problem(stage: Stage) -> str | None:
+    """What keeps a stage from going on in its folder: a run that was begun there as another; None if nothing does."""
+    try:
+        record = read_record(stage.folder)
+        is_begun = record is not None and (newest_complete(stage.folder)[0] or exists(f'{stage.folder}/done.json'))
+    except StorageError:  # which is said of save_folder
+        return None
+    if record is None or not is_begun or not (changed := changes(record, stage)):
+        return None
+    return (
+        f'save_folder={stage.folder} holds a run with other settings ({_first(changed)}). A restart changes nothing: '
+        'put them back, or choose another save_folder'
+    )
+
+
+def _check_restart(stage: Stage) -> None:
+    if stage.save_folder and (problem := restart_problem(stage)):
+        raise ValueError(problem)
+
+
+def format_problem(stage: Stage, world_size: int) -> str | None:
+    """Why the checkpoint that a stage would load cannot be: sharded ones need ranks and FSDP, others none of it."""
+    newest = newest_complete(stage.folder)[1]
+    key, path = ('save_folder', newest) if newest else ('load_path', stage.load_path)
+    if path is None:
+        return None
+    is_sharded = Path(path, '.metadata').exists() or bool(re.search(r'latest-sharded-rank0|ep\d+-ba\d+/?$', path))
+    if is_sharded == (stage.is_sharded and world_size > 1):
+        return None
+    found = f'{key}={path} is {"" if is_sharded else "not "}sharded, and this start reads checkpoints that are'
+    found += ' not: ' if is_sharded else ': '
+    sharded_start = 'start on several ranks with fsdp_config: {state_dict_type: sharded}'
+    if newest:
+        return found + (
+            sharded_start if is_sharded else 'start on one process, or with fsdp_config.state_dict_type: full'
+        )
+    kind = 'pt' if is_sharded else 'sharded'
+    return f'{found}convert it with scripts/average_checkpoints.py {path} --to {kind} --out OUT, and load OUT'
+
+
+def _check_format(stage: Stage, world_size: int) -> None:
+    # a plan for several ranks may be looked at on one process
+    if stage.save_folder and (world_size > 1 or not stage.is_sharded):
         try:
-            owner = (read_json(f'{folder}/stage.json') or {}).get('run_name')
-        except (TypeError, ValueError, AttributeError):
-            owner = None
-        if owner != stage.run_name:
-            held_by = f'run {owner!r}' if owner else 'a run that this recipe did not start'
-            raise ValueError(
-                f'save_folder={folder} holds the checkpoints of {held_by}, and run_name is {stage.run_name!r}: '
-                'they would be resumed from or overwritten; choose another save_folder'
-            )
+            problem = format_problem(stage, world_size)
+        except StorageError:  # which is said of save_folder
+            return
+        if problem:
+            raise ValueError(problem)
 
 
 def _index_of(stream: Stream) -> tuple[int, set[str]] | None:
@@ -509,6 +605,11 @@ def _check_data(stage: Stage, parent_is_there: bool) -> None:
     mix, dataset = stage.mix, stage.train_loader.dataset
     if mix is None:
         return
+    if stage.train_subset_num_batches != -1:
+        raise ValueError(
+            f'train_subset_num_batches={stage.train_subset_num_batches}: of a pass that is cut short nobody knows what '
+            'was read; leave it out, and say how much is trained in max_duration'
+        )
     length = dataset.max_seq_len
     if length != stage.max_seq_len:
         raise ValueError(f'train_loader.dataset.max_seq_len={length} and max_seq_len={stage.max_seq_len} must be equal')
@@ -531,7 +632,9 @@ def _check_data(stage: Stage, parent_is_there: bool) -> None:
         elif not is_remote(checkpoint) and parent_is_there and not Path(checkpoint).exists():
             raise ValueError(f'{where}={checkpoint} does not exist')
     if stage.batches is None:
-        samples = int(stage.max_duration.value) * mix.interleaving.slots_in_one_pass(sizes['new'])
+        slots = mix.interleaving.slots_in_one_pass(sizes['new'])
+        samples = int(stage.max_duration.value) * slots
+        phases_of(stage.scheduler.given, stage.max_duration, slots // stage.global_train_batch_size)
     else:
         samples = stage.batches * stage.global_train_batch_size
     max_passes = exact_fraction('train_loader.dataset.max_passes', dataset.max_passes)
@@ -638,6 +741,42 @@ def _check_parent(stage: Stage) -> None:
         return
     if misfits := _misfits(parent, _model_shapes(stage)):
         raise ValueError(f'load_path={path} does not fit the model: {misfits}')
+    if changed := _model_changes(path, stage):
+        raise ValueError(
+            f'load_path={path} was trained as another model, of the same shapes: {_first(changed)}. Set the model as '
+            'it was, or name what is meant to change in callbacks.stage_start.model_changes'
+        )
+
+
+# Settings of a model that say how it is trained, loaded and used; with those that every configuration has.
+_NOT_OF_THE_MODEL = {'init_device', 'init_config', 'use_cache', 'max_seq_len', 'max_position_embeddings', 'attn_impl'}
+_NOT_OF_THE_MODEL |= PretrainedConfig().to_dict().keys() - {'tie_word_embeddings'}
+
+
+def _model_changes(path: str, stage: Stage) -> list[str]:
+    """Settings of the parent's model that are others here, and show in no shape."""
+    here = model_on_meta(stage.model, tokenizer_of(stage.tokenizer)).model.config
+    if is_remote(path):
+        record = read_record(resolve_latest(path).rpartition('/')[0])
+        if record is None or record.config.model.name != stage.model.name:
+            return []
+        there = model_on_meta(record.config.model, tokenizer_of(stage.tokenizer)).model.config
+    elif content := model_config_of(path):
+        there = type(here).from_dict(dict(content))
+    else:
+        return []
+    allowed = stage.callbacks.stage_start.model_changes if stage.callbacks.stage_start else []
+    found = differences(_of_the_model(there.to_dict()), _of_the_model(here.to_dict()))
+    return [line for line in found if line.partition(':')[0] not in allowed]
+
+
+def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in _NOT_OF_THE_MODEL and not key.startswith('_') and not key.endswith(('dropout', 'pdrop'))
+    }
+    return {key: _of_the_model(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _misfits(there: Shapes, here: Shapes) -> str:

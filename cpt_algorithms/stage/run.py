@@ -27,16 +27,24 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
-from cpt_algorithms.checkpoints.exports import folder_of_pretrained
 from cpt_algorithms.checkpoints.guard import guard_loading
-from cpt_algorithms.checkpoints.save_folder import latest_link, newest_complete, repair, resolve_latest
+from cpt_algorithms.checkpoints.open import time_of
+from cpt_algorithms.checkpoints.save_folder import (
+    batch_of,
+    fetch_checkpoint,
+    latest_link,
+    newest_complete,
+    repair,
+    resolve_latest,
+)
 from cpt_algorithms.evaluation.lm_eval import evaluate_runs
 from cpt_algorithms.evaluation.suite import load_suite
 from cpt_algorithms.files import StorageError, exists, is_remote, read_json, write_atomic, write_json
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.streams import StreamError
-from cpt_algorithms.stage.preflight import PreflightError, preflight
-from cpt_algorithms.stage.record import StageRecord, read_record
+from cpt_algorithms.stage.identity import contents_of, places_of
+from cpt_algorithms.stage.preflight import PreflightError, format_problem, preflight
+from cpt_algorithms.stage.record import StageRecord, done_with, has_reached, read_record
 from cpt_algorithms.stage.saving import StoppedError, disk_problem, savers
 from cpt_algorithms.stage.stage import Stage
 
@@ -118,23 +126,12 @@ def wait_for_uploads(trainer: Trainer) -> None:
                 time.sleep(0.1)
 
 
-def _parent_files(stage: Stage) -> dict[str, list[int]] | None:
-    """Size and time of the files of the model that a stage starts from; None if they are not here."""
-    try:
-        pretrained = stage.pretrained_model
-        parent = folder_of_pretrained(pretrained) if pretrained else Path(stage.load_path or '')
-        stats = {file.name: file.stat() for file in (sorted(parent.iterdir()) if parent.is_dir() else [parent])}
-    except (OSError, ValueError):
-        return None
-    # to be compared for equality: which of two is older is a matter of the clock, which may have been set
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-
-
 def write_record(stage: Stage, resumes: bool = False) -> StageRecord:
     """Write ``stage.json``: whose checkpoints these are, from which parent, on what data, made with what.
 
-    It is written when the stage starts, and when a restart extends it. In a local folder, the parent's losses of a
-    start that was stopped before its first checkpoint are kept if nothing has changed since, and otherwise removed.
+    It is written when the stage starts, and when a restart extends it, which reads no parent. In a local folder, the
+    parent's losses of a start that was stopped before its first checkpoint are kept if nothing has changed since, and
+    otherwise removed.
 
     Args:
         stage: The stage.
@@ -145,19 +142,18 @@ def write_record(stage: Stage, resumes: bool = False) -> StageRecord:
         before = read_record(folder)
     except ValueError:  # of another version, or damaged: it is written again
         before = None
-    if before is not None and resumes and before.config.max_duration == stage.max_duration:
-        return before
+    kept = before.contents if before is not None and resumes else {}
     record = {
         'run_name': stage.run_name,
         'parent': stage.parent,
         'pretrained_model': stage.pretrained_model,
         'config': stage.to_train_yaml(),
         'versions': {name: version(name) for name in STACK},
-        'parent_files': _parent_files(stage),
+        'contents': {**contents_of(stage), **kept},
         'wandb_id': (before and before.wandb_id) or secrets.token_hex(4),
     }
     if not is_remote(folder) and losses.exists() and not resumes:
-        if before is None or dict(before.given) != record or record['parent_files'] is None:
+        if before is None or dict(before.given) != record or len(record['contents']) < len(places_of(stage)):
             losses.unlink()
     write_json(f'{folder}/stage.json', record)
     return StageRecord.model_validate(record)
@@ -193,14 +189,13 @@ def evaluate(folder: Path, given: str | list[str]) -> tuple[dict[str, float], bo
 
 
 def take_local(folder: Path, lock: FileLock) -> None:
-    """Lock a local folder, repair it, and forget that a shorter run, which is now extended, was done."""
+    """Lock a local folder, and repair it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=30)
     except Timeout:
         sys.exit(f'save_folder={folder}: another process is training there; wait for it or stop it')
     repair(folder)
-    (folder / 'done.json').unlink(missing_ok=True)
 
 
 def take_remote(folder: str) -> tuple[str, str | None]:
@@ -211,13 +206,24 @@ def take_remote(folder: str) -> tuple[str, str | None]:
     """
     token = secrets.token_hex(8)
     write_json(f'{folder}/writer.json', {'token': token, 'host': platform.node(), 'pid': os.getpid()})
-    if exists(f'{folder}/done.json'):
-        write_json(f'{folder}/done.json', {'batch': 0})
     checkpoint = newest_complete(folder)[1]
     if checkpoint is not None:
         link = latest_link(sharded=not checkpoint.endswith('.pt'))
         write_atomic(f'{folder}/{link}.symlink', parse_uri(checkpoint)[2].encode())
     return token, checkpoint
+
+
+def is_at_end(stage: Stage, checkpoint: str) -> bool:
+    """Whether a checkpoint of a stage is its last, by what it says itself.
+
+    Cost: of one in object storage, a download, unless its batches could not have been enough.
+    """
+    if not is_remote(checkpoint):
+        return has_reached(time_of(checkpoint), stage.max_duration)
+    if stage.batches is not None and (batch_of(checkpoint) or 0) < stage.batches:  # of rows as long as they can be
+        return False
+    with tempfile.TemporaryDirectory() as here:
+        return has_reached(time_of(fetch_checkpoint(checkpoint, Path(here))), stage.max_duration)
 
 
 def check_or_exit(stage: Stage, what: str) -> None:
@@ -268,35 +274,37 @@ def _train(stage: Stage) -> None:
     guard_loading()  # stage_start may say otherwise
     unique_shm_prefixes()
     world_size, rank_zero = _ranks()
-    suite, total, folder = stage.suite, stage.batches, stage.folder
-    done = read_json(f'{folder}/done.json') or {'batch': 0}
-    if done['batch'] and (total is None or done['batch'] >= total):
+    suite, folder = stage.suite, stage.folder
+    if (done := done_with(stage)) is not None:
         if rank_zero:
             print(f'{stage.run_name}: finished already, at batch {done["batch"]}')
             if suite and done.get('lm_eval') != suite and evaluate(Path(folder), suite)[1]:
                 write_json(f'{folder}/done.json', {**done, 'lm_eval': suite})
         return
+    if problem := format_problem(stage, world_size):
+        raise StoppedError(problem)
     remote = is_remote(folder)
     lock = FileLock(Path(folder) / '.lock')  # a local folder is ours until we return
     cfg = {**stage.to_train_yaml(), 'save_folder': folder}
-    there: list[Any] = [None] * 6
+    there: list[Any] = [None] * 7
     if rank_zero:
         token = checkpoint = None
         if remote:
             token, checkpoint = take_remote(folder)
         else:
             take_local(Path(folder), lock)
-        latest = newest_complete(folder)[0]
+        latest, newest = newest_complete(folder)
         record = write_record(stage, resumes=latest > 0)
         parent_is_evaluated = exists(f'{folder}/forgetting.json') and (latest > 0 or not remote)
         # Composer finds latest-rank0.pt in object storage, but no latest-sharded-rank0
         parent = stage.load_path
         if parent and is_remote(parent):
             parent = resolve_latest(parent)
-        there = [latest, parent_is_evaluated, checkpoint, token, parent, record.wandb_id]
+        is_trained = newest is not None and is_at_end(stage, newest)
+        there = [latest, is_trained, parent_is_evaluated, checkpoint, token, parent, record.wandb_id]
     if world_size > 1:
         dist.broadcast_object_list(there)  # also waits for what rank 0 does above
-    latest, parent_is_evaluated, checkpoint, token, cfg['load_path'], wandb_id = there
+    latest, is_trained, parent_is_evaluated, checkpoint, token, cfg['load_path'], wandb_id = there
     cfg['loggers'] = _tracked(cfg.get('loggers') or {}, wandb_id)
     if parent_is_evaluated:
         cfg['eval_first'] = False
@@ -314,7 +322,7 @@ def _train(stage: Stage) -> None:
         registry.callbacks.register('one_writer', func=OneWriter)
         cfg['callbacks']['one_writer'] = {'folder': folder, 'token': token}
     # killed between the last checkpoint and the end of the export
-    cfg['only_hf_checkpoint'] = total is not None and latest >= total
+    cfg['only_hf_checkpoint'] = is_trained
     registry.callbacks.register('datasets_built', func=DatasetsBuilt)
     cfg['callbacks']['datasets_built'] = {}
     if os.environ.get('LOCAL_RANK', '0') == '0':
@@ -326,7 +334,9 @@ def _train(stage: Stage) -> None:
         DATASETS_LOCK.release(force=True)  # which it had kept if it failed before the datasets were built
     wait_for_uploads(trainer)
     if rank_zero:
-        done = {'batch': int(trainer.state.timestamp.batch.value), 'lm_eval': None}
+        now = trainer.state.timestamp
+        time = {'ep': now.epoch.value, 'ba': now.batch.value, 'sp': now.sample.value, 'tok': now.token.value}
+        done = {'batch': time['ba'], 'time': time, 'max_duration': str(stage.max_duration), 'lm_eval': None}
         write_json(f'{folder}/done.json', done)
         if suite:
             # their memory is wanted for the exported models

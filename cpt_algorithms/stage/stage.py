@@ -178,6 +178,7 @@ class StageStartArguments(Section):
 
     optimizer_state: str = 'reset'
     trust_checkpoint: bool = False
+    model_changes: list[str] = []
 
 
 class ForgettingArguments(Section):

@@ -4,8 +4,8 @@
 import inspect
 import json
 import logging
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.checkpoints.guard import guard_loading
+from cpt_algorithms.checkpoints.save_folder import weights_in
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
-from cpt_algorithms.stage.saving import check_loss, guard_saving, savers
+from cpt_algorithms.stage.saving import StoppedError, check_loss, guard_saving, savers
 from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS
 from cpt_algorithms.validation import differences
 
@@ -65,6 +66,8 @@ class StageStart(Callback):
         trust_checkpoint: Whether checkpoints may run code of their own when they are loaded, the parent's as well as
             those that the run resumes from. Otherwise one that could is refused, and so is a damaged one. Default:
             ``False``.
+        model_changes: Settings of the model, such as ``attn_config.rope_theta``, that are meant to differ from the
+            parent's; preflight refuses others. Default: none.
 
     Raises:
         ValueError: On any of the above, with the YAML lines that are right.
@@ -73,7 +76,9 @@ class StageStart(Callback):
     Cost: a pass over the weights for each checkpoint.
     """
 
-    def __init__(self, optimizer_state: str = 'reset', trust_checkpoint: bool = False) -> None:
+    def __init__(
+        self, optimizer_state: str = 'reset', trust_checkpoint: bool = False, model_changes: Sequence[str] = ()
+    ) -> None:
         if optimizer_state not in _LOAD_LINES:
             raise ValueError(
                 f"callbacks.stage_start.optimizer_state={optimizer_state!r} is not possible; use 'reset' or 'keep'"
@@ -194,6 +199,12 @@ class StageStart(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """At the first batch of a stage, compare what the optimizer is about to use with the YAML."""
+        dataset = _train_dataset(state)
+        if isinstance(dataset, ReplayTextDataset) and not dataset.is_packed:
+            try:  # how many rows of text a budget of tokens needs is seen only now
+                dataset.check_budget(state.timestamp.sample.value + dataset.global_batch_size)
+            except ValueError as error:
+                raise StoppedError(f'after batch {state.timestamp.batch.value}, {error}') from None
         if self._checked:
             return
         self._checked = True
@@ -332,10 +343,10 @@ def _check_save_folder(state: State) -> None:
         return
     for saver in savers(state):
         if not saver.overwrite:
-            folder = Path(format_name_with_dist(saver.folder, state.run_name))
-            if found := sorted(folder.glob('ep*-ba*')):
+            folder = format_name_with_dist(saver.folder, state.run_name)
+            if found := weights_in(folder):
                 raise ValueError(
-                    f'save_folder {folder} holds checkpoints already ({found[0].name}, {len(found)} in all), and this '
-                    'run would start at batch 0 and replace them. Set autoresume: true to go on from the latest, or '
-                    'choose another save_folder'
+                    f'save_folder {folder} holds weights already ({found[0]}, {len(found)} files in all), and this '
+                    'run would start at batch 0 beside them. Set autoresume: true to go on from the latest checkpoint, '
+                    'or choose another save_folder'
                 )

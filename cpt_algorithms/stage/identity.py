@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes two runs the same: everything that their results follow from.
+
+That is the whole YAML less a short list of what may differ (:data:`MAY_DIFFER`, observing callbacks, workers and
+downloads), and the content behind its paths: the parent, the tokenizer and the data, wherever they lie.
+"""
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmfoundry import registry
+from llmfoundry.utils.config_utils import TrainConfig
+
+from cpt_algorithms.checkpoints.exports import folder_of_pretrained
+from cpt_algorithms.checkpoints.save_folder import resolve_latest
+from cpt_algorithms.duration import Duration
+from cpt_algorithms.files import StorageError, fetch, is_remote, read_json
+from cpt_algorithms.replay.shard_index import ShardIndex
+from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
+from cpt_algorithms.schedulers.phases import build
+from cpt_algorithms.stage.record import StageRecord
+from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import differences
+
+__all__ = ['MAY_DIFFER', 'OBSERVERS', 'changes', 'contents_of', 'digest_of', 'places_of']
+
+MAY_DIFFER = {
+    # names and places
+    'run_name', 'save_folder', 'code_paths', 'variables', 'metadata', 'flatten_metadata',
+    # how it is saved, logged and watched
+    'save_interval', 'save_num_checkpoints_to_keep', 'only_composer_checkpoint', 'loggers', 'log_config',
+    'log_to_console', 'console_log_interval', 'progress_bar', 'python_log_level', 'profiler',
+    # on what it is judged
+    'eval_loader', 'eval_interval', 'eval_first', 'eval_subset_num_batches', 'icl_tasks', 'icl_seq_len',
+    'icl_subset_num_batches', 'eval_gauntlet',
+    # how it fits on its machines
+    'device_train_microbatch_size', 'device_eval_batch_size', 'dist_timeout', 'max_split_size_mb',
+    'expandable_segments', 'cuda_load_lazy',
+    # how it is loaded, which follows from callbacks.stage_start
+    'autoresume', 'load_weights_only', 'load_ignore_keys', 'load_strict_model_weights',
+}  # fmt: skip
+OBSERVERS = {
+    'async_eval', 'branch_points', 'env_logging', 'eval_output_logging', 'fdiff_metrics', 'final_loss', 'forgetting',
+    'generate_callback', 'hf_checkpointer', 'loss_perp_v_len', 'lr_monitor', 'mbmoe_tok_per_expert', 'memory_monitor',
+    'memory_snapshot', 'mono_checkpoint_saver', 'nan_monitor', 'oom_observer', 'optimizer_monitor', 'run_timeout',
+    'runtime_estimator', 'scheduled_gc', 'speed_monitor', 'system_metrics_monitor',
+}  # fmt: skip
+_WORKERS = {'num_workers', 'prefetch_factor', 'persistent_workers', 'pin_memory', 'timeout'}
+_DOWNLOADS = {
+    'local', 'remote', 'download_retry', 'download_timeout', 'validate_hash', 'keep_zip', 'cache_limit', 'predownload',
+    'allow_unsafe_types',
+}  # fmt: skip
+_PARENTS = ('load_path', 'only_seen_by', 'resume_after')
+_PACKAGES = ('composer', 'llmfoundry', 'cpt_algorithms')
+_ENDS = 2**16
+
+
+def changes(record: StageRecord, stage: Stage) -> list[str]:
+    """What differs between a run that was begun and a stage, a line for each; none if they are the same.
+
+    Args:
+        record: Of the run.
+        stage: The stage.
+
+    Cost: :func:`contents_of`.
+    """
+    then, now = places_of(record.config), places_of(stage)
+    contents = contents_of(stage)
+    moved = []
+    for key in sorted({*then, *now}):
+        before, after = record.contents.get(key), contents.get(key)
+        if before != after and (before and after or _absolute(then.get(key)) != _absolute(now.get(key))):
+            moved.append(f'{key}: {_said(then.get(key), before)} -> {_said(now.get(key), after)}')
+    return [*differences(_results(record.config), _results(stage)), *moved]
+
+
+def _absolute(place: str | None) -> str | None:
+    return place if place is None or is_remote(place) else os.path.abspath(place)
+
+
+def _said(place: str | None, content: str | None) -> str:
+    return 'absent' if place is None else f'{place} ({content[:8]})' if content else place
+
+
+def contents_of(stage: Stage) -> dict[str, str]:
+    """What lies behind the paths of a YAML that its results follow from, by key; what cannot be read is left out.
+
+    Cost: 128 KiB of each file of a parent, the index of each stream.
+    """
+    found = {key: digest_of(place) for key, place in places_of(stage).items()}
+    return {key: digest for key, digest in found.items() if digest}
+
+
+def digest_of(place: str) -> str | None:
+    """What tells a checkpoint, model, tokenizer or dataset from another of the same name; None if it is not there.
+
+    Of a dataset, the digest of its index. Of other files here, their sizes, beginnings and ends (a checkpoint of
+    Composer ends with the checksums of everything in it); in object storage, the run that wrote it and its name.
+    """
+    try:
+        if is_remote(place):
+            return _remote_digest(place.rstrip('/'))
+        path = Path(place) if Path(place).exists() else folder_of_pretrained(place)
+        if (path / 'index.json').exists():
+            return ShardIndex.read(path / 'index.json').digest
+        files = {file.name: file for file in path.iterdir() if file.is_file()} if path.is_dir() else {'': path}
+        return _digest(dict(sorted(files.items())))
+    except (OSError, ValueError, StorageError, AttributeError):
+        return None
+
+
+def _remote_digest(uri: str) -> str | None:
+    folder, _, name = resolve_latest(uri).rpartition('/')
+    if wrote := (read_json(f'{folder}/stage.json') or {}).get('wandb_id'):
+        return f'{wrote}/{name}'
+    with tempfile.TemporaryDirectory() as here:
+        fetch(f'{uri}/index.json', Path(here) / 'index.json')
+        return ShardIndex.read(Path(here) / 'index.json').digest
+
+
+def _digest(files: Mapping[str, Path]) -> str | None:
+    whole = hashlib.sha256()
+    for name, path in files.items():
+        size = path.stat().st_size
+        whole.update(f'{name}\0{size}\0'.encode())
+        with open(path, 'rb') as file:
+            whole.update(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            whole.update(file.read(_ENDS))
+    return whole.hexdigest()[:32] if files else None
+
+
+def places_of(stage: Stage) -> dict[str, str]:
+    """The paths of a YAML that its results follow from, by key."""
+    found = {'tokenizer.name': stage.tokenizer.name, 'load_path': stage.load_path}
+    found['model.pretrained_model_name_or_path'] = stage.pretrained_model
+    found['train_loader.dataset.resume_after'] = stage.train_loader.dataset.resume_after
+    for key, stream in stage.train_loader.streams('train_loader').items():
+        place = stream.local or stream.remote
+        if stream.remote and not (stream.local and Path(stream.local, stream.split or '', 'index.json').exists()):
+            place = stream.remote
+        found[f'train_loader.{key}'] = '/'.join(filter(None, [place and place.rstrip('/'), stream.split]))
+        found[f'train_loader.{key}.only_seen_by'] = getattr(stream, 'only_seen_by', None)
+    return {key: place for key, place in found.items() if place}
+
+
+def _results(stage: Stage) -> dict[str, Any]:
+    """What of a YAML, its paths left out, decides what comes out; defaults of llm-foundry where it is silent."""
+    defaults = {each.name: each.default for each in dataclasses.fields(TrainConfig) if each.init}
+    given = {**{key: value for key, value in defaults.items() if value != '???'}, **stage.given}
+    kept = {key: value for key, value in given.items() if key not in MAY_DIFFER and value is not dataclasses.MISSING}
+    kept['callbacks'] = {
+        name: {} if arguments is None else arguments
+        for name, arguments in (stage.given.get('callbacks') or {}).items()
+        if name not in OBSERVERS and _is_known(name)
+    }
+    kept['callbacks'].get('stage_start', {}).pop('trust_checkpoint', None)
+    kept['merge'] = stage.merge and {**stage.merge.given, 'of': None}
+    kept['fsdp_config'] = {'mixed_precision': (stage.given.get('fsdp_config') or {}).get('mixed_precision')}
+    kept['train_loader'] = {key: value for key, value in stage.train_loader.given.items() if key not in _WORKERS}
+    kept['tokenizer'] = {**stage.tokenizer.given, 'name': None}
+    unread = {'init_device': None, 'pretrained_model_name_or_path': None, 'pretrained': None}
+    kept['model'] = {**stage.model.given, **unread}
+    if not _takes_dur(stage):  # nothing that was trained changes if the end moves
+        kept['max_duration'] = None
+    return _plain(kept)
+
+
+def _is_known(callback: str) -> bool:
+    """Whether a callback is one of the stack's; of a user's own it is not known what they change."""
+    for each in (registry.callbacks, registry.callbacks_with_config):
+        if callback in each.get_all():
+            return each.get(callback).__module__.split('.')[0] in _PACKAGES
+    return False
+
+
+def _takes_dur(stage: Stage) -> bool:
+    scheduler = build(stage.scheduler.given)
+    arguments = scheduler.arguments if isinstance(scheduler, PhaseScheduler) else vars(scheduler)
+    return any('dur' in str(value) for value in arguments.values())
+
+
+def _plain(value: Any, key: str = '') -> Any:
+    """A part of a YAML, without paths and what is only about downloads; times written in one way."""
+    if isinstance(value, Mapping):
+        inside = {name: each for name, each in value.items() if name not in _DOWNLOADS and name not in _PARENTS}
+        return {name: _plain(each, name) for name, each in inside.items()}
+    if isinstance(value, str):
+        try:
+            return str(Duration.parse(key, value))
+        except ValueError:
+            return value
+    return value
