@@ -32,6 +32,7 @@ def check(runs: Sequence[Run], ranks: int, is_plan: bool = False) -> list[str]:
     """
     unseen: list[str] = []
     found: dict[str, list[str]] = {}
+    begun = {run.name: restart_problem(run.stage) for run in runs}
     for run in runs:
         try:
             # parents do not exist yet: each run's own preflight looks at them; a merge is as right as its trunk
@@ -40,9 +41,9 @@ def check(runs: Sequence[Run], ranks: int, is_plan: bool = False) -> list[str]:
         except PreflightError as error:
             unseen += error.unseen
             for each in error.problems:
-                if not (is_plan and each in error.unseen):
+                if each != begun[run.name] and not (is_plan and each in error.unseen):
                     found.setdefault(each, []).append(run.name)
-    problems = [problem for run in runs if (problem := _cannot_go_on(run, runs))]
+    problems = [problem for run in runs if (problem := _cannot_go_on(run, runs, begun[run.name]))]
     for each, names in found.items():
         others = f' and {len(names) - 1} more of {len(runs)} runs' if len(names) > 1 else ''
         problems.append(f'{names[0]}{others}: {each}')
@@ -51,9 +52,9 @@ def check(runs: Sequence[Run], ranks: int, is_plan: bool = False) -> list[str]:
     return list(dict.fromkeys(unseen))
 
 
-def _cannot_go_on(run: Run, runs: Sequence[Run]) -> str | None:
+def _cannot_go_on(run: Run, runs: Sequence[Run], problem: str | None) -> str | None:
     """What was begun as another run, from another parent, or cannot be begun because its parent's end is gone."""
-    if problem := restart_problem(run.stage):
+    if problem:
         begun = [name for name in descendants(runs, run.name) if (run.folder.parent / name / 'stage.json').exists()]
         return f'{run.name}: {problem}' + (f'. From it started: {", ".join(begun)}' if begun else '')
     parent = next((each for each in runs if each.name == run.parent), None)

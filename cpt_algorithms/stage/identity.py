@@ -58,6 +58,7 @@ _DOWNLOADS = {
 _PARENTS = ('load_path', 'only_seen_by', 'resume_after')
 _PACKAGES = ('composer', 'llmfoundry', 'cpt_algorithms')
 _ENDS = 2**16
+INDEX = 'index.json'
 
 
 def changes(record: StageRecord, stage: Stage) -> list[str]:
@@ -74,7 +75,8 @@ def changes(record: StageRecord, stage: Stage) -> list[str]:
     moved = []
     for key in sorted({*then, *now}):
         before, after = record.contents.get(key), contents.get(key)
-        if before != after and (before and after or _absolute(then.get(key)) != _absolute(now.get(key))):
+        spelled = (_absolute(then.get(key)), _absolute(now.get(key)))
+        if before != after if before and after else spelled[0] != spelled[1]:
             moved.append(f'{key}: {_said(then.get(key), before)} -> {_said(now.get(key), after)}')
     return [*differences(_results(record.config), _results(stage)), *moved]
 
@@ -105,9 +107,10 @@ def digest_of(place: str) -> str | None:
     try:
         if is_remote(place):
             return _remote_digest(place.rstrip('/'))
-        path = Path(place) if Path(place).exists() else folder_of_pretrained(place)
-        if (path / 'index.json').exists():
-            return ShardIndex.read(path / 'index.json').digest
+        path = Path(place)
+        if path.name == INDEX:
+            return ShardIndex.read(path).digest
+        path = path if path.exists() else folder_of_pretrained(place)
         files = {file.name: file for file in path.iterdir() if file.is_file()} if path.is_dir() else {'': path}
         return _digest(dict(sorted(files.items())))
     except (OSError, ValueError, StorageError, AttributeError):
@@ -115,12 +118,13 @@ def digest_of(place: str) -> str | None:
 
 
 def _remote_digest(uri: str) -> str | None:
+    if uri.endswith(f'/{INDEX}'):
+        with tempfile.TemporaryDirectory() as here:
+            fetch(uri, Path(here) / INDEX)
+            return ShardIndex.read(Path(here) / INDEX).digest
     folder, _, name = resolve_latest(uri).rpartition('/')
-    if wrote := (read_json(f'{folder}/stage.json') or {}).get('wandb_id'):
-        return f'{wrote}/{name}'
-    with tempfile.TemporaryDirectory() as here:
-        fetch(f'{uri}/index.json', Path(here) / 'index.json')
-        return ShardIndex.read(Path(here) / 'index.json').digest
+    wrote = (read_json(f'{folder}/stage.json') or {}).get('wandb_id')
+    return f'{wrote}/{name}' if wrote else None
 
 
 def _digest(files: Mapping[str, Path]) -> str | None:
@@ -141,10 +145,12 @@ def places_of(stage: Stage) -> dict[str, str]:
     found['model.pretrained_model_name_or_path'] = stage.pretrained_model
     found['train_loader.dataset.resume_after'] = stage.train_loader.dataset.resume_after
     for key, stream in stage.train_loader.streams('train_loader').items():
-        place = stream.local or stream.remote
-        if stream.remote and not (stream.local and Path(stream.local, stream.split or '', 'index.json').exists()):
-            place = stream.remote
-        found[f'train_loader.{key}'] = '/'.join(filter(None, [place and place.rstrip('/'), stream.split]))
+        both = [
+            '/'.join([place.rstrip('/'), *([stream.split] if stream.split else []), INDEX])
+            for place in (stream.local, stream.remote)
+            if place
+        ]
+        found[f'train_loader.{key}'] = both[0] if Path(both[0]).exists() else both[-1]
         found[f'train_loader.{key}.only_seen_by'] = getattr(stream, 'only_seen_by', None)
     return {key: place for key, place in found.items() if place}
 
@@ -168,7 +174,7 @@ def _results(stage: Stage) -> dict[str, Any]:
     kept['model'] = {**stage.model.given, **unread}
     if not _takes_dur(stage):  # nothing that was trained changes if the end moves
         kept['max_duration'] = None
-    return _plain(kept)
+    return _plain({key: value for key, value in kept.items() if value not in ({}, [])})  # the same as none
 
 
 def _is_known(callback: str) -> bool:

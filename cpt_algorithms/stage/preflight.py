@@ -479,7 +479,7 @@ def _check_saving(stage: Stage) -> None:
     if owner != stage.run_name:
         held_by = f'run {owner!r}' if owner else 'a run that this recipe did not start'
         raise ValueError(
-            f'save_folder={folder} holds the weights of {held_by} ({there[0]}), and run_name is {stage.run_name!r}: '
+            f'save_folder={folder} holds the checkpoints of {held_by}, and run_name is {stage.run_name!r}: '
             'they would be resumed from or overwritten; choose another save_folder'
         )
     broken = [] if is_remote(folder) else [path.name for path in half_written(Path(folder))]
@@ -749,7 +749,15 @@ def _check_parent(stage: Stage) -> None:
 
 
 # Settings of a model that say how it is trained, loaded and used; with those that every configuration has.
-_NOT_OF_THE_MODEL = {'init_device', 'init_config', 'use_cache', 'max_seq_len', 'max_position_embeddings', 'attn_impl'}
+_NOT_OF_THE_MODEL = {
+    'init_device',
+    'init_config',
+    'use_cache',
+    'max_seq_len',
+    'max_position_embeddings',
+    'attn_impl',
+    'auto_map',
+}
 _NOT_OF_THE_MODEL |= PretrainedConfig().to_dict().keys() - {'tie_word_embeddings'}
 
 

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything wrong with a YAML is said before training, with the key, the value and what would be right."""
 
+import shutil
+
 import pytest
 import tiny
 import torch
 
+from cpt_algorithms.checkpoints.save_folder import repair
 from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.run import write_record
 from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS, Stage
 from cpt_algorithms.validation import ConfigError
 
@@ -145,9 +149,80 @@ def test_a_parent_with_a_malicious_pickle_is_refused(data, tmp_path):
 
 
 def test_somebody_elses_checkpoints_are_not_taken_over(data, tmp_path):
-    tiny.run(tiny.config(tmp_path, data, 'one', max_duration='2ba', scheduler={'t_max': '8ba'}))
+    one = tiny.config(tmp_path, data, 'one', max_duration='2ba', scheduler={'t_max': '8ba'})
+    tiny.run(one)
     cfg = tiny.config(tmp_path, data, 'two', save_folder=str(tmp_path / 'one'))
     assert 'holds the checkpoints of a run that this recipe did not start' in problems(cfg)[0]
-    (tmp_path / 'one' / 'stage.json').write_text('{"run_name": "one"}')
+    write_record(Stage.from_yaml({**cfg, 'run_name': 'one', 'max_duration': '2ba', 'scheduler': one['scheduler']}))
     assert "holds the checkpoints of run 'one', and run_name is 'two'" in problems(cfg)[0]
-    preflight(Stage.from_yaml(tiny.config(tmp_path, data, 'one')))
+    preflight(Stage.from_yaml(one))
+    (tmp_path / 'one' / 'stage.json').write_text('{"run_name": "one"}')
+    assert 'stage.json' in problems(one)[0], 'it cannot be seen whether this is that run'
+
+
+# what llm-foundry takes and a restart could not live with
+NOT_TAKEN = {
+    'names of checkpoints': ({'save_filename': 'ep{epoch}-ba{batch}/rank{rank}.pt'}, 'save_filename', 'leave it out'),
+    'names of links': ({'save_latest_filename': 'newest.pt'}, 'save_latest_filename', 'leave it out'),
+    'names of shards': (
+        {'fsdp_config': {'sharded_ckpt_prefix_dir': 'x{batch}'}},
+        'fsdp_config.sharded_ckpt_prefix_dir',
+    ),
+    'state left out': ({'save_ignore_keys': ['state/optimizers']}, 'save_ignore_keys', 'leave it out'),
+    'part of a pass': ({'train_subset_num_batches': 3}, 'train_subset_num_batches=3', 'max_duration'),
+}
+
+
+@pytest.mark.parametrize('case', NOT_TAKEN)
+def test_what_a_restart_could_not_live_with(case, data, tmp_path):
+    change, *expected = NOT_TAKEN[case]
+    found = problems(tiny.config(tmp_path, data, 'run', **change))
+    assert len(found) == 1, found
+    assert all(words in found[0] for words in expected), found
+
+
+def test_composers_own_names_are_taken(data, tmp_path):
+    names = {'save_filename': 'ep{epoch}-ba{batch}-rank{rank}.pt', 'save_latest_filename': 'latest-rank{rank}.pt'}
+    preflight(Stage.from_yaml(tiny.config(tmp_path, data, 'run', **names)))
+
+
+def test_epochs_are_as_long_as_the_data(data, tmp_path):
+    """50 batches: schedules in batches fit in."""
+    infinite = {'name': 'infinite', 't_warmup': '20ba', 't_cooldown': '20ba', 't_anneal': '10ba', 'alpha_const': 0.5}
+    for scheduler in ({'name': 'rewarm_cosine', 't_warmup': '49ba'}, infinite):
+        preflight(Stage.from_yaml(tiny.config(tmp_path, data, 'run', max_duration='1ep', scheduler=scheduler)))
+    too_long = tiny.config(tmp_path, data, 'run', max_duration='1ep', scheduler={**infinite, 't_warmup': '21ba'})
+    assert '51' in problems(too_long)[0]
+    assert '50' in problems(too_long)[0]
+
+
+@pytest.mark.parametrize(
+    'changed', [{'n_heads': 8}, {'attn_config': {'attn_impl': 'torch', 'clip_qkv': 0.1}}, {'logit_scale': 2.0}]
+)
+def test_a_parent_with_other_settings_of_the_same_shapes(changed, data, tmp_path):
+    tiny.run(tiny.config(tmp_path, data, 'parent', max_duration='2ba', scheduler={'t_max': '8ba'}))
+    cfg = tiny.config(tmp_path, data, 'child', load_path=str(tmp_path / 'parent' / 'latest-rank0.pt'))
+    preflight(Stage.from_yaml(cfg))
+    other = tiny.merge(cfg, {'model': {**changed, 'resid_pdrop': 0.1, 'init_config': {'name': 'neox_init_'}}})
+    (found,) = problems(other)
+    name = next(key if key != 'attn_config' else 'attn_config.clip_qkv' for key in changed)
+    assert f'{name}: ' in found
+    assert found.count(' -> ') == 1, 'dropout and initialisation are settings of training'
+    preflight(Stage.from_yaml(tiny.merge(other, {'callbacks': {'stage_start': {'model_changes': [name]}}})))
+
+
+def test_a_folder_with_weights_of_any_name_is_not_begun_in(data, tmp_path):
+    cfg = tiny.config(tmp_path, data, 'run')
+    folder = tmp_path / 'run'
+    for name in ('step3', 'ba4/rank0.pt', 'ep0-ba4/rank0.pt', 'ep0-ba2-rank0.pt.old', 'model.safetensors'):
+        (folder / name).parent.mkdir(parents=True)
+        torch.save({'state': {}}, folder / name)
+        assert 'holds the checkpoints of a run that this recipe did not start' in problems(cfg)[0], name
+        write_record(Stage.from_yaml(cfg))
+        assert 'no whole checkpoint to go on from' in problems(cfg)[0], name
+        repair(folder)
+        assert (folder / name).exists(), 'nothing is deleted'
+        shutil.rmtree(folder)
+    write_record(Stage.from_yaml(cfg))
+    (folder / 'ep0-ba2-rank0.pt').write_bytes(b'PK\3\4 and no more')
+    preflight(Stage.from_yaml(cfg))

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes two runs the same: all of the YAML less the card's list, and what lies behind its paths."""
+
+import copy
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from cpt_algorithms.stage import identity
+from cpt_algorithms.stage.identity import MAY_DIFFER, OBSERVERS, changes, contents_of
+from cpt_algorithms.stage.record import StageRecord
+from cpt_algorithms.stage.stage import Stage
+
+CARD = tiny.ROOT / 'cpt_algorithms' / 'stage' / 'README.md'
+
+
+def record_of(stage):
+    return StageRecord.model_validate(
+        {'run_name': stage.run_name, 'config': stage.to_train_yaml(), 'contents': contents_of(stage)}
+    )
+
+
+def listed():
+    """The card's list: keys in each row."""
+    table = CARD.read_text().partition('## What makes two runs the same')[2].partition('\n* ')[0]
+    rows = re.findall(r'^\| (.+?) \| (.+) \|$', table, re.MULTILINE)[1:]
+    return {name: set(re.findall(r'`([\w.]+)`', keys)) for name, keys in rows}
+
+
+def test_the_card_says_the_list():
+    rows = listed()
+    top = {
+        key
+        for name in ('names and places', 'saving, logging', 'evaluation', 'machines', 'loading')
+        for key in rows[name]
+    }
+    elsewhere = {'fsdp_config', 'mixed_precision', 'stage_start.trust_checkpoint', 'model.init_device'}
+    assert top - elsewhere == MAY_DIFFER
+    assert rows['callbacks that observe'] == OBSERVERS
+    assert rows['workers of `train_loader`'] == identity._WORKERS
+    assert rows['downloads'] == identity._DOWNLOADS
+
+
+def leaves(section, path=()):
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+def other(value):
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1 if value >= 1 else value / 2 + 1e-3
+    if isinstance(value, list):
+        return [*value[1:], *value[:1]] if len(value) > 1 else [*value, *value]
+    time = re.fullmatch(r'(\d+)(ba|ep|tok|sp)', str(value))
+    return f'{int(time[1]) + 1}{time[2]}' if time else f'{value}x'
+
+
+def may_differ(path):
+    where, key = path[0], path[-1]
+    return (
+        where in MAY_DIFFER
+        or (where == 'callbacks' and path[1] in OBSERVERS | {'recorder'})
+        or (where == 'train_loader' and len(path) == 2 and key in identity._WORKERS)
+        or (where == 'train_loader' and key in identity._DOWNLOADS)
+        or (where == 'fsdp_config' and key != 'mixed_precision')
+        or path in {('model', 'init_device'), ('callbacks', 'stage_start', 'trust_checkpoint'), ('tokenizer', 'name')}
+    )
+
+
+@pytest.mark.parametrize('name', ['continue_pretraining/tiny_cpu.yaml'])
+def test_every_key_of_a_stage_is_compared_or_on_the_list(name):
+    """Nothing lies behind these paths, so that a path that was changed cannot be compared and counts as another."""
+    base = OmegaConf.to_container(OmegaConf.load(tiny.ROOT / 'yamls' / name), resolve=True)
+    base |= {
+        'variables': {},
+        'loggers': {'tensorboard': {'log_dir': 'x'}},
+        'algorithms': {'gradient_clipping': {'clipping_threshold': 1.0}},
+    }
+    base['callbacks'] |= {'ema': {'half_life': ['4ba', '8ba']}, 'speed_monitor': {'window_size': 3}}
+    base['fsdp_config'] = {'sharding_strategy': 'FULL_SHARD', 'mixed_precision': 'PURE'}
+    record, seen = record_of(Stage.from_yaml(base)), 0
+    for path in leaves(base):
+        changed = copy.deepcopy(base)
+        section = changed
+        for key in path[:-1]:
+            section = section[key]
+        section[path[-1]] = other(section[path[-1]])
+        try:
+            stage = Stage.from_yaml(changed)
+            found = changes(record, stage)
+        except ValueError:  # no such value
+            continue
+        seen += 1
+        place = path[-1] in ('local', 'remote', 'split') or path in {('load_path',), ('tokenizer', 'name')}
+        if place:
+            assert found, path
+        elif may_differ(path):
+            assert not found, (path, found)
+        else:
+            assert any(str(path[-1]) in line or path[-2] in line for line in found), (path, found)
+    assert seen > 30
+
+
+@pytest.fixture
+def stage(data, tmp_path):
+    """A stage with a parent, and replay."""
+    for name in ('new', 'old', 'tokenizer'):
+        shutil.copytree(data[name], tmp_path / name)
+    torch.save({'state': {'model': {'weight': torch.ones(3)}}}, tmp_path / 'parent.pt')
+    here = {name: tmp_path / name for name in ('new', 'old', 'tokenizer')}
+    streams = {'old': {'local': str(here['old']), 'split': 'train'}}
+    return tiny.config(
+        tmp_path, here, 'run', load_path=str(tmp_path / 'parent.pt'),
+        train_loader={'dataset': {'replay': {'fraction': 0.25, 'streams': streams}}},
+    )  # fmt: skip
+
+
+def moved(stage, old, new):
+    return Stage.from_yaml(
+        OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(stage)).replace(old, new)))
+    )
+
+
+def test_a_path_is_what_lies_behind_it(stage, tmp_path, monkeypatch):
+    record = record_of(Stage.from_yaml(stage))
+    assert sorted(record.contents) == [
+        'load_path', 'tokenizer.name', 'train_loader.dataset.new.new', 'train_loader.dataset.replay.streams.old',
+    ]  # fmt: skip
+    elsewhere = tmp_path.parent / f'{tmp_path.name}-elsewhere'
+    shutil.copytree(tmp_path, elsewhere)
+    assert changes(record, moved(stage, str(tmp_path), str(elsewhere))) == []
+    monkeypatch.chdir(tmp_path)
+    assert changes(record, moved(stage, f'{tmp_path}/', './')) == []
+    for name in ('parent.pt', 'old/train/index.json', 'tokenizer/tokenizer.json'):
+        kept = (tmp_path / name).read_bytes()
+        if name == 'parent.pt':
+            torch.save({'state': {'model': {'weight': torch.ones(3) * 2}}}, tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(re.sub(rb'"samples": ?', b'"samples":1', kept, count=1) + b' ')
+        assert len(changes(record, Stage.from_yaml(stage))) == 1, name
+        whole = tmp_path / name.split('/')[0]
+        whole.rename(tmp_path / 'gone')
+        assert not changes(record, Stage.from_yaml(stage)), 'what is gone cannot be compared'
+        assert len(changes(record, moved(stage, str(whole), 'other'))) == 1, 'and is another elsewhere'
+        (tmp_path / 'gone').rename(whole)
+        (tmp_path / name).write_bytes(kept)
+
+
+SPELLED = {
+    ('scheduler', 't_warmup'): ['4ba', '4BA', '04ba', '4e0ba'],
+    ('max_duration',): ['8ba', ' 8ba', '8.0ba'],
+    ('seed',): [17],
+    ('accumulate_train_batch_on_tokens',): [True, None],
+    ('algorithms',): [None, {}],
+    ('spin_dataloaders',): [True, None],
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.fixed_dictionaries({path: st.sampled_from(values) for path, values in SPELLED.items()}), st.randoms())
+def test_spelling_and_order_mean_nothing(spelled, random):
+    base = tiny.config(Path('runs'), {name: Path(name) for name in ('new', 'old', 'tokenizer')}, 'run')
+    record = record_of(Stage.from_yaml(base))
+    changed = copy.deepcopy(base)
+    for path, value in spelled.items():
+        section = changed[path[0]] if len(path) > 1 else changed
+        section[path[-1]] = value
+    keys = list(changed)
+    random.shuffle(keys)
+    assert changes(record, Stage.from_yaml({key: changed[key] for key in keys if changed[key] is not None})) == []
+
+
+def test_the_end_may_move_where_the_schedule_lets_it(data, tmp_path):
+    infinite = {'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '2ba', 't_anneal': '0ba', 'alpha_const': 0.5}
+    for scheduler, may in ((infinite, True), ({'name': 'rewarm_cosine', 't_warmup': '2ba'}, False)):
+        cfg = tiny.config(tmp_path, data, 'run', scheduler=scheduler)
+        found = changes(record_of(Stage.from_yaml(cfg)), Stage.from_yaml({**cfg, 'max_duration': '16ba'}))
+        assert found == ([] if may else ['max_duration: 8ba -> 16ba']), scheduler
