@@ -7,6 +7,7 @@ downloads), and the content behind its paths: the parent, the tokenizer and the 
 
 import dataclasses
 import hashlib
+import inspect
 import os
 import tempfile
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from cpt_algorithms.checkpoints.exports import folder_of_pretrained
 from cpt_algorithms.checkpoints.save_folder import resolve_latest
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.files import StorageError, fetch, is_remote, read_json
+from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.schedulers.phases import build
@@ -56,6 +58,7 @@ _DOWNLOADS = {
     'allow_unsafe_types',
 }  # fmt: skip
 _PARENTS = ('load_path', 'only_seen_by', 'resume_after')
+_CALLBACKS = (registry.callbacks, registry.callbacks_with_config)
 _PACKAGES = ('composer', 'llmfoundry', 'cpt_algorithms')
 _ENDS = 2**16
 INDEX = 'index.json'
@@ -156,19 +159,26 @@ def places_of(stage: Stage) -> dict[str, str]:
 
 
 def _results(stage: Stage) -> dict[str, Any]:
-    """What of a YAML, its paths left out, decides what comes out; defaults of llm-foundry where it is silent."""
+    """What of a YAML, its paths left out, decides what comes out; with the defaults of whatever reads it."""
     defaults = {each.name: each.default for each in dataclasses.fields(TrainConfig) if each.init}
     given = {**{key: value for key, value in defaults.items() if value != '???'}, **stage.given}
     kept = {key: value for key, value in given.items() if key not in MAY_DIFFER and value is not dataclasses.MISSING}
-    kept['callbacks'] = {
-        name: {} if arguments is None else arguments
-        for name, arguments in (stage.given.get('callbacks') or {}).items()
-        if name not in OBSERVERS and _is_known(name)
-    }
+    for section, kinds in {'callbacks': _CALLBACKS, 'algorithms': (registry.algorithms,)}.items():
+        kept[section] = {
+            name: _with_defaults(name, arguments or {}, *kinds)
+            for name, arguments in (stage.given.get(section) or {}).items()
+            if section != 'callbacks' or (name not in OBSERVERS and _is_known(name))
+        }
     kept['callbacks'].get('stage_start', {}).pop('trust_checkpoint', None)
+    for section, kind in {'optimizer': registry.optimizers, 'scheduler': registry.schedulers}.items():
+        kept[section] = _with_defaults(stage.given[section].get('name', ''), stage.given[section], kind)
+    loader, dataset = stage.train_loader, dict(stage.train_loader.dataset.given)
+    if loader.name == 'replay_text':
+        dataset = {**_defaults_of(ReplayTextDataset), **dataset}
+    whole = {**_with_defaults(loader.name, loader.given, registry.dataloaders), 'dataset': dataset}
+    kept['train_loader'] = {key: value for key, value in whole.items() if key not in _WORKERS}
     kept['merge'] = stage.merge and {**stage.merge.given, 'of': None}
     kept['fsdp_config'] = {'mixed_precision': (stage.given.get('fsdp_config') or {}).get('mixed_precision')}
-    kept['train_loader'] = {key: value for key, value in stage.train_loader.given.items() if key not in _WORKERS}
     kept['tokenizer'] = {**stage.tokenizer.given, 'name': None}
     unread = {'init_device': None, 'pretrained_model_name_or_path': None, 'pretrained': None}
     kept['model'] = {**stage.model.given, **unread}
@@ -177,9 +187,19 @@ def _results(stage: Stage) -> dict[str, Any]:
     return _plain({key: value for key, value in kept.items() if value not in ({}, [])})  # the same as none
 
 
+def _with_defaults(name: str, arguments: Mapping[str, Any], *kinds: Any) -> dict[str, Any]:
+    found = next((kind.get(name) for kind in kinds if name in kind.get_all()), None)
+    return {**(_defaults_of(found) if found else {}), **arguments}
+
+
+def _defaults_of(kind: Any) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+
+
 def _is_known(callback: str) -> bool:
     """Whether a callback is one of the stack's; of a user's own it is not known what they change."""
-    for each in (registry.callbacks, registry.callbacks_with_config):
+    for each in _CALLBACKS:
         if callback in each.get_all():
             return each.get(callback).__module__.split('.')[0] in _PACKAGES
     return False
@@ -196,6 +216,8 @@ def _plain(value: Any, key: str = '') -> Any:
     if isinstance(value, Mapping):
         inside = {name: each for name, each in value.items() if name not in _DOWNLOADS and name not in _PARENTS}
         return {name: _plain(each, name) for name, each in inside.items()}
+    if isinstance(value, tuple):  # a default
+        return list(value)
     if isinstance(value, str):
         try:
             return str(Duration.parse(key, value))

@@ -501,7 +501,9 @@ def restart_problem(stage: Stage) -> str | None:
         is_begun = record is not None and (newest_complete(stage.folder)[0] or exists(f'{stage.folder}/done.json'))
     except StorageError:  # which is said of save_folder
         return None
-    if record is None or not is_begun or not (changed := changes(record, stage)):
+    # of another run's folder another check speaks
+    is_ours = record is not None and record.run_name == stage.run_name
+    if record is None or not is_ours or not is_begun or not (changed := changes(record, stage)):
         return None
     return (
         f'save_folder={stage.folder} holds a run with other settings ({_first(changed)}). A restart changes nothing: '

@@ -104,9 +104,7 @@ def test_a_run_that_was_stopped_early_is_done(scheduler, data, tmp_path, capsys)
     'change', [{'optimizer': {'name': 'decoupled_lionw'}}, {'seed': 18}, {'model': {'resid_pdrop': 0.1}}]
 )
 def test_a_restart_of_another_run_is_refused_and_leaves_all_as_it_was(change, data, tmp_path):
-    cfg = tiny.config(
-        tmp_path, data, 'run', scheduler={'name': 'cosine_with_warmup', 't_warmup': '2ba', 'alpha_i': None}
-    )
+    cfg = tiny.config(tmp_path, data, 'run', scheduler={'name': 'cosine_with_warmup', 't_warmup': '2ba'})
     tiny.recipe_here(cfg, tmp_path)
     killed_after(cfg, tmp_path, 5)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'run').rglob('*')}
