@@ -188,7 +188,7 @@ def test_a_crashing_arm_does_not_stop_the_others_and_the_next_run_trains_what_is
 
     shorter = {**spec, 'stages': {'old': {'max_duration': '12ba'}, 'new': {'max_duration': '16ba'}}}
     error, _ = run(write(shorter, tmp_path, 'changed.yaml'))
-    assert 'old-s17 was trained with other settings (max_duration: 16ba -> 12ba)' in error
+    assert 'old-s17 holds a run with other settings (max_duration: 16ba -> 12ba)' in error
 
 
 @pytest.mark.slow  # a stage that is killed, and a sequence of which a part is done, are tested by default

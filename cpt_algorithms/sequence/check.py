@@ -9,7 +9,7 @@ from pathlib import Path
 from cpt_algorithms.checkpoints.save_folder import batch_of, newest_complete
 from cpt_algorithms.sequence.expand import Run, descendants
 from cpt_algorithms.sequence.run import is_done
-from cpt_algorithms.stage.identity import changes
+from cpt_algorithms.stage.identity import changes, results_of
 from cpt_algorithms.stage.preflight import PreflightError, preflight, restart_problem
 from cpt_algorithms.stage.record import StageRecord, read_record
 
@@ -93,14 +93,17 @@ def adopted(expand: Callable[[Mapping[str, str]], list[Run]]) -> list[Run]:
     names: dict[str, str] = {}
     while True:
         runs = expand(names)
-        taken = {run.name for run in runs}
         unknown = [run for run in runs if not (run.folder / 'stage.json').exists()]
-        there = _records(unknown, taken)
-        found = ((run, name) for run in unknown for name, record in there.items() if _is_it(record, run))
-        run, name = next(found, (None, None))
-        if run is None or name is None:
+        there = _records(unknown, {run.name for run in runs})
+        results = {name: results_of(record.config) for name, record in there.items()}
+        found = None
+        for run in unknown:
+            same = (name for name, each in results.items() if each == results_of(run.stage))
+            if found := next((name for name in same if not changes(there[name], run.stage)), None):
+                names = {old: found if new == run.name else new for old, new in names.items()} | {run.name: found}
+                break
+        if found is None:
             return runs
-        names = {**{old: name if new == run.name else new for old, new in names.items()}, run.name: name}
 
 
 def _records(unknown: Sequence[Run], taken: set[str]) -> dict[str, StageRecord]:
@@ -111,11 +114,3 @@ def _records(unknown: Sequence[Run], taken: set[str]) -> dict[str, StageRecord]:
                 with suppress(ValueError):
                     found[path.parent.name] = read_record(path.parent)
     return {name: record for name, record in found.items() if record is not None}
-
-
-def _is_it(record: StageRecord, run: Run) -> bool:
-    return (
-        record.config.seed == run.seed
-        and bool(record.parent) == bool(run.stage.parent)
-        and not changes(record, run.stage)
-    )

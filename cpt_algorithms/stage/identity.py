@@ -29,7 +29,7 @@ from cpt_algorithms.stage.record import StageRecord
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import differences
 
-__all__ = ['MAY_DIFFER', 'OBSERVERS', 'changes', 'contents_of', 'digest_of', 'places_of']
+__all__ = ['MAY_DIFFER', 'OBSERVERS', 'changes', 'contents_of', 'digest_of', 'places_of', 'results_of']
 
 MAY_DIFFER = {
     # names and places
@@ -81,7 +81,7 @@ def changes(record: StageRecord, stage: Stage) -> list[str]:
         spelled = (_absolute(then.get(key)), _absolute(now.get(key)))
         if before != after if before and after else spelled[0] != spelled[1]:
             moved.append(f'{key}: {_said(then.get(key), before)} -> {_said(now.get(key), after)}')
-    return [*differences(_results(record.config), _results(stage)), *moved]
+    return [*differences(results_of(record.config), results_of(stage)), *moved]
 
 
 def _absolute(place: str | None) -> str | None:
@@ -158,7 +158,7 @@ def places_of(stage: Stage) -> dict[str, str]:
     return {key: place for key, place in found.items() if place}
 
 
-def _results(stage: Stage) -> dict[str, Any]:
+def results_of(stage: Stage) -> dict[str, Any]:
     """What of a YAML, its paths left out, decides what comes out; with the defaults of whatever reads it."""
     defaults = {each.name: each.default for each in dataclasses.fields(TrainConfig) if each.init}
     given = {**{key: value for key, value in defaults.items() if value != '???'}, **stage.given}
@@ -206,7 +206,10 @@ def _is_known(callback: str) -> bool:
 
 
 def _takes_dur(stage: Stage) -> bool:
-    scheduler = build(stage.scheduler.given)
+    try:
+        scheduler = build(stage.scheduler.given)
+    except ValueError:  # of the user's own code, perhaps, which is not imported yet
+        return True
     arguments = scheduler.arguments if isinstance(scheduler, PhaseScheduler) else vars(scheduler)
     return any('dur' in str(value) for value in arguments.values())
 

@@ -532,6 +532,8 @@ def format_problem(stage: Stage, world_size: int) -> str | None:
         return found + (
             sharded_start if is_sharded else 'start on one process, or with fsdp_config.state_dict_type: full'
         )
+    if stage.keeps_optimizer_state:
+        return f'{found}optimizer_state: keep wants a parent as this start reads it'
     kind = 'pt' if is_sharded else 'sharded'
     return f'{found}convert it with scripts/average_checkpoints.py {path} --to {kind} --out OUT, and load OUT'
 
@@ -594,6 +596,8 @@ def _sizes_of(streams: Mapping[str, Stream], where: str, max_seq_len: int | None
             raise StorageError(f'{where}.{name}: {error}') from None
         if sizes[name] == 0:
             raise ValueError(f'{where}.{name}: the dataset is empty')
+        if max_seq_len is not None and encodings and not any(map(row_length, encodings)):
+            log.warning('%s.%s: rows of text are not full; a budget in tokens is planned as if they were', where, name)
         lengths = {row_length(code) for code in encodings} - {None, max_seq_len}
         if max_seq_len is not None and lengths:
             raise ValueError(
