@@ -19,6 +19,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from cpt_algorithms.files import write_json
 from cpt_algorithms.sequence import run as sequence_run
 from cpt_algorithms.sequence.check import check
 from cpt_algorithms.stage.preflight import PreflightError
@@ -239,7 +240,7 @@ def test_a_run_that_another_process_trains_is_waited_for(spec, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     def sleep(seconds):
-        (first / 'done.json').write_text('{"lm_eval": null}')  # the other process is done
+        write_json(first / 'done.json', {'max_duration': '16ba', 'lm_eval': None})  # the other process is done
 
     monkeypatch.setattr(sequence_run.time, 'sleep', sleep)
     with pytest.raises(KeyboardInterrupt):

@@ -167,7 +167,9 @@ def write(folder, data, made_up, run):
             final[label] = {'mean': losses[label][-1][2]}
     write_json(folder / 'stage.json', {'run_name': run.name, 'config': run.stage.to_train_yaml()})
     write_json(folder / 'losses.json', {'losses': losses, 'final': final, 'cost': {'parameters': 1}})
-    write_json(folder / 'done.json', {'batch': run.stage.batches})
+    write_json(
+        folder / 'done.json', {'batch': run.stage.batches, 'time': {}, 'max_duration': str(run.stage.max_duration)}
+    )
 
 
 def test_every_claim_is_reproduced_where_it_holds(tmp_path, plans, monkeypatch):

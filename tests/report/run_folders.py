@@ -67,7 +67,8 @@ def write_run(
         lengths = {'old': 4.0, 'new': 2.0}
         write(folder / 'forgetting.json', {'old': ['old'], 'new': ['new'], 'parent': start, 'bytes_per_token': lengths})
     if done:
-        write(folder / 'done.json', {'batch': batches, 'lm_eval': None})
+        max_duration = config['max_duration']
+        write(folder / 'done.json', {'batch': batches, 'time': {}, 'max_duration': max_duration, 'lm_eval': None})
     if log:
         write(folder / 'failed.json', {'returncode': 1, 'log': log})
 
