@@ -21,8 +21,6 @@ from rich.console import Console
 
 from cpt_algorithms.files import write_json
 from cpt_algorithms.sequence import run as sequence_run
-from cpt_algorithms.sequence.check import check
-from cpt_algorithms.stage.preflight import PreflightError
 
 RECIPE = tiny.ROOT / 'recipes' / 'sequence.py'
 
@@ -274,32 +272,3 @@ def test_a_bad_arm_is_refused_before_anything_is_trained(spec, tmp_path, monkeyp
     with pytest.raises(SystemExit, match='cannot be read'):
         call(monkeypatch, tmp_path / 'nowhere.yaml')
     assert not (tmp_path / 'runs').exists()
-
-
-def test_a_branch_is_added_where_a_checkpoint_was_kept(spec):
-    """And refused where there is none, because the trunk would have to be trained again."""
-    spec['common']['scheduler'] = {
-        'name': 'infinite',
-        't_warmup': '2ba',
-        't_cooldown': '2ba',
-        'alpha_const': 0.5,
-        't_anneal': '0ba',
-    }
-    spec['stages']['new']['branches'] = {'short': {'t_anneal': '4ba'}}
-    spec['arms'] = {'only': {}}
-    trunk = Path(spec['folder']) / 'new-s17'
-
-    def runs():
-        return tiny.planned(write(spec, Path(spec['folder']).parent))[1]
-
-    for run in runs()[:2]:
-        run.folder.mkdir(parents=True)
-        (run.folder / 'stage.json').write_text(json.dumps({'run_name': run.name, 'config': run.stage.to_train_yaml()}))
-        sequence_run.write_yaml(run)
-    spec['stages']['new']['branches']['long'] = {'t_anneal': '6ba'}
-    with pytest.raises(PreflightError, match=r'new-s17 was .*branch_points: absent -> .*10'):
-        check(runs(), 1)
-    (trunk / 'ep0-ba10-rank0.pt').touch()
-    check(runs(), 1)
-    del spec['stages']['new']['branches']['long']
-    check(runs(), 1)

@@ -149,3 +149,20 @@ def test_a_run_that_is_extended_is_not_done(spec):
     shorter = copy.deepcopy(spec)
     shorter['stages']['new']['max_duration'] = '4ba'
     assert is_done(planned(shorter)[1])
+
+
+def test_a_branch_is_added_where_a_checkpoint_was_kept(spec):
+    """And refused where there is none, because the trunk would have to be trained again."""
+    schedule = {'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '2ba', 'alpha_const': 0.5, 't_anneal': '0ba'}
+    spec['common']['scheduler'] = schedule
+    spec['stages']['new'] = {'max_duration': '16ba', 'branches': {'short': {'t_anneal': '4ba'}}}
+    spec |= {'arms': {'only': {}}, 'folder': 'branches'}
+    for run in planned(spec)[:2]:
+        as_trained(run)
+    spec['stages']['new']['branches']['long'] = {'t_anneal': '6ba'}
+    (problem,) = refused(planned(spec))
+    assert 'new-long-s17 starts from branches/new-s17/ep0-ba10-rank0.pt, which is gone' in problem
+    torch.save({'state': {}}, 'branches/new-s17/ep0-ba10-rank0.pt')
+    check(planned(spec), 1)
+    del spec['stages']['new']['branches']['long']
+    check(planned(spec), 1)
