@@ -205,8 +205,8 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
     is_update = plan['parent'] or (record and record.parent)
     is_finished = bool(done)
     if done and record is not None:  # of a run that is extended, or is to be, there is more to come
-        planned = plan['batches'] in (None, record.config.batches)
-        is_finished = planned and done_with(record.config, folder) is not None
+        is_planned = (record.config.batches or 0) >= (plan['batches'] or 0)
+        is_finished = is_planned and done_with(record.config, folder) is not None
     state = 'unfinished' if record or losses else 'not started'
     state = 'finished' if is_finished else 'failed' if failed else state
     final = {label: rows[-1][2] for label, rows in losses.items() if rows}

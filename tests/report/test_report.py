@@ -327,6 +327,7 @@ def test_a_stand_in_for_unknown_data_is_named(alone, tmp_path, no_plots):
 def test_streams_of_a_single_run(dataset, duration, tokens, alone):
     loader = {'name': 'replay_text', 'dataset': dataset}
     change(alone / 'stage.json', lambda value: value['config'].update(max_duration=duration, train_loader=loader))
+    change(alone / 'done.json', lambda value: value.update(max_duration=duration))
     (run,) = read_runs([alone]).given
     assert (run.tokens, run.batches, run.state) == (tokens, 10 if duration == '10ba' else None, 'finished')
 
