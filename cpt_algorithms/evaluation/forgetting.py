@@ -16,6 +16,7 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 from cpt_algorithms.evaluation.final_loss import FinalLoss, batches_left, dataset_of, loss_of
 from cpt_algorithms.evaluation.functional import bits_per_byte, by_average, changes
 from cpt_algorithms.files import read_json, write_json
+from cpt_algorithms.replay.labels import label_every_token_of
 
 __all__ = ['Forgetting', 'token_bytes']
 
@@ -161,6 +162,7 @@ class Forgetting(Callback):
 
     def eval_start(self, state: State, logger: Logger) -> None:
         """Begin to count."""
+        label_every_token_of(state)
         self._counts = state.device.tensor_to_device(torch.zeros(2, dtype=torch.int64))
 
     def eval_before_forward(self, state: State, logger: Logger) -> None:

@@ -27,6 +27,7 @@ from cpt_algorithms.replay.functional import (
     exact_fraction,
     worker_slots,
 )
+from cpt_algorithms.replay.labels import label_every_token
 from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
 from cpt_algorithms.replay.mix import Mix, OldStream, Stream, read_mix, row_length
 from cpt_algorithms.replay.streams import ResilientStream, StreamError
@@ -358,6 +359,7 @@ def build_replay_text_dataloader(
         persistent_workers=persistent_workers and num_workers > 0,
         timeout=timeout,
     )
+    label_every_token(loader)
     return construct_from_registry(
         name='data_spec',
         registry=registry.data_specs,

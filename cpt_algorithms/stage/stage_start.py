@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.duration import Duration
+from cpt_algorithms.replay.labels import label_every_token_of
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.stage.saving import check_loss, guard_saving, savers
@@ -115,6 +116,7 @@ class StageStart(Callback):
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Note what the YAML says of every parameter group."""
+        label_every_token_of(state)
         self._hyperparameters = [
             [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
             for optimizer in state.optimizers

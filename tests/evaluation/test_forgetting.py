@@ -158,11 +158,10 @@ def by_hand(export, folder):
         ids = torch.as_tensor(row['tokens'].astype('int64'))[None]
         with torch.no_grad():
             logits = model(ids).logits[0, :-1]
-        # llm-foundry leaves the padding token out, which here is the end of text too
-        predicted = ids[0, 1:] != tokenizer.pad_token_id
-        nats += float(torch.nn.functional.cross_entropy(logits[predicted], ids[0, 1:][predicted], reduction='sum'))
-        tokens += int(predicted.sum())
-        size += sum(map(len, tokenizer.convert_ids_to_tokens(ids[0, 1:][predicted].tolist())))  # a character is a byte
+        nats += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction='sum'))
+        tokens += ids.numel() - 1
+        text = ids[0, 1:][ids[0, 1:] != tokenizer.eos_token_id]  # the end of a text is predicted, and has no bytes
+        size += sum(map(len, tokenizer.convert_ids_to_tokens(text.tolist())))  # a character is a byte
     return nats / tokens, size / tokens
 
 
