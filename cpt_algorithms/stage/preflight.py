@@ -57,6 +57,7 @@ from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.record import read_record
+from cpt_algorithms.stage.rehearsal import rehearse
 from cpt_algorithms.stage.stage import (
     KEEP_OPTIMIZER_IGNORE_KEYS,
     Callbacks,
@@ -139,7 +140,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         ),
         *(lambda name=name: problems or _check_algorithm(name, stage) for name in stage.algorithms),
         lambda: problems or _check_optimizer(stage.optimizer),
-        lambda: problems or _check_model(json.dumps(dict(stage.model.given))),
+        lambda: problems or _check_model(json.dumps(dict(stage.model.given)), json.dumps(dict(stage.tokenizer.given))),
     ]
     unreadable: list[str] = []  # what a check stumbled over is mostly what another has named
     unseen: list[str] = []
@@ -296,9 +297,11 @@ def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
 
 
 @lru_cache  # the runs of a sequence have mostly the same
-def _check_model(section: str) -> None:
-    """Ask the model itself."""
-    model_on_meta(Model.model_validate(json.loads(section)))  # embeddings cannot grow without memory: no tokenizer
+def _check_model(section: str, tokenizer: str) -> None:
+    """Ask the model itself, and write what a checkpoint and an export hold beside its weights."""
+    model = model_on_meta(Model.model_validate(json.loads(section)))  # embeddings cannot grow without memory
+    vars(model)['tokenizer'] = tokenizer_of(Tokenizer.model_validate(json.loads(tokenizer)))
+    rehearse(model)
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
