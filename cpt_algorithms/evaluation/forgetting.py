@@ -167,7 +167,9 @@ class Forgetting(Callback):
 
     def eval_before_forward(self, state: State, logger: Logger) -> None:
         """Count the tokens that are predicted, and the bytes they stand for; the forward pass takes the labels away."""
-        if self._token_bytes is not None:
+        # of a dataset that is not judged by the loss, labels may be texts
+        is_judged = self.metric in state.eval_metrics.get(str(state.dataloader_label), {})
+        if self._token_bytes is not None and is_judged:
             # as the loss does: the first token of a row is not predicted, and -100 is padding
             labels = state.batch['labels'][:, 1:]
             predicted = labels[labels >= 0]
