@@ -165,6 +165,23 @@ def by_hand(export, folder):
     return nats / tokens, size / tokens
 
 
+def test_tasks_that_are_not_judged_by_the_loss_are_passed_over(child, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # llm-foundry copies tasks here
+    (tmp_path / 'qa.jsonl').write_text('{"context": "ab", "answer": "cd", "aliases": ["cd"]}\n' * 2)
+    (tmp_path / 'lm.jsonl').write_text('{"context": "ab", "continuation": "cd"}\n' * 2)
+    kinds = {'qa': 'generation_task_with_answers', 'lm': 'language_modeling'}
+    tasks = [
+        {'label': label, 'dataset_uri': str(tmp_path / f'{label}.jsonl'), 'num_fewshot': [0], 'icl_task_type': kind}
+        for label, kind in kinds.items()
+    ]
+    short = {'max_duration': '1ba', 'scheduler': {**child['scheduler'], 't_warmup': '1ba'}}
+    seen = Stage.from_yaml({**child, **short, 'icl_tasks': tasks, 'icl_seq_len': 16})
+    preflight(seen)
+    tiny.run(seen)
+    judged = json.loads((tmp_path / 'child' / 'forgetting.json').read_text())
+    assert set(judged['parent']) == set(judged['bytes_per_token']) == {'fresh', 'past'}
+
+
 def test_a_real_stage_against_its_parent(child, parent, data, tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
     cfg = tiny.merge(child, {'loggers': {'wandb': {'project': 'p'}}})
