@@ -70,7 +70,8 @@ class Forgetting(Callback):
 
     Args:
         new: Labels of the evaluation datasets of what is learned in this stage.
-        old: Labels of those of what was learned before.
+        old: Labels of those of what was learned before, or of what is most like it. Default: none, and no forgetting is
+            measured.
         save_folder: Where ``forgetting.json`` goes, a path or URI; ``{run_name}`` is filled in. Default: ``None``, no
             file.
         metric: Name of the loss among the evaluation metrics. Default: ``LanguageCrossEntropy``.
@@ -86,13 +87,13 @@ class Forgetting(Callback):
     def __init__(
         self,
         new: Sequence[str],
-        old: Sequence[str],
+        old: Sequence[str] = (),
         save_folder: str | None = None,
         metric: str = 'LanguageCrossEntropy',
         parent_losses: str | None = None,
     ) -> None:
         for key, labels in (('new', new), ('old', old)):
-            if isinstance(labels, str) or not labels:
+            if isinstance(labels, str) or not (labels or key == 'old'):
                 raise ValueError(
                     f'callbacks.forgetting.{key}={labels!r} must be a list of labels of eval_loaders, such as [german]'
                 )

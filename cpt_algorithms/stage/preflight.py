@@ -62,6 +62,7 @@ from cpt_algorithms.stage.foundry_keys import (
     check_model_keys,
     check_optimizer,
 )
+from cpt_algorithms.stage.model_folders import find_folder_problems
 from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.rehearsal import rehearse
 from cpt_algorithms.stage.stage import (
@@ -120,18 +121,21 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
     there is a parent.
     """
     _import_code(stage.code_paths)
-    problems: list[str] = []
+    # what follows from a problem is not one of its own
+    lost = list(find_folder_problems(stage))
+    problems = list(lost)
     checks: list[Callable[[], object]] = [
         lambda: _check_top_level(stage),
-        *(lambda section=section: _check_named(section, stage) for section in _NAMED),
+        lambda: _check_named('model', stage),
+        lambda: _check_named('optimizer', stage),
+        lambda: (_check_named('scheduler', stage), _check_scheduler(stage)),
         *(lambda section=section: _check_mapping(section, stage) for section in _MAPPINGS),
         *(lambda where=where, loader=loader: _check_loader(where, loader) for where, loader in stage.loaders),
-        lambda: check_model_keys(stage.model),
+        lambda: lost or check_model_keys(stage.model),
         lambda: check_labels(stage),
         lambda: check_documents(stage),
-        lambda: _check_scheduler(stage),
         lambda: _check_callbacks(stage.callbacks),
-        lambda: tokenizer_of(stage.tokenizer),
+        lambda: lost or tokenizer_of(stage.tokenizer),
         lambda: _check_batch_size(stage, world_size),
         lambda: _check_averages(stage, world_size),
         lambda: _check_forgetting(stage),
@@ -139,9 +143,9 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         lambda: _check_loading(stage),
         lambda: _check_saving(stage),
         lambda: _check_data(stage, parent_is_there),
-        lambda: problems.extend(find_data_problems(stage, parent_is_there)),
-        lambda: _check_hugging_face(stage),
-        *([lambda: _check_parent(stage)] if parent_is_there else []),
+        lambda: problems.extend(find_data_problems(stage, parent_is_there, not lost)),
+        lambda: lost or _check_hugging_face(stage),
+        *([lambda: lost or _check_parent(stage)] if parent_is_there else []),
         # whose own words are not as clear as those of the checks above
         *(
             lambda where=where, loader=loader: problems or _check_workers(where, loader)

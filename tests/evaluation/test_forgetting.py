@@ -10,6 +10,7 @@ import recorder
 import tiny
 import torch
 import wandb_files
+from composer.loggers import LoggerDestination
 from llmfoundry import registry
 from streaming import StreamingDataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -118,7 +119,7 @@ def test_bytes_of_tokens_are_those_of_the_text():
     ('arguments', 'message'),
     [
         ({'new': 'german', 'old': ['pile']}, r"forgetting\.new='german' must be a list of labels"),
-        ({'new': ['german'], 'old': []}, r'forgetting\.old=\[\] must be a list'),
+        ({'new': [], 'old': ['pile']}, r'forgetting\.new=\[\] must be a list'),
         ({'new': ['pile'], 'old': ['pile']}, "'pile' is both new and old"),
     ],
 )
@@ -180,6 +181,22 @@ def test_tasks_that_are_not_judged_by_the_loss_are_passed_over(child, data, tmp_
     tiny.run(seen)
     judged = json.loads((tmp_path / 'child' / 'forgetting.json').read_text())
     assert set(judged['parent']) == set(judged['bytes_per_token']) == {'fresh', 'past'}
+
+
+def test_without_old_data_only_adaptation_is_measured(child, data, tmp_path):
+    seen = {}
+
+    class Witness(LoggerDestination):
+        def log_metrics(self, metrics, step=None):
+            seen.update(metrics)
+
+    registry.loggers.register('witness', func=Witness)
+    cfg = tiny.merge(child, {'loggers': {'witness': {}}, 'callbacks': {'forgetting': {'old': None}, 'lawa': None}})
+    cfg = Stage.from_yaml({**cfg, 'max_duration': '1ba', 'scheduler': {**cfg['scheduler'], 't_warmup': '1ba'}})
+    preflight(cfg)
+    tiny.run(cfg)
+    assert 'adaptation/fresh' in seen and 'final_adaptation/mean' in seen
+    assert not any('forgetting' in key for key in seen)
 
 
 def test_a_real_stage_against_its_parent(child, parent, data, tmp_path, monkeypatch):
