@@ -12,8 +12,8 @@ __all__ = ['find_folder_problems']
 
 _CONVERT = (
     'llm-foundry trains no GGUF, and most are quantized: name the model that it was made from, or, with the package '
-    "gguf, convert it: AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={file!r}).save_pretrained('model'), and "
-    'AutoTokenizer likewise'
+    "gguf, convert it: AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={file!r}).save_pretrained('model'), "
+    'and AutoTokenizer likewise'
 )
 
 
