@@ -15,6 +15,7 @@ import argparse
 import sys
 
 from cpt_algorithms.launch.processes import die_with_launcher
+from cpt_algorithms.quiet import ignore_known_warnings
 
 if __name__ == '__main__':
     die_with_launcher()
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument('overrides', nargs='*', help='key=value: t_anneal, anneal, alpha_f, and of the YAML')
     parser.add_argument('--dry-run', action='store_true', help='check everything, print phases and cost, and stop')
     arguments = parser.parse_args()
+    ignore_known_warnings()
 
     from cpt_algorithms.cost.tables import print_stage
     from cpt_algorithms.sequence.branches import branch_of

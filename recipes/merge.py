@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from cpt_algorithms.launch.processes import die_with_launcher
+from cpt_algorithms.quiet import ignore_known_warnings
 
 if __name__ == '__main__':
     die_with_launcher()
@@ -25,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('yaml', help='a train YAML with variables.merge')
     arguments = parser.parse_args()
+    ignore_known_warnings()
 
     from cpt_algorithms.sequence.merge import merge_stage
     from cpt_algorithms.stage.stage import Stage

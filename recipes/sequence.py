@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpt_algorithms.quiet import ignore_known_warnings
+
 if TYPE_CHECKING:
     from cpt_algorithms.report.page import Report
 
@@ -57,6 +59,7 @@ def summary_of(report: 'Report', arm: str) -> dict[str, float]:
 def main() -> None:
     """Read, check, print the plan, run, report."""
     arguments = parse(sys.argv[1:])
+    ignore_known_warnings()
     is_plan = arguments.dry_run or arguments.write
 
     from rich.console import Console

@@ -133,9 +133,8 @@ def loss_by_hand(model, folder, tokenizer):
         ids = torch.as_tensor(row['tokens'].astype('int64'))[None]
         with torch.no_grad():
             predictions = model(ids).logits[0, :-1]
-        predicted = ids[0, 1:] != tokenizer.pad_token_id
-        nats += float(torch.nn.functional.cross_entropy(predictions[predicted], ids[0, 1:][predicted], reduction='sum'))
-        count += int(predicted.sum())
+        nats += float(torch.nn.functional.cross_entropy(predictions, ids[0, 1:], reduction='sum'))
+        count += ids.numel() - 1
     return nats / count
 
 

@@ -21,6 +21,7 @@ from cpt_algorithms.evaluation.functional import (
     without_averages,
 )
 from cpt_algorithms.files import write_json
+from cpt_algorithms.replay.labels import label_every_token_of
 
 __all__ = ['FinalLoss', 'batches_left', 'dataset_of', 'loss_of']
 
@@ -116,6 +117,10 @@ class FinalLoss(Callback):
 
     def _in_final_window(self, state: State) -> bool:
         return state.timestamp.batch.value > 0 and in_final_window(batches_left(state), self.window, self.interval)
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Judge by every real token, also where nothing is trained."""
+        label_every_token_of(state)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Let every evaluator also run in the final window."""

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 from cpt_algorithms.evaluation.final_loss import FinalLoss, batches_left, dataset_of, loss_of
 from cpt_algorithms.evaluation.functional import bits_per_byte, by_average, changes
 from cpt_algorithms.files import read_json, write_json
+from cpt_algorithms.replay.labels import label_every_token_of
 
 __all__ = ['Forgetting', 'token_bytes']
 
@@ -69,7 +70,8 @@ class Forgetting(Callback):
 
     Args:
         new: Labels of the evaluation datasets of what is learned in this stage.
-        old: Labels of those of what was learned before.
+        old: Labels of those of what was learned before, or of what is most like it. Default: none, and no forgetting is
+            measured.
         save_folder: Where ``forgetting.json`` goes, a path or URI; ``{run_name}`` is filled in. Default: ``None``, no
             file.
         metric: Name of the loss among the evaluation metrics. Default: ``LanguageCrossEntropy``.
@@ -85,13 +87,13 @@ class Forgetting(Callback):
     def __init__(
         self,
         new: Sequence[str],
-        old: Sequence[str],
+        old: Sequence[str] = (),
         save_folder: str | None = None,
         metric: str = 'LanguageCrossEntropy',
         parent_losses: str | None = None,
     ) -> None:
         for key, labels in (('new', new), ('old', old)):
-            if isinstance(labels, str) or not labels:
+            if isinstance(labels, str) or not (labels or key == 'old'):
                 raise ValueError(
                     f'callbacks.forgetting.{key}={labels!r} must be a list of labels of eval_loaders, such as [german]'
                 )
@@ -161,11 +163,14 @@ class Forgetting(Callback):
 
     def eval_start(self, state: State, logger: Logger) -> None:
         """Begin to count."""
+        label_every_token_of(state)
         self._counts = state.device.tensor_to_device(torch.zeros(2, dtype=torch.int64))
 
     def eval_before_forward(self, state: State, logger: Logger) -> None:
         """Count the tokens that are predicted, and the bytes they stand for; the forward pass takes the labels away."""
-        if self._token_bytes is not None:
+        # of a dataset that is not judged by the loss, labels may be texts
+        is_judged = self.metric in state.eval_metrics.get(str(state.dataloader_label), {})
+        if self._token_bytes is not None and is_judged:
             # as the loss does: the first token of a row is not predicted, and -100 is padding
             labels = state.batch['labels'][:, 1:]
             predicted = labels[labels >= 0]

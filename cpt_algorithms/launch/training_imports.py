@@ -2,8 +2,10 @@
 """Imported by the process that runs are forked from, and by nothing else: what training needs seconds to load."""
 
 from cpt_algorithms.launch.processes import die_with_parent
+from cpt_algorithms.quiet import ignore_known_warnings
 
 die_with_parent()
+ignore_known_warnings()
 
 import llmfoundry.command_utils  # noqa: E402, F401
 import lm_eval  # noqa: E402, F401

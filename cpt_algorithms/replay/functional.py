@@ -4,10 +4,12 @@
 Global batch k of size B is slots kB .. kB + B - 1. All is random access: no epoch is ever laid out.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import product
 from math import lcm
 from types import MappingProxyType
 from typing import Any
@@ -29,8 +31,10 @@ __all__ = [
 
 Ints = NDArray[np.int64]
 
-# The interleaving is periodic, and one period is kept as a table: this bounds its memory (a few MB) and build time.
+# A periodic interleaving keeps one period as a table up to this length, a few MB; beyond, it is computed by formula.
 MAX_PERIOD = 1_000_000
+# So many streams are tried in all trees (945 of six); of more, the smallest are joined first.
+MAX_SEARCHED = 6
 # Samples in one shuffle block; Streaming's own smallest default.
 DEFAULT_BLOCK_SIZE = 1 << 18
 
@@ -58,8 +62,7 @@ def shares_of(fraction: float | str, weights: Mapping[str, float | int | str]) -
         Shares that sum to exactly 1; the first is that of the new data.
 
     Raises:
-        ValueError: If f is out of range, there is replay to do and nothing to replay, a weight is not positive,
-            or the shares' common denominator passes ``MAX_PERIOD``.
+        ValueError: If f is out of range, there is replay to do and nothing to replay, or a weight is not positive.
     """
     share = exact_fraction('replay.fraction', fraction)
     if not 0 <= share < 1:
@@ -74,15 +77,7 @@ def shares_of(fraction: float | str, weights: Mapping[str, float | int | str]) -
     if share and not exact:
         raise ValueError(f'replay.fraction={fraction} but replay.streams is empty: name at least one old dataset')
     total = sum(exact.values())
-    shares = [1 - share, *(share * weight / total for weight in exact.values())]
-    period = lcm(*(s.denominator for s in shares))
-    if period > MAX_PERIOD:
-        raise ValueError(
-            f'replay.fraction={fraction} with weights {dict(weights)} gives shares over a common denominator of '
-            f'{period:,}; at most {MAX_PERIOD:,} is possible: give the fraction with fewer decimals, or weights that '
-            'are small integers'
-        )
-    return shares
+    return [1 - share, *(share * weight / total for weight in exact.values())]
 
 
 def _tijdeman(numerators: Sequence[int], period: int) -> NDArray[np.uint8]:
@@ -105,14 +100,51 @@ def _tijdeman(numerators: Sequence[int], period: int) -> NDArray[np.uint8]:
     return pattern
 
 
+Tree = Any  # the number of a stream, or two trees
+
+
+def _fairest_tree(nodes: Sequence[tuple[float, Tree]], above: float = 0) -> tuple[float, Tree]:
+    """The binary tree of streams in which no count can be far from its share.
+
+    Where a node of share a gives ``floor(m b / a + 1/2)`` of its m slots to its child of share b, the error of a leaf
+    of share w is at most ``(1 + sum(w / a)) / 2`` over the nodes above it, but for the root.
+
+    Args:
+        nodes: Share and tree of what is to be joined.
+        above: Sum of ``1 / a`` over the nodes above. Default: ``0``.
+
+    Returns:
+        The largest ``sum(w / a)``, and the tree.
+    """
+    nodes = list(nodes)
+    while len(nodes) > MAX_SEARCHED:
+        nodes.sort(key=lambda node: -node[0])
+        (second, left), (first, right) = nodes.pop(-2), nodes.pop(-1)
+        nodes.append((first + second, (left, right)))
+    if len(nodes) == 1:
+        return nodes[0][0] * above, nodes[0][1]
+    tried = []
+    for chosen in product((False, True), repeat=len(nodes) - 1):
+        if not all(chosen):
+            sides = [
+                [node for node, it in zip(nodes, (True, *chosen), strict=True) if it == side] for side in (True, False)
+            ]
+            inner = [1 / sum(share for share, _ in side) if len(side) > 1 else 0 for side in sides]
+            found = [_fairest_tree(side, above + more) for side, more in zip(sides, inner, strict=True)]
+            tried.append((max(error for error, _ in found), tuple(tree for _, tree in found)))
+    return min(tried, key=lambda each: each[0])
+
+
 class Interleaving:
     """Which stream slot n belongs to, and how many samples each stream has given before it.
 
     Exact at every prefix: with S streams of shares w_i, after any number N of slots ``|count_i(N) - N w_i| < 1``,
     and with two streams (new and one old) ``count_old(N) = floor(N f + 1/2)``, an error of at most one half. The rows
-    of a stream are evenly spaced.
+    of a stream are evenly spaced. (Of shares over more than ``MAX_PERIOD``, and with more than three old streams whose
+    weights differ by factors of hundreds, the bound is that of the fairest tree, which can pass 1 by some hundredths.)
 
-    Cost: O(period) once (instant for two streams; about 1 s per million slots and stream beyond), O(1) per slot.
+    Cost: O(period) once (instant for two streams; about 1 s per million slots and stream beyond), O(1) per slot. Beyond
+    ``MAX_PERIOD`` nothing is laid out, and a slot takes some microseconds.
 
     Args:
         shares: Shares that sum to 1, e.g. of :func:`shares_of`.
@@ -123,6 +155,10 @@ class Interleaving:
             raise ValueError(f'shares {[str(s) for s in shares]} must be non-negative and sum to 1')
         self.shares = tuple(shares)
         self.period = lcm(*(s.denominator for s in shares))
+        self._tree: Tree | None = None
+        if self.period > MAX_PERIOD:
+            _, self._tree = _fairest_tree([(float(share), stream) for stream, share in enumerate(shares)])
+            return
         numerators = [int(s * self.period) for s in shares]
         if len(shares) == 1:
             self.pattern = np.zeros(self.period, np.uint8)
@@ -138,21 +174,43 @@ class Interleaving:
 
     def counts(self, num_slots: int) -> list[int]:
         """Samples of each stream among the first ``num_slots`` slots."""
+        if self._tree is not None:
+            return self._spread(self._tree, num_slots)
         periods, rest = divmod(num_slots, self.period)
         return [int(row[-1]) * periods + int(row[rest]) for row in self._before]
 
     def slots_in_one_pass(self, num_samples: int) -> int:
         """The most slots that hold at most ``num_samples`` of the new data (stream 0): one pass over it."""
+        if self._tree is not None:
+            most = int((num_samples + 3) / self.shares[0])
+            return bisect_right(range(most), num_samples, key=lambda slots: self.counts(slots)[0]) - 1
         per_period = int(self._before[0, -1])
         periods, rest = divmod(num_samples, per_period)
         return periods * self.period + int(np.searchsorted(self._before[0], rest, side='right')) - 1
 
     def locate(self, slots: Ints) -> tuple[NDArray[np.uint8], Ints]:
         """(stream, how many samples that stream gave before) of each slot."""
+        if self._tree is not None:
+            exact = slots.astype(object)  # Python's integers: products pass 64 bits
+            before, after = (np.stack(self._spread(self._tree, upto)) for upto in (exact, exact + 1))
+            streams = np.argmax(after - before, axis=0).astype(np.uint8)
+            return streams, before[streams, np.arange(len(slots))].astype(np.int64)
         periods, rest = np.divmod(slots, self.period)
         streams = self.pattern[rest]
         ordinals = self._before[streams, -1].astype(np.int64) * periods + self._before[streams, rest]
         return streams, ordinals
+
+    def _spread(self, tree: Tree, slots: Any) -> list[Any]:
+        """Samples of each stream if this tree is given so many slots; of the others none."""
+        if isinstance(tree, int):
+            return [slots if stream == tree else 0 * slots for stream in range(len(self.shares))]
+        share = self._share_of(tree[1]) / self._share_of(tree)
+        of_second = (2 * slots * share.numerator + share.denominator) // (2 * share.denominator)
+        sides = self._spread(tree[0], slots - of_second), self._spread(tree[1], of_second)
+        return [one + other for one, other in zip(*sides, strict=True)]
+
+    def _share_of(self, tree: Tree) -> Fraction:
+        return self.shares[tree] if isinstance(tree, int) else self._share_of(tree[0]) + self._share_of(tree[1])
 
 
 def check_budget(

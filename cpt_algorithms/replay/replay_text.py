@@ -12,11 +12,13 @@ import numpy as np
 from composer.core.data_spec import DataSpec
 from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
+from llmfoundry.data.utils import get_text_collator, validate_ds_replication
 from llmfoundry.utils.registry_utils import construct_from_registry
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from cpt_algorithms.keys_read import keys_read
 from cpt_algorithms.replay.consumed import read_consumed, read_positions
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.functional import (
@@ -27,6 +29,7 @@ from cpt_algorithms.replay.functional import (
     exact_fraction,
     worker_slots,
 )
+from cpt_algorithms.replay.labels import label_every_token
 from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
 from cpt_algorithms.replay.mix import Mix, OldStream, Stream, read_mix, row_length
 from cpt_algorithms.replay.streams import ResilientStream, StreamError
@@ -303,8 +306,10 @@ DATASET_KEYS = (
     | {'cache_limit', 'predownload', 'download_retry', 'download_timeout', 'validate_hash', 'keep_zip'}
     | {'allow_unsafe_types', 'replication', 'token_encoding_type'}
 )
-# read by llm-foundry's text collator, which marks where packed documents end
-COLLATOR_KEYS = {'eos_token_id', 'bos_token_id'}
+# read by what llm-foundry makes batches with, which marks where packed documents end
+COLLATOR_KEYS = (
+    keys_read(validate_ds_replication, 'dataset_cfg') | keys_read(get_text_collator, 'dataset_cfg')
+) - DATASET_KEYS
 
 
 def build_replay_text_dataloader(
@@ -323,7 +328,7 @@ def build_replay_text_dataloader(
     Args:
         tokenizer: The run's tokenizer.
         device_batch_size: Samples per rank and batch.
-        dataset: Keywords of :class:`ReplayTextDataset`, and llm-foundry's ``eos_token_id`` / ``bos_token_id``.
+        dataset: Keywords of :class:`ReplayTextDataset`, and what llm-foundry's collator reads (``eos_token_id``, ...).
         drop_last: See :class:`ReplayTextDataset`. Default: ``True``.
         num_workers: As in PyTorch, here and below; without workers the next two are ignored. Default: ``0``.
         prefetch_factor: Default: ``2``.
@@ -364,6 +369,7 @@ def build_replay_text_dataloader(
         persistent_workers=persistent_workers and num_workers > 0,
         timeout=timeout,
     )
+    label_every_token(loader)
     return construct_from_registry(
         name='data_spec',
         registry=registry.data_specs,

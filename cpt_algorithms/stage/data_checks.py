@@ -78,12 +78,13 @@ class _Stream:
         return self.of == 'train_loader'
 
 
-def find_data_problems(stage: Stage, parent_is_there: bool) -> Iterator[str]:
+def find_data_problems(stage: Stage, parent_is_there: bool, model_is_there: bool = True) -> Iterator[str]:
     """Find what is wrong with a stage's tokenizer, vocabulary, row length and held-out data.
 
     Args:
         stage: The stage.
         parent_is_there: Whether to look at the parent's tokenizer.
+        model_is_there: Whether to look at the model and the tokenizer. Default: ``True``.
 
     Yields:
         Problems, each with its key, its value and what would be right.
@@ -91,10 +92,11 @@ def find_data_problems(stage: Stage, parent_is_there: bool) -> Iterator[str]:
     Cost: reads the manifests, and the parent's tokenizer, also from object storage; half a second of CPU for a
     vocabulary of 50,000.
     """
-    tokenizer = _load(stage.tokenizer)
+    tokenizer = _load(stage.tokenizer) if model_is_there else None
     ours = cache(lambda: None if tokenizer is None else _hash_of(tokenizer))
-    yield from _model_problems(stage, tokenizer)
-    if parent_is_there or not stage.load_path:
+    if model_is_there:
+        yield from _model_problems(stage, tokenizer)
+    if model_is_there and (parent_is_there or not stage.load_path):
         yield from _parent_problems(stage, ours)
     streams = _read_streams(stage)
     yield from _tokenizer_problems(stage.tokenizer, ours, streams)

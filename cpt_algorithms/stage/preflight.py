@@ -23,7 +23,6 @@ from llmfoundry.utils.builders import (
     build_algorithm,
     build_callback,
     build_composer_model,
-    build_optimizer,
     build_tokenizer,
 )
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
@@ -63,8 +62,21 @@ from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, Repla
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.data_checks import find_data_problems
+<<<<<<< HEAD
 from cpt_algorithms.stage.identity import changes
 from cpt_algorithms.stage.record import done_with, read_record
+=======
+from cpt_algorithms.stage.foundry_keys import (
+    TAKEN_BY_BUILDERS,
+    check_documents,
+    check_labels,
+    check_model_keys,
+    check_optimizer,
+)
+from cpt_algorithms.stage.model_folders import find_folder_problems
+from cpt_algorithms.stage.record import read_record
+from cpt_algorithms.stage.rehearsal import rehearse
+>>>>>>> yaml
 from cpt_algorithms.stage.stage import (
     KEEP_OPTIMIZER_IGNORE_KEYS,
     Callbacks,
@@ -130,15 +142,21 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
     there is a parent.
     """
     _import_code(stage.code_paths)
-    problems: list[str] = []
+    # what follows from a problem is not one of its own
+    lost = list(find_folder_problems(stage))
+    problems = list(lost)
     checks: list[Callable[[], object]] = [
         lambda: _check_top_level(stage),
-        *(lambda section=section: _check_named(section, stage) for section in _NAMED),
+        lambda: _check_named('model', stage),
+        lambda: _check_named('optimizer', stage),
+        lambda: (_check_named('scheduler', stage), _check_scheduler(stage)),
         *(lambda section=section: _check_mapping(section, stage) for section in _MAPPINGS),
         *(lambda where=where, loader=loader: _check_loader(where, loader) for where, loader in stage.loaders),
-        lambda: _check_scheduler(stage),
+        lambda: lost or check_model_keys(stage.model),
+        lambda: check_labels(stage),
+        lambda: check_documents(stage),
         lambda: _check_callbacks(stage.callbacks),
-        lambda: tokenizer_of(stage.tokenizer),
+        lambda: lost or tokenizer_of(stage.tokenizer),
         lambda: _check_batch_size(stage, world_size),
         lambda: _check_averages(stage, world_size),
         lambda: _check_forgetting(stage),
@@ -148,17 +166,17 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         lambda: _check_restart(stage),
         lambda: _check_format(stage, world_size),
         lambda: _check_data(stage, parent_is_there),
-        lambda: problems.extend(find_data_problems(stage, parent_is_there)),
-        lambda: _check_hugging_face(stage),
-        *([lambda: _check_parent(stage)] if parent_is_there else []),
+        lambda: problems.extend(find_data_problems(stage, parent_is_there, not lost)),
+        lambda: lost or _check_hugging_face(stage),
+        *([lambda: lost or _check_parent(stage)] if parent_is_there else []),
         # whose own words are not as clear as those of the checks above
         *(
             lambda where=where, loader=loader: problems or _check_workers(where, loader)
             for where, loader in stage.loaders
         ),
         *(lambda name=name: problems or _check_algorithm(name, stage) for name in stage.algorithms),
-        lambda: problems or _check_optimizer(stage.optimizer),
-        lambda: problems or _check_model(json.dumps(dict(stage.model.given))),
+        lambda: problems or check_optimizer(stage.optimizer, lambda: model_on_meta(stage.model)),
+        lambda: problems or _check_model(json.dumps(dict(stage.model.given)), json.dumps(dict(stage.tokenizer.given))),
     ]
     unreadable: list[str] = []  # what a check stumbled over is mostly what another has named
     unseen: list[str] = []
@@ -191,7 +209,8 @@ def _check_top_level(stage: Stage) -> None:
     check_keys('', stage.given, TRAIN_CONFIG_KEYS - _DERIVED_KEYS | {'eval_loader', 'icl_tasks'})
     hints = get_type_hints(TrainConfig)
     for key in stage.given.keys() & hints.keys() - Stage.model_fields.keys():
-        check_type(key, stage.given[key], hints[key])
+        # llm-foundry keeps what may be a file or a list under a second name
+        check_type(key, stage.given[key], hints[key] | hints.get(f'{key}_str', hints[key]))
     if missing := [key for key in _REQUIRED_HERE if not getattr(stage, key)]:
         raise ValueError(' and '.join(missing) + (' is missing' if len(missing) == 1 else ' are missing'))
 
@@ -229,7 +248,8 @@ def _check_named(section: str, stage: Stage) -> None:
         raise ValueError(f'{section}.name is missing')
     if isinstance(named, Optimizer) and named.lr is None:
         raise ValueError('optimizer.lr is missing')
-    arguments = {key: value for key, value in named.arguments.items() if key != 'master_weights_dtype'}
+    taken = TAKEN_BY_BUILDERS.get(section, ())
+    arguments = {key: value for key, value in named.arguments.items() if key not in taken}
     _check_arguments(section, _NAMED[section], named.name, arguments)
 
 
@@ -241,13 +261,18 @@ def _check_mapping(section: str, stage: Stage) -> None:
 
 
 def _check_loader(where: str, loader: Loader) -> None:
-    given = {key: value for key, value in loader.arguments.items() if key != 'label'}
+    given = {key: value for key, value in loader.arguments.items() if key not in TAKEN_BY_BUILDERS['eval_loader']}
     _check_arguments(where, registry.dataloaders, loader.name, given)
     dataset = loader.dataset
     hints = _hints_of(StreamingDataset) | _hints_of(StreamingTextDataset) | _hints_of(ReplayTextDataset)
     for key, value in dataset.given.items():
         if key in hints and key != 'streams' and value is not None:
             check_type(f'{where}.dataset.{key}', value, hints[key])
+    if dataset.given.get('mlm_probability') is not None and loader.name in ('text', 'replay_text'):
+        raise ValueError(
+            f'{where}.dataset.mlm_probability={dataset.given["mlm_probability"]} masks tokens, and models here predict '
+            'the next one; leave it out'
+        )
     if loader.name == 'replay_text':
         check_keys(f'{where}.dataset', dataset.given, DATASET_KEYS | COLLATOR_KEYS)
     elif loader.name == 'text':
@@ -314,22 +339,11 @@ def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
 
 
 @lru_cache  # the runs of a sequence have mostly the same
-def _check_model(section: str) -> None:
-    """Ask the model itself."""
-    model_on_meta(Model.model_validate(json.loads(section)))  # embeddings cannot grow without memory: no tokenizer
-
-
-def _check_optimizer(optimizer: Optimizer) -> None:
-    """Ask the optimizer itself, with a step of a small layer."""
-    layer = torch.nn.Linear(1, 1)
-    layer.weight.grad = torch.ones_like(layer.weight)
-    try:
-        build_optimizer(layer, optimizer.name, optimizer.arguments).step()
-    except RuntimeError:  # of a kernel that only a GPU has
-        return
-    except Exception as error:  # some raise no more than that
-        said = short_repr(dict(optimizer.given))
-        raise ValueError(f'optimizer={said} is refused by {optimizer.name}: {error!r}') from None
+def _check_model(section: str, tokenizer: str) -> None:
+    """Ask the model itself, and write what a checkpoint and an export hold beside its weights."""
+    model = model_on_meta(Model.model_validate(json.loads(section)))  # embeddings cannot grow without memory
+    vars(model)['tokenizer'] = tokenizer_of(Tokenizer.model_validate(json.loads(tokenizer)))
+    rehearse(model)
 
 
 def _check_algorithm(name: str, stage: Stage) -> None:

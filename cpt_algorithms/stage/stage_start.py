@@ -22,9 +22,15 @@ from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.checkpoints.save_folder import weights_in
 from cpt_algorithms.duration import Duration
+from cpt_algorithms.replay.labels import label_every_token_of
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
+<<<<<<< HEAD
 from cpt_algorithms.stage.saving import StoppedError, check_loss, guard_saving, savers
+=======
+from cpt_algorithms.stage.rehearsal import pass_on_generation_config, rehearse_run
+from cpt_algorithms.stage.saving import check_loss, guard_saving, savers
+>>>>>>> yaml
 from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS
 from cpt_algorithms.validation import differences
 
@@ -114,12 +120,14 @@ class StageStart(Callback):
         """Keep the state, which ``state_dict`` is not given; have loading and exporting done with care."""
         self._state = state
         guard_loading(self.trust_checkpoint)
+        pass_on_generation_config(state)
         for exporter in state.callbacks:
             if isinstance(exporter, HuggingFaceCheckpointer):
                 exporter._save_checkpoint = partial(export_atomically, exporter)  # pyright: ignore[reportAttributeAccessIssue]
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Note what the YAML says of every parameter group."""
+        label_every_token_of(state)
         self._hyperparameters = [
             [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
             for optimizer in state.optimizers
@@ -187,6 +195,7 @@ class StageStart(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse what would only show after hours."""
+        rehearse_run(state)
         _refuse_rank0_tensors(state)
         _average_gradients(state)
         guard_saving(state)

@@ -10,6 +10,7 @@ import recorder
 import tiny
 import torch
 import wandb_files
+from composer.loggers import LoggerDestination
 from llmfoundry import registry
 from streaming import StreamingDataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -118,7 +119,7 @@ def test_bytes_of_tokens_are_those_of_the_text():
     ('arguments', 'message'),
     [
         ({'new': 'german', 'old': ['pile']}, r"forgetting\.new='german' must be a list of labels"),
-        ({'new': ['german'], 'old': []}, r'forgetting\.old=\[\] must be a list'),
+        ({'new': [], 'old': ['pile']}, r'forgetting\.new=\[\] must be a list'),
         ({'new': ['pile'], 'old': ['pile']}, "'pile' is both new and old"),
     ],
 )
@@ -158,12 +159,44 @@ def by_hand(export, folder):
         ids = torch.as_tensor(row['tokens'].astype('int64'))[None]
         with torch.no_grad():
             logits = model(ids).logits[0, :-1]
-        # llm-foundry leaves the padding token out, which here is the end of text too
-        predicted = ids[0, 1:] != tokenizer.pad_token_id
-        nats += float(torch.nn.functional.cross_entropy(logits[predicted], ids[0, 1:][predicted], reduction='sum'))
-        tokens += int(predicted.sum())
-        size += sum(map(len, tokenizer.convert_ids_to_tokens(ids[0, 1:][predicted].tolist())))  # a character is a byte
+        nats += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction='sum'))
+        tokens += ids.numel() - 1
+        text = ids[0, 1:][ids[0, 1:] != tokenizer.eos_token_id]  # the end of a text is predicted, and has no bytes
+        size += sum(map(len, tokenizer.convert_ids_to_tokens(text.tolist())))  # a character is a byte
     return nats / tokens, size / tokens
+
+
+def test_tasks_that_are_not_judged_by_the_loss_are_passed_over(child, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # llm-foundry copies tasks here
+    (tmp_path / 'qa.jsonl').write_text('{"context": "ab", "answer": "cd", "aliases": ["cd"]}\n' * 2)
+    (tmp_path / 'lm.jsonl').write_text('{"context": "ab", "continuation": "cd"}\n' * 2)
+    kinds = {'qa': 'generation_task_with_answers', 'lm': 'language_modeling'}
+    tasks = [
+        {'label': label, 'dataset_uri': str(tmp_path / f'{label}.jsonl'), 'num_fewshot': [0], 'icl_task_type': kind}
+        for label, kind in kinds.items()
+    ]
+    short = {'max_duration': '1ba', 'scheduler': {**child['scheduler'], 't_warmup': '1ba'}}
+    seen = Stage.from_yaml({**child, **short, 'icl_tasks': tasks, 'icl_seq_len': 16})
+    preflight(seen)
+    tiny.run(seen)
+    judged = json.loads((tmp_path / 'child' / 'forgetting.json').read_text())
+    assert set(judged['parent']) == set(judged['bytes_per_token']) == {'fresh', 'past'}
+
+
+def test_without_old_data_only_adaptation_is_measured(child, data, tmp_path):
+    seen = {}
+
+    class Witness(LoggerDestination):
+        def log_metrics(self, metrics, step=None):
+            seen.update(metrics)
+
+    registry.loggers.register('witness', func=Witness)
+    cfg = tiny.merge(child, {'loggers': {'witness': {}}, 'callbacks': {'forgetting': {'old': None}, 'lawa': None}})
+    cfg = Stage.from_yaml({**cfg, 'max_duration': '1ba', 'scheduler': {**cfg['scheduler'], 't_warmup': '1ba'}})
+    preflight(cfg)
+    tiny.run(cfg)
+    assert 'adaptation/fresh' in seen and 'final_adaptation/mean' in seen
+    assert not any('forgetting' in key for key in seen)
 
 
 def test_a_real_stage_against_its_parent(child, parent, data, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from cpt_algorithms.replay.functional import (
     ShuffledOrder,
     StreamOrder,
     check_budget,
+    exact_fraction,
     row_shift,
     shares_of,
     worker_slots,
@@ -100,8 +102,6 @@ def test_zero_fraction_reads_only_new():
         (0.1, {}, r'replay\.streams is empty'),
         (0.1, {'a': 'b'}, r"replay\.streams\.a\.weight='b' is not a number"),
         (0.1, {'a': 0}, r'replay\.streams\.a\.weight=0 must be positive'),
-        (0.1, {'a': 0.1234567, 'b': 1}, 'common denominator .* or weights that are small integers$'),
-        (0.12345678, {'a': 1}, 'fewer decimals'),
     ],
 )
 def test_bad_shares_are_named(fraction, weights, message):
@@ -111,6 +111,59 @@ def test_bad_shares_are_named(fraction, weights, message):
 
 def test_period_is_bounded():
     assert Interleaving(shares_of(1 / 10**6 * 999, {'a': 1})).period <= MAX_PERIOD
+
+
+ANY_WEIGHT = st.floats(1e-3, 1e3)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    fraction=st.one_of(
+        st.floats(1e-9, 1, exclude_max=True), st.sampled_from([1 / 3, 0.0473829, 1 - 1e-9, '1/1000003'])
+    ),
+    weights=st.lists(ANY_WEIGHT, min_size=1, max_size=3),
+    begin=st.one_of(st.integers(0, 300), st.integers(0, 10**12)),
+)
+def test_any_fraction_and_weights_are_exact_at_every_prefix(fraction, weights, begin):
+    if exact_fraction('fraction', fraction) >= 1:  # to 12 digits
+        return
+    interleaving = Interleaving(shares_of(fraction, {f'old{i}': weight for i, weight in enumerate(weights)}))
+    if interleaving.period <= MAX_PERIOD and len(weights) > 1:
+        return  # which other tests have
+    counts, limit = interleaving.counts(begin), Fraction(1, 2) if len(weights) == 1 else 1
+    streams, ordinals = interleaving.locate(np.arange(begin, begin + 60))
+    for slot, (stream, ordinal) in enumerate(zip(streams.tolist(), ordinals.tolist(), strict=True), start=begin + 1):
+        assert ordinal == counts[stream]
+        counts[stream] += 1
+        assert sum(counts) == slot
+        errors = [abs(count - slot * share) for count, share in zip(counts, interleaving.shares, strict=True)]
+        assert max(errors) <= limit and (max(errors) < 1)
+    assert interleaving.counts(begin + 60) == counts
+    of_new = counts[0]
+    slots = interleaving.slots_in_one_pass(of_new)
+    assert interleaving.counts(slots)[0] == of_new < interleaving.counts(slots + 1)[0]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(ANY_WEIGHT, min_size=4, max_size=9), st.floats(0.01, 0.9))
+def test_many_streams_of_any_weight_are_near_their_shares(weights, fraction):
+    interleaving = Interleaving(shares_of(fraction, {f'old{i}': weight for i, weight in enumerate(weights)}))
+    assert prefix_errors(interleaving, 3000).max() < 1.3
+
+
+@pytest.mark.parametrize(
+    ('fraction', 'weights', 'rows'),
+    [
+        (0, {}, 'd8072e8131f51484'), (0.05, {'a': 1}, 'ff180bf1f9bd0381'), (0.001, {'a': 7}, '4b596d44fd19eed7'),
+        ('1/3', {'a': 1}, '34028da656264e80'), (0.25, {'a': 1, 'b': 3}, '4b60fc068edf5ac5'),
+        (0.3, {'a': 1, 'b': '2.5', 'c': 0.1}, '237a933946f640cc'), (0.999999, {'a': 1}, '78612464e44ba8a6'),
+    ],
+)  # fmt: skip
+def test_a_mix_serves_the_rows_that_it_always_did(fraction, weights, rows):
+    orders = [StreamOrder(np.full(9, 7 + stream), 3, 40) for stream in range(len(weights) + 1)]
+    mixed = MixedSequence(Interleaving(shares_of(fraction, weights)), orders, [5] + [0] * len(weights))
+    slots = np.concatenate([np.arange(3000), np.arange(10**9, 10**9 + 3000)])
+    assert xxhash.xxh64(mixed(slots).tobytes()).hexdigest() == rows
 
 
 @pytest.mark.parametrize(

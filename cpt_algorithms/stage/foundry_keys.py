@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys that LLM Foundry would take and drop, patterns that match nothing, labels of two, asked of what it builds."""
+
+import ast
+import inspect
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from llmfoundry import registry
+from llmfoundry.command_utils import train
+from llmfoundry.layers_registry import param_init_fns
+from llmfoundry.models.layers.blocks import MPTBlock
+from llmfoundry.models.mpt import ComposerMPTCausalLM, MPTConfig
+from llmfoundry.models.utils.config_defaults import attn_config_defaults, init_config_defaults
+from llmfoundry.utils.builders import _extract_param_groups, build_eval_loaders, build_optimizer
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_VALIDATION_FUNCTIONS
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from cpt_algorithms.keys_read import keys_read
+from cpt_algorithms.stage.stage import Model, Optimizer, Stage
+from cpt_algorithms.validation import check_keys, check_type, nearest, short_repr
+
+__all__ = ['TAKEN_BY_BUILDERS', 'check_documents', 'check_labels', 'check_model_keys', 'check_optimizer']
+
+# What builders take out of a section before they hand it to what is registered under its name.
+TAKEN_BY_BUILDERS = {
+    'model': keys_read(train, 'model_config'),
+    'optimizer': keys_read(build_optimizer, 'optimizer_config'),
+    'eval_loader': keys_read(build_eval_loaders, 'eval_config'),
+}
+_PATTERN = next(iter(keys_read(_extract_param_groups, 'param_group_config')))  # param_str_match
+
+
+def check_model_keys(model: Model) -> None:
+    """Refuse keys of the model's section that nothing reads, also nested ones.
+
+    Args:
+        model: The section.
+
+    Raises:
+        ValueError: Naming the first, and what is near.
+    """
+    given = model.given
+    if registry.models.get(model.name) is ComposerMPTCausalLM:
+        settings = {name for name in vars(PretrainedConfig()) if not name.startswith('_')}
+        read = _parameters(ComposerMPTCausalLM) | _parameters(MPTConfig) | settings
+        check_keys('model', given, read | keys_read(MPTBlock.__init__, 'kwargs') | TAKEN_BY_BUILDERS['model'])
+        _check_init(given.get('init_config') or {})
+        for name, default in attn_config_defaults.items():
+            nested = (given.get('attn_config') or {}).get(name)
+            if isinstance(default, Mapping) and nested:
+                _check_nested(f'model.attn_config.{name}', nested, default, is_rope=name == 'rope_hf_config')
+    elif model.name == 'hf_causal_lm' and any(
+        isinstance(each, Mapping) for each in model.config_overrides.given.values()
+    ):
+        code = given.get('trust_remote_code', True)
+        try:
+            config = AutoConfig.from_pretrained(model.pretrained_model_name_or_path, trust_remote_code=code)
+        except (OSError, ValueError):  # which another check says
+            return
+        for name, nested in model.config_overrides.given.items():
+            where, there = f'model.config_overrides.{name}', getattr(config, name, None)
+            if isinstance(nested, Mapping) and (there is None or isinstance(there, Mapping)):
+                if there is None and name != 'rope_scaling':
+                    raise ValueError(
+                        f'{where}={short_repr(nested)} is not a section that the model reads; leave it out'
+                    )
+                _check_nested(where, nested, there or {}, is_rope=name == 'rope_scaling')
+
+
+def _check_nested(where: str, given: Any, known: Mapping[str, Any], is_rope: bool = False) -> None:
+    """What stands in a section is what stands there by default; of RoPE, what transformers reads of its kind."""
+    check_type(where, given, Mapping[str, Any])
+    kinds = {str(key) for key in known} | ({'type', 'rope_type'} if is_rope else set())
+    if is_rope and (reader := ROPE_VALIDATION_FUNCTIONS.get(str(given.get('rope_type', given.get('type'))))):
+        kinds |= {
+            each.value
+            for each in ast.walk(_source(reader))
+            if isinstance(each, ast.Constant) and isinstance(each.value, str)
+        }
+    check_keys(where, given, kinds)
+    for name, nested in given.items():
+        if isinstance(nested, Mapping) and isinstance(known.get(name), Mapping):
+            _check_nested(f'{where}.{name}', nested, known[name])
+
+
+def _check_init(given: Mapping[str, Any]) -> None:
+    """Of MPT's initialisation, which drops what its function does not take."""
+    name = given.get('name', init_config_defaults['name'])
+    if name not in param_init_fns:
+        raise ValueError(
+            f'model.init_config.name={short_repr(name)} is not possible; {nearest(name, param_init_fns.get_all())}'
+        )
+    function = param_init_fns.get(name)
+    if function.__module__.startswith('llmfoundry.'):  # another may hand them on
+        read = _parameters(function) - {'module', 'n_layers', 'd_model'} | {'name'}
+        changed = [key for key in given if given[key] != init_config_defaults.get(key, ...)]
+        try:
+            check_keys('model.init_config', changed, read)
+        except ValueError as error:
+            raise ValueError(f'{error}, with name={name}') from None
+
+
+def _parameters(function: Any) -> set[str]:
+    """Names that can be given."""
+    kinds = inspect.signature(function).parameters.items()
+    return {name for name, each in kinds if each.kind is not each.VAR_KEYWORD} - {'self', 'tokenizer'}
+
+
+def _source(function: Callable[..., Any]) -> ast.Module:
+    return ast.parse(textwrap.dedent(inspect.getsource(function)))
+
+
+def check_optimizer(optimizer: Optimizer, build_model: Callable[[], ComposerModel]) -> None:
+    """Ask the optimizer itself, with a step of a small layer for each group, and the model which parameters match.
+
+    Args:
+        optimizer: The section.
+        build_model: Gives the real model; its weights are not looked at. Called only if there are patterns.
+
+    Raises:
+        ValueError: If it is refused, a pattern matches no parameter, or nothing is left to train.
+    """
+    arguments = optimizer.arguments
+    frozen, groups = arguments.pop('disable_grad', None), arguments.pop('param_groups', None) or []
+    check_type('optimizer.disable_grad', frozen, str | list[str] | None)
+    check_type('optimizer.param_groups', groups, list[dict[str, Any]])
+    _step('optimizer', optimizer.name, arguments)
+    kind = registry.optimizers.get(optimizer.name)
+    patterns = []
+    for number, group in enumerate(groups):
+        where = f'optimizer.param_groups[{number}]'
+        if _PATTERN not in group:
+            raise ValueError(f'{where}.{_PATTERN} is missing: which parameters the group has')
+        check_type(f'{where}.{_PATTERN}', group[_PATTERN], str)
+        changed = {key: value for key, value in group.items() if key != _PATTERN}
+        if not any(each.kind is each.VAR_KEYWORD for each in inspect.signature(kind).parameters.values()):
+            check_keys(where, changed, _parameters(kind) - {'params'})  # torch takes any
+        _step(where, optimizer.name, arguments | changed)
+        patterns.append((f'{where}.{_PATTERN}', group[_PATTERN]))
+    frozen = [frozen] if isinstance(frozen, str) else frozen or []
+    if patterns or frozen:
+        names = [name for name, _ in build_model().named_parameters()]
+        trained = set(names)
+        for pattern in frozen:
+            trained -= set(_matching('optimizer.disable_grad', pattern, names))
+        if not trained:
+            raise ValueError(f'optimizer.disable_grad={short_repr(frozen)} leaves no parameter to be trained')
+        for where, pattern in patterns:  # the first that matches has it
+            taken = _matching(where, pattern, names)
+            names = [name for name in names if name not in taken]
+
+
+def _matching(where: str, pattern: str, names: Iterable[str]) -> list[str]:
+    names = list(names)
+    try:
+        found = [name for name in names if re.search(pattern, name)]
+    except re.error as error:
+        raise ValueError(f'{where}={pattern!r} is not a regular expression: {error}') from None
+    if not found:
+        some = ', '.join(names[:2] + names[-1:]) or 'none is left by the groups before'
+        raise ValueError(f'{where}={pattern!r} matches no parameter of the model; they are called such as {some}')
+    return found
+
+
+def _step(where: str, name: str, arguments: Mapping[str, Any]) -> None:
+    """Some arguments are looked at in a step only."""
+    layer = torch.nn.Linear(1, 1)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    try:
+        build_optimizer(layer, name, dict(arguments)).step()
+    except RuntimeError:  # of a kernel that only a GPU has
+        return
+    except Exception as error:  # some raise no more than that
+        raise ValueError(f'{where}={short_repr(dict(arguments))} is refused by {name}: {error!r}') from None
+
+
+def check_labels(stage: Stage) -> None:
+    """Refuse two evaluators with one label, whose losses llm-foundry would mix into one number.
+
+    Args:
+        stage: The stage.
+
+    Raises:
+        ValueError: Naming the label.
+    """
+    labels = [str(loader.label) for loader in stage.eval_loader]
+    if len(labels) > 1 and 'None' in labels:
+        raise ValueError(f'eval_loader[{labels.index("None")}].label is missing')
+    tasks = stage.given.get('icl_tasks')
+    for task in tasks if isinstance(tasks, list) else ():
+        if isinstance(task, Mapping) and isinstance(task.get('num_fewshot'), list):
+            labels += [f'{task.get("label")}/{shots}-shot' for shots in task['num_fewshot']]
+    label, count = max(Counter(labels).items(), key=lambda each: each[1], default=('', 0))
+    if count > 1:
+        raise ValueError(f'{count} of eval_loader and icl_tasks have the label {label!r}: give each its own')
+
+
+def check_documents(stage: Stage) -> None:
+    """Refuse a model that attends within documents, on data whose loader does not say where they end.
+
+    Args:
+        stage: The stage.
+
+    Raises:
+        ValueError: Naming the first loader.
+    """
+    if not (stage.model.given.get('attn_config') or {}).get('attn_uses_sequence_id'):
+        return
+    for where, loader in stage.loaders:
+        ends = [loader.dataset.given.get(key) for key in ('eos_token_id', 'bos_token_id')]
+        if loader.name in ('text', 'replay_text') and ends == [None, None]:
+            raise ValueError(
+                f'{where}.dataset.eos_token_id is missing (or bos_token_id), and model.attn_config.'
+                'attn_uses_sequence_id is true: without it, the model would attend across documents there, or fail at '
+                'the first batch'
+            )
