@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from bisect import bisect_left
@@ -24,6 +25,9 @@ from cpt_algorithms.preparation.sources import Broken, Part, in_chunks, read
 __all__ = ['PackJob', 'TokenizeJob', 'Tokenized', 'appearing', 'columns', 'leftover', 'pack', 'rows', 'tokenize']
 
 CHUNK_CHARACTERS = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
+SMALLEST_WINDOW = 1 << 10  # characters
+AGREEING = 4  # words, at least, by which two windows are found to go on alike
+_WORD_BEGINS = re.compile(r'\W\w')
 MAX_SEEN = 1 << 20  # documents remembered, not to tokenise them twice: 100 MB; what is dropped is decided elsewhere
 FORMAT = 3  # of the files of a tokenised part
 
@@ -142,18 +146,19 @@ def encode(tokenizer: Any, texts: list[str]) -> Iterator[NDArray[np.int32]]:
 def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int32]]:
     """The tokens of a long text, the same as all at once, in windows.
 
-    Two windows overlap by an eighth of ``size``. They are joined in the middle of it, if all of the middle half has
-    the same tokens at the same places in both. Where it has not, as in a run of one letter that a tokenizer does not
-    split, the first window grows to twice its size, in the end to the whole rest.
+    Windows overlap by an eighth, and are joined where the middle half of that has several words, and the same tokens at
+    the same places in both. Where it has not, as in a run of spaces or of letters alone, the first window grows to
+    twice its size, in the end to the whole rest.
 
     Args:
         tokenizer: Of ``tokenizers``.
         text: The text.
-        size: Characters of a window.
+        size: Characters of a window, at least 1,024.
 
     Cost: memory of some 150 bytes for each character of a window, and 1.3 times the time.
     """
-    overlap = max(size // 8, 4)
+    size = max(size, SMALLEST_WINDOW)
+    overlap = size // 8
     start, width, given = 0, size, 0  # of the window; tokens of it that the one before gave
     encoding = tokenizer.encode(text[:size], add_special_tokens=False)
     while start + width < len(text):
@@ -162,7 +167,10 @@ def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int
         low, high = following + overlap // 4, following + 3 * overlap // 4
         here, end = _between(encoding, low - start, high - start)
         there, begin = _between(after, low - following, high - following)
-        if here and [(token, at + start) for token, at in here] == [(token, at + following) for token, at in there]:
+        words = len(_WORD_BEGINS.findall(text, low, high))
+        if words >= AGREEING and [(token, at + start) for token, at in here] == [
+            (token, at + following) for token, at in there
+        ]:
             yield np.array(encoding.ids[given:end], np.int32)
             start, width, given, encoding = following, size, begin, after
         else:

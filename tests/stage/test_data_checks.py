@@ -237,7 +237,7 @@ def test_hugging_face_models_too(roots, tmp_path):
 def test_a_tokenizer_that_is_not_the_pretrained_models(roots, tmp_path):
     sizes = {'hidden_size': 16, 'intermediate_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2}
     for name, vocab_size in (('new', VOCAB), ('other', VOCAB), ('small', VOCAB - 1)):
-        shape = GPTNeoXConfig(vocab_size=vocab_size, max_position_embeddings=16, **sizes)
+        shape = GPTNeoXConfig(vocab_size=vocab_size, max_position_embeddings=16, eos_token_id=0, **sizes)
         GPTNeoXForCausalLM(shape).save_pretrained(tmp_path / name)
         tokenizer = roots['other' if name == 'small' else name] / 'tokenizer'
         shutil.copytree(tokenizer, tmp_path / name, dirs_exist_ok=True)
