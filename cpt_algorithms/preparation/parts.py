@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from cpt_algorithms.preparation.sources import Broken, Part, in_chunks, read
 __all__ = ['PackJob', 'TokenizeJob', 'Tokenized', 'appearing', 'columns', 'leftover', 'pack', 'rows', 'tokenize']
 
 CHUNK_CHARACTERS = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
-SMALLEST_WINDOW = 1 << 10  # characters
+SMALLEST_WINDOW = 1 << 11  # characters
 AGREEING = 4  # words, at least, by which two windows are found to go on alike
 _WORD_BEGINS = re.compile(r'\W\w')
 MAX_SEEN = 1 << 20  # documents remembered, not to tokenise them twice: 100 MB; what is dropped is decided elsewhere
@@ -146,19 +145,19 @@ def encode(tokenizer: Any, texts: list[str]) -> Iterator[NDArray[np.int32]]:
 def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int32]]:
     """The tokens of a long text, the same as all at once, in windows.
 
-    Windows overlap by an eighth, and are joined where the middle half of that has several words, and the same tokens at
-    the same places in both. Where it has not, as in a run of spaces or of letters alone, the first window grows to
+    Windows overlap by a sixteenth, and are joined where the middle half of that has several words, and the same tokens
+    at the same places in both. Where it has not, as in a run of spaces or of letters alone, the first window grows to
     twice its size, in the end to the whole rest.
 
     Args:
         tokenizer: Of ``tokenizers``.
         text: The text.
-        size: Characters of a window, at least 1,024.
+        size: Characters of a window, at least 2,048.
 
-    Cost: memory of some 150 bytes for each character of a window, and 1.3 times the time.
+    Cost: memory of some 150 bytes for each character of a window, and twice the time.
     """
     size = max(size, SMALLEST_WINDOW)
-    overlap = size // 8
+    overlap = size // 16
     start, width, given = 0, size, 0  # of the window; tokens of it that the one before gave
     encoding = tokenizer.encode(text[:size], add_special_tokens=False)
     while start + width < len(text):
@@ -181,9 +180,23 @@ def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int
 
 def _between(encoding: Any, low: int, high: int) -> tuple[list[tuple[int, int]], int]:
     """The tokens that begin within these characters, with their places, and the number of the first."""
-    starts = [start for start, _ in encoding.offsets]
-    first, last = bisect_left(starts, low), bisect_left(starts, high)
-    return list(zip(encoding.ids[first:last], starts[first:last], strict=True)), first
+    first, last = _first_from(encoding, low), _first_from(encoding, high)
+    starts = [encoding.token_to_chars(token)[0] for token in range(first, last)]  # offsets of all take as long as ids
+    return list(zip(encoding.ids[first:last], starts, strict=True)), first
+
+
+def _first_from(encoding: Any, place: int) -> int:
+    """The first token that begins at a character or behind it."""
+    token, at = None, place
+    while token is None and at < place + SMALLEST_WINDOW:  # spaces may be in no token
+        token, at = encoding.char_to_token(at), at + 1
+    if token is None:
+        return len(encoding.ids)
+    while token > 0 and encoding.token_to_chars(token - 1)[0] >= place:
+        token -= 1
+    while token < len(encoding.ids) and encoding.token_to_chars(token)[0] < place:
+        token += 1
+    return token
 
 
 def tokenize(job: TokenizeJob) -> Tokenized:

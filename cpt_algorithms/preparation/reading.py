@@ -195,7 +195,7 @@ def _parse(file: str, at: int, line: bytes | str, text_key: str, encoding: str |
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError:
-            row = json.loads(line)  # reads NaN and half a character, which others write and orjson refuses
+            row = json.loads(line.rstrip())  # reads NaN and half a character, which others write and orjson refuses
         return text_of(text_key, row)
     except UnicodeDecodeError as error:
         assert isinstance(given, bytes)
@@ -217,11 +217,13 @@ def _decoding_error(file: str, start: int, data: bytes, error: UnicodeDecodeErro
     """
     with closing(_open(file)) as handle:
         head = handle.read(64)
-    near = data[max(0, error.start - 512) : error.start + 512]
+    low = max(0, error.start - 512)
+    near = data[low : error.start + 512]
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         advice = 'it looks like UTF-16; give --encoding utf-16'
     elif 5 * near.count(0) > len(near):
-        advice = f'it looks like UTF-16; give --encoding utf-16-{"le" if head[:1] > bytes(1) else "be"}'
+        first = near[(start + low) % 2 :: 2].count(0)  # of each two bytes of the file
+        advice = f'it looks like UTF-16; give --encoding utf-16-{"be" if 2 * first > near.count(0) else "le"}'
     elif 3 * sum(byte >= 128 for byte in near) > len(near):
         advice = 'give the --encoding of its script, such as cp1251, gb18030 or shift_jis'
     else:

@@ -48,7 +48,7 @@ def prose(seed, count=4000):
 @functools.cache
 def tokenizers():
     """Of the kinds that models have: GPT-2, Llama 2, Llama 3, T5, BERT."""
-    texts = [prose(seed, 300) for seed in range(20)]
+    texts = [prose(seed, 500) for seed in range(20)]
     gpt2 = train_tokenizer(texts, 400).backend_tokenizer
     llama2, llama3 = Tokenizer(models.BPE(byte_fallback=True, unk_token='?')), Tokenizer(models.BPE(ignore_merges=True))
     llama2.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
@@ -79,10 +79,10 @@ RUNS = st.tuples(st.sampled_from([*WORDS, *SPACES, 'a', '7', '\u0301', 'é']), s
 
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama2', 'llama3', 't5', 'bert'])
-@given(seed=st.integers(0, 99), runs=st.lists(RUNS, max_size=6), size=st.integers(1024, 2500))
+@given(seed=st.integers(0, 99), runs=st.lists(RUNS, max_size=6), size=st.integers(2048, 4000))
 @settings(max_examples=15, deadline=None)
 def test_a_long_text_has_the_tokens_of_the_whole(kind, seed, runs, size):
-    tokenizer, text = tokenizers()[kind], prose(seed, 300)
+    tokenizer, text = tokenizers()[kind], prose(seed, 500)
     text = ''.join([text, *(word * count for word, count in runs), text])
     windows = list(encode_long(tokenizer, text, size))
     assert np.concatenate(windows).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
@@ -91,9 +91,9 @@ def test_a_long_text_has_the_tokens_of_the_whole(kind, seed, runs, size):
 def test_windows_are_no_larger_than_they_must():
     text = prose(1)
     for kind, tokenizer in tokenizers().items():
-        windows = list(encode_long(tokenizer, text, 1000))
-        assert len(windows) > len(text) / 1024, kind
-    assert len(list(encode_long(tokenizers()['bert'], 'a' * 5000, 1024))) == 1  # one word, whatever its length
+        windows = list(encode_long(tokenizer, text, 2048))
+        assert len(windows) > len(text) / 2048, kind
+    assert len(list(encode_long(tokenizers()['bert'], 'a' * 5000, 2048))) == 1  # one word, whatever its length
 
 
 # What is put around a document
