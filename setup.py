@@ -71,6 +71,7 @@ setup(
         'orjson>=3',
         'pyarrow',
         'pydantic>=2.10,<3',
+        'regex',
         'rich>=13',
         'scipy',
         'setuptools<82',  # llm-foundry 0.22 imports pkg_resources, which later releases no longer have

@@ -31,10 +31,13 @@ from cpt_algorithms.preparation.engines import make_engine
 from cpt_algorithms.preparation.manifest import Manifest, find_earlier, find_prepared
 from cpt_algorithms.preparation.options import DEFAULT_DATASETS, Options, make_request, sample_length
 from cpt_algorithms.preparation.pipeline import prepare, resumable
-from cpt_algorithms.preparation.sources import INSTALLED, PrepareError, check_documents, find_files, parse_sources
+from cpt_algorithms.preparation.reading import PrepareError
+from cpt_algorithms.preparation.sources import INSTALLED, check_documents, find_files, parse_sources
 from cpt_algorithms.preparation.storage import check_destination, upload_folder, work_folder
 from cpt_algorithms.preparation.tokenizer import find_parent, find_tokenizer
 from cpt_algorithms.validation import ConfigError, parse_section
+
+SHOWN = 10  # rows left out, of each source
 
 # Streaming (7 s), transformers and datasets are imported where they are used: a wrong argument or a re-run
 # of something already prepared answers at once.
@@ -63,6 +66,10 @@ def make_parser() -> OneLineParser:
         + ')',
     )
     add('--text-key', help='column of the text in jsonl, parquet and hf (default: text)')
+    add('--encoding', help="of the text in jsonl and text, in Python's words: utf-16, cp1252, ... (default: utf-8)")
+    add('--skip-broken', action='store_true', help='leave out what cannot be read, and list it (default: stop at it)')
+    add('--bos-text', help="token before each document; '' for none (default: what the tokenizer itself puts there)")
+    add('--eos-text', help='token behind each document (default: what the tokenizer itself puts there, and its EOS)')
     add('--tokenizer', help='Hugging Face name or folder (default: that of --parent or --earlier, or trained on D0)')
     add('--parent', help='the model that will be trained on the data: Hugging Face name or folder, or a run')
     add('--earlier', action='append', help='data prepared before, whose documents count as seen')
@@ -105,12 +112,24 @@ def print_counts(manifest: Manifest, out: str) -> None:
             for split, counts in described.splits.items():
                 table.add_row(f'  {source}', split, *[f'{getattr(counts, column):,}' for column in shown], style='dim')
     Console().print(table)
+    for name, dataset in manifest.datasets.items():
+        for source, described in dataset.sources.items():
+            label = name if source == name else f'{name}/{source}'
+            if described.skipped:
+                print(f'{label}: {described.skipped:,} of {described.rows:,} rows have no text')
+            if described.broken:
+                print(f'{label}: {described.broken:,} of {described.rows:,} rows cannot be read and are left out:')
+                print(*(f'  {row}' for row in described.first_broken[:SHOWN]), sep='\n')
+                if described.broken > SHOWN:
+                    print(f'  ... ({out}/manifest.json lists the first {len(described.first_broken)})')
+    start, end = (' '.join(tokens) for tokens in (manifest.tokenizer.document_start, manifest.tokenizer.document_end))
+    print(f'each document begins with {start or "its text"} and ends with {end}')
 
 
 def run(options: Options) -> None:
     """Prepares what the options ask for, or shows what is already there."""
     options.check()
-    sources = parse_sources(options.dataset)
+    sources = parse_sources(options.dataset, options.encoding, options.skip_broken)
     files = {str(source): find_files(source) for source in sources}
     parent = find_parent(options.parent) if options.parent else None
     max_seq_len, near = sample_length(options, parent), options.near_settings()
@@ -124,7 +143,7 @@ def run(options: Options) -> None:
             if found := files[str(source)]:
                 print(f'{source.label.removeprefix("dataset ")}: {len(found):,} files found')
             check_documents(source, found, options.text_key)
-        tokenizer = find_tokenizer(options.tokenizer, parent, earlier)
+        tokenizer = find_tokenizer(options.tokenizer, parent, earlier, options.bos_text, options.eos_text)
         remote = is_remote(options.out)
         out = (Path(options.work) if options.work else work_folder(options.out)) if remote else Path(options.out)
         with locked_sibling(out, PrepareError(f'another run is preparing {out}')) as partial:

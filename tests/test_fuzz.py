@@ -465,12 +465,12 @@ def test_indices_of_a_broken_disk(index, root, many, slow):
 
 MANIFEST = {
     'request': {
-        'format': 3,
-        'max_seq_len': 16,
+        'format': 4,
+        'eos_text': None,
         'val_fraction': 0.1,
         'datasets': {'old': ['text:a'], 'new': ['text:b']},
     },
-    'tokenizer': {'name': 'x', 'hash': 'abc'},
+    'tokenizer': {'hash': 'abc', 'document_start': [], 'document_end': ['x']},
     'datasets': {'old': {}, 'new': {}},
     'earlier': {'before': {'old': ['text:c']}},
 }

@@ -520,7 +520,9 @@ def test_from_scratch_to_a_base_to_its_update_on_real_text(data, tmp_path, capsy
     prepare_data.main(
         ['--out', str(tmp_path / 'old'), '--dataset', f'python=text:{files["python"]}', '--vocab-size', '400', *common]
     )
-    shape = LlamaConfig(**SIZES | {'vocab_size': 400, 'max_position_embeddings': LONG}, num_key_value_heads=2)
+    shape = LlamaConfig(
+        **SIZES | {'vocab_size': 400, 'max_position_embeddings': LONG, 'eos_token_id': 0}, num_key_value_heads=2
+    )
     shape.save_pretrained(tmp_path / 'shape')
     shutil.copytree(tmp_path / 'old' / 'tokenizer', tmp_path / 'shape', dirs_exist_ok=True)
 

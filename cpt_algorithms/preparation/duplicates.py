@@ -7,16 +7,17 @@ Pure functions of files: run again, they write the same bytes, whatever the numb
 import hashlib
 import io
 import math
-import re
 import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, tee
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import regex
 from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 from pydantic import Field
@@ -32,7 +33,11 @@ __all__ = ['NearDuplicates', 'digests', 'first_occurrences', 'is_held_out', 'nea
 Keys = NDArray[np.uint64]
 Rows = NDArray[np.int64]
 
-_WORD = re.compile(r'\w+')
+# A word; a character between which and the next lines may break without a space (Chinese, Japanese, Thai, Khmer, ...)
+# is one of its own. Unlike re's, its letters have their marks, such as vowels of Hindi and Thai.
+_NO_SPACES = r'\p{lb=ID}\p{lb=CJ}\p{lb=SA}'
+_WORD = regex.compile(rf'[{_NO_SPACES}&&\w]|[\w--[{_NO_SPACES}]]+', regex.V1)
+_INVISIBLE = regex.compile(r'\p{Default_Ignorable_Code_Point}+')
 # Shingles hashed at once: datasketch holds 4 bytes for each of them and each permutation, twice, which fits in a cache.
 _SHINGLES = 1 << 11
 # Peak memory of a key and its row while they are sorted and joined, measured with many duplicates.
@@ -40,13 +45,23 @@ _BYTES_PER_KEY = 224
 
 
 def digests(texts: Sequence[str]) -> Keys:
-    """The identity of each document: 16 bytes of BLAKE2b of its UTF-8 text.
+    """The identity of each document: 16 bytes of BLAKE2b of its UTF-8 text, without what a reader cannot see.
+
+    Texts that differ only in line ends (CR LF, CR), in invisible characters (a byte order mark, zero-width spaces and
+    joiners, soft hyphens: Unicode's ``Default_Ignorable_Code_Point``) or in how accents are spelled (NFC) are the same.
 
     Returns:
         ``(n, 2)``; the first column as a fraction of :math:`2^{64}` is uniform in [0, 1) and decides the split.
     """
-    joined = b''.join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
+    joined = b''.join(hashlib.blake2b(_visible(text).encode(), digest_size=16).digest() for text in texts)
     return np.frombuffer(joined, '>u8').reshape(-1, 2).astype(np.uint64)
+
+
+def _visible(text: str) -> str:
+    """A text as a reader sees it; see :func:`digests`."""
+    if '\r' in text:
+        text = text.replace('\r\n', '\n').replace('\r', '\n')
+    return text if text.isascii() else unicodedata.normalize('NFC', _INVISIBLE.sub('', text))
 
 
 def is_held_out(identities: Keys, val_fraction: float) -> NDArray[np.bool_]:
@@ -57,9 +72,11 @@ def is_held_out(identities: Keys, val_fraction: float) -> NDArray[np.bool_]:
 class NearDuplicates(Section):
     r"""What makes two documents nearly the same.
 
-    A document is the set of its word n-grams: runs of ``ngram`` consecutive words (letters, digits and underscores, in
-    lower case; all else only separates). The similarity of two documents is the Jaccard similarity of their sets,
-    :math:`|A \cap B| / |A \cup B|`; one word changed in the middle of n words makes it :math:`(n - 9) / (n + 1)` with
+    A document is the set of its word n-grams: runs of ``ngram`` consecutive words (letters with their marks, digits and
+    underscores, in lower case; all else only separates). In scripts without spaces between words (Chinese, Japanese,
+    Thai, Lao, Khmer, Burmese: where Unicode lets lines break without one) each character is a word. The similarity of
+    two documents is the Jaccard similarity of their sets, :math:`|A \cap B| / |A \cup B|`; one word changed in the
+    middle of n words makes it :math:`(n - 9) / (n + 1)` with
     5-grams. A document of fewer than ``ngram`` words has one n-gram, all its words, and one without words has its text:
     they are near-duplicates only of documents with the same words, or text.
 
@@ -87,8 +104,10 @@ class NearDuplicates(Section):
 
 def shingles(text: str, ngram: int) -> Iterator[str]:
     """The word n-grams of a document; see :class:`NearDuplicates`."""
-    words = _WORD.findall(text.lower()) or [text]
-    return map(' '.join, zip(*(words[start:] for start in range(min(ngram, len(words)))), strict=False))
+    words = (match[0] for match in _WORD.finditer(_visible(text).lower()))
+    first = list(islice(words, ngram)) or [text]
+    windows = tee(chain(first, words), len(first))
+    return map(' '.join, zip(*(islice(window, start, None) for start, window in enumerate(windows)), strict=False))
 
 
 def signatures(texts: Sequence[str], settings: NearDuplicates) -> Keys:

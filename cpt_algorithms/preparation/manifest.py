@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 
 from cpt_algorithms.files import StorageError, fetch, is_remote, read_json
 from cpt_algorithms.preparation.packing import SPLITS, Counts
-from cpt_algorithms.preparation.sources import PrepareError
+from cpt_algorithms.preparation.reading import PrepareError
 from cpt_algorithms.validation import Section, parse_section
 
 __all__ = [
@@ -30,11 +30,11 @@ __all__ = [
     'versions',
 ]
 
-FORMAT = 3  # of the manifest and of what it describes; another one is never re-used
+FORMAT = 4  # of the manifest and of what it describes; another one is never re-used
 MIN_VOCAB_SIZE = 257  # the 256 bytes and EOS
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-LIBRARIES = ('datasets', 'datasketch', 'mosaicml-streaming', 'numpy', 'pyarrow', 'tokenizers', 'transformers')
+LIBRARIES = ('datasets', 'datasketch', 'mosaicml-streaming', 'numpy', 'pyarrow', 'regex', 'tokenizers', 'transformers')
 
 
 class _Record(Section):
@@ -45,6 +45,10 @@ class Choices(_Record):
     """Options that decide the result as they were given."""
 
     text_key: str = 'text'
+    encoding: str | None = None
+    skip_broken: bool = False
+    bos_text: str | None = None
+    eos_text: Annotated[str, Field(min_length=1)] | None = None
     tokenizer: str | None = None
     parent: str | None = None
     vocab_size: Annotated[int, Field(ge=MIN_VOCAB_SIZE)] | None = None
@@ -68,18 +72,25 @@ class Request(Choices):
 
 
 class TokenizerRecord(_Record):
-    """The tokenizer, and its files."""
+    """The tokenizer, its files, and the tokens that were put before and behind each document."""
 
     vocab_size: int
-    eos_token: str
-    eos_token_id: int
+    eos_token: str | None
+    eos_token_id: int | None
+    document_start: list[str]
+    document_end: list[str]
     hash: str
     files: list[str]
 
 
 class _Given(_Record):
+    """``rows`` were read, of which ``skipped`` have no text and ``broken`` cannot be read; the first of these."""
+
     files: int
+    rows: int
     skipped: int
+    broken: int
+    first_broken: list[str]
     splits: dict[str, Counts]
 
 

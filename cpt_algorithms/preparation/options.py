@@ -10,8 +10,9 @@ from pydantic import Field
 
 from cpt_algorithms.files import exists, is_remote
 from cpt_algorithms.preparation.manifest import FORMAT, Choices, Count, Earlier, Fraction, Request
-from cpt_algorithms.preparation.sources import PrepareError, Source
-from cpt_algorithms.preparation.tokenizer import Parent, hash_tokenizer
+from cpt_algorithms.preparation.reading import PrepareError
+from cpt_algorithms.preparation.sources import Source
+from cpt_algorithms.preparation.tokenizer import Parent, hash_tokenizer, unreadable
 from cpt_algorithms.validation import PathStr
 
 __all__ = ['DEFAULT_DATASETS', 'Options', 'make_request', 'sample_length']
@@ -50,6 +51,10 @@ class Options(Choices):
             exists(self.out)  # a bucket that cannot be reached, or has no store, is refused before anything is read
         if self.near_threshold is not None and not self.near_duplicates:
             raise PrepareError(f'--near-threshold {self.near_threshold} is of --near-duplicates, which is not given')
+        for name in ('bos_text', 'eos_text'):
+            if getattr(self, name) is not None and not self.given_tokenizer:
+                flag = '--' + name.replace('_', '-')
+                raise PrepareError(f'{flag} is for a given --tokenizer; one trained here has one special token, EOS')
         for name in ('vocab_size', 'tokenizer_documents'):
             if getattr(self, name) is not None and self.given_tokenizer:
                 flag = '--' + name.replace('_', '-')
@@ -97,7 +102,12 @@ def make_request(
     earlier: Sequence[Earlier],
 ) -> Request:
     """Everything that decides the result, as the manifest records it: of the user's files, their number and size."""
-    folder = Path(options.tokenizer) if options.tokenizer else None
+    folder = Path(options.tokenizer or '')
+    try:
+        given = (folder / 'tokenizer.json').is_file() and options.tokenizer is not None
+        tokenizer_hash = hash_tokenizer(folder) if given else None
+    except ValueError as error:
+        raise unreadable(f'--tokenizer {options.tokenizer}: cannot load it', folder, error) from error
     trained = not options.given_tokenizer
     choices = {name: getattr(options, name) for name in Choices.model_fields}
     if trained:
@@ -112,7 +122,7 @@ def make_request(
             for source in sources
             if source.kind != 'installed' and (found := files[str(source)])
         },
-        tokenizer_hash=hash_tokenizer(folder) if folder and (folder / 'tokenizer.json').is_file() else None,
+        tokenizer_hash=tokenizer_hash,
         earlier={data.location: data.manifest.tokenizer.hash for data in earlier},
         max_seq_len=max_seq_len,
         near_duplicates=near,

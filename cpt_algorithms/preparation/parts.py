@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -18,13 +19,16 @@ from numpy.typing import NDArray
 
 from cpt_algorithms.preparation.lm_eval_items import DOCUMENT_CHARACTERS, DOCUMENTS
 from cpt_algorithms.preparation.packing import cut, pieces
-from cpt_algorithms.preparation.sources import Part, in_chunks, read
+from cpt_algorithms.preparation.sources import Broken, Part, in_chunks, read
 
 __all__ = ['PackJob', 'TokenizeJob', 'Tokenized', 'appearing', 'columns', 'leftover', 'pack', 'rows', 'tokenize']
 
 CHUNK_CHARACTERS = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
+SMALLEST_WINDOW = 1 << 11  # characters
+AGREEING = 4  # words, at least, by which two windows are found to go on alike
+_WORD_BEGINS = re.compile(r'\W\w')
 MAX_SEEN = 1 << 20  # documents remembered, not to tokenise them twice: 100 MB; what is dropped is decided elsewhere
-FORMAT = 2  # of the files of a tokenised part
+FORMAT = 3  # of the files of a tokenised part
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class TokenizeJob:
         part: What is read.
         tokenizer: A file of ``tokenizers``.
         tokenizer_hash: Of its content.
-        eos: The token put after each document.
+        ends: The tokens put before and behind each document.
         val_fraction: Share of the documents held out.
         near: The keywords of ``NearDuplicates``, if these are looked for.
         parts: The folder of all tokenised parts.
@@ -44,7 +48,7 @@ class TokenizeJob:
     part: Part
     tokenizer: str
     tokenizer_hash: str
-    eos: int
+    ends: tuple[list[int], list[int]]
     val_fraction: float
     near: dict[str, Any] | None
     parts: str
@@ -55,7 +59,7 @@ class TokenizeJob:
         stats = [(file, start, end, os.stat(file)) for file, start, end in self.part.units]
         units = [(file, start, end, stat.st_size, stat.st_mtime_ns) for file, start, end, stat in stats]
         source = asdict(self.part.source)
-        settings = [self.tokenizer_hash, self.eos, self.val_fraction, self.near]
+        settings = [self.tokenizer_hash, self.ends, self.val_fraction, self.near]
         content = [FORMAT, source, units, self.part.text_key, *settings]
         return Path(self.parts, hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest())
 
@@ -64,7 +68,9 @@ class TokenizeJob:
 class Tokenized:
     """A tokenised part: a folder of arrays with one row per document that is not blank; ``skipped`` are.
 
-    ``tokens`` of all documents, each with EOS; ``lengths`` in tokens (0 for a text that came before in the part);
+    ``broken`` rows could not be read; the first of them are listed.
+
+    ``tokens`` of all documents, each with its ends; ``lengths`` in tokens (0 for a text that came before in the part);
     ``bytes`` of its text; ``digests``; ``held_out``, true for validation; and ``signatures`` if near-duplicates are
     looked for. Beside them the first texts held out, for ``lm_eval/``.
     """
@@ -72,6 +78,8 @@ class Tokenized:
     folder: str
     documents: int
     skipped: int
+    broken: int
+    first_broken: list[str]
 
     def file(self, name: str) -> Path:
         """The file of an array."""
@@ -123,6 +131,74 @@ def _load(tokenizer: str, content: str) -> Any:
     return loaded
 
 
+def encode(tokenizer: Any, texts: list[str]) -> Iterator[NDArray[np.int32]]:
+    """The tokens of each text; one longer than ``CHUNK_CHARACTERS`` is done by :func:`encode_long`."""
+    short = [text for text in texts if len(text) <= CHUNK_CHARACTERS]
+    encodings = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
+    for text in texts:
+        if len(text) <= CHUNK_CHARACTERS:
+            yield np.array(next(encodings).ids, np.int32)
+        else:
+            yield np.concatenate(list(encode_long(tokenizer, text, CHUNK_CHARACTERS)))
+
+
+def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int32]]:
+    """The tokens of a long text, the same as all at once, in windows.
+
+    Windows overlap by a sixteenth, and are joined where the middle half of that has several words, and the same tokens
+    at the same places in both. Where it has not, as in a run of spaces or of letters alone, the first window grows to
+    twice its size, in the end to the whole rest.
+
+    Args:
+        tokenizer: Of ``tokenizers``.
+        text: The text.
+        size: Characters of a window, at least 2,048.
+
+    Cost: memory of some 150 bytes for each character of a window, and twice the time.
+    """
+    size = max(size, SMALLEST_WINDOW)
+    overlap = size // 16
+    start, width, given = 0, size, 0  # of the window; tokens of it that the one before gave
+    encoding = tokenizer.encode(text[:size], add_special_tokens=False)
+    while start + width < len(text):
+        following = start + width - overlap
+        after = tokenizer.encode(text[following : following + size], add_special_tokens=False)
+        low, high = following + overlap // 4, following + 3 * overlap // 4
+        here, end = _between(encoding, low - start, high - start)
+        there, begin = _between(after, low - following, high - following)
+        words = len(_WORD_BEGINS.findall(text, low, high))
+        if words >= AGREEING and [(token, at + start) for token, at in here] == [
+            (token, at + following) for token, at in there
+        ]:
+            yield np.array(encoding.ids[given:end], np.int32)
+            start, width, given, encoding = following, size, begin, after
+        else:
+            width *= 2
+            encoding = tokenizer.encode(text[start : start + width], add_special_tokens=False)
+    yield np.array(encoding.ids[given:], np.int32)
+
+
+def _between(encoding: Any, low: int, high: int) -> tuple[list[tuple[int, int]], int]:
+    """The tokens that begin within these characters, with their places, and the number of the first."""
+    first, last = _first_from(encoding, low), _first_from(encoding, high)
+    starts = [encoding.token_to_chars(token)[0] for token in range(first, last)]  # offsets of all take as long as ids
+    return list(zip(encoding.ids[first:last], starts, strict=True)), first
+
+
+def _first_from(encoding: Any, place: int) -> int:
+    """The first token that begins at a character or behind it."""
+    token, at = None, place
+    while token is None and at < place + SMALLEST_WINDOW:  # spaces may be in no token
+        token, at = encoding.char_to_token(at), at + 1
+    if token is None:
+        return len(encoding.ids)
+    while token > 0 and encoding.token_to_chars(token - 1)[0] >= place:
+        token -= 1
+    while token < len(encoding.ids) and encoding.token_to_chars(token)[0] < place:
+        token += 1
+    return token
+
+
 def tokenize(job: TokenizeJob) -> Tokenized:
     """Tokenise a part, or find it done.
 
@@ -137,7 +213,8 @@ def tokenize(job: TokenizeJob) -> Tokenized:
     tokenizer = _load(job.tokenizer, job.tokenizer_hash)
     near = NearDuplicates(**job.near) if job.near is not None else None
     seen: set[bytes] = set()
-    documents, skipped = 0, 0
+    documents, skipped, broken = 0, 0, Broken()
+    start, end = (np.array(ids, np.int32) for ids in job.ends)
     held_out_texts: list[tuple[int, str]] = []
     arrays: dict[str, list[NDArray[Any]]] = {
         'digests': [np.zeros((0, 2), np.uint64)],
@@ -148,7 +225,7 @@ def tokenize(job: TokenizeJob) -> Tokenized:
     if near:
         arrays['signatures'] = [np.zeros((0, near.bands[0]), np.uint64)]
     with appearing(folder) as partial, open(partial / 'tokens', 'wb') as file:
-        for chunk in in_chunks(read(job.part), CHUNK_CHARACTERS):
+        for chunk in in_chunks(read(job.part, broken), CHUNK_CHARACTERS):
             texts, sizes = [], []
             for text in chunk:
                 try:
@@ -172,11 +249,10 @@ def tokenize(job: TokenizeJob) -> Tokenized:
             held_out_texts += [(documents + number, texts[number][:DOCUMENT_CHARACTERS]) for number in kept]
             documents += len(texts)
             lengths = np.zeros(len(texts), np.uint32)
-            encodings = tokenizer.encode_batch_fast([texts[number] for number in fresh], add_special_tokens=False)
-            tokens = [np.array([*encoding.ids, job.eos], np.int32) for encoding in encodings]
-            lengths[fresh] = [len(document) for document in tokens]
+            tokens = list(encode(tokenizer, [texts[number] for number in fresh]))
+            lengths[fresh] = [len(start) + len(document) + len(end) for document in tokens]
             if tokens:
-                np.concatenate(tokens).tofile(file)
+                np.concatenate([each for document in tokens for each in (start, document, end)]).tofile(file)
             arrays['digests'].append(identities)
             arrays['lengths'].append(lengths)
             arrays['bytes'].append(np.array(sizes, np.uint32))
@@ -186,8 +262,9 @@ def tokenize(job: TokenizeJob) -> Tokenized:
         for name, rows in arrays.items():
             np.save(partial / f'{name}.npy', np.concatenate(rows))
         (partial / 'held_out.json').write_text(json.dumps(held_out_texts))
-        (partial / 'part.json').write_text(json.dumps({'documents': documents, 'skipped': skipped}))
-    return Tokenized(str(folder), documents, skipped)
+        counts = {'documents': documents, 'skipped': skipped, 'broken': broken.count, 'first_broken': broken.first}
+        (partial / 'part.json').write_text(json.dumps(counts))
+    return Tokenized(str(folder), **counts)
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from cpt_algorithms.preparation.manifest import (
 )
 from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector, cut
 from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, appearing, columns, leftover
-from cpt_algorithms.preparation.sources import Part, PrepareError, Source, part_size, parts_of, read
-from cpt_algorithms.preparation.tokenizer import hash_tokenizer, train_tokenizer
+from cpt_algorithms.preparation.reading import MAX_INSTALLED_BYTES, PrepareError, columns_of
+from cpt_algorithms.preparation.sources import MOST_LISTED, Part, Source, part_size, parts_of, read
+from cpt_algorithms.preparation.tokenizer import document_ends, hash_tokenizer, train_tokenizer
 
 __all__ = ['prepare', 'resumable']
 
@@ -93,13 +94,14 @@ def prepare(
         tokenizer = train_tokenizer(islice(texts, request.tokenizer_documents), request.vocab_size)
     tokenizer.save_pretrained(result / 'tokenizer')
     tokenizer_hash = hash_tokenizer(result / 'tokenizer')
+    ends = document_ends(tokenizer, request.bos_text, request.eos_text)
     backend = work / f'tokenizer-{tokenizer_hash}.json'
     backend.write_text(tokenizer.backend_tokenizer.to_str(), encoding='utf-8')
 
     def jobs(parts: Iterable[Part]) -> Iterator[TokenizeJob]:
-        eos, val_fraction, near = tokenizer.eos_token_id, request.val_fraction, request.near_duplicates
+        around, val_fraction, near = (ends.start, ends.end), request.val_fraction, request.near_duplicates
         for part in parts:
-            yield TokenizeJob(part, str(backend), tokenizer_hash, eos, val_fraction, near, str(work / 'parts'))
+            yield TokenizeJob(part, str(backend), tokenizer_hash, around, val_fraction, near, str(work / 'parts'))
 
     names = {'digests': 'documents.npy'} | ({'signatures': 'signatures.npy'} if request.near_duplicates else {})
     before = {key: [file for data in earlier for file in data.keys(name, work)] for key, name in names.items()}
@@ -116,6 +118,8 @@ def prepare(
         vocab_size=len(tokenizer),
         eos_token=tokenizer.eos_token,
         eos_token_id=tokenizer.eos_token_id,
+        document_start=tokenizer.convert_ids_to_tokens(ends.start),
+        document_end=tokenizer.convert_ids_to_tokens(ends.end),
         hash=tokenizer_hash,
         files=sorted(file.name for file in (result / 'tokenizer').iterdir()),
     )
@@ -184,7 +188,8 @@ def _training_texts(parts: Iterable[Part], val_fraction: float) -> Iterator[str]
             continue
         if text.strip() and identity.tobytes() not in seen and not is_held_out(identity, val_fraction)[0]:
             seen.add(identity.tobytes())
-            yield text
+            # memory of a trainer grows with the longest; no shorter than what is installed, which is not cut
+            yield from (text[at : at + MAX_INSTALLED_BYTES] for at in range(0, len(text), MAX_INSTALLED_BYTES))
 
 
 def _decide(
@@ -264,16 +269,22 @@ def _write(
     sources = {}
     for source in dataset.sources:
         own = [number for number, part in enumerate(decision.parts) if part.source == source]
+        tokenized = [decision.tokenized[number] for number in own]
         sources[source.name] = SourceRecord(
             kind=source.kind,
             target=source.target,
             files=len(dataset.files[str(source)]),
-            skipped=sum(decision.tokenized[number].skipped for number in own),
+            rows=sum(part.documents + part.skipped + part.broken for part in tokenized),
+            skipped=sum(part.skipped for part in tokenized),
+            broken=sum(part.broken for part in tokenized),
+            first_broken=list(chain.from_iterable(part.first_broken for part in tokenized))[:MOST_LISTED],
             splits={
                 split: sum((decision.selections[number][split].counts for number in own), Counts()) for split in SPLITS
             },
         )
     counts = {split: sum((source.splits[split] for source in sources.values()), Counts()) for split in SPLITS}
+    for source in dataset.sources:
+        _check_text(source, dataset.files[str(source)], sources[source.name], request.text_key)
     for split, count in counts.items():
         if count.tokens < request.max_seq_len:
             raise PrepareError(
@@ -289,7 +300,10 @@ def _write(
     texts = _validation_texts(decision)
     return DatasetRecord(
         files=sum(source.files for source in sources.values()),
+        rows=sum(source.rows for source in sources.values()),
         skipped=sum(source.skipped for source in sources.values()),
+        broken=sum(source.broken for source in sources.values()),
+        first_broken=list(chain.from_iterable(source.first_broken for source in sources.values()))[:MOST_LISTED],
         splits={
             split: _assemble(result / dataset.name / split, jobs[split], request, counts[split], tokenizer)
             for split in SPLITS
@@ -298,6 +312,17 @@ def _write(
         parts=len(decision.parts),
         lm_eval=write_lm_eval(result / 'lm_eval', dataset.name, texts, request.max_seq_len),
     )
+
+
+def _check_text(source: Source, files: list[str], record: SourceRecord, text_key: str) -> None:
+    """Refuse a source of which nothing is text."""
+    if record.broken + record.skipped < record.rows or not record.rows:
+        return
+    if record.broken:
+        raise PrepareError(f'{source.label}: none of its {record.rows:,} rows can be read: {record.first_broken[0]}')
+    columns = ', '.join(columns_of(source.kind, files[0], source.encoding) if files else [])
+    column = f'in the column {text_key!r}; it has: {columns} (--text-key)' if columns else ''
+    raise PrepareError(f'{source.label}: none of its {record.rows:,} rows has text {column}'.rstrip())
 
 
 def _pack_jobs(decision: _Decision, request: Request, work: Path) -> dict[str, list[PackJob]]:

@@ -4,12 +4,9 @@
 What is wrong with any of these raises PrepareError.
 """
 
-import bz2
 import glob
-import gzip
 import hashlib
 import importlib.util
-import io
 import json
 import lzma
 import os
@@ -18,46 +15,59 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from email import message_from_string
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-import orjson
-
+from cpt_algorithms.preparation.reading import (
+    COMPRESSED,
+    BrokenRow,
+    PrepareError,
+    Unit,
+    has_byte_lines,
+    no_column,
+    rows_of,
+    text_of,
+    why,
+)
 from cpt_algorithms.validation import nearest
 
-__all__ = ['INSTALLED', 'Part', 'PrepareError', 'Source', 'check_documents', 'find_files', 'parse_sources', 'read']
+__all__ = [
+    'INSTALLED',
+    'Broken',
+    'Part',
+    'Source',
+    'check_documents',
+    'find_files',
+    'parse_sources',
+    'read',
+]
 
 KINDS = ('installed', 'jsonl', 'parquet', 'text', 'hf')
 INSTALLED = ('python', 'stdlib', 'cpp', 'english')
-MAX_INSTALLED_BYTES = 1 << 20  # larger source files are generated tables
 PRUNED = ('__pycache__', 'site-packages', 'dist-packages')  # folders not walked into
 RESERVED = ('tokenizer', 'lm_eval', 'manifest.json', 'work')  # other things in the output folder
 LARGEST_PART = 128 << 20  # bytes of text: one or two shards of 64 MiB
 SMALLEST_PART = 4 << 20
 PARTS = 64  # wanted of a small dataset, for as many processes
 BYTES_PER_TOKEN = 8  # surely not more on average: bounds the text that a limit in tokens needs
-OPENERS: dict[str, Callable[[str], Any]] = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
-COMPRESSED = (*OPENERS, '.zst')
-
-Unit = tuple[str, int, int]
-"""A file and the range of it that is read: bytes of jsonl, row groups of parquet, otherwise the whole file (0, 0)."""
-
-
-class PrepareError(Exception):
-    """Something the user can put right; its message is printed as one line."""
+MOST_LISTED = 100  # of what cannot be read, by part and by source
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source as asked for: ``DATASET=KIND:TARGET`` or ``DATASET/SOURCE=KIND:TARGET``."""
+    """One source as asked for: ``DATASET=KIND:TARGET`` or ``DATASET/SOURCE=KIND:TARGET``.
+
+    Its text is of this ``encoding``, UTF-8 if none is given; with ``skip_broken``, what cannot be read is left out.
+    """
 
     dataset: str
     name: str
     kind: str
     target: str
+    encoding: str | None = None
+    skip_broken: bool = False
 
     @classmethod
     def parse(cls, spec: str) -> 'Source':
@@ -71,7 +81,8 @@ class Source:
             if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', part) or part in RESERVED:
                 raise PrepareError(f'--dataset {spec!r}: {names!r} cannot be the name of a dataset folder')
         if kind not in KINDS:
-            raise PrepareError(f'--dataset {spec!r}: unknown source kind {kind!r}; {nearest(kind, KINDS)}')
+            other = f', and hf:{kind}?data_files=FILES reads what datasets can, such as csv and arrow'
+            raise PrepareError(f'--dataset {spec!r}: unknown source kind {kind!r}; {nearest(kind, KINDS)}{other}')
         if kind == 'installed' and target not in INSTALLED and not _package(target):
             raise PrepareError(f'--dataset {spec!r}: unknown text {target!r}; {nearest(target, INSTALLED)}')
         if kind == 'hf':
@@ -102,9 +113,30 @@ class Part:
     text_key: str
 
 
-def parse_sources(specs: Sequence[str]) -> list[Source]:
+@dataclass
+class Broken:
+    """What was left out because it cannot be read: how many rows or files, and what and where the first of them are."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, row: object) -> None:
+        """One more."""
+        self.count += 1
+        self.first = [*self.first, str(row)][:MOST_LISTED]
+
+
+def parse_sources(specs: Sequence[str], encoding: str | None = None, skip_broken: bool = False) -> list[Source]:
     """Read the specifications of all sources."""
-    sources = [Source.parse(spec) for spec in specs]
+    if encoding is not None:
+        try:
+            ''.encode(encoding)
+        except LookupError:
+            advice = 'utf-16, cp1252, latin-1, cp1251, gb18030, shift_jis, ...'
+            raise PrepareError(
+                f'--encoding {encoding}: Python knows no such encoding of text; it has {advice}'
+            ) from None
+    sources = [replace(Source.parse(spec), encoding=encoding, skip_broken=skip_broken) for spec in specs]
     labels = [source.label for source in sources]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise PrepareError(f'--dataset: {twice[0]} is given twice')
@@ -132,7 +164,7 @@ def hash_order(names: Iterable[str]) -> list[str]:
 def hf_arguments(target: str) -> dict[str, str]:
     """The ``load_dataset`` arguments of ``PATH?name=CONFIG&split=SPLIT&revision=REVISION``."""
     path, _, query = target.partition('?')
-    known = ('name', 'split', 'revision')
+    known = ('name', 'split', 'revision', 'data_files')
     try:
         options = dict(parse_qsl(query, strict_parsing=True)) if query else {}
     except ValueError:
@@ -236,16 +268,38 @@ def _units(source: Source, files: list[str], text_key: str, size: int) -> Iterat
         if source.kind == 'parquet':
             import pyarrow.parquet as pq
 
-            with _reading(source), pq.ParquetFile(file) as parquet:
-                schema, metadata = parquet.schema_arrow, parquet.metadata
-                if text_key not in schema.names:
-                    raise _no_column(source, text_key, schema.names)
-                weights = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+            try:
+                with _reading(source, file), pq.ParquetFile(file) as parquet:
+                    schema, metadata = parquet.schema_arrow, parquet.metadata
+                    if text_key not in schema.names:
+                        raise no_column(text_key, schema.names)
+                    weights = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+            except PrepareError:
+                if not source.skip_broken:
+                    raise
+                yield (file, 0, 0), total  # who reads it says so
+                continue
             yield from (((file, group, group + 1), weight) for group, weight in enumerate(weights))
-        elif source.kind == 'jsonl' and not file.endswith(COMPRESSED):
+        elif source.kind == 'jsonl' and not file.endswith(COMPRESSED) and has_byte_lines(source.encoding):
             yield from (((file, at, min(at + size, total)), min(size, total - at)) for at in range(0, total, size))
         else:
             yield (file, 0, 0), total
+
+
+def _dataset(source: Source) -> Any:
+    """What an ``hf`` source names, as a stream: of a hub, a folder of data files or one of ``save_to_disk``."""
+    import datasets
+
+    arguments: dict[str, Any] = hf_arguments(source.target)
+    folder = Path(arguments['path'])
+    if not any((folder / name).is_file() for name in ('state.json', 'dataset_dict.json')):
+        return datasets.load_dataset(**arguments, streaming=True)
+    saved: Any = datasets.load_from_disk(str(folder))
+    if isinstance(saved, dict):
+        if arguments['split'] not in saved:
+            raise ValueError(f'no split {arguments["split"]!r}; {nearest(arguments["split"], saved)}')
+        saved = saved[arguments['split']]
+    return saved.to_iterable_dataset()
 
 
 def _streamed(source: Source, text_key: str, size: int, spool: Path) -> Iterator[tuple[Unit, int]]:
@@ -253,15 +307,13 @@ def _streamed(source: Source, text_key: str, size: int, spool: Path) -> Iterator
 
     Each file holds the state of the stream behind its last row, so that what is there and what is not never disagree.
     """
-    import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema({text_key: pa.large_string()})
     spool.mkdir(parents=True, exist_ok=True)
     with _reading(source):
-        arguments: dict[str, Any] = hf_arguments(source.target)
-        data: Any = datasets.load_dataset(**arguments, streaming=True)
+        data: Any = _dataset(source)
         number, metadata = 0, {}
         while (file := spool / f'{number:06}.parquet').exists():
             metadata = pq.read_schema(file).metadata
@@ -282,8 +334,12 @@ def _streamed(source: Source, text_key: str, size: int, spool: Path) -> Iterator
             return (str(file), 0, pq.read_metadata(file).num_row_groups), size
 
         for row in data:
-            rows.append(_text_of(source, text_key, row))
-            rest -= len(rows[-1])
+            if isinstance(text := text_of(text_key, row), BrokenRow):
+                if not source.skip_broken or text_key not in row:
+                    raise PrepareError(f'{source.label}: {text}')
+                text = ''
+            rows.append(text)
+            rest -= len(text)
             if rest <= 0:
                 yield write({'state': json.dumps(data.state_dict())})
                 rows, rest, number = [], size, number + 1
@@ -294,98 +350,42 @@ def _streamed(source: Source, text_key: str, size: int, spool: Path) -> Iterator
 
 
 @contextmanager
-def _reading(source: Source) -> Iterator[None]:
-    """Errors of reading name the source."""
+def _reading(source: Source, file: str = '') -> Iterator[None]:
+    """Errors of reading name the source, and the file unless they do."""
     try:
         yield
     except Exception as error:
         # pyarrow's and datasets' own errors are among these or say where they come from
         library = type(error).__module__.split('.')[0] in ('datasets', 'pyarrow')
-        if isinstance(error, OSError | ValueError | EOFError | lzma.LZMAError) or library:
-            where = f'{source.kind}:{source.target}'
-            raise PrepareError(f'{source.label}: cannot read {where}: {error}') from error
+        if isinstance(error, OSError | ValueError | EOFError | lzma.LZMAError | BrokenRow) or library:
+            reason = why(file, error) if file else str(error)
+            place = f'{file}: ' if file and not reason.startswith(file) else ''
+            raise PrepareError(f'{source.label}: cannot read {source.kind}:{source.target}: {place}{reason}') from error
         raise
 
 
-def _no_column(source: Source, text_key: str, columns: Iterable[str]) -> PrepareError:
-    return PrepareError(f'{source.label}: no column {text_key!r} (--text-key); it has: {", ".join(columns)}')
+def read(part: Part, broken: Broken | None = None) -> Iterator[str]:
+    """The documents of a part in order; blank where there is no text.
 
-
-def _text_of(source: Source, text_key: str, row: Any) -> str:
-    """The text of a row; empty where it is null."""
-    if not isinstance(row, dict):
-        raise PrepareError(f'{source.label}: a line holds {type(row).__name__}, not an object with {text_key!r}')
-    if text_key not in row:
-        raise _no_column(source, text_key, row)
-    text = row[text_key]
-    if not isinstance(text, str | None):
-        raise PrepareError(f'{source.label}: column {text_key!r} holds {type(text).__name__}, not text')
-    return text or ''
-
-
-def read(part: Part) -> Iterator[str]:
-    """The documents of a part in order; blank where there is no usable text."""
-    readers = {'installed': _read_installed, 'text': _read_text, 'jsonl': _read_jsonl}
-    reader = readers.get(part.source.kind, _read_parquet)
-    with _reading(part.source):
-        for unit in part.units:
-            yield from reader(part, unit)
-
-
-def _read_installed(part: Part, unit: Unit) -> Iterator[str]:
-    """A file's text; empty where it is too large or no UTF-8."""
-    with open(unit[0], 'rb') as handle:
-        data = handle.read(MAX_INSTALLED_BYTES + 1)
-    try:
-        text = data.decode('utf-8') if len(data) <= MAX_INSTALLED_BYTES else ''
-    except UnicodeDecodeError:
-        text = ''
-    if unit[0].endswith('METADATA'):
-        text = str(message_from_string(text).get_payload())  # the body: the package's README
-    yield text
-
-
-def _read_text(part: Part, unit: Unit) -> Iterator[str]:
-    """A file's text."""
-    yield Path(unit[0]).read_bytes().decode('utf-8')
-
-
-def _open(file: str) -> Any:
-    """A file of bytes, decompressed as its name says."""
-    if file.endswith('.zst'):
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.CompressedInputStream(file, 'zstd'))  # type: ignore[arg-type]
-    return OPENERS.get(Path(file).suffix, lambda name: open(name, 'rb'))(file)
-
-
-def _read_jsonl(part: Part, unit: Unit) -> Iterator[str]:
-    """The text of each line that begins in the range."""
-    file, start, end = unit
-    with _open(file) as handle:
-        at = start
-        if start:
-            handle.seek(start - 1)
-            at += len(handle.readline()) - 1  # the rest of a line that began before
-        while (at < end or not end) and (line := handle.readline()):
-            at += len(line)
-            if line.strip():
-                try:
-                    row = orjson.loads(line)
-                except orjson.JSONDecodeError:
-                    row = json.loads(line)  # reads NaN and half a character, which others write and orjson refuses
-                yield _text_of(part.source, part.text_key, row)
-
-
-def _read_parquet(part: Part, unit: Unit) -> Iterator[str]:
-    """The text of each row of the row groups."""
-    import pyarrow.parquet as pq
-
-    file, start, end = unit
-    with pq.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(1024, range(start, end), columns=[part.text_key]):
-            for text in batch.column(0).to_pylist():
-                yield _text_of(part.source, part.text_key, {part.text_key: text})
+    Args:
+        part: The part.
+        broken: Counts what cannot be read and is left out, if the source says so.
+    """
+    source, broken = part.source, broken or Broken()
+    for unit in part.units:
+        try:
+            with _reading(source, unit[0]):
+                for row in rows_of(source.kind, unit, part.text_key, source.encoding):
+                    if isinstance(row, str):
+                        yield row
+                    elif source.skip_broken:
+                        broken.add(row)
+                    else:
+                        raise row
+        except PrepareError as error:
+            if not source.skip_broken:
+                raise
+            broken.add(error)
 
 
 def check_documents(source: Source, files: list[str], text_key: str) -> None:

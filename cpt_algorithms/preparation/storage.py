@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cpt_algorithms.files import list_names, upload
-from cpt_algorithms.preparation.sources import PrepareError
+from cpt_algorithms.preparation.reading import PrepareError
 
 __all__ = ['check_destination', 'upload_folder', 'work_folder']
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer of a preparation: trained here, given, or that of the parent model, and whether two are the same."""
+"""The tokenizer of a preparation: trained here, given, or that of the parent model; what it puts around a document."""
 
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ import orjson
 
 from cpt_algorithms.checkpoints.exports import models_of
 from cpt_algorithms.preparation.manifest import Earlier
-from cpt_algorithms.preparation.sources import PrepareError
+from cpt_algorithms.preparation.reading import PrepareError, what_is
+from cpt_algorithms.validation import nearest
 
 __all__ = [
     'EOS',
+    'Ends',
     'Parent',
+    'document_ends',
     'find_parent',
     'find_tokenizer',
     'hash_tokenizer',
     'load_tokenizer',
+    'stop_tokens',
     'train_tokenizer',
+    'unreadable',
 ]
 
 EOS = '<|endoftext|>'
@@ -33,32 +39,90 @@ HFTokenizer = Any  # a transformers.PreTrainedTokenizerFast, whose own annotatio
 def hash_tokenizer(folder: Path) -> str:
     """What a saved tokenizer makes of text, as a hash: two with the same hash give the same tokens.
 
-    The vocabulary, the merges, the normalizer, how text is split, the added tokens and which of them is EOS count; how
-    and by which release of ``transformers`` the files were written, padding and lengths do not.
+    The model (vocabulary, merges), the normalizer, how text is split, what is put around it, the added tokens with
+    their flags and which of them is EOS count; how and by which release of ``transformers`` the files were written,
+    padding and lengths do not.
 
     Args:
         folder: Of ``save_pretrained``: holds ``tokenizer.json`` and ``tokenizer_config.json``.
 
     Raises:
-        ValueError: If there is no such file in it, as for tokenizers that have no fast form.
+        ValueError: If there is no such file in it, as for tokenizers that have no fast form, or it is none.
     """
     try:
         tokenizer = orjson.loads((folder / 'tokenizer.json').read_bytes())
         config = orjson.loads((folder / 'tokenizer_config.json').read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f'{folder}: no fast tokenizer found: {error}') from None
-    model = dict(tokenizer['model'])
-    # older releases write "a b" for ["a", "b"]
-    model['merges'] = [merge.split(' ', 1) if isinstance(merge, str) else merge for merge in model.get('merges', ())]
-    eos = config.get('eos_token')
-    content = {
-        'model': {key: value for key, value in model.items() if value},
-        'normalizer': tokenizer.get('normalizer'),
-        'pre_tokenizer': tokenizer.get('pre_tokenizer'),
-        'added_tokens': sorted((token['id'], token['content']) for token in tokenizer.get('added_tokens', ())),
-        'eos': eos['content'] if isinstance(eos, dict) else eos,
-    }
+        model = dict(tokenizer['model'])
+        # older releases write "a b" for ["a", "b"]
+        merges = [merge.split(' ', 1) if isinstance(merge, str) else merge for merge in model.get('merges') or ()]
+        eos = config.get('eos_token')
+        content = {
+            # what is null or false is left out by releases that do not know it yet
+            'model': {key: value for key, value in model.items() if value is not None and value is not False},
+            'merges': merges,
+            'normalizer': tokenizer.get('normalizer'),
+            'pre_tokenizer': tokenizer.get('pre_tokenizer'),
+            'around': _around(tokenizer.get('post_processor')),
+            'added_tokens': sorted((token['id'], sorted(token.items())) for token in tokenizer.get('added_tokens', ())),
+            'eos': eos['content'] if isinstance(eos, dict) else eos,
+        }
+        content['model'].pop('merges', None)
+    except Exception as error:  # tokenizers has no kind of its own
+        raise ValueError(f'{folder}: no fast tokenizer found: {error!r}') from None
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _around(post_processor: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer's post-processor, as JSON, puts before and behind a text."""
+    from tokenizers import Tokenizer
+
+    one_word = {'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': 'a'}
+    rest = dict.fromkeys(('truncation', 'padding', 'normalizer', 'pre_tokenizer', 'decoder'))
+    form = {'version': '1.0', 'added_tokens': [], 'post_processor': post_processor, 'model': one_word, **rest}
+    encoding = Tokenizer.from_str(json.dumps(form)).encode('a')
+    text = encoding.special_tokens_mask.index(0)
+    return encoding.ids[:text], encoding.ids[text + 1 :]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The tokens put before and behind each document."""
+
+    start: list[int]
+    end: list[int]
+
+
+def document_ends(tokenizer: HFTokenizer, bos_text: str | None = None, eos_text: str | None = None) -> Ends:
+    """The tokens put before and behind each document.
+
+    Args:
+        tokenizer: By default its own decides: what it puts before and behind a text when it is called, and behind that
+            EOS, unless that is there.
+        bos_text: A token to put before each document instead; empty for none.
+        eos_text: A token to put behind each document instead.
+
+    Raises:
+        PrepareError: If one is no token, or there is no EOS.
+    """
+    post_processor = tokenizer.backend_tokenizer.post_processor
+    start, end = _around(json.loads(post_processor.__getstate__()) if post_processor else None)
+    if bos_text is not None:
+        start = _token(tokenizer, '--bos-text', bos_text) if bos_text else []
+    if eos_text is not None:
+        end = _token(tokenizer, '--eos-text', eos_text)
+    elif tokenizer.eos_token_id not in (None, *end):
+        end = [*end, tokenizer.eos_token_id]
+    if not end:
+        raise PrepareError('the tokenizer has no EOS token to put between documents; name one with --eos-text')
+    return Ends(start, end)
+
+
+def _token(tokenizer: HFTokenizer, flag: str, text: str) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False)['input_ids']
+    if len(ids) != 1:
+        hint = nearest(text, tokenizer.all_special_tokens)
+        raise PrepareError(f'{flag} {text!r} must be one token of the tokenizer, and is {len(ids)}; {hint}')
+    return ids
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
@@ -80,29 +144,72 @@ def load_tokenizer(name: str, flag: str = '--tokenizer') -> HFTokenizer:
     """Load a Hugging Face tokenizer by its name or folder, which an option named.
 
     Raises:
-        PrepareError: If it cannot be loaded, has no EOS token or no fast form.
+        PrepareError: If it cannot be loaded or has no fast form.
     """
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise PrepareError(f'{flag} {name}: cannot load it: {error}') from error
-    if tokenizer.eos_token_id is None:
-        raise PrepareError(f'{flag} {name}: it has no EOS token to put between documents')
+    except Exception as error:  # tokenizers has no kind of its own
+        raise unreadable(f'{flag} {name}: cannot load it', Path(name), error) from error
     if not tokenizer.is_fast:
         raise PrepareError(f'{flag} {name}: it has no fast form (tokenizer.json)')
     return tokenizer
 
 
+def unreadable(what: str, folder: Path, error: Exception) -> PrepareError:
+    """Say why the files of a tokenizer or model in a folder, if it is one, cannot be read."""
+    for file in sorted(folder.glob('*.json')) if folder.is_dir() else ():
+        try:
+            orjson.loads(file.read_bytes())
+        except ValueError as found:
+            return PrepareError(f'{what}: {file.name} {what_is(file) or f"is cut off, or no JSON ({found})"}')
+    reason = ' '.join(str(error).split()) or repr(error)
+    if 'untagged enum' in reason:  # what tokenizers says of a kind of model or step that it does not know
+        release = f'tokenizers {version("tokenizers")}'
+        reason = f'its tokenizer.json was made by a newer release than {release}, or is spoilt ({reason})'
+    return PrepareError(f'{what}: {reason}')
+
+
 @dataclass(frozen=True)
 class Parent:
-    """The model that will be trained on the data; ``max_seq_len`` is None if its configuration does not say."""
+    """The model that will be trained on the data; ``max_seq_len`` is None if its configuration does not say.
+
+    ``stops`` are the tokens at which it stops, by the file that says it.
+    """
 
     name: str
     path: str
     vocab_size: int
     max_seq_len: int | None
+    stops: dict[str, list[int]]
+
+
+def stop_tokens(path: str) -> dict[str, list[int]]:
+    """The tokens at which a model stops, as ``config.json`` and ``generation_config.json`` say it, by their names.
+
+    Args:
+        path: A Hugging Face name or folder.
+
+    Raises:
+        OSError: If its ``config.json`` cannot be found.
+        ValueError: If one is no JSON.
+    """
+    found = {}
+    for name in ('config.json', 'generation_config.json'):
+        given = _config(path, name).get('eos_token_id')
+        if given is not None:
+            found[name] = given if isinstance(given, list) else [given]
+    return found
+
+
+def _config(path: str, name: str = 'config.json') -> dict[str, Any]:
+    """A configuration, with that of the text part of a model of several; empty if an optional one is not there."""
+    from transformers.utils.hub import cached_file
+
+    file = cached_file(path, name, _raise_exceptions_for_missing_entries=name == 'config.json')
+    config = {} if file is None else json.loads(Path(file).read_text(encoding='utf-8'))
+    return {**config.get('text_config', {}), **config}
 
 
 def find_parent(name: str) -> Parent:
@@ -114,27 +221,31 @@ def find_parent(name: str) -> Parent:
     Raises:
         PrepareError: If there is none.
     """
-    from transformers.utils.hub import cached_file
-
+    path = name
     try:
         path = str(models_of(Path(name))[0]) if Path(name).is_dir() else name
-        file = cached_file(path, 'config.json')
-        assert file is not None
-        config = json.loads(Path(file).read_text(encoding='utf-8'))
+        config = _config(path)
         keys = ('max_position_embeddings', 'max_seq_len', 'n_positions')
         lengths = [config[key] for key in keys if isinstance(config.get(key), int)]
-        return Parent(name, path, int(config['vocab_size']), lengths[0] if lengths else None)
-    except (OSError, ValueError) as error:
-        raise PrepareError(f'--parent {name}: cannot read its configuration: {error}') from error
+        return Parent(name, path, int(config['vocab_size']), lengths[0] if lengths else None, stop_tokens(path))
     except KeyError:
         raise PrepareError(f'--parent {name}: its config.json does not say its vocab_size') from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise unreadable(f'--parent {name}: cannot read its configuration', Path(path), error) from error
 
 
-def find_tokenizer(name: str | None, parent: Parent | None, earlier: Sequence[Earlier]) -> HFTokenizer | None:
+def find_tokenizer(
+    name: str | None,
+    parent: Parent | None,
+    earlier: Sequence[Earlier],
+    bos_text: str | None = None,
+    eos_text: str | None = None,
+) -> HFTokenizer | None:
     """The one tokenizer of everything that was given; none if nothing was.
 
     Raises:
-        PrepareError: If they are not the same tokenizer, or the parent has too few embeddings for it.
+        PrepareError: If they are not the same tokenizer, the parent has too few embeddings for it or stops at another
+            token than documents would end with, or documents of earlier data begin or end otherwise.
     """
     given, hashes = {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -161,4 +272,26 @@ def find_tokenizer(name: str | None, parent: Parent | None, earlier: Sequence[Ea
             f'{first}: its vocabulary of {len(given[first])} is larger than that of --parent {parent.name}, '
             f'{parent.vocab_size}'
         )
+    _check_ends(given[first], document_ends(given[first], bos_text, eos_text), parent, earlier, eos_text is None)
     return given[first]
+
+
+def _check_ends(
+    tokenizer: HFTokenizer, ends: Ends, parent: Parent | None, earlier: Sequence[Earlier], check_parent: bool
+) -> None:
+    start, end = (tokenizer.convert_ids_to_tokens(ids) for ids in (ends.start, ends.end))
+    stops = parent.stops if parent and check_parent else {}
+    if stops and not any(ends.end[-1] in ids for ids in stops.values()):
+        said = ' and '.join(f'{tokenizer.convert_ids_to_tokens(ids)} ({file})' for file, ids in stops.items())
+        raise PrepareError(
+            f'documents would end with {end[-1]!r}, the EOS of the tokenizer, and --parent {parent and parent.name} '
+            f'stops at {said}: it would unlearn to stop; choose one of these tokens with --eos-text'
+        )
+    for data in earlier:
+        record = data.manifest.tokenizer
+        if [record.document_start, record.document_end] != [start, end]:
+            raise PrepareError(
+                f'documents would begin with {start} and end with {end}, and those of --earlier {data.location} begin '
+                f'with {record.document_start} and end with {record.document_end}: choose the same with --bos-text, '
+                '--eos-text'
+            )

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from composer.core.data_spec import DataSpec
 from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
@@ -221,6 +222,21 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
                         f'train_loader.dataset.max_seq_len={self.max_seq_len}, but the data was packed to rows of '
                         f'{length} tokens: set max_seq_len to {length}, or prepare the data again'
                     )
+
+    def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> torch.Tensor:
+        """A row, which llm-foundry would cut; not every converter says in the index how long its rows are."""
+        tokens = sample['tokens']
+        size = (
+            tokens.size
+            if isinstance(tokens, np.ndarray)
+            else len(tokens) // np.dtype(self.token_encoding_type).itemsize
+        )
+        if size != self.max_seq_len:
+            raise StreamError(
+                f'train_loader.dataset.max_seq_len={self.max_seq_len}, but the data holds a row of {size} tokens: set '
+                f'max_seq_len to {size}, or prepare the data again'
+            )
+        return super()._read_binary_tokenized_sample(sample)
 
     def __len__(self) -> int:
         """Samples per rank and epoch."""

@@ -2,7 +2,7 @@
 """Mistakes in tokenizer, vocabulary, row length and held-out data that train without an error and spoil the result.
 
 What data was made of is read from the ``manifest.json`` of ``scripts/prepare_data.py``, beside the dataset's folder.
-Data without one is not looked at any further.
+Of all data, whoever made it, a row is looked at.
 """
 
 import logging
@@ -15,14 +15,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from llmfoundry.models.mpt import MPTConfig
 from llmfoundry.utils.builders import build_tokenizer
+from streaming import Stream as StreamingStream
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cpt_algorithms.checkpoints.exports import exports, folder_of_pretrained
 from cpt_algorithms.files import StorageError, fetch, is_remote, list_names, read_json
-from cpt_algorithms.preparation.tokenizer import hash_tokenizer
+from cpt_algorithms.preparation.tokenizer import hash_tokenizer, stop_tokens
+from cpt_algorithms.replay.mix import Stream, row_length
+from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.stage import Loader, Model, Stage, Tokenizer
 from cpt_algorithms.validation import check_type
@@ -39,16 +43,18 @@ class _Prepared:
     Args:
         root: Folder or URI that holds it.
         tokenizer: Hash of the tokenizer; none if it was hashed otherwise, by an earlier version.
-        max_seq_len: Tokens per row.
         val_fraction: Share of the documents that is held out.
+        ends: The tokens before and behind each document; none if that is not known.
+        chosen: Whether the user chose what a document ends with.
         sources: What it was made of.
         earlier: The same of data whose documents were left out.
     """
 
     root: str
     tokenizer: str | None
-    max_seq_len: int
     val_fraction: float
+    ends: list[list[str]] | None
+    chosen: bool
     sources: list[str]
     earlier: list[list[str]]
 
@@ -61,6 +67,7 @@ class _Stream:
         where: Its key.
         of: Key of its loader.
         loader: The loader.
+        stream: The stream.
         folders: Where its shards lie.
         split: Name of these folders.
         prepared: What is known of it.
@@ -69,6 +76,7 @@ class _Stream:
     where: str
     of: str
     loader: Loader
+    stream: Stream
     folders: frozenset[str]
     split: str
     prepared: _Prepared | None
@@ -90,7 +98,7 @@ def find_data_problems(stage: Stage, parent_is_there: bool, model_is_there: bool
         Problems, each with its key, its value and what would be right.
 
     Cost: reads the manifests, and the parent's tokenizer, also from object storage; half a second of CPU for a
-    vocabulary of 50,000.
+    vocabulary of 50,000. Of data whose index does not say how long its rows are, the smallest shard is downloaded.
     """
     tokenizer = _load(stage.tokenizer) if model_is_there else None
     ours = cache(lambda: None if tokenizer is None else _hash_of(tokenizer))
@@ -100,7 +108,8 @@ def find_data_problems(stage: Stage, parent_is_there: bool, model_is_there: bool
         yield from _parent_problems(stage, ours)
     streams = _read_streams(stage)
     yield from _tokenizer_problems(stage.tokenizer, ours, streams)
-    yield from _length_problems(streams)
+    yield from _row_problems(streams, stage.model)
+    yield from _end_problems(stage, tokenizer, streams)
     yield from _held_out_problems(streams)
 
 
@@ -226,7 +235,8 @@ def _read_streams(stage: Stage) -> list[_Stream]:
             folders = [os.path.join(place, stream.split or '').rstrip('/') for place in places]
             folders = [folder if is_remote(folder) else os.path.realpath(folder) for folder in folders]
             key, split = f'{where}.{name}', os.path.basename(folders[0])
-            streams.append(_Stream(key, where, loader, frozenset(folders), split, _read(key, folders[0], known)))
+            prepared = _read(key, folders[0], known)
+            streams.append(_Stream(key, where, loader, stream, frozenset(folders), split, prepared))
     return streams
 
 
@@ -239,12 +249,14 @@ def _read(where: str, folder: str, known: dict[str, Any]) -> _Prepared | None:
         manifest = known[root]
         if name not in manifest['datasets']:
             raise KeyError(name)
-        request, earlier = manifest['request'], manifest.get('earlier', {})
+        request, earlier, tokenizer = manifest['request'], manifest.get('earlier', {}), manifest['tokenizer']
+        is_new = request['format'] >= 4
         prepared = _Prepared(
             root,
-            manifest['tokenizer']['hash'] if request['format'] >= 3 else None,
-            request['max_seq_len'],
+            tokenizer['hash'] if is_new else None,
             request['val_fraction'],
+            [tokenizer['document_start'], tokenizer['document_end']] if is_new else None,
+            is_new and request['eos_text'] is not None,
             request['datasets'],
             list(earlier.values()) if isinstance(earlier, Mapping) else earlier,
         )
@@ -253,7 +265,7 @@ def _read(where: str, folder: str, known: dict[str, Any]) -> _Prepared | None:
         return None
     place = f'{where}: {root}/manifest.json'
     check_type(f'{place}: tokenizer.hash', prepared.tokenizer, str | None)
-    check_type(f'{place}: request.max_seq_len', prepared.max_seq_len, int)
+    check_type(f'{place}: tokenizer.document_start, document_end', prepared.ends, list[list[str]] | None)
     check_type(f'{place}: request.val_fraction', prepared.val_fraction, float)
     check_type(f'{place}: earlier', earlier, Mapping[str, Any])
     return prepared
@@ -270,17 +282,126 @@ def _tokenizer_problems(tokenizer: Tokenizer, ours: Callable[[], str | None], st
             )
 
 
-def _length_problems(streams: list[_Stream]) -> Iterator[str]:
+def _row_problems(streams: list[_Stream], model: Model) -> Iterator[str]:
+    """What is wrong with a row of each stream, whoever wrote it: rows that are cut are half lost, without a word."""
+    try:
+        vocab_size, _ = _model_sizes(model)
+    except ValueError:  # which has been said
+        vocab_size = None
     for stream in streams:
-        length, rows = stream.loader.dataset.max_seq_len, stream.prepared.max_seq_len if stream.prepared else None
-        if stream.loader.name == 'replay_text' or not length or not rows:
-            continue  # replay_text looks at the shards
-        if rows > length or (stream.trains and rows != length):
+        try:
+            packed, row = _look_at(stream.stream)
+        except Exception as error:  # of any format and storage; that there is no data at all is said by another check
+            log.info('%s: how long its rows are is not known: %r', stream.where, error)
+            continue
+        if row is not None and not row.keys() & {'tokens', 'text'}:
+            yield f'{stream.where}: its rows hold {", ".join(row)}, and llm-foundry reads tokens, or text'
+        if row is None or 'text' in row or 'tokens' not in row:  # text is cut and padded by llm-foundry
+            tokens = None
+        else:
+            tokens, kind = row['tokens'], stream.loader.dataset.given.get('token_encoding_type', 'int64')
+            if isinstance(tokens, bytes):
+                if len(tokens) % np.dtype(kind).itemsize:
+                    yield f'{stream.of}.dataset.token_encoding_type={kind} is not that of the data of {stream.where}'
+                    continue
+                tokens = np.frombuffer(tokens, kind)
+        # of replay_text, preflight has said what an index tells
+        rows = packed if tokens is None else np.size(tokens)
+        length = stream.loader.dataset.max_seq_len
+        if length and rows and (rows > length or (stream.trains and rows != length)):
+            if not (packed and stream.loader.name == 'replay_text'):
+                yield (
+                    f'{stream.of}.dataset.max_seq_len={length}, but the data of {stream.where} was packed to rows of '
+                    f'{rows} tokens, which would be {"cut" if rows > length else "counted for more than they have"}; '
+                    'set it to that, or prepare the data again'
+                )
+        elif (
+            vocab_size
+            and tokens is not None
+            and np.size(tokens)
+            and not 0 <= np.min(tokens) <= np.max(tokens) < vocab_size
+        ):
+            wrong = int(np.min(tokens) if np.min(tokens) < 0 else np.max(tokens))
             yield (
-                f'{stream.of}.dataset.max_seq_len={length}, but the data of {stream.where} was packed to rows of '
-                f'{rows} tokens, which would be {"cut" if rows > length else "counted for more than they have"}; set '
-                'it to that, or prepare the data again'
+                f'{stream.where}: a row holds token {wrong}, and the model has {vocab_size}: the data was made with '
+                f'another tokenizer, or {stream.of}.dataset.token_encoding_type is not that of its bytes'
             )
+
+
+def _look_at(stream: Stream) -> tuple[int | None, dict[str, Any] | None]:
+    """Tokens of each row if the index says it, and a row; none where it lies in object storage and the index says it.
+
+    Raises:
+        Exception: Of many kinds, if it cannot be read.
+    """
+    split = stream.split or ''
+    places = [place for place in (stream.local, stream.remote) if place]
+    here = [place for place in places if not is_remote(place) and (Path(place) / split / 'index.json').exists()]
+    with tempfile.TemporaryDirectory() as cache:
+        if not here:
+            (Path(cache) / split).mkdir(parents=True, exist_ok=True)
+            fetch(f'{os.path.join(places[-1], split).rstrip("/")}/index.json', Path(cache) / split / 'index.json')
+        place = here[0] if here else cache
+        index = ShardIndex.read(Path(place) / split / 'index.json')
+        columns = [dict(zip(kind['column_names'], kind['column_encodings'], strict=True)) for kind in index.kinds]
+        lengths = {row_length(each['tokens']) for each in columns if 'tokens' in each}
+        packed = lengths.pop() if len(lengths) == 1 else None
+        if packed and not here:
+            return packed, None
+        sizes = np.where(index.samples > 0, index.bytes, np.iinfo(np.int64).max)
+        number = int(np.argmin(sizes))
+        shard = index.reader(number, place, split)
+        files = [Path(place) / split / raw.basename for raw, _ in shard.file_pairs]
+        if not all(file.exists() for file in files):  # elsewhere, or compressed
+            options = {'download_retry': 2, 'download_timeout': 60, 'validate_hash': None, 'keep_zip': False}
+            source = StreamingStream(remote=place if here else places[-1], local=cache, split=split, **options)
+            shard = index.reader(number, cache, split)
+            source.prepare_shard(shard)
+        return packed, shard[0]
+
+
+def _end_problems(stage: Stage, tokenizer: PreTrainedTokenizerBase | None, streams: list[_Stream]) -> Iterator[str]:
+    """Documents that begin or end otherwise in other data, or end otherwise than the parent was taught."""
+    known = [(stream, stream.prepared.ends) for stream in streams if stream.prepared and stream.prepared.ends]
+    for stream, ends in known[1:]:
+        first, wanted = known[0]
+        if ends != wanted:
+            said = [f'begin with {" ".join(a) or "their text"} and end with {" ".join(b)}' for a, b in (ends, wanted)]
+            yield (
+                f'{stream.where}: its documents {said[0]}, and those of {first.where} {said[1]}; prepare both with the '
+                'same --bos-text and --eos-text'
+            )
+    name = stage.pretrained_model
+    if name is None or tokenizer is None or stage.load_path:
+        return
+    overrides = stage.model.config_overrides.given
+    try:
+        stops = stop_tokens(name)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        log.info('where the parent %s stops is not known: %s', name, error)
+        return
+    if 'eos_token_id' in overrides:
+        given = overrides['eos_token_id']
+        stops = {'model.config_overrides': [given] if isinstance(given, int) else list(given or ())}
+    words = {file: tokenizer.convert_ids_to_tokens(ids) for file, ids in stops.items() if ids}
+    said = ' and '.join(f'{" ".join(map(str, each))} ({file})' for file, each in words.items())
+    for stream, (_, end) in known:
+        assert stream.prepared
+        if words and not stream.prepared.chosen and not any(end[-1] in each for each in words.values()):
+            yield (
+                f'{stream.where}: its documents end with {end[-1]}, and the parent, '
+                f'model.pretrained_model_name_or_path={name}, stops at {said}: it would unlearn to stop. Prepare the '
+                f'data again with one of these as --eos-text, or, if it is meant to stop at {end[-1]}, set '
+                f'model.config_overrides.eos_token_id to {tokenizer.convert_tokens_to_ids(end[-1])}'
+            )
+    if words and not known and not any(tokenizer.eos_token in each for each in words.values()):
+        log.warning(
+            'tokenizer=%s ends a document with %s, and the parent %s stops at %s: look at what the data has',
+            stage.tokenizer.name,
+            tokenizer.eos_token,
+            name,
+            said,
+        )
 
 
 def _held_out_problems(streams: list[_Stream]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 
 import random
 import tracemalloc
+import unicodedata
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +17,7 @@ from cpt_algorithms.preparation.duplicates import (
     first_occurrences,
     is_held_out,
     near_duplicates,
+    shingles,
     signatures,
 )
 
@@ -87,6 +89,26 @@ def test_a_digest_is_blake2b_of_the_text_and_decides_the_split():
     assert is_held_out(edge, 0.5).tolist() == [True, False]
     assert is_held_out(edge - 2**63 + 2, 1e-19).tolist() == [True, False]  # 1 and 2 of 1.8 in 2**64
     assert digests([]).shape == (0, 2)
+
+
+INVISIBLE = ['\ufeff', '\u200b', '\u200c', '\u200d', '\u2060', '\u00ad', '\u200e', '\ufe0f', '\u034f']
+
+
+@given(words=st.lists(st.sampled_from(['a', 'é', 'Å', 'ñ', '한', '漢', ' ', '\n']), max_size=12), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_what_nobody_sees_makes_no_new_text(words, data):
+    ways = {'\n': ['\n', '\r\n', '\r']}
+    spelled = [
+        data.draw(st.sampled_from(ways.get(word) or [word, unicodedata.normalize('NFD', word)])) for word in words
+    ]
+    marks = data.draw(st.lists(st.tuples(st.integers(0, len(words)), st.sampled_from(INVISIBLE)), max_size=3))
+    for at, mark in sorted(marks, reverse=True):
+        spelled.insert(at, mark)
+    other = ''.join(spelled)
+    one, two = digests([''.join(words), other])
+    if not any(one == '\r' and two == '\n' for one, two in pairwise(spelled)):
+        assert one.tolist() == two.tolist()
+    assert digests([''.join(words) + 'x'])[0].tolist() != two.tolist()
 
 
 def test_exact_repeats_within_and_across_parts_and_earlier_data(tmp_path):
@@ -296,3 +318,29 @@ def test_memory_does_not_grow_with_the_documents(tmp_path):
             tracemalloc.stop()
             assert sum(np.load(path).sum() for path in out) in (size // 4, size - size // 4)
     assert max(peaks) < 1.1 * (1 << 20), peaks
+
+
+@pytest.mark.parametrize(
+    'letters',
+    [''.join(map(chr, range(first, last))) for first, last in ((0x4E00, 0x57B0), (0x3041, 0x3097), (0x0E01, 0x0E2F), (0x1780, 0x17B4), (0x1000, 0x102B))],
+    ids=['Chinese', 'Japanese', 'Thai', 'Khmer', 'Burmese'],
+)  # fmt: skip
+def test_scripts_without_spaces_between_words(letters):
+    """Pairs of 400 letters of which 3 differ share nearly all n-grams; others nothing."""
+    generator = random.Random(5)
+    texts = [generator.choices(letters, k=400) for _ in range(30)]
+    others = [list(text) for text in texts]
+    for other in others:
+        for place in generator.sample(range(400), 3):
+            other[place] = generator.choice(letters)
+    settings = NearDuplicates(threshold=0.7)
+    one, two = (signatures([''.join(text) for text in each], settings) for each in (texts, others))
+    assert (one == two).any(axis=1).mean() > 0.95
+    assert not (one == np.roll(two, 1, axis=0)).any()
+    assert len(set(shingles(''.join(texts[0]), 5))) > 350
+
+
+def test_letters_keep_their_marks():
+    assert list(shingles('हिन्दी कि tiếng Việt', 1)) == ['हिन्दी', 'कि', 'tiếng', 'việt']
+    assert list(shingles('A b, c  D e\nf', 5)) == ['a b c d e', 'b c d e f'] and list(shingles('a b', 5)) == ['a b']
+    assert list(shingles('…', 5)) == ['…']

@@ -34,7 +34,7 @@ from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
 from cpt_algorithms.files import locked_sibling
-from cpt_algorithms.preparation import lm_eval_items, parts, sources
+from cpt_algorithms.preparation import lm_eval_items, parts, reading, sources
 from cpt_algorithms.preparation.duplicates import digests, is_held_out
 from cpt_algorithms.preparation.sources import Source
 from cpt_algorithms.preparation.tokenizer import EOS, hash_tokenizer
@@ -403,7 +403,7 @@ def test_something_else_is_refused(tmp_path, capsys):
     manifest = prepare(out, data)
     manifest['request']['format'] -= 1
     (out / 'manifest.json').write_text(json.dumps(manifest))
-    assert 'format was 2, now 3' in error_of(capsys, out, data)
+    assert 'format was 3, now 4' in error_of(capsys, out, data)
     write_jsonl(tmp_path / 'a.jsonl', make_texts(4))
     assert 'files was {"a": "1 files, ' in error_of(capsys, out, data)
     (out / 'manifest.json').unlink()
@@ -448,7 +448,7 @@ def test_killed_at_any_moment_it_goes_on(small_parts, three_sources, tmp_path, m
         kill_at(moment, (Path, 'rename'), ['--out', str(out), *options])
         assert partial.exists() and not out.exists()
         done = len(list(partial.glob('work/parts/[!.]*')))
-        monkeypatch.setattr(parts, 'read', lambda part: reads.append(part) or read(part))
+        monkeypatch.setattr(parts, 'read', lambda part, broken: reads.append(part) or read(part, broken))
         reads.clear()
         prepare(out, *specs)
         assert len(reads) == num_parts - done
@@ -693,7 +693,7 @@ def test_files_that_are_not_prose_or_code_are_blank(tmp_path):
     contents = {
         'a.py': b'x = 1\n',
         'latin.py': b'\xe9',
-        'large.py': b'#' * (sources.MAX_INSTALLED_BYTES + 1),
+        'large.py': b'#' * (reading.MAX_INSTALLED_BYTES + 1),
         'METADATA': b'Name: x\nVersion: 1\n\n# Readme\n\nBody: text\n',
     }
     for name, data in contents.items():

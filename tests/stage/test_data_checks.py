@@ -5,12 +5,16 @@ import json
 import random
 import shutil
 
+import numpy as np
 import prepare_data
 import pytest
 import tiny
+from streaming import MDSWriter
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from cpt_algorithms.files import write_json
+from cpt_algorithms.replay import ReplayTextDataset
+from cpt_algorithms.replay.streams import StreamError
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import ConfigError
@@ -237,7 +241,7 @@ def test_hugging_face_models_too(roots, tmp_path):
 def test_a_tokenizer_that_is_not_the_pretrained_models(roots, tmp_path):
     sizes = {'hidden_size': 16, 'intermediate_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2}
     for name, vocab_size in (('new', VOCAB), ('other', VOCAB), ('small', VOCAB - 1)):
-        shape = GPTNeoXConfig(vocab_size=vocab_size, max_position_embeddings=16, **sizes)
+        shape = GPTNeoXConfig(vocab_size=vocab_size, max_position_embeddings=16, eos_token_id=0, **sizes)
         GPTNeoXForCausalLM(shape).save_pretrained(tmp_path / name)
         tokenizer = roots['other' if name == 'small' else name] / 'tokenizer'
         shutil.copytree(tokenizer, tmp_path / name, dirs_exist_ok=True)
@@ -276,6 +280,99 @@ def test_rows_of_another_length_in_the_stock_loader(roots, tmp_path):
         {**cfg, 'train_loader': stock(roots['new'], 32)}, {'max_seq_len': 32, 'model': {'max_seq_len': 32}}
     )
     only_problem(longer, 'train_loader.dataset.max_seq_len=32', 'rows of 16 tokens', 'counted for more than they have')
+
+
+def by_others(folder, rows, encoding='ndarray:int32', **options):
+    """Rows of tokens, as another converter writes them."""
+    with MDSWriter(out=str(folder), columns={'tokens': encoding}, **options) as out:
+        for row in rows:
+            out.write({'tokens': row.tobytes() if encoding == 'bytes' else row})
+    return folder
+
+
+@pytest.mark.parametrize('kind', ['replay_text', 'text', 'eval'])
+def test_rows_that_other_converters_made(kind, roots, tmp_path):
+    """Whatever their index says of their length: one row is looked at."""
+
+    def stage(rows, encoding='ndarray:int32', given=None, **options):
+        by_others(folder := tmp_path / str(len(list(tmp_path.iterdir()))), rows, encoding, **options)
+        data, extra = {'local': str(folder), 'split': None}, given or {}
+        if kind == 'replay_text':
+            return config(tmp_path, roots, train_loader={'dataset': {'new': data, **extra}}, max_duration='1ba')
+        stock_loader = {**stock(roots['new'], 16)}
+        stock_loader['dataset'] = {**data, 'max_seq_len': 16, **extra}
+        if kind == 'text':
+            return {**config(tmp_path, roots), 'train_loader': stock_loader}
+        return config(tmp_path, roots, {**stock_loader, 'label': 'x', 'drop_last': False})
+
+    def rows(length, dtype=np.int32, largest=VOCAB - 1):
+        return [np.full(length, largest, dtype)] * 40
+
+    for encoding in ('ndarray:int32', 'ndarray', 'ndarray:int32:32'):
+        for options in ({}, {'compression': 'zstd'}):
+            only_problem(stage(rows(32), encoding, **options), 'to rows of 32 tokens')
+    fine(stage(rows(16)))
+    if kind == 'eval':
+        fine(stage(rows(8)))  # shorter rows are only shorter
+    else:
+        only_problem(stage(rows(8)), 'to rows of 8 tokens')
+    fine(stage(rows(16, np.int64), 'bytes'))
+    fine(stage(rows(16), 'bytes', {'token_encoding_type': 'int32'}))
+    only_problem(stage(rows(16), 'bytes'), 'rows of 8 tokens' if kind != 'eval' else 'holds token ')
+    only_problem(stage(rows(16, largest=VOCAB)), f'a row holds token {VOCAB}, and the model has {VOCAB}')
+    if kind != 'replay_text':
+        return
+    # the row that is looked at is right, and one that is read later is not
+    cfg = stage([*rows(16)[:9], *rows(24)])
+    fine(cfg)
+    dataset = ReplayTextDataset(None, 16, new=cfg['train_loader']['dataset']['new'])
+    with pytest.raises(StreamError, match='max_seq_len=16, but the data holds a row of 24 tokens'):
+        dataset[9]
+
+
+def test_documents_that_begin_or_end_otherwise(roots, tmp_path):
+    """Compared between all data, and of what they end with, with the parent's configuration."""
+    token = json.loads((roots['new'] / 'tokenizer' / 'tokenizer.json').read_text())['model']['vocab']
+    letter, other = '!', token['!']
+    given = ('--tokenizer', str(roots['new'] / 'tokenizer'))
+    ends = {
+        'bos': prepare(tmp_path / 'bos', 7, *given, '--bos-text', letter),
+        'eos': prepare(tmp_path / 'eos', 8, *given, '--eos-text', letter),
+    }
+    for name, said in (('bos', f'begin with {letter} and end with <|'), ('eos', f'their text and end with {letter},')):
+        everything = {**roots, **ends}
+        only_problem(
+            config(tmp_path, everything, evaluator(ends[name])), 'eval_loader[0].dataset: its documents ', said
+        )
+        only_problem(config(tmp_path, everything, old=[name]), f'streams.{name}: its documents ', said)
+        fine(config(tmp_path, everything, evaluator(ends[name]), new=name))
+
+    sizes = {'hidden_size': 16, 'intermediate_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2}
+    GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=VOCAB, max_position_embeddings=16, eos_token_id=other, **sizes)
+    ).save_pretrained(tmp_path / 'model')
+    shutil.copytree(roots['new'] / 'tokenizer', tmp_path / 'model', dirs_exist_ok=True)
+
+    def stage(name, **model):
+        model = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(tmp_path / 'model'), **model}
+        return {**config(tmp_path, {**roots, **ends}, new=name), 'model': model}
+
+    only_problem(stage('new'), 'its documents end with <|endoftext|>, and the parent', 'stops at ! (config.json) and !')
+    fine(stage('eos'))
+    fine(stage('new', pretrained=False))
+    fine(stage('new', config_overrides={'eos_token_id': 0}))
+    generation = tmp_path / 'model' / 'generation_config.json'
+    write_json(generation, {'eos_token_id': [other, 0]})
+    fine(stage('new'))
+    generation.unlink()
+    ends['chosen'] = prepare(tmp_path / 'chosen', 9, *given, '--eos-text', '<|endoftext|>')
+    fine(stage('chosen'))
+    # and before any work
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / 'no', 9, '--parent', str(tmp_path / 'model'), *given)
+    assert not (tmp_path / 'no').exists()
+    made = prepare(tmp_path / 'yes', 9, '--parent', str(tmp_path / 'model'), *given, '--eos-text', letter)
+    assert json.loads((made / 'manifest.json').read_text())['tokenizer']['document_end'] == [letter]
 
 
 def test_training_on_what_is_held_out(roots, tmp_path):
