@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 __all__ = [
+    'NoStoreError',
     'StorageError',
     'check_writable',
     'exists',
@@ -42,6 +43,10 @@ class StorageError(ValueError):
     """Storage that cannot be reached or does not let us in; what is merely not there is no such error."""
 
 
+class NoStoreError(StorageError):
+    """A URI that can lead nowhere, from here or elsewhere."""
+
+
 def is_remote(place: str | Path) -> bool:
     """Whether a place lies in object storage: ``s3://bucket/run``, and whatever else Composer has a store for."""
     return bool(urlparse(str(place)).scheme)
@@ -51,21 +56,22 @@ def is_remote(place: str | Path) -> bool:
 def _store(bucket: str, endpoint: str | None) -> Any:
     """Composer's object store of a bucket at an endpoint; making one takes a tenth of a second."""
     from composer.utils import maybe_create_object_store_from_uri
-    from composer.utils.file_helpers import BACKEND_TO_OBJECT_STORE_FACTORY
 
-    try:
-        return maybe_create_object_store_from_uri(bucket)
-    except NotImplementedError:
-        known = ', '.join(f'{scheme}://' for scheme in sorted({*BACKEND_TO_OBJECT_STORE_FACTORY, 'dbfs'}))
-        raise ValueError(f'Composer has no store for this scheme; it has {known}') from None
+    return maybe_create_object_store_from_uri(bucket)
 
 
 @contextmanager
 def _storage(uri: str | Path) -> Iterator[tuple[Any, str]]:
     """The object store of a URI, and the name in it."""
     from composer.utils import parse_uri  # Composer takes seconds to import
+    from composer.utils.file_helpers import BACKEND_TO_OBJECT_STORE_FACTORY
 
-    name = parse_uri(str(uri))[2]
+    scheme, bucket, name = parse_uri(str(uri))
+    known = {*BACKEND_TO_OBJECT_STORE_FACTORY, 'dbfs'}
+    if scheme not in known:
+        raise NoStoreError(f'{uri}: Composer has no store for {scheme}://; it has {", ".join(sorted(known))}')
+    if not bucket and scheme != 'dbfs':
+        raise NoStoreError(f'{uri} names no bucket: {scheme}://BUCKET/FOLDER')
     try:
         store = _store(str(uri).removesuffix(name), os.environ.get('S3_ENDPOINT_URL'))
         try:

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument('checkpoint', help="a trunk's checkpoint, local or a URI")
     parser.add_argument('overrides', nargs='*', help='key=value: t_anneal, anneal, alpha_f, and of the YAML')
     parser.add_argument('--dry-run', action='store_true', help='check everything, print phases and cost, and stop')
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from cpt_algorithms.cost.tables import print_stage
     from cpt_algorithms.sequence.branches import branch_of

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument('yaml', help='an llm-foundry train YAML')
     parser.add_argument('overrides', nargs='*', help='key=value, as for llmfoundry train')
     parser.add_argument('--dry-run', action='store_true', help='check everything, print phases and cost, and stop')
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from cpt_algorithms.cost.tables import print_stage
     from cpt_algorithms.stage.run import check_or_exit, train_stage

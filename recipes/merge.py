@@ -24,7 +24,7 @@ def main() -> None:
     """Average, evaluate, export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('yaml', help='a train YAML with variables.merge')
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from cpt_algorithms.sequence.merge import merge_stage
     from cpt_algorithms.stage.stage import Stage

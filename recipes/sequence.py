@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpt_algorithms.launch.processes import refuse_launcher
+
 if TYPE_CHECKING:
     from cpt_algorithms.report.page import Report
 
@@ -57,6 +59,7 @@ def summary_of(report: 'Report', arm: str) -> dict[str, float]:
 def main() -> None:
     """Read, check, print the plan, run, report."""
     arguments = parse(sys.argv[1:])
+    refuse_launcher('; the ranks of each run are `nproc` in the YAML')
     is_plan = arguments.dry_run or arguments.write
 
     from rich.console import Console

@@ -5,8 +5,13 @@ import ctypes
 import os
 import platform
 import signal
+import sys
 
-__all__ = ['die_with_launcher', 'die_with_parent']
+__all__ = ['OF_A_LAUNCHER', 'die_with_launcher', 'die_with_parent', 'refuse_launcher']
+
+# What a launcher tells each of its processes, and what that says of one that is alone.
+_ALONE = {'RANK': '0', 'LOCAL_RANK': '0', 'NODE_RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_WORLD_SIZE': '1'}
+OF_A_LAUNCHER = (*_ALONE, 'BASE_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 
 
 def die_with_parent() -> None:
@@ -19,3 +24,18 @@ def die_with_launcher() -> None:
     """The same for a rank of a launcher: killed, it must not train on beside the restarted run."""
     if 'LOCAL_RANK' in os.environ:
         die_with_parent()
+
+
+def refuse_launcher(remedy: str = '') -> None:
+    """Exit if this process was started as one of several ranks, each of which would do all the work.
+
+    Args:
+        remedy: What to do if several were wanted. Default: ``''``.
+    """
+    found = {key: os.environ[key] for key, alone in _ALONE.items() if os.environ.get(key, alone) != alone}
+    if found:
+        sys.exit(
+            f'{", ".join(f"{key}={value}" for key, value in found.items())} in the environment: '
+            f'{os.path.basename(sys.argv[0])} is one process. Start it with python, not with composer or torchrun, '
+            f'or unset what the platform has set ({" ".join(found)}){remedy}'
+        )

@@ -26,7 +26,7 @@ from urllib.parse import parse_qsl
 
 import orjson
 
-from cpt_algorithms.validation import nearest
+from cpt_algorithms.validation import nearest, with_home
 
 __all__ = ['INSTALLED', 'Part', 'PrepareError', 'Source', 'check_documents', 'find_files', 'parse_sources', 'read']
 
@@ -65,7 +65,7 @@ class Source:
         match = re.fullmatch(r'([^=]*)=([^:]*):(.+)', spec, re.DOTALL)
         if not match:
             raise PrepareError(f'--dataset {spec!r}: expected NAME=KIND:TARGET, such as german=jsonl:german.jsonl')
-        names, kind, target = match.groups()
+        names, kind, target = with_home(list(match.groups()))
         dataset, slash, name = names.partition('/')
         for part in (dataset, name) if slash else (dataset,):
             if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', part) or part in RESERVED:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.files import read_json, write_json
 from cpt_algorithms.launch.processes import die_with_parent
+from cpt_algorithms.launch.wandb_runs import environment_of_children
 from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate, write_record
 from cpt_algorithms.stage.stage import Merge, Stage
 
@@ -68,7 +69,8 @@ def _average(merge: Merge, out: Path, kind: str, script: Path) -> None:
     how = ['--last', str(merge.last), '--every', str(merge.every), '--weights', merge.weights]
     command = [sys.executable, str(script), merge.of, *how, '--to', kind, '--out', str(out)]
     # left alone, it would have a restart refused, which makes the same
-    if subprocess.run(command, check=False, preexec_fn=die_with_parent).returncode:
+    done = subprocess.run(command, check=False, preexec_fn=die_with_parent, env=environment_of_children(os.environ))
+    if done.returncode:
         sys.exit(f'the checkpoints of {merge.of} could not be averaged')
 
 

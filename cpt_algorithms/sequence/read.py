@@ -17,6 +17,7 @@ from cpt_algorithms.sequence.scale import scale_file, scaled
 from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.sequence.sweep import expand_trials, sequence_of, trials_of
 from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import with_home
 
 __all__ = ['load_yaml', 'read_sequence', 'with_caches']
 
@@ -34,7 +35,7 @@ def load_yaml(words: Sequence[str]) -> dict[str, Any]:
     try:
         given, changes = read_yaml(words[0]), OmegaConf.from_cli(list(words[1:]))
         if scale := _unresolved(OmegaConf.merge(given, changes)).get('scale'):
-            then, now = _unresolved(given), _unresolved(read_yaml(scale_file(str(scale), Path(words[0]))))
+            then, now = _unresolved(given), _unresolved(read_yaml(scale_file(with_home(str(scale)), Path(words[0]))))
             then.pop('scale', None)
             given = OmegaConf.create(scaled(then, now))
         whole: Any = OmegaConf.to_container(OmegaConf.merge(given, changes), resolve=True)

@@ -62,6 +62,8 @@ class _Stream:
         of: Key of its loader.
         loader: The loader.
         folders: Where its shards lie.
+        remote: Where they come from, if they are copied.
+        cache: Where they are copied to, or read.
         split: Name of these folders.
         prepared: What is known of it.
     """
@@ -70,6 +72,8 @@ class _Stream:
     of: str
     loader: Loader
     folders: frozenset[str]
+    remote: str | None
+    cache: str
     split: str
     prepared: _Prepared | None
 
@@ -99,6 +103,7 @@ def find_data_problems(stage: Stage, parent_is_there: bool) -> Iterator[str]:
     streams = _read_streams(stage)
     yield from _tokenizer_problems(stage.tokenizer, ours, streams)
     yield from _length_problems(streams)
+    yield from _cache_problems(streams)
     yield from _held_out_problems(streams)
 
 
@@ -224,7 +229,9 @@ def _read_streams(stage: Stage) -> list[_Stream]:
             folders = [os.path.join(place, stream.split or '').rstrip('/') for place in places]
             folders = [folder if is_remote(folder) else os.path.realpath(folder) for folder in folders]
             key, split = f'{where}.{name}', os.path.basename(folders[0])
-            streams.append(_Stream(key, where, loader, frozenset(folders), split, _read(key, folders[0], known)))
+            remote = folders[0] if stream.remote and stream.remote != stream.local else None
+            prepared = _read(key, folders[0], known)
+            streams.append(_Stream(key, where, loader, frozenset(folders), remote, folders[-1], split, prepared))
     return streams
 
 
@@ -278,6 +285,18 @@ def _length_problems(streams: list[_Stream]) -> Iterator[str]:
                 f'{stream.of}.dataset.max_seq_len={length}, but the data of {stream.where} was packed to rows of '
                 f'{rows} tokens, which would be {"cut" if rows > length else "counted for more than they have"}; set '
                 'it to that, or prepare the data again'
+            )
+
+
+def _cache_problems(streams: list[_Stream]) -> Iterator[str]:
+    """Streaming wants a folder for each stream of a loader, and for each that is copied."""
+    first: dict[str, _Stream] = {}
+    for stream in streams:
+        other = first.setdefault(stream.cache, stream)
+        if other is not stream and (other.of == stream.of or other.remote or stream.remote):
+            yield (
+                f'{other.where}.local and {stream.where}.local are one folder, {stream.cache}, and one would be read '
+                'in place of the other; give each a folder of its own'
             )
 
 

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
+from urllib.parse import urlparse
 
 import torch
 from accelerate import init_empty_weights
@@ -30,6 +31,7 @@ from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
 from llmfoundry.utils.registry_utils import import_file
 from pydantic import Field
 from streaming import StreamingDataset
+from streaming.base.storage.download import DOWNLOADER_MAPPINGS
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -40,6 +42,7 @@ from cpt_algorithms.checkpoints.open import load_structure, open_checkpoint, rea
 from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
 from cpt_algorithms.evaluation.suite import check_suite, load_suite
 from cpt_algorithms.files import (
+    NoStoreError,
     StorageError,
     check_writable,
     exists,
@@ -54,6 +57,7 @@ from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.mix import Stream, row_length
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, ReplayTextDataset
 from cpt_algorithms.replay.shard_index import ShardIndex
+from cpt_algorithms.replay.streams import differs
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.record import read_record
@@ -150,7 +154,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
             problems.extend(error.problems)
         except ValueError as error:
             problems.append(str(error))
-            unseen += [str(error)] if isinstance(error, StorageError) else []
+            unseen += [str(error)] if isinstance(error, StorageError) and not isinstance(error, NoStoreError) else []
         except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
             unreadable.append(f'the YAML is not of the form llm-foundry reads: {error!r}')
     if problems or unreadable:
@@ -429,7 +433,7 @@ def _check_saving(stage: Stage) -> None:
     try:
         names = list_names(folder) if is_remote(folder) else [path.name for path in Path(folder).glob('ep*-ba*')]
     except StorageError as error:
-        raise StorageError(f'save_folder: {error}') from None
+        raise type(error)(f'save_folder: {error}') from None
     if is_remote(folder) and stage.save_num_checkpoints_to_keep != -1:
         log.warning(
             'save_num_checkpoints_to_keep=%s: Composer deletes nothing from object storage; let a lifecycle rule of '
@@ -449,28 +453,44 @@ def _check_saving(stage: Stage) -> None:
             )
 
 
+def _check_remote(key: str, remote: str) -> None:
+    """Refuse a place that Streaming can have nothing from."""
+    scheme, netloc = urlparse(remote)[:2]
+    known = [f'{each}://' for each in DOWNLOADER_MAPPINGS if each]
+    if scheme not in DOWNLOADER_MAPPINGS:
+        raise ValueError(f'{key}={remote}: Streaming reads nothing from {scheme}://; {nearest(f"{scheme}://", known)}')
+    if scheme not in ('', 'dbfs', 'alipan') and not netloc:
+        raise ValueError(f'{key}={remote} names no bucket: {scheme}://BUCKET/FOLDER')
+
+
 def _index_of(stream: Stream) -> tuple[int, set[str]] | None:
     """Samples and encodings; None if only training can tell: a store that is not Composer's, or a very large index."""
     split = stream.split or ''
-    places = [place for place in (stream.local, stream.remote) if place and not is_remote(place)]
-    for place in places:
-        index = Path(place) / split / 'index.json'
-        if index.exists():
-            return _summary(ShardIndex.read(index))
-    looked_for = [str(Path(place) / split / 'index.json') for place in places]
-    if stream.remote and is_remote(stream.remote):
-        if not stream.remote.startswith(('s3://', 'gs://', 'oci://', 'azure://')):
-            return None
-        index = '/'.join(part for part in (stream.remote.rstrip('/'), split, 'index.json') if part)
-        try:
-            if size_of(index) > _LARGEST_INDEX:
-                return None
-            with tempfile.TemporaryDirectory() as here:
-                fetch(index, Path(here) / 'index.json')
-                return _summary(ShardIndex.read(Path(here) / 'index.json'))
-        except FileNotFoundError:
-            looked_for.append(index)
-    raise FileNotFoundError(' or '.join(looked_for))
+    here = Path(stream.local, split, 'index.json') if stream.local else None
+    if not stream.remote or stream.remote == stream.local:
+        if here is None or not here.exists():
+            raise FileNotFoundError(here)
+        return _summary(ShardIndex.read(here))
+    there = '/'.join(part for part in (stream.remote.rstrip('/'), split, 'index.json') if part)
+    cached = here if here is not None and here.exists() else None
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(there)
+        if is_remote(there):
+            if not there.startswith(('s3://', 'gs://', 'oci://', 'azure://')):
+                return _summary(ShardIndex.read(cached)) if cached else None
+            try:
+                size = size_of(there)
+                if size > _LARGEST_INDEX and (cached is None or cached.stat().st_size == size):
+                    return _summary(ShardIndex.read(cached)) if cached else None
+                copy = Path(folder, 'index.json')
+                fetch(there, copy)
+            except FileNotFoundError:
+                raise FileNotFoundError(there) from None
+        elif not copy.exists():
+            raise FileNotFoundError(there)
+        if cached and (problem := differs(cached, copy.read_bytes(), there)):
+            raise ValueError(problem)
+        return _summary(ShardIndex.read(copy))
 
 
 def _summary(index: ShardIndex) -> tuple[int, set[str]]:
@@ -481,6 +501,8 @@ def _sizes_of(streams: Mapping[str, Stream], where: str, max_seq_len: int | None
     """Samples of each stream; None if that is not known here."""
     sizes: dict[str, int | None] = {}
     for name, stream in streams.items():
+        if stream.remote:
+            _check_remote(f'{where}.{name}.remote', stream.remote)
         if stream.remote and stream.local not in (None, stream.remote):
             check_writable(
                 f'{where}.{name}.local',
@@ -493,7 +515,9 @@ def _sizes_of(streams: Mapping[str, Stream], where: str, max_seq_len: int | None
         except FileNotFoundError as error:
             raise ValueError(f'{where}.{name}: there is no dataset; looked for {error}') from None
         except StorageError as error:
-            raise StorageError(f'{where}.{name}: {error}') from None
+            raise type(error)(f'{where}.{name}: {error}') from None
+        except ValueError as error:
+            raise ValueError(f'{where}.{name}: {error}') from None
         if sizes[name] == 0:
             raise ValueError(f'{where}.{name}: the dataset is empty')
         lengths = {row_length(code) for code in encodings} - {None, max_seq_len}
@@ -629,7 +653,7 @@ def _check_parent(stage: Stage) -> None:
     except FileNotFoundError as hint:
         raise ValueError(f'load_path={path} does not exist{hint}') from None
     except StorageError as error:
-        raise StorageError(f'load_path: {error}') from None
+        raise type(error)(f'load_path: {error}') from None
     except UnsafeCheckpointError as error:
         raise ValueError(f'load_path={path}: {error}; {TRUST}') from None
     except Exception as error:
