@@ -40,6 +40,7 @@ from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
 from cpt_algorithms.checkpoints.guard import TRUST
 from cpt_algorithms.checkpoints.open import load_structure, open_checkpoint, read_metadata
 from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
+from cpt_algorithms.duration import Duration
 from cpt_algorithms.evaluation.suite import check_suite, load_suite
 from cpt_algorithms.files import (
     NoStoreError,
@@ -72,6 +73,7 @@ from cpt_algorithms.stage.stage import (
     Tokenizer,
 )
 from cpt_algorithms.validation import ConfigError, Section, check_keys, check_path, check_type, nearest, short_repr
+from cpt_algorithms.weight_averaging.averaged_weights import AveragedWeights
 
 __all__ = ['PreflightError', 'model_on_meta', 'preflight', 'tokenizer_of']
 
@@ -125,6 +127,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         *(lambda where=where, loader=loader: _check_loader(where, loader) for where, loader in stage.loaders),
         lambda: _check_scheduler(stage),
         lambda: _check_callbacks(stage.callbacks),
+        lambda: stage.batches is None or _check_ends(stage, stage.batches),
         lambda: tokenizer_of(stage.tokenizer),
         lambda: _check_batch_size(stage, world_size),
         lambda: _check_averages(stage, world_size),
@@ -143,7 +146,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         ),
         *(lambda name=name: problems or _check_algorithm(name, stage) for name in stage.algorithms),
         lambda: problems or _check_optimizer(stage.optimizer),
-        lambda: problems or _check_model(json.dumps(dict(stage.model.given))),
+        lambda: problems or _check_model(stage),
     ]
     unreadable: list[str] = []  # what a check stumbled over is mostly what another has named
     unseen: list[str] = []
@@ -269,7 +272,7 @@ def _check_scheduler(stage: Stage) -> None:
 
 
 def _check_callbacks(callbacks: Callbacks) -> None:
-    for name in ('stage_start', 'final_loss', 'forgetting', 'ema', 'lawa'):
+    for name in ('stage_start', 'final_loss', 'forgetting', 'ema', 'lawa', 'branch_points'):
         section: Section | None = getattr(callbacks, name)
         if section is not None:
             try:
@@ -279,6 +282,31 @@ def _check_callbacks(callbacks: Callbacks) -> None:
             except ValueError as error:
                 where = '' if f'callbacks.{name}' in str(error) else f'callbacks.{name}: '
                 raise ValueError(f'{where}{error}') from None
+
+
+def _check_ends(stage: Stage, batches: int) -> None:
+    """Refuse what would come after the end of the stage, and so never, without a word."""
+    ends = f'and the stage ends after batch {batches}'
+    # in batches, if only now that is known of epochs
+    total = Duration(batches, 'ba') if stage.batches is None else stage.max_duration
+    for name in ('ema', 'lawa'):
+        section: Section | None = getattr(stage.callbacks, name)
+        if section is None or section.given.get('resume_after'):  # a branch has its trunk's
+            continue
+        try:
+            average = build_callback(name, section.arguments)
+        except (TypeError, ValueError):  # which has been named
+            continue
+        assert isinstance(average, AveragedWeights)
+        first = average.first_update(total, stage.global_train_batch_size, stage.max_seq_len)
+        if first > batches:
+            raise ValueError(
+                f'callbacks.{name}: with start={average.start}, interval={average.interval} the first average is that '
+                f'after batch {first}, {ends}: choose smaller ones, or leave {name} out'
+            )
+    points = stage.callbacks.branch_points
+    if points is not None and max(points.at, default=0) > batches:
+        raise ValueError(f'callbacks.branch_points.at={points.at}, {ends}')
 
 
 def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
@@ -299,10 +327,22 @@ def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
         raise kind(f'tokenizer={dict(tokenizer.given)} cannot be loaded: {first_line}') from None
 
 
+def _check_model(stage: Stage) -> None:
+    """Ask the model itself, also for the metrics that are looked for."""
+    known = _metrics_of(json.dumps(dict(stage.model.given)))
+    for name in ('final_loss', 'forgetting') if stage.eval_loader else ():
+        section: Section | None = getattr(stage.callbacks, name)
+        metric = section.given.get('metric') if section is not None else None
+        if metric is not None and metric not in known:
+            raise ValueError(
+                f'callbacks.{name}.metric={short_repr(metric)} is not measured of this model; {nearest(metric, known)}'
+            )
+
+
 @lru_cache  # the runs of a sequence have mostly the same
-def _check_model(section: str) -> None:
-    """Ask the model itself."""
-    model_on_meta(Model.model_validate(json.loads(section)))  # embeddings cannot grow without memory: no tokenizer
+def _metrics_of(model: str) -> list[str]:
+    # embeddings cannot grow without memory: no tokenizer
+    return list(model_on_meta(Model.model_validate(json.loads(model))).get_metrics(is_train=False))
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
@@ -556,6 +596,7 @@ def _check_data(stage: Stage, parent_is_there: bool) -> None:
             raise ValueError(f'{where}={checkpoint} does not exist')
     if stage.batches is None:
         samples = int(stage.max_duration.value) * mix.interleaving.slots_in_one_pass(sizes['new'])
+        _check_ends(stage, samples // stage.global_train_batch_size)
     else:
         samples = stage.batches * stage.global_train_batch_size
     max_passes = exact_fraction('train_loader.dataset.max_passes', dataset.max_passes)
