@@ -14,7 +14,7 @@ everything that a restart needs is there and not on this machine.
 import argparse
 import sys
 
-from cpt_algorithms.launch.processes import die_with_launcher
+from cpt_algorithms.launch.processes import die_with_launcher, run_command
 
 if __name__ == '__main__':
     die_with_launcher()
@@ -43,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

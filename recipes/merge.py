@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cpt_algorithms.launch.processes import die_with_launcher
+from cpt_algorithms.launch.processes import die_with_launcher, run_command
 
 if __name__ == '__main__':
     die_with_launcher()
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_algorithms.launch.processes import refuse_launcher
+from cpt_algorithms.launch.processes import refuse_launcher, run_command
 
 if TYPE_CHECKING:
     from cpt_algorithms.report.page import Report
@@ -123,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.files import StorageError, is_remote
-from cpt_algorithms.launch.processes import refuse_launcher
+from cpt_algorithms.launch.processes import refuse_launcher, run_command
 from cpt_algorithms.weight_averaging.offline.select import AverageError, Found, find, latest, windows_of
 from cpt_algorithms.weight_averaging.offline.storage import download, refuse_existing, require_disk, upload_result
 
@@ -214,4 +214,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == '__main__':
     refuse_launcher()
-    main()
+    run_command(main)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from prepare_data import OneLineParser
 
-from cpt_algorithms.launch.processes import refuse_launcher
+from cpt_algorithms.launch.processes import refuse_launcher, run_command
 
 
 def positive(text: str) -> int:
@@ -74,4 +74,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == '__main__':
     refuse_launcher()
-    main()
+    run_command(main)

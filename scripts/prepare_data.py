@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cpt_algorithms.files import StorageError, is_remote, locked_sibling
-from cpt_algorithms.launch.processes import refuse_launcher
+from cpt_algorithms.launch.processes import refuse_launcher, run_command
 from cpt_algorithms.preparation.engines import make_engine
 from cpt_algorithms.preparation.manifest import Manifest, find_earlier, find_prepared
 from cpt_algorithms.preparation.options import DEFAULT_DATASETS, Options, make_request, sample_length
@@ -157,4 +157,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == '__main__':
     refuse_launcher()
-    main()
+    run_command(main)

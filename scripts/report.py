@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cpt_algorithms.launch.processes import refuse_launcher
+from cpt_algorithms.launch.processes import refuse_launcher, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,4 +36,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == '__main__':
     refuse_launcher()
-    main()
+    run_command(main)

@@ -6,8 +6,10 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
-__all__ = ['OF_A_LAUNCHER', 'die_with_launcher', 'die_with_parent', 'refuse_launcher']
+__all__ = ['OF_A_LAUNCHER', 'die_with_launcher', 'die_with_parent', 'refuse_launcher', 'run_command']
 
 # What a launcher tells each of its processes, and what that says of one that is alone.
 _ALONE = {'RANK': '0', 'LOCAL_RANK': '0', 'NODE_RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_WORLD_SIZE': '1'}
@@ -39,3 +41,13 @@ def refuse_launcher(remedy: str = '') -> None:
             f'{os.path.basename(sys.argv[0])} is one process. Start it with python, not with composer or torchrun, '
             f'or unset what the platform has set ({" ".join(found)}){remedy}'
         )
+
+
+def run_command(main: Callable[[], Any]) -> None:
+    """Run the main function of a command; control-C ends it in one line, with the exit code that a shell expects."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        name = os.path.basename(sys.argv[0])
+        sys.stderr.write(f'{name}: interrupted; what is finished is kept, and the same command goes on\n')
+        sys.exit(128 + signal.SIGINT)

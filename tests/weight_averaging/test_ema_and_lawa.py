@@ -427,6 +427,7 @@ def test_bad_settings_are_refused_before_training(data, tmp_path, averages, word
 
 def test_epochs_are_as_long_as_the_data(data, tmp_path):
     cfg = config(tmp_path, data, 'epochs', averages={'lawa': {'interval': '100ba'}}, max_duration='2ep')
+    cfg['scheduler'] = {'name': 'rewarm_cosine', 't_warmup': '0.1dur'}
     cfg['train_loader']['dataset']['max_passes'] = 2
     preflight(Stage.from_yaml(cfg))  # 50 batches each
     cfg['callbacks']['lawa']['interval'] = '101ba'
