@@ -171,7 +171,7 @@ class _Loop:
         except Timeout:
             if run.name not in self.elsewhere:
                 self.elsewhere.add(run.name)
-                self._print(f'{run.name}: waiting for another process that trains it: {holder_of(lock)}')
+                self._print(f'{run.name}: waiting for {holder_of(lock)}, which trains it')
         except OSError as error:
             self.failed.append(run.name)
             self._print(f'{run.name}: failed: {error.filename}: {error.strerror}')
@@ -208,9 +208,8 @@ class _Loop:
         reason = how_it_ended(returncode, lines)
         if reason and (batch := _progress_of(run)):
             latest = newest_complete(run.folder)[0]
-            reason += f' The log ends at batch {batch}; ' + (
-                f'{latest} is the latest saved.' if latest else 'none is saved.'
-            )
+            saved = f'that of batch {latest} is the latest checkpoint' if latest else 'there is no checkpoint'
+            reason += f' The log ends at batch {batch}; {saved}.'
         tail = stopped[-1:] or [*lines[-12:], *filter(None, [reason])]
         try:
             write_json(run.folder / 'failed.json', {'returncode': returncode, 'log': tail})
