@@ -44,10 +44,13 @@ def refuse_launcher(remedy: str = '') -> None:
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run the main function of a command; control-C ends it in one line, with the exit code that a shell expects."""
+    """Run the main function of a command; control-C ends it as SIGTERM does, in one line, with the code 130."""
     try:
         main()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:  # Composer makes the latter of both signals
+        code = 130 if isinstance(end, KeyboardInterrupt) else end.code
+        if code not in (130, 143):
+            raise
         name = os.path.basename(sys.argv[0])
         sys.stderr.write(f'{name}: interrupted; what is finished is kept, and the same command goes on\n')
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(code)
