@@ -69,6 +69,7 @@ setup(
         'numpy',
         'omegaconf>=2.3,<3',
         'orjson>=3',
+        'psutil',
         'pyarrow',
         'pydantic>=2.10,<3',
         'regex',

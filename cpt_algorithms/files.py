@@ -5,10 +5,14 @@ Whatever asks object storage raises StorageError if it cannot be reached or does
 """
 
 import json
+import logging
 import os
+import platform
+import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,26 +24,40 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 __all__ = [
+    'NoStoreError',
     'StorageError',
     'check_writable',
     'exists',
     'fetch',
     'hidden_sibling',
+    'holder_of',
     'is_remote',
     'list_names',
     'locked_sibling',
     'read_json',
     'read_or_none',
     'read_yaml',
+    'remove_partials',
     'size_of',
+    'take',
     'upload',
     'write_atomic',
     'write_json',
 ]
 
 
+log = logging.getLogger(__name__)
+
+# Seconds to wait for a lock without a word.
+_PATIENCE = 10.0
+
+
 class StorageError(ValueError):
     """Storage that cannot be reached or does not let us in; what is merely not there is no such error."""
+
+
+class NoStoreError(StorageError):
+    """A URI that can lead nowhere, from here or elsewhere."""
 
 
 def is_remote(place: str | Path) -> bool:
@@ -51,21 +69,22 @@ def is_remote(place: str | Path) -> bool:
 def _store(bucket: str, endpoint: str | None) -> Any:
     """Composer's object store of a bucket at an endpoint; making one takes a tenth of a second."""
     from composer.utils import maybe_create_object_store_from_uri
-    from composer.utils.file_helpers import BACKEND_TO_OBJECT_STORE_FACTORY
 
-    try:
-        return maybe_create_object_store_from_uri(bucket)
-    except NotImplementedError:
-        known = ', '.join(f'{scheme}://' for scheme in sorted({*BACKEND_TO_OBJECT_STORE_FACTORY, 'dbfs'}))
-        raise ValueError(f'Composer has no store for this scheme; it has {known}') from None
+    return maybe_create_object_store_from_uri(bucket)
 
 
 @contextmanager
 def _storage(uri: str | Path) -> Iterator[tuple[Any, str]]:
     """The object store of a URI, and the name in it."""
     from composer.utils import parse_uri  # Composer takes seconds to import
+    from composer.utils.file_helpers import BACKEND_TO_OBJECT_STORE_FACTORY
 
-    name = parse_uri(str(uri))[2]
+    scheme, bucket, name = parse_uri(str(uri))
+    known = {*BACKEND_TO_OBJECT_STORE_FACTORY, 'dbfs'}
+    if scheme not in known:
+        raise NoStoreError(f'{uri}: Composer has no store for {scheme}://; it has {", ".join(sorted(known))}')
+    if not bucket and scheme != 'dbfs':
+        raise NoStoreError(f'{uri} names no bucket: {scheme}://BUCKET/FOLDER')
     try:
         store = _store(str(uri).removesuffix(name), os.environ.get('S3_ENDPOINT_URL'))
         try:
@@ -190,9 +209,18 @@ def write_atomic(place: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:  # a full disk says neither which file nor leaves room for half of it
+    except BaseException as error:  # also of control-C
         partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError):  # a full disk says neither which file nor leaves room for half of it
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what :func:`write_atomic` leaves in a folder if it is killed, unless it is younger than a minute."""
+    for path in folder.glob('.*'):
+        if re.fullmatch(r'\..+\.[0-9a-f]{8}', path.name) and abs(time.time() - path.stat().st_mtime) > 60:
+            path.unlink(missing_ok=True)
 
 
 def write_json(place: str | Path, value: Any) -> None:
@@ -220,6 +248,43 @@ def check_writable(key: str, folder: str, advice: str) -> None:
         raise StorageError(f'{key}: {there} is no folder; {advice}')
     if not os.access(there, os.W_OK | os.X_OK):
         raise StorageError(f'{key}: {there} cannot be written to; {advice}')
+
+
+def holder_of(lock: Any) -> str:
+    """Who has a lock that was taken with :func:`take`: process, run, since when."""
+    try:
+        return '{what} (process {pid} on {host}, since {since})'.format(**(read_json(f'{lock.lock_file}.json') or {}))
+    except (OSError, ValueError, LookupError, AttributeError):
+        return 'another process'
+
+
+def take(lock: Any, what: str, timeout: float = -1) -> None:
+    """Take a lock of ``filelock`` and leave beside it, in ``<lock>.json``, who has it. Who waits says for whom.
+
+    Args:
+        lock: The lock.
+        what: For what it is taken, such as the name of a run.
+        timeout: Seconds to wait. Default: ``-1``, for ever.
+
+    Raises:
+        filelock.Timeout: If another process has it for so long.
+    """
+    from filelock import Timeout
+
+    said, end = '', time.monotonic() + timeout
+    while True:
+        left = end - time.monotonic() if timeout >= 0 else _PATIENCE
+        try:
+            lock.acquire(timeout=max(0.0, min(left, _PATIENCE)))
+            break
+        except Timeout:
+            if timeout >= 0 and time.monotonic() >= end:
+                raise
+        if (holder := holder_of(lock)) != said:
+            said = holder
+            log.warning('%s: waiting for %s, which has %s', what, holder, lock.lock_file)
+    since = time.strftime('%Y-%m-%d %H:%M:%S')
+    write_json(f'{lock.lock_file}.json', {'what': what, 'pid': os.getpid(), 'host': platform.node(), 'since': since})
 
 
 @contextmanager

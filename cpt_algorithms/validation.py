@@ -6,10 +6,12 @@ coerced. :func:`check_type` is the same for a single value and a Python annotati
 """
 
 import copy
+import re
 from collections import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from reprlib import Repr
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -39,8 +41,10 @@ __all__ = [
     'nearest',
     'parse_section',
     'short_repr',
+    'with_home',
 ]
 
+_HOME = re.compile(r'^(~|\$HOME)(?=/|$)')
 _short = Repr()
 _short.maxstring = _short.maxother = 80
 
@@ -106,6 +110,7 @@ def parse_section(kind: type[Kind], given: Any, where: str = '') -> Kind:
         ConfigError: With everything that is wrong.
     """
     check_yaml_scalars(given, where)
+    given = with_home(given)
     try:
         return kind.model_validate(given)
     except ValidationError as error:
@@ -165,6 +170,19 @@ def _unknown(path: str, key: Any, allowed: Iterable[str]) -> str:
     return f'{path} is not a key that anything reads; {nearest(key, allowed)}'
 
 
+def with_home(value: Any) -> Any:
+    """What was read, with the home folder for a ``~`` or ``$HOME`` that a text begins with, as a shell reads it.
+
+    Args:
+        value: Mappings and lists in each other; stays as it is.
+    """
+    if isinstance(value, Mapping):
+        return {key: with_home(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [with_home(each) for each in value]
+    return _HOME.sub(lambda _: str(Path.home()), value) if isinstance(value, str) else value
+
+
 def check_yaml_scalars(value: Any, where: str = '') -> None:
     """Refuse what YAML can say and no part of a YAML here means: keys that are no text, and OmegaConf's ``???``.
 
@@ -205,7 +223,9 @@ def check_path(key: str, value: Any) -> None:
 
 
 def fits_on_a_disk(path: str) -> str:
-    """Refuse a path with a name that no disk can hold."""
+    """Refuse a path with a name that no disk can hold, or that begins as only a shell can read it."""
+    if path.startswith(('~', '$')):
+        raise ValueError('only ~/ and $HOME/ are filled in; write ${oc.env:NAME} for another variable of the shell')
     if any(len(part.encode()) > 255 for part in path.split('/')):
         raise ValueError('a name on a disk has at most 255 bytes')
     return path

@@ -14,7 +14,7 @@ everything that a restart needs is there and not on this machine.
 import argparse
 import sys
 
-from cpt_algorithms.launch.processes import die_with_launcher
+from cpt_algorithms.launch.processes import die_with_launcher, run_command
 from cpt_algorithms.quiet import ignore_known_warnings
 
 if __name__ == '__main__':
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument('yaml', help='an llm-foundry train YAML')
     parser.add_argument('overrides', nargs='*', help='key=value, as for llmfoundry train')
     parser.add_argument('--dry-run', action='store_true', help='check everything, print phases and cost, and stop')
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     ignore_known_warnings()
 
     from cpt_algorithms.cost.tables import print_stage
@@ -45,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cpt_algorithms.launch.processes import die_with_launcher
+from cpt_algorithms.launch.processes import die_with_launcher, run_command
 from cpt_algorithms.quiet import ignore_known_warnings
 
 if __name__ == '__main__':
@@ -25,7 +25,7 @@ def main() -> None:
     """Average, evaluate, export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('yaml', help='a train YAML with variables.merge')
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     ignore_known_warnings()
 
     from cpt_algorithms.sequence.merge import merge_stage
@@ -39,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

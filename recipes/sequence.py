@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpt_algorithms.launch.processes import refuse_launcher, run_command
 from cpt_algorithms.quiet import ignore_known_warnings
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def main() -> None:
     """Read, check, print the plan, run, report."""
     arguments = parse(sys.argv[1:])
     ignore_known_warnings()
+    refuse_launcher('; the ranks of each run are `nproc` in the YAML')
     is_plan = arguments.dry_run or arguments.write
 
     from rich.console import Console
@@ -123,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.files import StorageError, is_remote
+from cpt_algorithms.launch.processes import refuse_launcher, run_command
 from cpt_algorithms.weight_averaging.offline.select import AverageError, Found, find, latest, windows_of
 from cpt_algorithms.weight_averaging.offline.storage import download, refuse_existing, require_disk, upload_result
 
@@ -204,7 +205,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         run(options)
     except (AverageError, CheckpointError, StorageError, OSError) as error:
@@ -212,4 +213,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    refuse_launcher()
+    run_command(main)

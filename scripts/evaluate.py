@@ -28,6 +28,8 @@ from pathlib import Path
 
 from prepare_data import OneLineParser
 
+from cpt_algorithms.launch.processes import refuse_launcher, run_command
+
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
@@ -71,4 +73,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    refuse_launcher()
+    run_command(main)

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='+', metavar='FOLDER', help='folders with runs below them, local or URIs')
     parser.add_argument('--json', action='store_true', help='print the trees as JSON')
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     from rich.console import Console
     from rich.markup import escape
     from rich.tree import Tree

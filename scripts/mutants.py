@@ -50,7 +50,7 @@ def main() -> None:
     """Test the mutants, and compare the survivors with those that are explained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='*', metavar='NAME', help="such as 'cpt_algorithms.replay.*' (default: all)")
-    given = parser.parse_args().names
+    given = parser.parse_intermixed_args().names
     shutil.rmtree('mutants', ignore_errors=True)
     subprocess.run([MUTMUT, 'run', *given], check=True)
     results = dict(line.strip().split(': ') for line in mutmut('results').splitlines())

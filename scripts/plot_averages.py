@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument('--window', type=int, default=100, help='last batches whose mean is the loss to reach')
     parser.add_argument('--spike', type=int, help='batch of a jump: also show the highest loss in a window after it')
     parser.add_argument('--out', type=Path, default=Path('averages.png'))
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     groups = read([run for run in arguments.runs if run.is_dir()], arguments.dataset)
     console = Console()
     console.width = max(console.width, 110)  # also where it is not a terminal

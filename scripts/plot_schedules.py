@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         'inputs', nargs='+', metavar='YAML | key=value', help='train YAMLs, then overrides for all of them'
     )
     parser.add_argument('--out', type=Path, default=Path('schedule.png'), help='the picture (default: schedule.png)')
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     paths = [Path(text) for text in args.inputs if '=' not in text]
     if not paths:
         parser.error('no YAML given')

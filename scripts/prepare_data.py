@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cpt_algorithms.files import StorageError, is_remote, locked_sibling
+from cpt_algorithms.launch.processes import refuse_launcher, run_command
 from cpt_algorithms.preparation.engines import make_engine
 from cpt_algorithms.preparation.manifest import Manifest, find_earlier, find_prepared
 from cpt_algorithms.preparation.options import DEFAULT_DATASETS, Options, make_request, sample_length
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = make_parser()
     try:
-        run(parse_section(Options, vars(parser.parse_args(arguments))))
+        run(parse_section(Options, vars(parser.parse_intermixed_args(arguments))))
     except ConfigError as error:
         named = [re.sub(r'^\w+', lambda key: f'--{key[0].replace("_", "-")}', problem) for problem in error.problems]
         parser.error('; '.join(named))
@@ -174,4 +175,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    refuse_launcher()
+    run_command(main)

@@ -12,13 +12,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from cpt_algorithms.launch.processes import refuse_launcher, run_command
+
 
 def main(argv: list[str] | None = None) -> None:
     """Read, write, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='sequence folders or run folders')
     parser.add_argument('--out', type=Path, help='folder to write to (default: the first RUN)')
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     # so that --help answers at once
     from rich.console import Console
 
@@ -33,4 +35,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    refuse_launcher()
+    run_command(main)

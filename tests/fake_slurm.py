@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Slurm whose nodes are all this machine: sbatch, srun, sacct, scontrol and scancel, as far as submitit uses them.
+"""A Slurm whose nodes are all this machine: sbatch, srun, squeue, scontrol and scancel, as far as they are used.
 
 A job is a folder entry ``<id>.state``, ``<id>.sh`` and, while it runs, ``<id>.tasks``. While there is a file ``hold``,
-jobs stay in the queue.
+jobs stay in the queue; while there is ``deaf``, squeue does not answer.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 FOLDER = Path(os.environ.get('FAKE_SLURM', '.'))
-TOOLS = ('sbatch', 'srun', 'sacct', 'scontrol', 'scancel')
+TOOLS = ('sbatch', 'srun', 'squeue', 'scontrol', 'scancel')
 
 
 def install(folder: Path) -> dict[str, str]:
@@ -154,12 +154,12 @@ def kill(job: str) -> None:
     send(processes, signal.SIGKILL)
 
 
-def sacct(*words: str) -> None:
-    known = states(FOLDER)
-    print('JobID|State|NodeList')
-    for option, job in zip(words, words[1:], strict=False):
-        if option == '-j' and job in known:
-            print(f'{job}|{known[job]}|localhost\n{job}.batch|{known[job]}|localhost')
+def squeue(*words: str) -> None:
+    assert words[:2] == ('--noheader', '--states=all') and words[3] == '--format=%i|%T', words
+    if (FOLDER / 'deaf').exists():
+        sys.exit('slurm_load_jobs error: Unable to contact slurm controller (connect failure)')
+    for job, value in states(FOLDER).items():
+        print(f'{job}|{value.split()[0]}')
 
 
 if __name__ == '__main__':

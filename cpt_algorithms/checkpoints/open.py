@@ -33,6 +33,7 @@ __all__ = [
     'Chunk',
     'TensorOnDisk',
     'dataset_state_of',
+    'entry_of',
     'files_of',
     'load_entry',
     'load_structure',
@@ -552,6 +553,15 @@ def _open_sharded(folder: Path) -> Checkpoint:
         words.get('integrations') or {},
         _plain(words.get('metadata')),
     )
+
+
+def entry_of(folder: str | Path, key: str) -> Any:
+    """An entry of a sharded checkpoint that is no tensor.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    return _Entries(Path(folder)).read(key)
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run is started: on this machine, as a Slurm job, or by hand with the command that is printed."""
 
+import logging
 import os
 import platform
 import shlex
@@ -28,6 +29,8 @@ from cpt_algorithms.validation import Section, check_keys, check_type, parse_sec
 
 __all__ = ['Handle', 'LaunchError', 'Resources', 'Start', 'command', 'resources_of', 'make_launcher']
 
+log = logging.getLogger(__name__)
+
 # submitit's, of its executor and not of a job.
 _OF_THE_EXECUTOR = ('slurm_max_num_timeout', 'slurm_python')
 _ONE_TASK = 'cannot be chosen: each node has one task, which starts nproc ranks; leave it out'
@@ -41,8 +44,13 @@ _SET_HERE = {
     'slurm_job_name': "is the run's; leave it out",
     'slurm_time': 'is called timeout_min here, and is in minutes',
 }
-# A job that sacct does not know yet was submitted less than these seconds ago.
-_UNKNOWN_FOR = 600
+# How squeue calls a job that is over; whatever else it says is of one that is not: SUSPENDED, REQUEUE_HOLD, ...
+_OVER = (
+    'BOOT_FAIL', 'CANCELLED', 'COMPLETED', 'DEADLINE', 'FAILED', 'LAUNCH_FAILED', 'NODE_FAIL', 'OUT_OF_MEMORY',
+    'PREEMPTED', 'RECONFIG_FAIL', 'REVOKED', 'TIMEOUT', 'gone',
+)  # fmt: skip
+# Seconds for which an answer of squeue, about all jobs of this user, holds.
+_ASK = 10
 # Seconds by which a file may show up on a shared file system later than the end of the job that wrote it.
 _LAG = 20
 # Seconds between two looks at the files of a job.
@@ -127,7 +135,8 @@ def make_launcher(resources: Resources, jobs: int, cluster: str = 'slurm') -> St
     * On this machine: a process that writes ``log.txt`` and dies with this one; without a GPU, of one rank, forked from
       one that has made the imports.
     * With ``slurm``: a job of its own, whose files are in ``slurm/``. It lives on if this process ends; started again,
-      a run whose job is queued or running is not submitted twice but waited for.
+      a run whose job is queued, running or suspended is not submitted twice but waited for. While Slurm does not
+      answer, no run fails and none is submitted.
 
     Args:
         resources: Where the ranks are.
@@ -147,9 +156,11 @@ def make_launcher(resources: Resources, jobs: int, cluster: str = 'slurm') -> St
             return partial(_fork, _environment(jobs, 1))
         return partial(_start_here, resources.nproc, jobs)
     if cluster == 'slurm':
-        for tool in ('sbatch', 'srun', 'sacct', 'scontrol'):
+        for tool in ('sbatch', 'srun', 'squeue', 'scontrol'):
             if shutil.which(tool) is None:
                 raise ValueError(f'slurm: {tool} is not on this machine; start the sequence where Slurm jobs can be')
+        if _QUEUE.ask() is None:
+            raise ValueError(f'slurm: squeue does not answer, so jobs could not be waited for: {_QUEUE.error}')
     return partial(_submit, resources, cluster)
 
 
@@ -163,10 +174,10 @@ def _start_here(nproc: int, jobs: int, script: Path, folder: Path) -> Handle:
     # one rank needs no launcher, whose start costs seconds
     arguments = launcher_arguments(1, nproc, '0', '127.0.0.1', '')
     launcher = ['-m', 'composer.cli.launcher', *arguments] if nproc > 1 else []
-    with open(folder / 'log.txt', 'ab') as log:
+    with open(folder / 'log.txt', 'ab') as file:
         process = subprocess.Popen(
             [sys.executable, *launcher, str(script), str(folder / 'run.yaml')],
-            stdout=log,
+            stdout=file,
             stderr=subprocess.STDOUT,
             env=_environment(jobs, nproc),
             preexec_fn=die_with_parent if platform.system() == 'Linux' else None,
@@ -188,7 +199,7 @@ def _submit(resources: Resources, cluster: str, script: Path, folder: Path) -> H
     assert resources.slurm is not None, 'the caller looks'
     folder = folder.resolve()
     jobs = folder / 'slurm'
-    if (job := _living(jobs)) is not None:
+    if cluster == 'slurm' and (job := _living(jobs)) is not None:
         return Handle(f'Slurm job {job.job_id}, found again', _Job(job, folder).poll)
     of_executor = {key: value for key, value in resources.slurm.items() if key in _OF_THE_EXECUTOR}
     parameters = {key: value for key, value in resources.slurm.items() if key not in _OF_THE_EXECUTOR}
@@ -209,22 +220,60 @@ def _submit(resources: Resources, cluster: str, script: Path, folder: Path) -> H
         job = executor.submit(node).task(0)
     except (FailedJobError, FailedSubmissionError) as error:
         raise LaunchError(f'{folder.name}: Slurm has refused the job: {" ".join(str(error).split())}') from None
+    _QUEUE.ask()  # what it said before is of a time without this job
     return Handle(f'Slurm job {job.job_id}, which goes on without this process', _Job(job, folder).poll)
 
 
+class _Queue:
+    """What ``squeue`` says of this user's jobs. Slurm's controller always knows; accounting (``sacct``) may be off."""
+
+    def __init__(self) -> None:
+        self.error = ''
+        self._asked = -float(_ASK)
+        self._states: dict[str, str] | None = None
+
+    def ask(self) -> dict[str, str] | None:
+        """The state of each job; None if there is no answer."""
+        self._asked, before = time.monotonic(), self._states
+        command = ['squeue', '--noheader', '--states=all', f'--user={os.getuid()}', '--format=%i|%T']
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+            self._states = dict(line.strip().split('|', 1) for line in said.splitlines() if '|' in line)
+        except (OSError, subprocess.SubprocessError) as error:
+            self._states = None
+            self.error = ' '.join(f'{error} {getattr(error, "stderr", None) or ""}'.split())
+            if before is not None:
+                log.warning('squeue does not answer; until it does, jobs are taken to go on: %s', self.error)
+        return self._states
+
+    def state_of(self, job: submitit.Job[Any]) -> str | None:
+        """Of one job, ``gone`` if Slurm has forgotten it; None if that is not known. Asks if the answer is old."""
+        if not isinstance(job, submitit.SlurmJob):
+            return 'gone' if job.done() else 'RUNNING'
+        states = self.ask() if time.monotonic() > self._asked + _ASK else self._states
+        return None if states is None else states.get(job.job_id, 'gone')
+
+
+_QUEUE = _Queue()
+
+
 def _living(jobs: Path) -> submitit.Job[Any] | None:
-    """The job of a run that is queued or running."""
+    """The job of a run that is queued, running or suspended.
+
+    Raises:
+        LaunchError: If Slurm does not say.
+    """
     # submitit writes <job>_submitted.pkl after sbatch, and a job without it ends by itself: no job is lost if the
     # process that submits is killed in between
     submitted = sorted(jobs.glob('*_submitted.pkl'), key=lambda path: path.stat().st_mtime)
     if not submitted:
         return None
     job = submitit.SlurmJob(folder=jobs, job_id=submitted[-1].name.removesuffix('_submitted.pkl'))
-    is_new = abs(time.time() - submitted[-1].stat().st_mtime) < _UNKNOWN_FOR  # the clock may have been set back
-    ended = returncode_file(jobs, job.job_id)
-    is_over = job.watcher.is_done(job.job_id, mode='force')
-    if is_over or (job.state == 'UNKNOWN' and (not is_new or ended.exists())):
+    if (states := _QUEUE.ask()) is None:
+        raise LaunchError(f'{jobs.parent.name}: whether Slurm job {job.job_id} goes on is not known: {_QUEUE.error}')
+    if states.get(job.job_id, 'gone') in _OVER:
         return None
+    ended = returncode_file(jobs, job.job_id)
     if (read_json(ended) or {}).get('returncode'):
         ended.unlink()  # it was requeued since
     return job
@@ -246,13 +295,15 @@ class _Job:
         left = read_json(returncode_file(self.folder / 'slurm', self.job.job_id))
         if left is not None:
             return left['returncode']
-        if not self.job.done():
+        state = _QUEUE.state_of(self.job)
+        if state not in _OVER:  # nor if it is not known
+            self._over_since = None
             return None
         self._over_since = self._over_since or time.monotonic()
         if time.monotonic() - self._over_since < _LAG:
             return None
         said = self.job.paths.stderr
         lines = said.read_text(errors='replace').splitlines()[-8:] if said.exists() else []
-        with open(self.folder / 'log.txt', 'a', encoding='utf-8') as log:
-            print(f'Slurm job {self.job.job_id} is over ({self.job.state}); {said}:', *lines, sep='\n', file=log)
+        with open(self.folder / 'log.txt', 'a', encoding='utf-8') as file:
+            print(f'Slurm job {self.job.job_id} is over ({state}); {said}:', *lines, sep='\n', file=file)
         return 1

@@ -5,8 +5,15 @@ import ctypes
 import os
 import platform
 import signal
+import sys
+from collections.abc import Callable
+from typing import Any
 
-__all__ = ['die_with_launcher', 'die_with_parent']
+__all__ = ['OF_A_LAUNCHER', 'die_with_launcher', 'die_with_parent', 'refuse_launcher', 'run_command']
+
+# What a launcher tells each of its processes, and what that says of one that is alone.
+_ALONE = {'RANK': '0', 'LOCAL_RANK': '0', 'NODE_RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_WORLD_SIZE': '1'}
+OF_A_LAUNCHER = (*_ALONE, 'BASE_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 
 
 def die_with_parent() -> None:
@@ -19,3 +26,31 @@ def die_with_launcher() -> None:
     """The same for a rank of a launcher: killed, it must not train on beside the restarted run."""
     if 'LOCAL_RANK' in os.environ:
         die_with_parent()
+
+
+def refuse_launcher(remedy: str = '') -> None:
+    """Exit if this process was started as one of several ranks, each of which would do all the work.
+
+    Args:
+        remedy: What to do if several were wanted. Default: ``''``.
+    """
+    found = {key: os.environ[key] for key, alone in _ALONE.items() if os.environ.get(key, alone) != alone}
+    if found:
+        sys.exit(
+            f'{", ".join(f"{key}={value}" for key, value in found.items())} in the environment: '
+            f'{os.path.basename(sys.argv[0])} is one process. Start it with python, not with composer or torchrun, '
+            f'or unset what the platform has set ({" ".join(found)}){remedy}'
+        )
+
+
+def run_command(main: Callable[[], Any]) -> None:
+    """Run the main function of a command; control-C ends it as SIGTERM does, in one line, with the code 130."""
+    try:
+        main()
+    except (KeyboardInterrupt, SystemExit) as end:  # Composer makes the latter of both signals
+        code = 130 if isinstance(end, KeyboardInterrupt) else end.code
+        if code not in (130, 143):
+            raise
+        name = os.path.basename(sys.argv[0])
+        sys.stderr.write(f'{name}: interrupted; what is finished is kept, and the same command goes on\n')
+        sys.exit(code)

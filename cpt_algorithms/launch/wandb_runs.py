@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from cpt_algorithms.launch.processes import OF_A_LAUNCHER
+
 __all__ = ['environment_of_children', 'trial_run']
 
 # What wandb.init takes for its own: the agent's run, sweep and parameters, and the service process of the sequence.
@@ -13,8 +15,8 @@ _OF_THE_TRIAL = ('WANDB_RUN_ID', 'WANDB_SWEEP_ID', 'WANDB_SWEEP_PARAM_PATH', 'WA
 
 
 def environment_of_children(environ: Mapping[str, str]) -> dict[str, str]:
-    """An environment in which each training process opens a W&B run of its own."""
-    return {key: value for key, value in environ.items() if key not in _OF_THE_TRIAL}
+    """An environment in which each training process opens a W&B run of its own, and has no launcher but its own."""
+    return {key: value for key, value in environ.items() if key not in (*_OF_THE_TRIAL, *OF_A_LAUNCHER)}
 
 
 @contextmanager

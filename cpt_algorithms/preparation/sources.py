@@ -31,7 +31,7 @@ from cpt_algorithms.preparation.reading import (
     text_of,
     why,
 )
-from cpt_algorithms.validation import nearest
+from cpt_algorithms.validation import nearest, with_home
 
 __all__ = [
     'INSTALLED',
@@ -75,7 +75,7 @@ class Source:
         match = re.fullmatch(r'([^=]*)=([^:]*):(.+)', spec, re.DOTALL)
         if not match:
             raise PrepareError(f'--dataset {spec!r}: expected NAME=KIND:TARGET, such as german=jsonl:german.jsonl')
-        names, kind, target = match.groups()
+        names, kind, target = with_home(list(match.groups()))
         dataset, slash, name = names.partition('/')
         for part in (dataset, name) if slash else (dataset,):
             if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', part) or part in RESERVED:

@@ -17,18 +17,19 @@ from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any, NoReturn
+from typing import Any
 
+import psutil
 from botocore.exceptions import ClientError, FlexibleChecksumError, NoCredentialsError
 from streaming import Stream
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
-from streaming.base.distributed import barrier
 from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.hashing import get_hash, is_hash
 from streaming.base.shared.prefix import _get_path, _unpack_locals
 from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from torch import distributed as dist
 
 __all__ = ['ResilientStream', 'StreamError']
 
@@ -46,7 +47,7 @@ TRACKER_DELAY = 1.0
 HASHES = ('xxh3_64', 'xxh3_128', 'xxh64', 'xxh128', 'xxh32', 'blake2b', 'sha1', 'md5')
 SHARED_MEMORY = Path('/dev/shm')
 # What a killed run leaves: our partial files, boto's beside them, Streaming's own.
-PARTIAL = re.compile(r'^(shard\..*|index\.json)\.(part(\.\w{8})?|tmp)$')
+PARTIAL = re.compile(r'^(shard\..*|index\.json)\.(part(\.\w{8})?|tmp(\.part(\.\w{8})?)?)$')
 
 # Open files that lock the cache folders of this process, until it ends.
 _claimed_folders: dict[str, list[Any]] = {}
@@ -61,6 +62,10 @@ class StreamError(RuntimeError):
     def __init__(self, message: str) -> None:
         # PyTorch puts the traceback before it if it came from a DataLoader worker
         super().__init__(message.rpartition('StreamError: ')[2].strip())
+
+
+class _InUseError(StreamError):
+    """A cache folder of another run."""
 
 
 @cache
@@ -141,11 +146,15 @@ def _stale_shared_memory(folder: str) -> dict[int, list[str]]:
     return found
 
 
-def _raise_in_use(folder: str, user: str) -> NoReturn:
-    raise StreamError(
-        f"the cache folder {folder} is in use by {user}: two runs would delete each other's shards. "
-        'Stop that run, or give this one a folder of its own (local: ...), one per node'
-    )
+def _is_alive(holder: str) -> bool:
+    """Whether a process that :func:`_lock` wrote down is seen from here, and runs."""
+    found = re.fullmatch(r'process (\d+) on (.*)', holder)
+    if found is None or found[2] != socket.gethostname():
+        return False
+    try:
+        return psutil.Process(int(found[1])).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _lock(path: Path, folder: str, deadline: float) -> Any:
@@ -157,9 +166,11 @@ def _lock(path: Path, folder: str, deadline: float) -> Any:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            if time.monotonic() >= deadline:
-                file.seek(0)
-                _raise_in_use(folder, file.read() or 'another run')
+            file.seek(0)
+            holder = file.read()
+            # of one that was killed, the workers may hold it for some seconds more
+            if time.monotonic() >= deadline or _is_alive(holder):
+                raise _InUseError(f'the cache folder {folder} is in use by {holder or "another run"}') from None
             time.sleep(0.1)
         except OSError as error:
             raise StreamError(
@@ -186,7 +197,7 @@ def _remove_stale_shared_memory(folder: str, deadline: float) -> None:
             log.info('removed the shared memory of a killed run that used %s', folder)
             return
         if time.monotonic() >= deadline:
-            _raise_in_use(folder, f'process {pids[0]} on {socket.gethostname()}')
+            raise _InUseError(f'the cache folder {folder} is in use by process {pids[0]} on {socket.gethostname()}')
         time.sleep(0.1)
 
 
@@ -206,6 +217,35 @@ def _claim_folder(folder: str) -> None:
         for leaf in filter(PARTIAL.search, leaves):
             os.remove(os.path.join(root, leaf))
     _claimed_folders[folder] = held
+
+
+def _claim_free_one(local: str, split: str) -> str:
+    """Reserve ``local``, or the first of ``local-run2``, ``local-run3``, ... that no other run uses."""
+    place, number = local, 1
+    while True:
+        try:
+            _claim_folder(os.path.abspath(os.path.join(place, split)))
+            return place
+        except _InUseError as error:
+            number += 1
+            place = f'{local}-run{number}'
+            log.warning("%s: two runs would delete each other's shards, so this one caches in %s", error, place)
+
+
+def differs(cached: Path, content: bytes, source: str) -> str | None:
+    """What is wrong with a cache that was filled from other data than the remote holds now; None if nothing.
+
+    Args:
+        cached: The ``index.json`` of the cache.
+        content: That of the remote.
+        source: Where that is.
+    """
+    if cached.read_bytes() == content:
+        return None
+    return (
+        f'the cache folder {cached.parent} holds other data than {source} says: the dataset was replaced since. Empty '
+        'the cache folder or set local to another; to train on the old data, if all of it is there, leave remote out'
+    )
 
 
 def _read_or_raise(shard: Reader, error: StreamError, sample: int) -> bytes:
@@ -234,8 +274,9 @@ class ResilientStream(Stream):
       Files that the cache already holds are not verified again.
     * A failed download raises where its first row is read, in the process that reads it; it does not end the epoch, and
       other workers and ranks do not wait for it.
-    * The cache folder (``local/split``) belongs to one run on one node at a time. Leftovers of a killed run, in shared
-      memory or half downloaded, are removed.
+    * A cache folder (``local/split``) belongs to one run on one node at a time; a second run on the same machine caches
+      in ``<local>-run2``, and says so. Leftovers of a killed run, in shared memory or half downloaded, are removed.
+    * A cache whose index is not the remote's, because the dataset was replaced, is refused.
 
     Streams without ``remote`` are read where they are, by any number of runs.
 
@@ -247,9 +288,10 @@ class ResilientStream(Stream):
         stream: Streaming's own: ``remote``, ``local``, ``split``, ``download_timeout``, ``keep_zip``, ...
 
     Raises:
-        StreamError: If the data cannot be read, or another run uses the cache folder.
+        StreamError: If the data cannot be read, or the cache holds other data than the remote.
 
-    Cost: hashing a downloaded file, about 0.1 ms per MB, and waiting until it is on disk, both in the background.
+    Cost: the index is downloaded at each start. Hashing a downloaded file, about 0.1 ms per MB, and waiting until it is
+    on disk, both in the background.
     """
 
     def __init__(
@@ -279,12 +321,25 @@ class ResilientStream(Stream):
         return os.path.abspath(os.path.join(self.local, self.split))
 
     def claim(self, world: World) -> None:
-        """Reserve the cache folder for this run, and download the index. All ranks call it at once."""
+        """Reserve a cache folder for this run, and see that its index is the remote's. All ranks call it at once."""
         if self.is_cache and world.is_local_leader:
-            _claim_folder(self.folder)
-            if not os.path.exists(os.path.join(self.folder, get_index_basename())):
-                self._download_file(get_index_basename())
-        barrier()
+            self.local = _claim_free_one(self.local, self.split)
+            self._check_index()
+        if dist.is_available() and dist.is_initialized():  # the ranks of a node share its leader's
+            of_ranks: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(of_ranks, self.local)
+            self.local = of_ranks[world.rank - world.rank_of_node]
+
+    def _check_index(self) -> None:
+        index = Path(self.folder, get_index_basename())
+        if not index.exists():
+            self._download_file(index.name)
+            return
+        now = Path(self._download_file(index.name, f'{index.name}.tmp'))
+        problem = differs(index, now.read_bytes(), os.path.join(self.remote or '', self.split, index.name))
+        now.unlink()
+        if problem:
+            raise StreamError(problem)
 
     def check_hashes(self, offered: Iterable[Sequence[str]]) -> None:
         """Refuse a ``validate_hash`` that the index does not offer for each shard."""
@@ -372,7 +427,7 @@ class ResilientStream(Stream):
             log.warning('%s arrived corrupt (%s); downloading it again', source, problem)
         raise StreamError(
             f'{source} is corrupt: {problem}, after {1 + CORRUPT_RETRY} downloads. Upload it again; if the dataset was '
-            f'replaced, empty the cache folder {self.folder}, whose index.json is older'
+            f'replaced since this run started, empty the cache folder {self.folder}, whose index.json is older'
         )
 
     def _download(self, source: str, part: str) -> None:

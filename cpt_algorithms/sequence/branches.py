@@ -76,8 +76,8 @@ def annealed(
 ) -> dict[str, Any]:
     """The YAML of a run that anneals a trunk's learning rate, from a checkpoint of it to the end.
 
-    It is an ordinary stage: it keeps the optimizer's state, starts at the trunk's learning rate, and reads on in the
-    trunk's data behind what that has read.
+    It is an ordinary stage: it keeps the optimizer's state, starts at the trunk's learning rate, reads on in the
+    trunk's data behind what that has read, and goes on with the trunk's averages.
 
     Args:
         trunk: The trunk.
@@ -110,6 +110,9 @@ def annealed(
         if each.get('save_folder') == trunk.save_folder:
             each['save_folder'] = save_folder
     callbacks['stage_start'] = {'optimizer_state': 'keep'}
+    for name in ('ema', 'lawa'):  # of the trunk, which go on
+        if name in callbacks and getattr(trunk.callbacks, name):
+            callbacks[name]['resume_after'] = checkpoint
     if 'forgetting' in callbacks:
         # of the stage as a whole: against what its trunk started from
         losses = f'{trunk.save_folder}/forgetting.json'

@@ -4,6 +4,7 @@
 import copy
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -506,15 +507,22 @@ def _placed(config: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _track(config: dict[str, Any], sequence: str, stage: str, arm: str, seed: int) -> None:
-    """W&B runs that can be grouped by sequence, stage, arm and seed; what the YAML says itself stays."""
+    """W&B runs grouped by sequence, stage, arm and seed; what the YAML says stays, and then what the shell says."""
     if 'wandb' not in (config.get('loggers') or {}):
         return
     project = re.sub(r'[/\\#?%:]', '_', sequence)[:128]  # W&B takes no others
-    given = {'project': project, 'group': sequence, **(config['loggers']['wandb'] or {})}
-    given['tags'] = [*(given.get('tags') or []), *(tag[:64] for tag in (stage, arm, f'seed {seed}'))]
+    shell = {key: os.environ.get(f'WANDB_{key}') for key in ('PROJECT', 'RUN_GROUP', 'TAGS', 'JOB_TYPE')}
+    ours = {'project': shell['PROJECT'] or project, 'group': shell['RUN_GROUP'] or sequence}
+    given = {**ours, **(config['loggers']['wandb'] or {})}
+    tags = given.get('tags') or [tag.strip() for tag in (shell['TAGS'] or '').split(',') if tag.strip()]
+    given['tags'] = [*tags, *(tag[:64] for tag in (stage, arm, f'seed {seed}'))]
     grouped = {'sequence': sequence, 'stage': stage, 'arm': arm, 'seed': seed}
     init = given.get('init_kwargs') or {}
-    given['init_kwargs'] = {'job_type': stage, **init, 'config': {**grouped, **(init.get('config') or {})}}
+    given['init_kwargs'] = {
+        'job_type': shell['JOB_TYPE'] or stage,
+        **init,
+        'config': {**grouped, **(init.get('config') or {})},
+    }
     config['loggers'] = {**config['loggers'], 'wandb': given}
 
 

@@ -13,8 +13,9 @@ from llmfoundry.utils.config_utils import EVAL_CONFIG_KEYS
 from omegaconf import OmegaConf
 
 from cpt_algorithms.checkpoints.guard import guard_loading
-from cpt_algorithms.files import write_json
+from cpt_algorithms.files import holder_of, remove_partials, take, write_json
 from cpt_algorithms.launch.processes import die_with_parent
+from cpt_algorithms.launch.wandb_runs import environment_of_children
 from cpt_algorithms.stage.record import done_with
 from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate, write_record
 from cpt_algorithms.stage.stage import Merge, Stage
@@ -45,9 +46,10 @@ def merge_stage(stage: Stage, average_script: Path) -> None:
         dist.initialize_dist(get_device(None), timeout=timeout)
     if rank_zero:
         try:
-            lock.acquire(timeout=30)
+            take(lock, folder.name, timeout=30)
         except Timeout:
-            sys.exit(f'save_folder={folder}: another process is at work there; wait for it or stop it')
+            sys.exit(f'save_folder={folder}: {holder_of(lock)} is at work there; wait for it or stop it')
+        remove_partials(folder)
         write_record(stage)
         _average(merge, checkpoint, 'pt', average_script)
         _average(merge, folder / 'huggingface' / f'ba{merge.batch}', 'hf', average_script)
@@ -69,7 +71,8 @@ def _average(merge: Merge, out: Path, kind: str, script: Path) -> None:
     how = ['--last', str(merge.last), '--every', str(merge.every), '--weights', merge.weights]
     command = [sys.executable, str(script), merge.of, *how, '--to', kind, '--out', str(out)]
     # left alone, it would have a restart refused, which makes the same
-    if subprocess.run(command, check=False, preexec_fn=die_with_parent).returncode:
+    done = subprocess.run(command, check=False, preexec_fn=die_with_parent, env=environment_of_children(os.environ))
+    if done.returncode:
         sys.exit(f'the checkpoints of {merge.of} could not be averaged')
 
 
@@ -85,7 +88,7 @@ def _measure_losses(stage: Stage, checkpoint: Path) -> None:
     config['model'] = {**given['model'], 'use_train_metrics': True}
     config |= {'tokenizer': given['tokenizer'], 'load_path': str(checkpoint), 'log_config': False}
     if os.environ.get('LOCAL_RANK', '0') == '0':
-        DATASETS_LOCK.acquire()
+        take(DATASETS_LOCK, f'{stage.run_name}, building its model and data as one run at a time does')
     try:
         evaluate_losses(OmegaConf.create(config))
     finally:

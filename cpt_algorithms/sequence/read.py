@@ -16,8 +16,9 @@ from cpt_algorithms.files import read_yaml
 from cpt_algorithms.sequence.expand import Run, expand
 from cpt_algorithms.sequence.scale import scale_file, scaled
 from cpt_algorithms.sequence.spec import SequenceSpec
-from cpt_algorithms.sequence.sweep import expand_trials, sequence_of, trials_of
+from cpt_algorithms.sequence.sweep import check_metric, expand_trials, sequence_of, trials_of
 from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import with_home
 
 __all__ = ['load_yaml', 'read_sequence', 'with_caches']
 
@@ -35,7 +36,7 @@ def load_yaml(words: Sequence[str]) -> dict[str, Any]:
     try:
         given, changes = read_yaml(words[0]), OmegaConf.from_cli(list(words[1:]))
         if scale := _unresolved(OmegaConf.merge(given, changes)).get('scale'):
-            then, now = _unresolved(given), _unresolved(read_yaml(scale_file(str(scale), Path(words[0]))))
+            then, now = _unresolved(given), _unresolved(read_yaml(scale_file(with_home(str(scale)), Path(words[0]))))
             then.pop('scale', None)
             given = OmegaConf.create(scaled(then, now))
         whole: Any = OmegaConf.to_container(OmegaConf.merge(given, changes), resolve=True)
@@ -65,7 +66,7 @@ def read_sequence(
     """
     from cpt_algorithms.sequence.check import adopted  # seconds that load_yaml does not need
 
-    trials = [list(trial)] if trial else []
+    given, trials = {}, [list(trial)] if trial else []
     if sweep:
         try:
             # as wandb sweep reads it; OmegaConf would take ${env} for its own
@@ -77,6 +78,8 @@ def read_sequence(
         raise ValueError('a sequence YAML is missing, or --sweep FILE')
     spec = SequenceSpec.from_yaml(load_yaml(words))
     runs = expand_trials(spec, trials) if trials else adopted(partial(expand, spec))
+    if sweep:
+        check_metric(given, runs[-1])
     return spec, [_cached_apart(run) for run in runs] if spec.jobs > 1 else runs
 
 

@@ -3,6 +3,7 @@
 
 import json
 import re
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,16 +14,20 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cpt_algorithms.files import write_json
+from cpt_algorithms.checkpoints.save_folder import newest_complete
+from cpt_algorithms.files import holder_of, remove_partials, take, write_atomic, write_json
 from cpt_algorithms.launch.launcher import Handle, Start
 from cpt_algorithms.sequence.expand import Run
 from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.stage.record import done_with
 
-__all__ = ['is_done', 'recipe_of', 'run_all', 'write_sequence', 'write_yaml']
+__all__ = ['how_it_ended', 'is_done', 'recipe_of', 'run_all', 'write_sequence', 'write_yaml']
 
 # Composer's console logger: [token=40960/1638400]
 _PROGRESS = re.compile(r'^\[(?:token|batch|sample)=(\d+)/(\d+)\]', re.MULTILINE)
+# Composer's launcher
+_CRASHED = re.compile(r'Rank (\d+) crashed with exit code (-?\d+)')
+_HINTS = {'SIGKILL': ': out of memory?', 'SIGBUS': ': is /dev/shm full?', 'SIGTERM': ', from outside'}
 _COLUMNS = (
     TextColumn('{task.description}'),
     BarColumn(),
@@ -66,19 +71,22 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
         for run in runs
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name('.sequence.lock')):
+    lock = FileLock(path.with_name('.sequence.lock'))
+    take(lock, f'sequence {spec.name}')
+    try:
+        remove_partials(path.parent)
         others = json.loads(path.read_text(encoding='utf-8'))['runs'] if keep and path.exists() else []
         names = {run.name for run in runs}
         all_runs = [*(other for other in others if other['name'] not in names), *planned]
         write_json(path, {'name': spec.name, 'data': list(spec.data), 'stages': spec.stage_tokens, 'runs': all_runs})
+    finally:
+        lock.release()
 
 
 def write_yaml(run: Run) -> None:
     """Write ``run.yaml``, whole or not at all."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    partial = run.folder / '.run.yaml'
-    OmegaConf.save(OmegaConf.create(run.stage.to_train_yaml()), partial)
-    partial.replace(run.folder / 'run.yaml')
+    write_atomic(run.folder / 'run.yaml', OmegaConf.to_yaml(OmegaConf.create(run.stage.to_train_yaml())).encode())
 
 
 def run_all(runs: Sequence[Run], start: Start, jobs: int, recipes: Path, console: Console) -> list[str]:
@@ -120,6 +128,7 @@ class _Running:
     handle: Handle
     lock: FileLock
     bar: TaskID
+    log_begin: int  # bytes of the log that are of earlier starts
     started: float = field(default_factory=time.monotonic)
 
 
@@ -154,19 +163,21 @@ class _Loop:
         lock = FileLock(run.folder / '.sequence.lock')
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            take(lock, f'sequence {run.folder.parent}', timeout=0)
             (run.folder / 'failed.json').unlink(missing_ok=True)
             write_yaml(run)
+            log = run.folder / 'log.txt'
+            log_begin = log.stat().st_size if log.exists() else 0
             handle = self.start(self.recipes / recipe_of(run), run.folder)
         except Timeout:
             if run.name not in self.elsewhere:
                 self.elsewhere.add(run.name)
-                self._print(f'{run.name}: waiting for another process that trains it')
+                self._print(f'{run.name}: waiting for {holder_of(lock)}, which trains it')
         except OSError as error:
             self.failed.append(run.name)
             self._print(f'{run.name}: failed: {error.filename}: {error.strerror}')
         else:
-            self.running.append(_Running(run, handle, lock, bars.add_task(run.name, total=run.batches)))
+            self.running.append(_Running(run, handle, lock, bars.add_task(run.name, total=run.batches), log_begin))
             self._print(f'{run.name}: started ({handle.name})')
 
     def look(self, bars: Progress) -> None:
@@ -183,19 +194,24 @@ class _Loop:
                 self._print(f'{each.run.name}: done in {time.monotonic() - each.started:.0f} s')
             else:
                 self.failed.append(each.run.name)
-                self._say_failed(each.run, returncode)
+                self._say_failed(each.run, returncode, each.log_begin)
             each.lock.release()
 
     def _finish(self, run: Run) -> None:
         self.done.add(run.name)
         self.finished += run.batches
 
-    def _say_failed(self, run: Run, returncode: int) -> None:
-        """Note and print why: the one line that the run has ended with, or else the end of its log."""
+    def _say_failed(self, run: Run, returncode: int, log_begin: int) -> None:
+        """Note and print why: the one line that the run has ended with, or else the end of its log and who died how."""
         log = run.folder / 'log.txt'
-        tail = log.read_text(errors='replace').splitlines()[-200:]  # W&B prints many behind it
-        stopped = [line for line in tail if line.startswith(f'{run.name} stopped: ')]
-        tail = stopped[-1:] or tail[-12:]
+        lines = log.read_bytes()[log_begin:].decode(errors='replace').splitlines()
+        stopped = [line for line in lines[-200:] if line.startswith(f'{run.name} stopped: ')]  # W&B prints behind it
+        reason = how_it_ended(returncode, lines)
+        if reason and (batch := _progress_of(run)):
+            latest = newest_complete(run.folder)[0]
+            saved = f'that of batch {latest} is the latest checkpoint' if latest else 'there is no checkpoint'
+            reason += f' The log ends at batch {batch}; {saved}.'
+        tail = stopped[-1:] or [*lines[-12:], *filter(None, [reason])]
         try:
             write_json(run.folder / 'failed.json', {'returncode': returncode, 'log': tail})
         except OSError as error:
@@ -205,6 +221,29 @@ class _Loop:
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def how_it_ended(returncode: int, lines: Sequence[str]) -> str | None:
+    """The signal that killed a run, or the rank that ended first, in one sentence; None if its log says the rest.
+
+    Args:
+        returncode: Of the process; of several ranks, of the launcher, which reports any one of them.
+        lines: Its log, in which the launcher says what it sees first: ``Rank 1 crashed with exit code -9``.
+    """
+    crashed = next((found for line in lines if (found := _CRASHED.search(line))), None)
+    code, who = (int(crashed[2]), f'rank {crashed[1]}') if crashed else (returncode, 'it')
+    # as a process, a shell, or an exit with a negative code says it
+    numbers = [-code] if code < 0 else [code - 128, 256 - code] if code > 128 else []
+    known = {each.value: each.name for each in signal.Signals}
+    if name := next((known[number] for number in numbers if number in known), None):
+        others = ', and the others were stopped' if crashed else ''
+        return f'{who} was killed by {name}{_HINTS.get(name, "")}{others}.'
+    if not crashed:
+        return None
+    begin, end = (f'----------{edge} global rank {crashed[1]} STDERR----------' for edge in ('Begin', 'End'))
+    said = lines[lines.index(begin) + 1 : lines.index(end)] if begin in lines and end in lines else []
+    last = next((line for line in reversed(said) if line.strip()), '')
+    return f'{who} ended first, with exit code {code}{f": {last}" if last else ""}.'
 
 
 def _batches_to_go(run: Run, runs: Sequence[Run]) -> int:

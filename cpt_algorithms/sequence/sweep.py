@@ -17,7 +17,7 @@ from cpt_algorithms.sequence.expand import Run, expand
 from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.validation import Section, nearest, parse_section
 
-__all__ = ['expand_trials', 'sequence_of', 'trials_of']
+__all__ = ['check_metric', 'expand_trials', 'sequence_of', 'trials_of']
 
 # What decides the tokens of a stage and the operations per token.
 _COMPUTE = ('max_duration', 'global_train_batch_size', 'max_seq_len')
@@ -52,6 +52,12 @@ class Parameter(Section):
         return self.values if self.values is not None else range(self.min or 0, (self.max or 0) + 1)
 
 
+class Metric(Section):
+    """By what trials are compared."""
+
+    name: str | None = None
+
+
 class Sweep(Section):
     """A W&B sweep that can be run to its end without W&B."""
 
@@ -62,7 +68,7 @@ class Sweep(Section):
     entity: Any = None
     project: Any = None
     program: Any = None
-    metric: Any = None
+    metric: Metric | None = None
     command: list[str] = []
     method: Literal['grid']
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
@@ -141,6 +147,28 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
                     f'two trials would both be kept in the folder {run.name}; make their values differ more'
                 )
     return list(runs.values())
+
+
+def check_metric(sweep: Mapping[str, Any], run: Run) -> None:
+    """Refuse a metric that no trial would have a value of.
+
+    Args:
+        sweep: The sweep file.
+        run: The last run of a trial.
+
+    Raises:
+        ValueError: With the nearest metric that there is.
+    """
+    metric, stage = parse_section(Sweep, sweep).metric, run.stage
+    if metric is None or metric.name is None:
+        return
+    judged = {'final_loss': [str(loader.label) for loader in stage.eval_loader]}
+    if (forgetting := stage.callbacks.forgetting) is not None:
+        judged |= {'final_forgetting': forgetting.old, 'final_adaptation': forgetting.new}
+    names = [f'{what}/{dataset}' for what, datasets in judged.items() for dataset in (*datasets, 'mean')]
+    known = [*names, *(f'{name}/{average}' for name in names for average in stage.callbacks.averages)]
+    if metric.name not in known:
+        raise ValueError(f'metric.name={metric.name}: no trial has a value of it; {nearest(metric.name, known)}')
 
 
 def _leaves(section: Mapping[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:

@@ -69,6 +69,8 @@ class _Stream:
         loader: The loader.
         stream: The stream.
         folders: Where its shards lie.
+        remote: Where they come from, if they are copied.
+        cache: Where they are copied to, or read.
         split: Name of these folders.
         prepared: What is known of it.
     """
@@ -78,6 +80,8 @@ class _Stream:
     loader: Loader
     stream: Stream
     folders: frozenset[str]
+    remote: str | None
+    cache: str
     split: str
     prepared: _Prepared | None
 
@@ -110,6 +114,7 @@ def find_data_problems(stage: Stage, parent_is_there: bool, model_is_there: bool
     yield from _tokenizer_problems(stage.tokenizer, ours, streams)
     yield from _row_problems(streams, stage.model)
     yield from _end_problems(stage, tokenizer, streams)
+    yield from _cache_problems(streams)
     yield from _held_out_problems(streams)
 
 
@@ -235,8 +240,11 @@ def _read_streams(stage: Stage) -> list[_Stream]:
             folders = [os.path.join(place, stream.split or '').rstrip('/') for place in places]
             folders = [folder if is_remote(folder) else os.path.realpath(folder) for folder in folders]
             key, split = f'{where}.{name}', os.path.basename(folders[0])
+            remote = folders[0] if stream.remote and stream.remote != stream.local else None
             prepared = _read(key, folders[0], known)
-            streams.append(_Stream(key, where, loader, stream, frozenset(folders), split, prepared))
+            streams.append(
+                _Stream(key, where, loader, stream, frozenset(folders), remote, folders[-1], split, prepared)
+            )
     return streams
 
 
@@ -402,6 +410,18 @@ def _end_problems(stage: Stage, tokenizer: PreTrainedTokenizerBase | None, strea
             name,
             said,
         )
+
+
+def _cache_problems(streams: list[_Stream]) -> Iterator[str]:
+    """Streaming wants a folder for each stream of a loader, and for each that is copied."""
+    first: dict[str, _Stream] = {}
+    for stream in streams:
+        other = first.setdefault(stream.cache, stream)
+        if other is not stream and (other.of == stream.of or other.remote or stream.remote):
+            yield (
+                f'{other.where}.local and {stream.where}.local are one folder, {stream.cache}, and one would be read '
+                'in place of the other; give each a folder of its own'
+            )
 
 
 def _held_out_problems(streams: list[_Stream]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
+from urllib.parse import urlparse
 
 import torch
 from accelerate import init_empty_weights
@@ -29,6 +30,7 @@ from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
 from llmfoundry.utils.registry_utils import import_file
 from pydantic import Field
 from streaming import StreamingDataset
+from streaming.base.storage.download import DOWNLOADER_MAPPINGS
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig
@@ -44,8 +46,10 @@ from cpt_algorithms.checkpoints.save_folder import (
     resolve_latest,
     weights_in,
 )
+from cpt_algorithms.duration import Duration
 from cpt_algorithms.evaluation.suite import check_suite, load_suite
 from cpt_algorithms.files import (
+    NoStoreError,
     StorageError,
     check_writable,
     exists,
@@ -60,12 +64,9 @@ from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.mix import Stream, row_length
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, ReplayTextDataset
 from cpt_algorithms.replay.shard_index import ShardIndex
+from cpt_algorithms.replay.streams import differs
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.data_checks import find_data_problems
-<<<<<<< HEAD
-from cpt_algorithms.stage.identity import changes
-from cpt_algorithms.stage.record import done_with, read_record
-=======
 from cpt_algorithms.stage.foundry_keys import (
     TAKEN_BY_BUILDERS,
     check_documents,
@@ -73,10 +74,10 @@ from cpt_algorithms.stage.foundry_keys import (
     check_model_keys,
     check_optimizer,
 )
+from cpt_algorithms.stage.identity import changes
 from cpt_algorithms.stage.model_folders import find_folder_problems
-from cpt_algorithms.stage.record import read_record
+from cpt_algorithms.stage.record import done_with, read_record
 from cpt_algorithms.stage.rehearsal import rehearse
->>>>>>> yaml
 from cpt_algorithms.stage.stage import (
     KEEP_OPTIMIZER_IGNORE_KEYS,
     Callbacks,
@@ -97,6 +98,7 @@ from cpt_algorithms.validation import (
     nearest,
     short_repr,
 )
+from cpt_algorithms.weight_averaging.averaged_weights import AveragedWeights
 
 __all__ = ['PreflightError', 'format_problem', 'model_on_meta', 'preflight', 'restart_problem', 'tokenizer_of']
 
@@ -156,6 +158,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         lambda: check_labels(stage),
         lambda: check_documents(stage),
         lambda: _check_callbacks(stage.callbacks),
+        lambda: stage.batches is None or _check_ends(stage, stage.batches),
         lambda: lost or tokenizer_of(stage.tokenizer),
         lambda: _check_batch_size(stage, world_size),
         lambda: _check_averages(stage, world_size),
@@ -176,7 +179,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         ),
         *(lambda name=name: problems or _check_algorithm(name, stage) for name in stage.algorithms),
         lambda: problems or check_optimizer(stage.optimizer, lambda: model_on_meta(stage.model)),
-        lambda: problems or _check_model(json.dumps(dict(stage.model.given)), json.dumps(dict(stage.tokenizer.given))),
+        lambda: problems or _check_model(stage),
     ]
     unreadable: list[str] = []  # what a check stumbled over is mostly what another has named
     unseen: list[str] = []
@@ -187,7 +190,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
             problems.extend(error.problems)
         except ValueError as error:
             problems.append(str(error))
-            unseen += [str(error)] if isinstance(error, StorageError) else []
+            unseen += [str(error)] if isinstance(error, StorageError) and not isinstance(error, NoStoreError) else []
         except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
             unreadable.append(f'the YAML is not of the form llm-foundry reads: {error!r}')
     if problems or unreadable:
@@ -308,7 +311,7 @@ def _check_scheduler(stage: Stage) -> None:
 
 
 def _check_callbacks(callbacks: Callbacks) -> None:
-    for name in ('stage_start', 'final_loss', 'forgetting', 'ema', 'lawa'):
+    for name in ('stage_start', 'final_loss', 'forgetting', 'ema', 'lawa', 'branch_points'):
         section: Section | None = getattr(callbacks, name)
         if section is not None:
             try:
@@ -318,6 +321,31 @@ def _check_callbacks(callbacks: Callbacks) -> None:
             except ValueError as error:
                 where = '' if f'callbacks.{name}' in str(error) else f'callbacks.{name}: '
                 raise ValueError(f'{where}{error}') from None
+
+
+def _check_ends(stage: Stage, batches: int) -> None:
+    """Refuse what would come after the end of the stage, and so never, without a word."""
+    ends = f'and the stage ends after batch {batches}'
+    # in batches, if only now that is known of epochs
+    total = Duration(batches, 'ba') if stage.batches is None else stage.max_duration
+    for name in ('ema', 'lawa'):
+        section: Section | None = getattr(stage.callbacks, name)
+        if section is None or section.given.get('resume_after'):  # a branch has its trunk's
+            continue
+        try:
+            average = build_callback(name, section.arguments)
+        except (TypeError, ValueError):  # which has been named
+            continue
+        assert isinstance(average, AveragedWeights)
+        first = average.first_update(total, stage.global_train_batch_size, stage.max_seq_len)
+        if first > batches:
+            raise ValueError(
+                f'callbacks.{name}: with start={average.start}, interval={average.interval} the first average is that '
+                f'after batch {first}, {ends}: choose smaller ones, or leave {name} out'
+            )
+    points = stage.callbacks.branch_points
+    if points is not None and max(points.at, default=0) > batches:
+        raise ValueError(f'callbacks.branch_points.at={points.at}, {ends}')
 
 
 def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
@@ -338,12 +366,25 @@ def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
         raise kind(f'tokenizer={dict(tokenizer.given)} cannot be loaded: {first_line}') from None
 
 
+def _check_model(stage: Stage) -> None:
+    """Ask the model itself, also for the metrics that are looked for."""
+    known = _metrics_of(json.dumps(dict(stage.model.given)), json.dumps(dict(stage.tokenizer.given)))
+    for name in ('final_loss', 'forgetting') if stage.eval_loader else ():
+        section: Section | None = getattr(stage.callbacks, name)
+        metric = section.given.get('metric') if section is not None else None
+        if metric is not None and metric not in known:
+            raise ValueError(
+                f'callbacks.{name}.metric={short_repr(metric)} is not measured of this model; {nearest(metric, known)}'
+            )
+
+
 @lru_cache  # the runs of a sequence have mostly the same
-def _check_model(section: str, tokenizer: str) -> None:
+def _metrics_of(section: str, tokenizer: str) -> list[str]:
     """Ask the model itself, and write what a checkpoint and an export hold beside its weights."""
     model = model_on_meta(Model.model_validate(json.loads(section)))  # embeddings cannot grow without memory
     vars(model)['tokenizer'] = tokenizer_of(Tokenizer.model_validate(json.loads(tokenizer)))
     rehearse(model)
+    return list(model.get_metrics(is_train=False))
 
 
 def _check_algorithm(name: str, stage: Stage) -> None:
@@ -477,7 +518,7 @@ def _check_saving(stage: Stage) -> None:
         there = weights_in(folder)
         newest = newest_complete(folder)[1]
     except StorageError as error:
-        raise StorageError(f'save_folder: {error}') from None
+        raise type(error)(f'save_folder: {error}') from None
     if is_remote(folder) and stage.save_num_checkpoints_to_keep != -1:
         log.warning(
             'save_num_checkpoints_to_keep=%s: Composer deletes nothing from object storage; let a lifecycle rule of '
@@ -563,28 +604,44 @@ def _check_format(stage: Stage, world_size: int) -> None:
             raise ValueError(problem)
 
 
+def _check_remote(key: str, remote: str) -> None:
+    """Refuse a place that Streaming can have nothing from."""
+    scheme, netloc = urlparse(remote)[:2]
+    known = [f'{each}://' for each in DOWNLOADER_MAPPINGS if each]
+    if scheme not in DOWNLOADER_MAPPINGS:
+        raise ValueError(f'{key}={remote}: Streaming reads nothing from {scheme}://; {nearest(f"{scheme}://", known)}')
+    if scheme not in ('', 'dbfs', 'alipan') and not netloc:
+        raise ValueError(f'{key}={remote} names no bucket: {scheme}://BUCKET/FOLDER')
+
+
 def _index_of(stream: Stream) -> tuple[int, set[str]] | None:
     """Samples and encodings; None if only training can tell: a store that is not Composer's, or a very large index."""
     split = stream.split or ''
-    places = [place for place in (stream.local, stream.remote) if place and not is_remote(place)]
-    for place in places:
-        index = Path(place) / split / 'index.json'
-        if index.exists():
-            return _summary(ShardIndex.read(index))
-    looked_for = [str(Path(place) / split / 'index.json') for place in places]
-    if stream.remote and is_remote(stream.remote):
-        if not stream.remote.startswith(('s3://', 'gs://', 'oci://', 'azure://')):
-            return None
-        index = '/'.join(part for part in (stream.remote.rstrip('/'), split, 'index.json') if part)
-        try:
-            if size_of(index) > _LARGEST_INDEX:
-                return None
-            with tempfile.TemporaryDirectory() as here:
-                fetch(index, Path(here) / 'index.json')
-                return _summary(ShardIndex.read(Path(here) / 'index.json'))
-        except FileNotFoundError:
-            looked_for.append(index)
-    raise FileNotFoundError(' or '.join(looked_for))
+    here = Path(stream.local, split, 'index.json') if stream.local else None
+    if not stream.remote or stream.remote == stream.local:
+        if here is None or not here.exists():
+            raise FileNotFoundError(here)
+        return _summary(ShardIndex.read(here))
+    there = '/'.join(part for part in (stream.remote.rstrip('/'), split, 'index.json') if part)
+    cached = here if here is not None and here.exists() else None
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(there)
+        if is_remote(there):
+            if not there.startswith(('s3://', 'gs://', 'oci://', 'azure://')):
+                return _summary(ShardIndex.read(cached)) if cached else None
+            try:
+                size = size_of(there)
+                if size > _LARGEST_INDEX and (cached is None or cached.stat().st_size == size):
+                    return _summary(ShardIndex.read(cached)) if cached else None
+                copy = Path(folder, 'index.json')
+                fetch(there, copy)
+            except FileNotFoundError:
+                raise FileNotFoundError(there) from None
+        elif not copy.exists():
+            raise FileNotFoundError(there)
+        if cached and (problem := differs(cached, copy.read_bytes(), there)):
+            raise ValueError(problem)
+        return _summary(ShardIndex.read(copy))
 
 
 def _summary(index: ShardIndex) -> tuple[int, set[str]]:
@@ -595,6 +652,8 @@ def _sizes_of(streams: Mapping[str, Stream], where: str, max_seq_len: int | None
     """Samples of each stream; None if that is not known here."""
     sizes: dict[str, int | None] = {}
     for name, stream in streams.items():
+        if stream.remote:
+            _check_remote(f'{where}.{name}.remote', stream.remote)
         if stream.remote and stream.local not in (None, stream.remote):
             check_writable(
                 f'{where}.{name}.local',
@@ -607,7 +666,9 @@ def _sizes_of(streams: Mapping[str, Stream], where: str, max_seq_len: int | None
         except FileNotFoundError as error:
             raise ValueError(f'{where}.{name}: there is no dataset; looked for {error}') from None
         except StorageError as error:
-            raise StorageError(f'{where}.{name}: {error}') from None
+            raise type(error)(f'{where}.{name}: {error}') from None
+        except ValueError as error:
+            raise ValueError(f'{where}.{name}: {error}') from None
         if sizes[name] == 0:
             raise ValueError(f'{where}.{name}: the dataset is empty')
         if max_seq_len is not None and encodings and not any(map(row_length, encodings)):
@@ -655,6 +716,7 @@ def _check_data(stage: Stage, parent_is_there: bool) -> None:
         slots = mix.interleaving.slots_in_one_pass(sizes['new'])
         samples = int(stage.max_duration.value) * slots
         phases_of(stage.scheduler.given, stage.max_duration, slots // stage.global_train_batch_size)
+        _check_ends(stage, samples // stage.global_train_batch_size)
     else:
         samples = stage.batches * stage.global_train_batch_size
     max_passes = exact_fraction('train_loader.dataset.max_passes', dataset.max_passes)
@@ -752,7 +814,7 @@ def _check_parent(stage: Stage) -> None:
     except FileNotFoundError as hint:
         raise ValueError(f'load_path={path} does not exist{hint}') from None
     except StorageError as error:
-        raise StorageError(f'load_path: {error}') from None
+        raise type(error)(f'load_path: {error}') from None
     except UnsafeCheckpointError as error:
         raise ValueError(f'load_path={path}: {error}; {TRUST}') from None
     except Exception as error:

@@ -39,7 +39,17 @@ from cpt_algorithms.checkpoints.save_folder import (
 )
 from cpt_algorithms.evaluation.lm_eval import evaluate_runs
 from cpt_algorithms.evaluation.suite import load_suite
-from cpt_algorithms.files import StorageError, exists, is_remote, read_json, write_atomic, write_json
+from cpt_algorithms.files import (
+    StorageError,
+    exists,
+    holder_of,
+    is_remote,
+    read_json,
+    remove_partials,
+    take,
+    write_atomic,
+    write_json,
+)
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.streams import StreamError
 from cpt_algorithms.stage.identity import contents_of, places_of
@@ -192,9 +202,10 @@ def take_local(folder: Path, lock: FileLock) -> None:
     """Lock a local folder, and repair it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=30)
+        take(lock, folder.name, timeout=30)
     except Timeout:
-        sys.exit(f'save_folder={folder}: another process is training there; wait for it or stop it')
+        sys.exit(f'save_folder={folder}: {holder_of(lock)} is training there; wait for it or stop it')
+    remove_partials(folder)
     repair(folder)
 
 
@@ -326,7 +337,7 @@ def _train(stage: Stage) -> None:
     registry.callbacks.register('datasets_built', func=DatasetsBuilt)
     cfg['callbacks']['datasets_built'] = {}
     if os.environ.get('LOCAL_RANK', '0') == '0':
-        DATASETS_LOCK.acquire()
+        take(DATASETS_LOCK, f'{stage.run_name}, building its model and data as one run at a time does')
     logging.getLogger('cpt_algorithms').setLevel(logging.INFO)  # what the first step used, whatever python_log_level
     try:
         trainer = train(OmegaConf.create(cfg))

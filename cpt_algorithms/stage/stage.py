@@ -198,6 +198,12 @@ class EMAArguments(Section):
         """Averages that are kept."""
         return 1 if isinstance(self.half_life, str) else len(self.half_life)
 
+    @property
+    def half_lives(self) -> list[Duration]:
+        """One for each average that is kept."""
+        given = [self.half_life] if isinstance(self.half_life, str) else self.half_life
+        return [Duration.parse('callbacks.ema.half_life', time) for time in given]
+
 
 class LAWAArguments(Section):
     """The window."""
@@ -230,6 +236,12 @@ class Callbacks(Section):
     lawa: LAWAArguments | None = None
     hf_checkpointer: HuggingFaceCheckpointer = HuggingFaceCheckpointer()
     branch_points: BranchPointArguments | None = None
+
+    @property
+    def averages(self) -> list[str]:
+        """Names of the averages of the weights."""
+        names = [f'ema_{time}' for time in self.ema.half_lives] if self.ema is not None else []
+        return [*names, *(['lawa'] if self.lawa is not None else [])]
 
     @classmethod
     def without_null(cls, given: Mapping[str, Any]) -> dict[str, Any]:

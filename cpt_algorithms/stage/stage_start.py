@@ -25,12 +25,8 @@ from cpt_algorithms.duration import Duration
 from cpt_algorithms.replay.labels import label_every_token_of
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
-<<<<<<< HEAD
-from cpt_algorithms.stage.saving import StoppedError, check_loss, guard_saving, savers
-=======
 from cpt_algorithms.stage.rehearsal import pass_on_generation_config, rehearse_run
-from cpt_algorithms.stage.saving import check_loss, guard_saving, savers
->>>>>>> yaml
+from cpt_algorithms.stage.saving import StoppedError, check_loss, guard_saving, savers
 from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS
 from cpt_algorithms.validation import differences
 

@@ -12,18 +12,23 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from math import floor, isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import Callback, Evaluator, State, Time, TimeUnit
+from composer.core import Callback, Evaluator, State, Time, Timestamp, TimeUnit
 from composer.loggers import Logger
 from composer.utils.parallelism import FSDP2Config
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from cpt_algorithms.checkpoints.exports import export_atomically
-from cpt_algorithms.duration import Duration
+from cpt_algorithms.checkpoints.open import entry_of, read_metadata, safe_globals
+from cpt_algorithms.duration import Duration, per_batch_of
+from cpt_algorithms.files import is_remote
 from cpt_algorithms.weight_averaging.local_shards import LocalShards
 
 __all__ = ['AveragedWeights']
@@ -41,16 +46,26 @@ def parse_time(key: str, value: Any, may_be_zero: bool = False) -> Duration:
     return time
 
 
-def resolve_time(time: Duration, state: State) -> Duration:
-    """A ``dur`` in the unit of ``max_duration``, or in batches if that is epochs; at least 1. Others as they are."""
+def _resolved(time: Duration, total: Duration) -> Duration:
+    """A ``dur`` in the unit of the whole; at least 1. Others as they are."""
     if time.unit != 'dur':
         return time
+    return Duration(max(int(time.value * total.value), 1 if time.value else 0), total.unit)
+
+
+def _total(state: State) -> Duration:
+    """``max_duration``, in batches if it is in epochs."""
     total = state.max_duration
     assert total is not None, 'fit has begun'
     if total.unit == TimeUnit.EPOCH:
         assert state.dataloader_len is not None, 'replay_text knows its length'
         total = Time.from_batch(int(total.value) * int(state.dataloader_len.value))
-    return Duration(max(int(time.value * total.value), 1 if time.value else 0), total.unit.value)
+    return Duration(int(total.value), total.unit.value)
+
+
+def resolve_time(time: Duration, state: State) -> Duration:
+    """A ``dur`` in the unit of ``max_duration``, or in batches if that is epochs; at least 1. Others as they are."""
+    return _resolved(time, _total(state)) if time.unit == 'dur' else time
 
 
 class _EvaluatorOfAverage(Evaluator):
@@ -74,6 +89,13 @@ class _WithLoadPlanner(FSDP2Config):
         return self.planner
 
 
+class _SafeReader(FileSystemReader):
+    """Torch's, which would unpickle anything for ``.metadata``."""
+
+    def read_metadata(self) -> Metadata:
+        return read_metadata(str(self.path))
+
+
 class AveragedWeights(Callback, ABC):
     """Base of the averages over the trajectory.
 
@@ -86,9 +108,12 @@ class AveragedWeights(Callback, ABC):
     The state is part of the run's own checkpoints, as this rank's shards, and is restored at any number of ranks.
     ``hf_checkpointer`` exports the averages whenever it exports the model, to ``<its folder>-<average>``.
 
+    A branch goes on with its trunk's averages: time is counted, and a ``dur`` is a share, as in the trunk.
+
     Args:
         start: Nothing is averaged before.
         interval: Time between two looks at the weights.
+        resume_after: The checkpoint of a trunk, in whose time a branch goes on.
 
     Raises:
         ValueError: If a time is not in ba, tok, sp or dur; under FSDP1.
@@ -97,9 +122,12 @@ class AveragedWeights(Callback, ABC):
     key: str  # the YAML name
     state_key: str  # the key of the saved tensors
 
-    def __init__(self, start: str, interval: str) -> None:
+    def __init__(self, start: str, interval: str, resume_after: str | None) -> None:
         self.start = parse_time(f'callbacks.{self.key}.start', start, may_be_zero=True)
         self.interval = parse_time(f'callbacks.{self.key}.interval', interval)
+        self.resume_after = resume_after
+        self._trunk: Duration | None = None  # how long that of a branch is
+        self._passed = dict.fromkeys(('ba', 'tok', 'sp'), 0)  # in the trunk
         self._state: State | None = None
         self._shards: LocalShards | None = None
         self._loaded: dict[str, Any] | None = None
@@ -155,15 +183,46 @@ class AveragedWeights(Callback, ABC):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Look at the weights if it is time to."""
         before, now = state.previous_timestamp, state.timestamp
-        start, interval = resolve_time(self.start, state), resolve_time(self.interval, state)
-        if before is None or before.get(start.unit).value < start.value:
+        start, interval = self.resolve(self.start, state), self.resolve(self.interval, state)
+        if before is None or self.time(before, start.unit) < start.value:
             return
         self.on_start(state)
-        first, last = (floor(time.get(interval.unit).value / interval.value) for time in (before, now))
+        first, last = (floor(self.time(time, interval.unit) / interval.value) for time in (before, now))
         if first != last:
             with torch.no_grad():
                 self.update(state)
             self._add_evaluators(state)
+
+    def first_update(self, total: Duration, global_batch_size: int, max_seq_len: int) -> int:
+        """The batch after which :meth:`batch_end` looks at the weights for the first time, in a run that is no branch.
+
+        Args:
+            total: Length of the run, not in epochs.
+            global_batch_size: Samples of a batch over all ranks.
+            max_seq_len: Tokens of a sample.
+        """
+        start, interval = (_resolved(time, total) for time in (self.start, self.interval))
+        begin = start.batches(global_batch_size, max_seq_len)
+        per_batch = per_batch_of(interval.unit, global_batch_size, max_seq_len)
+        assert begin is not None and per_batch is not None, 'neither is in dur or ep'
+        size = int(interval.value)
+        return -(-(begin * per_batch // size + 1) * size // per_batch)
+
+    def time(self, at: Timestamp, unit: str) -> int:
+        """Time since the run, or the trunk of a branch, began."""
+        return int(at.get(unit).value) + self._passed[unit]
+
+    def resolve(self, time: Duration, state: State) -> Duration:
+        """A ``dur``, a share of the run or of the trunk of a branch, in a unit that can be counted."""
+        return _resolved(time, self._trunk) if self._trunk else resolve_time(time, state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Say if there is no average."""
+        if not self.names():
+            log.warning(
+                f'{self.key}: nothing was averaged: start={self.start}, interval={self.interval} did not come within '
+                f'{_total(state)}'
+            )
 
     # evaluation
 
@@ -304,6 +363,8 @@ class AveragedWeights(Callback, ABC):
         lists, settings = self.saved() if self._shards is not None else ({}, {})
         full = not self._state.fsdp_sharded_state_dict_enabled
         settings['square_sum'] = {name: self.shards.square_sum(tensors) for name, tensors in lists.items()}
+        settings['at'] = {unit: self.time(self._state.timestamp, unit) for unit in self._passed}
+        settings['of'] = str(self._trunk or (_total(self._state) if self._state.max_duration else '0ba'))
         saved: dict[str, Any] = {'meta': json.dumps(settings)}
         if lists:
             saved[self.state_key] = {name: self.shards.to_saved(tensors, full) for name, tensors in lists.items()}
@@ -317,8 +378,13 @@ class AveragedWeights(Callback, ABC):
         """Restore, and say what starts afresh; hook into the export."""
         self._shards = LocalShards(state.model)
         batch = int(state.timestamp.batch.value)
+        if not batch and self.resume_after:
+            self._loaded = self._read(self.resume_after)
         if self._loaded is not None:
             settings = json.loads(self._loaded['meta'])
+            self._passed = {unit: then - int(state.timestamp.get(unit).value) for unit, then in settings['at'].items()}
+            if self._passed['ba']:
+                self._trunk = Duration.parse('of', settings['of'])
             saved = {
                 name: self.shards.from_saved(tensors, f'{self.key} ({name})')
                 for name, tensors in self._loaded.get(self.state_key, {}).items()
@@ -341,11 +407,32 @@ class AveragedWeights(Callback, ABC):
             self._loaded = None
             if self.names():
                 log.info(f'{self.key}: restored {", ".join(self.names())} at batch {batch}')
-        elif batch:
-            log.warning(f'{self.key}: the checkpoint at batch {batch} holds no average; it starts afresh from here')
+        elif batch or self.resume_after:
+            where = f'at batch {batch}' if batch else str(self.resume_after)
+            log.warning(f'{self.key}: the checkpoint {where} holds no average; it starts afresh from here')
         for exporter in state.callbacks:
             if isinstance(exporter, HuggingFaceCheckpointer):
                 self._export_with(exporter)
+
+    def _read(self, checkpoint: str) -> dict[str, Any] | None:
+        """What a trunk's :meth:`state_dict` gave, which a branch does not load with its checkpoint; None if nothing."""
+        ours = type(self).__qualname__
+        if is_remote(checkpoint):
+            log.warning(f'{self.key}: {checkpoint} is in object storage, from where a branch takes no averages')
+            return None
+        if not Path(checkpoint).is_dir():
+            with torch.serialization.safe_globals(safe_globals()):
+                loaded = torch.load(checkpoint, map_location='cpu', mmap=True, weights_only=True)
+            return loaded['state'].get('callbacks', {}).get(ours)
+        callbacks: dict[str, Any] = {ours: {}}
+        self._fit_to({'state': {'callbacks': callbacks}}, read_metadata(checkpoint))
+        if ours not in callbacks:
+            return None
+        meta = entry_of(checkpoint, f'state.callbacks.{ours}.meta')
+        if self.state_key in callbacks[ours]:
+            tensors = {self.state_key: callbacks[ours][self.state_key]}
+            load({'state': {'callbacks': {ours: tensors}}}, storage_reader=_SafeReader(checkpoint))
+        return {**callbacks[ours], 'meta': meta}
 
     # export
 

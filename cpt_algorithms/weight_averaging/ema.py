@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from composer.core import State
 
-from cpt_algorithms.weight_averaging.averaged_weights import AveragedWeights, parse_time, resolve_time
+from cpt_algorithms.weight_averaging.averaged_weights import AveragedWeights, parse_time
 from cpt_algorithms.weight_averaging.functional import ema_weight, update_ema_
 
 __all__ = ['EMA']
@@ -29,6 +29,7 @@ class EMA(AveragedWeights):
         start: Nothing is averaged before. Default: ``0ba``.
         interval: Time between updates. Longer ones cost less, and keep a very long half-life above float32's
             resolution (``w`` should be 1e-5 or more). Default: ``1ba``.
+        resume_after: The checkpoint of a trunk with whose averages a branch goes on. Default: ``None``.
 
     Raises:
         ValueError: If a time is not in ba, tok, sp or dur, or a half-life is given twice; under FSDP1.
@@ -42,8 +43,14 @@ class EMA(AveragedWeights):
     key = 'ema'
     state_key = 'averages'
 
-    def __init__(self, half_life: str | Sequence[str], start: str = '0ba', interval: str = '1ba') -> None:
-        super().__init__(start, interval)
+    def __init__(
+        self,
+        half_life: str | Sequence[str],
+        start: str = '0ba',
+        interval: str = '1ba',
+        resume_after: str | None = None,
+    ) -> None:
+        super().__init__(start, interval, resume_after)
         given = [half_life] if isinstance(half_life, str) else list(half_life)
         times = [parse_time('callbacks.ema.half_life', value) for value in given]
         self.half_lives = {f'ema_{time}': time for time in times}
@@ -66,15 +73,15 @@ class EMA(AveragedWeights):
         assert state.previous_timestamp is not None, 'a batch has ended'
         for name, time in self.half_lives.items():
             if name not in self._clocks:
-                unit = resolve_time(time, state).unit
-                self._clocks[name] = {'unit': unit, 'begin': state.previous_timestamp.get(unit).value}
+                unit = self.resolve(time, state).unit
+                self._clocks[name] = {'unit': unit, 'begin': self.time(state.previous_timestamp, unit)}
 
     def update(self, state: State) -> None:
         """Update every average."""
         parameters = self.shards.tensors()
         for name, time in self.half_lives.items():
-            half_life, clock = resolve_time(time, state), self._clocks[name]
-            now = state.timestamp.get(half_life.unit).value
+            half_life, clock = self.resolve(time, state), self._clocks[name]
+            now = self.time(state.timestamp, half_life.unit)
             if name in self._averages:
                 weight = ema_weight(now - clock['last'], now - clock['begin'], half_life.value)
                 update_ema_(self._averages[name], parameters, weight)
@@ -95,7 +102,7 @@ class EMA(AveragedWeights):
         clocks = settings['clocks']
         complaints = [f'{name} of the checkpoint is not asked for any more' for name in saved.keys() - self.half_lives]
         for name, time in self.half_lives.items():
-            unit = resolve_time(time, state).unit
+            unit = self.resolve(time, state).unit
             if name not in clocks or clocks[name]['unit'] != unit:
                 complaints.append(f'the checkpoint holds no {name} in {unit}; it starts afresh from here')
                 continue

@@ -28,6 +28,7 @@ class LAWA(AveragedWeights):
         start: No snapshot is taken before. Default: ``0ba``.
         weights: ``uniform`` or ``linear``. Default: ``uniform``.
         offload: Keep the window in the CPU's memory (pinned where there is a GPU). Default: ``True``.
+        resume_after: The checkpoint of a trunk with whose window a branch goes on. Default: ``None``.
 
     Raises:
         ValueError: If a time is not in ba, tok, sp or dur, ``k`` is below 1 or ``weights`` unknown; under FSDP1.
@@ -49,8 +50,9 @@ class LAWA(AveragedWeights):
         start: str = '0ba',
         weights: str = 'uniform',
         offload: bool = True,
+        resume_after: str | None = None,
     ) -> None:
-        super().__init__(start, interval)
+        super().__init__(start, interval, resume_after)
         if not isinstance(k, int) or k < 1:
             raise ValueError(f'callbacks.lawa.k={k!r} must be a whole number of at least 1')
         if weights not in ('uniform', 'linear'):

@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--mergekit', type=Path, help='its mergekit-yaml, of an environment of its own')
     parser.add_argument('--folder', type=Path, help='for 7 checkpoints (default: the temporary folder)')
     parser.add_argument('--json', type=Path, help='where the numbers go as well')
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 if __name__ == '__main__':

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument('--megabytes', type=int, default=48, help='of text (default: 48)')
     parser.add_argument('--rounds', type=int, default=5, help='default: 5')
     parser.add_argument('--json', type=Path, help='also write the numbers there')
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     taken: dict[str, list[tuple[float, float]]] = {'encode_batch': [], 'encode_batch_fast': [], 'preparation': []}
     with tempfile.TemporaryDirectory() as folder, LocalEngine(num_cores()) as engine:
         root = Path(folder)

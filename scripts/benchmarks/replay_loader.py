@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--sizes', type=int, nargs='*', default=OUR_SIZES)
     parser.add_argument('--json', type=Path, help='also write the numbers there')
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 if __name__ == '__main__':

@@ -177,7 +177,7 @@ def main() -> None:
     """Read, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, help='with NAME.json of each benchmark')
-    folder = parser.parse_args().folder
+    folder = parser.parse_intermixed_args().folder
     lines = lines_of(folder)
     (folder / 'bench.md').write_text(page(lines), encoding='utf-8')
     Console(width=None if sys.stdout.isatty() else 140).print(table(lines))

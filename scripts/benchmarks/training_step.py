@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--width', type=int, default=384)
     parser.add_argument('--layers', type=int, default=6)
     parser.add_argument('--json', type=Path, help='also write the numbers there')
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 if __name__ == '__main__':

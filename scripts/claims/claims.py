@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument('--quick', action='store_true', help=f'stages of {QUICK:,} tokens, and no others')
     parser.add_argument('--folder', type=Path, default=Path('runs/claims'))
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='runs at a time; default: one for each core')
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from evidence import Evidence  # torch and Composer, which take seconds to import
     from judge import judge

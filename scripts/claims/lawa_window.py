@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument('--k', nargs='+', type=int, default=[2, 5, 10, 20])
     parser.add_argument('--nu', nargs='+', type=int, default=[10, 20, 40, 80], help='batches')
     parser.add_argument('--rows', type=int, default=64, help='validation rows')
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     runs = [run for run in arguments.runs if (run / 'stage.json').exists()]
     grids = [grid(run, arguments.k, arguments.nu, arguments.rows) for run in track(runs, 'runs')]
     shown = Table('k', *(f'nu {nu}' for nu in arguments.nu), title=f'gain of LAWA, nats/token; {len(grids)} runs')

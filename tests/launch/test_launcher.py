@@ -14,7 +14,6 @@ import fake_slurm
 import pytest
 import recorder
 import sequence
-import submitit
 import tiny
 from composer.cli import launcher
 from omegaconf import OmegaConf
@@ -88,9 +87,12 @@ def test_resources():
 def test_runs_are_refused_where_they_cannot_be_started(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match='^nodes=2: .*--write'):
         make_launcher(Resources(nodes=2), jobs=1)
-    monkeypatch.setenv('PATH', str(tmp_path))
-    with pytest.raises(ValueError, match='^slurm: sbatch '):
-        make_launcher(resources_of({'slurm': SLURM}), jobs=1)
+    for tool in ('sbatch', 'srun', 'squeue', 'scontrol'):
+        monkeypatch.setenv('PATH', str(tmp_path))
+        with pytest.raises(ValueError, match=f'^slurm: {tool} '):
+            make_launcher(resources_of({'slurm': SLURM}), jobs=1)
+        (tmp_path / tool).write_text('#!/bin/sh')
+        (tmp_path / tool).chmod(0o755)
 
 
 # A small Slurm
@@ -102,7 +104,8 @@ def slurm(tmp_path, monkeypatch):
     for key, value in fake_slurm.install(folder).items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    submitit.SlurmJob.watcher.clear()  # every test has a job 1000
+    monkeypatch.setattr('cpt_algorithms.launch.launcher._ASK', 0)
+    monkeypatch.setattr('cpt_algorithms.launch.launcher._PAUSE', 0)
     yield folder
     for job, state in fake_slurm.states(folder).items():
         if state == 'RUNNING':
@@ -131,9 +134,58 @@ def test_a_queued_job_is_found_again_and_a_cancelled_one_has_failed(slurm, run, 
     subprocess.run(['scancel', '1000'], check=True)
     monkeypatch.setattr('cpt_algorithms.launch.launcher._LAG', 0.5)
     assert wait(again, 30) == 1
-    assert 'Slurm job 1000 is over (CANCELLED by 1000)' in (run / 'log.txt').read_text()
+    assert 'Slurm job 1000 is over (CANCELLED)' in (run / 'log.txt').read_text()
     # it is over: the next start is another job
     assert make_launcher(layout, jobs=1)(RECIPE, run).name.startswith('Slurm job 1001,')
+
+
+# Of https://slurm.schedmd.com/job_state_codes.html, and words that it may have one day
+OVER = ['BOOT_FAIL', 'CANCELLED', 'COMPLETED', 'DEADLINE', 'FAILED', 'LAUNCH_FAILED', 'NODE_FAIL', 'OUT_OF_MEMORY']
+OVER += ['PREEMPTED', 'RECONFIG_FAIL', 'REVOKED', 'TIMEOUT']
+ALIVE = ['PENDING', 'RUNNING', 'SUSPENDED', 'COMPLETING', 'CONFIGURING', 'POWER_UP_NODE', 'REQUEUED', 'REQUEUE_HOLD']
+ALIVE += ['REQUEUE_FED', 'RESIZING', 'RESV_DEL_HOLD', 'SIGNALING', 'SPECIAL_EXIT', 'STAGE_OUT', 'STOPPED', 'A_NEW_WORD']
+
+
+def test_over_alive_and_unknown_are_three_answers(slurm, run, monkeypatch, caplog):
+    (slurm / 'hold').touch()
+    monkeypatch.setattr('cpt_algorithms.launch.launcher._LAG', 0)
+    start = make_launcher(resources_of({'slurm': SLURM}), jobs=1)
+    handle = start(RECIPE, run)
+    for state in ALIVE:
+        (slurm / '1000.state').write_text(state)
+        assert handle.poll() is None, state
+        assert start(RECIPE, run).name == 'Slurm job 1000, found again', state
+    # Slurm does not answer: nothing fails, nothing is submitted, however long ago it was
+    (slurm / 'deaf').touch()
+    os.utime(run / 'slurm' / '1000_submitted.pkl', (0, 0))
+    (slurm / '1000.state').write_text('FAILED')
+    assert handle.poll() is None and handle.poll() is None
+    assert caplog.text.count('squeue does not answer') == 1
+    with pytest.raises(LaunchError, match='^run: whether Slurm job 1000 goes on is not known: .*Unable to contact'):
+        start(RECIPE, run)
+    with pytest.raises(ValueError, match='^slurm: squeue does not answer.*Unable to contact'):
+        make_launcher(resources_of({'slurm': SLURM}), jobs=1)
+    (slurm / 'deaf').unlink()
+    for number, state in enumerate([*OVER, None], start=1001):
+        (slurm / f'{number - 1}.state').write_text(state or 'PENDING')
+        if state is None:  # purged
+            (slurm / f'{number - 1}.state').rename(slurm / 'purged')
+        assert handle.poll() == 1, state
+        assert f'Slurm job {number - 1} is over ({state or "gone"})' in (run / 'log.txt').read_text()
+        if state is not None:
+            handle = start(RECIPE, run)
+            assert handle.name.startswith(f'Slurm job {number},')
+    assert len(fake_slurm.states(slurm)) == len(OVER)
+
+
+def test_a_job_that_seemed_over_and_goes_on_has_not_failed(slurm, run, monkeypatch):
+    (slurm / 'hold').touch()
+    monkeypatch.setattr('cpt_algorithms.launch.launcher._LAG', 0.5)
+    handle = make_launcher(resources_of({'slurm': SLURM}), jobs=1)(RECIPE, run)
+    for state in ('NODE_FAIL', 'PENDING', 'NODE_FAIL'):  # requeued
+        (slurm / '1000.state').write_text(state)
+        assert handle.poll() is None
+        time.sleep(0.3)
 
 
 def test_a_job_that_slurm_refuses_is_one_line(slurm, run):

@@ -330,18 +330,17 @@ def test_cache_folder_of_a_live_run_and_a_restart_after_a_kill(proxy, tmp_path, 
     other = stage(tmp_path, data, tmp_path / 'cache', 'other')
     run = start(cfg, tmp_path)
     wait_for_batch(cfg, 5)
-    os.killpg(run.pid, signal.SIGSTOP)  # so that it does not end before the other has been refused
+    os.killpg(run.pid, signal.SIGSTOP)  # so that it does not end before the other
     begin = time.monotonic()
-    refused = start(other, tmp_path)
-    # the workers of a killed run are waited for; a live one is refused after that
-    printed = finish(refused)
+    beside = start(other, tmp_path)
+    printed = finish(beside)
     seconds = time.monotonic() - begin
-    assert refused.returncode == 1
-    error = error_of(printed)
-    assert re.search(rf'^other: the cache folder {tmp_path}/cache/new/train is in use by process {run.pid} on', error)
-    print(f'\nshared cache folder: {error}')
+    assert beside.returncode == 0, printed[-4000:]
+    assert f'the cache folder {tmp_path}/cache/new/train is in use by process {run.pid} on' in printed
+    assert (tmp_path / 'cache' / 'new-run2' / 'train').is_dir()
+    assert batches(other) == undisturbed
     assert run.poll() is None, 'it must be alive for this to mean anything'
-    TABLE.append(('cache folder of a live run', 'not run', 'refused: one line', f'{seconds:.0f}', '-'))
+    TABLE.append(('cache folder of a live run', 'not run', 'caches elsewhere', f'{seconds:.0f}', 'equal'))
     os.killpg(run.pid, signal.SIGKILL)  # with its resource tracker: shared memory stays
     run.communicate()
     left = len(_stale_shared_memory(f'{tmp_path}/cache/new/train'))

@@ -330,11 +330,14 @@ def shared_memory_of(tmp_path):
     return streams._stale_shared_memory(str(tmp_path / 'new/train'))
 
 
-def test_a_killed_run_can_be_started_again_and_a_live_one_is_left_alone(proxy, tmp_path, undisturbed):
+def test_a_killed_run_can_be_started_again_and_a_live_one_is_left_alone(proxy, tmp_path, undisturbed, caplog):
     live = in_another_process(ReplayTextDataset, **arguments(tmp_path))
     (number,) = shared_memory_of(tmp_path)
-    with pytest.raises(StreamError, match=f'cache folder {tmp_path}/new/train is in use by process {live.pid} on'):
-        training(tmp_path)
+    beside = training(tmp_path)
+    assert f'cache folder {tmp_path}/new/train is in use by process {live.pid} on' in caplog.text
+    assert [each.local for each in beside.streams] == [f'{tmp_path}/{name}-run2' for name in ('new', 'old')]
+    assert ids(beside) == undisturbed
+    del beside
     assert list(shared_memory_of(tmp_path)) == [number]
     live.kill()  # the resource tracker is this process's: it removes nothing
     live.join()
@@ -345,25 +348,25 @@ def test_a_killed_run_can_be_started_again_and_a_live_one_is_left_alone(proxy, t
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_live_stock_run_is_not_removed(proxy, tmp_path):
+def test_the_memory_of_a_live_stock_run_is_not_removed(proxy, tmp_path, caplog):
     live = in_another_process(StreamingDataset, **stream(tmp_path, 'new'), batch_size=8)
     there = shared_memory_of(tmp_path)
-    with pytest.raises(StreamError, match=f'is in use by process {live.pid} on'):
-        training(tmp_path)
+    assert training(tmp_path).streams[0].local == f'{tmp_path}/new-run2'
+    assert f'is in use by process {live.pid} on' in caplog.text
     assert shared_memory_of(tmp_path) == there
     live.kill()
     live.join()
     assert len(list(training(tmp_path))) > 0
 
 
-def test_containers_that_share_memory_and_not_processes_do_not_remove_each_others(proxy, tmp_path, monkeypatch):
+def test_containers_that_share_memory_and_not_processes_do_not_remove_each_others(proxy, tmp_path, monkeypatch, caplog):
     live = in_another_process(ReplayTextDataset, **arguments(tmp_path))
     there = shared_memory_of(tmp_path)
     # the other's folder has the same name and is another; its process cannot be seen
     (tmp_path / 'new/train/.lock').unlink()
     monkeypatch.setattr(streams, '_pids_that_map', lambda files: [])
-    with pytest.raises(StreamError, match=f'is in use by process {live.pid} on'):
-        training(tmp_path)
+    assert training(tmp_path).streams[0].local == f'{tmp_path}/new-run2'
+    assert f'is in use by process {live.pid} on' in caplog.text
     assert shared_memory_of(tmp_path) == there
     live.kill()
 

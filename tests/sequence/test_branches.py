@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import recorder
 import tiny
+import torch
 from omegaconf import OmegaConf
 
 from cpt_algorithms.replay.consumed import positions_behind
@@ -20,6 +21,9 @@ from cpt_algorithms.stage.branch_points import BranchPoints
 from cpt_algorithms.stage.stage import Stage
 
 INFINITE = {'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '2ba', 'alpha_const': 0.5, 't_anneal': '0ba'}
+
+# of two half-lives, and two snapshots, one of them in the branch
+AVERAGES = {'ema': {'half_life': ['100ba', '0.25dur'], 'start': '1ba'}, 'lawa': {'interval': '3ba'}}
 
 
 @pytest.fixture
@@ -143,7 +147,7 @@ def trunk(data, streams, tmp_path_factory):
     folder = tmp_path_factory.mktemp('trunk')
     cfg = tiny.config(
         folder, data, 'trunk', scheduler=INFINITE, save_num_checkpoints_to_keep=1, save_interval='3ba',
-        train_loader={'dataset': streams}, callbacks={'branch_points': {'at': [4]}},
+        train_loader={'dataset': streams}, callbacks={'branch_points': {'at': [4]}, **AVERAGES},
     )  # fmt: skip
     tiny.recipe_here(cfg, folder)
     return folder / 'trunk'
@@ -175,7 +179,7 @@ def test_a_branch_is_what_the_trunk_would_have_been(trunk, data, streams, tmp_pa
     )  # fmt: skip
     assert contents(trunk) == before
     whole = tiny.config(
-        tmp_path, data, 'whole', train_loader={'dataset': streams},
+        tmp_path, data, 'whole', train_loader={'dataset': streams}, callbacks=AVERAGES,
         scheduler={**INFINITE, 't_anneal': '4ba', 'anneal': 'linear', 'alpha_f': 0.0},
     )  # fmt: skip
     straight, branched = tiny.run(whole), recorder.read(tmp_path / 'branch.jsonl')
@@ -192,6 +196,22 @@ def test_a_branch_is_what_the_trunk_would_have_been(trunk, data, streams, tmp_pa
         stage['parent'] == stage['config']['train_loader']['dataset']['resume_after'] == str(trunk / 'ep0-ba4-rank0.pt')
     )
     assert list((branch / 'huggingface').glob('ba4/model.safetensors'))
+    ours, theirs = (averages(folder) for folder in (branch, tmp_path / 'whole'))
+    assert ours.keys() == theirs.keys() and len(ours) == 4 * len({key[-1] for key in ours})
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=5e-5)  # a step is 1e-3
+
+
+def averages(folder):
+    """Every tensor of the averages in a run's latest checkpoint."""
+    callbacks = torch.load(folder / 'latest-rank0.pt', weights_only=False)['state']['callbacks']
+    kept = {'EMA': 'averages', 'LAWA': 'window'}
+    return {
+        (name, number, key): tensor
+        for name, group in kept.items()
+        for number, tensors in callbacks[name][group].items()
+        for key, tensor in tensors.items()
+    }
 
 
 def test_a_branch_with_a_mix_of_its_own_is_continued(trunk, streams, data, tmp_path):

@@ -11,6 +11,8 @@ from composer.core import Evaluator, State, Time
 from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from composer.models import ComposerModel
+from hypothesis import given
+from hypothesis import strategies as st
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from torch.utils.data import DataLoader
 
@@ -35,8 +37,8 @@ class Number(ComposerModel):
 class Run:
     """What Composer's trainer does with a callback."""
 
-    def __init__(self, callback, max_duration='8ba', loaded=None, at=0):
-        self.callback = callback
+    def __init__(self, callback, max_duration='8ba', loaded=None, at=0, before=0):
+        self.callback, self.before = callback, before  # batches of the trunk of a branch
         self.state = State(
             model=Number(), rank_zero_seed=0, run_name='run', device=DeviceCPU(), max_duration=max_duration,
             callbacks=[callback],
@@ -54,7 +56,7 @@ class Run:
             self.state.previous_timestamp = self.state.timestamp
             self.state.timestamp = self.state.timestamp.to_next_batch(samples=4, tokens=32)
             with torch.no_grad():
-                self.state.model.weight.fill_(float(self.state.timestamp.batch.value))
+                self.state.model.weight.fill_(float(self.before + self.state.timestamp.batch.value))
             if not quietly:
                 self.callback.batch_end(self.state, self.logger)
         return self
@@ -238,6 +240,77 @@ def test_one_average_starts_afresh_and_the_next_goes_on(caplog):
         run = Run(EMA(['3ba', '1ba', '2ba']), loaded=saved, at=2)
     assert list(run.averages()) == ['ema_1ba', 'ema_2ba']
     assert 'ema: restored ema_1ba, ema_2ba at batch 2' in caplog.text
+
+
+TIMES = st.one_of(
+    st.integers(1, 20).map('{}ba'.format),
+    st.integers(1, 600).map('{}tok'.format),
+    st.integers(1, 80).map('{}sp'.format),
+    st.sampled_from(['0.01dur', '0.25dur', '0.6dur', '1dur', '1.5dur']),
+)
+
+
+@given(st.one_of(TIMES, st.just('0ba')), TIMES, st.sampled_from(['8ba', '256tok', '33sp', '250tok']))
+def test_the_first_average_is_foreseen(start, interval, length):
+    run = Run(LAWA(interval, start=start), max_duration=length)
+    total = Duration.parse('max_duration', length)
+    foreseen, batches = run.callback.first_update(total, 4, 8), total.batches(4, 8)
+    found = next((batch for batch in range(1, 31) if run.train(1).averages()), None)
+    assert found == (foreseen if foreseen <= 30 else None)
+    assert batches == 8 or length == '33sp'
+
+
+@given(
+    st.sampled_from(['ema', 'lawa']), st.one_of(TIMES, st.just('0ba')), TIMES, TIMES,
+    st.integers(1, 7), st.integers(0, 3), st.booleans(),
+)  # fmt: skip
+def test_an_average_goes_on_in_a_branch_as_in_its_trunk(
+    tmp_path_factory, kind, start, interval, half_life, at, killed_after, further
+):
+    """Also in one that is killed, and in a branch of a branch."""
+
+    def make(checkpoint=None):
+        if kind == 'ema':
+            return EMA(half_life, start=start, interval=interval, resume_after=checkpoint)
+        return LAWA(interval, k=3, start=start, resume_after=checkpoint)
+
+    def branch_of(trunk, length):
+        path = tmp_path_factory.mktemp('trunk') / 'latest-rank0.pt'
+        torch.save({'state': {'callbacks': {type(trunk.callback).__qualname__: trunk.saved()}}}, path)
+        before = trunk.before + int(trunk.state.timestamp.batch.value)
+        # how long the branch is says nothing of its averages
+        branch = Run(make(str(path)), max_duration=length, before=before)
+        if killed_after:
+            saved = branch.train(killed_after).saved()
+            branch = Run(make(str(path)), max_duration=length, loaded=saved, at=killed_after, before=before)
+        return branch
+
+    straight, branch = Run(make()).train(at), branch_of(Run(make()).train(at), '5ba')
+    straight.train(killed_after)
+    if further:
+        branch = branch_of(branch, '7ba')
+        straight.train(killed_after)
+    for _ in range(3):
+        assert branch.averages() == straight.averages()
+        branch.train(1)
+        straight.train(1)
+
+
+def test_a_trunk_without_an_average_is_said(tmp_path, caplog):
+    torch.save({'state': {'callbacks': {}}}, tmp_path / 'ep0-ba4-rank0.pt')
+    run = Run(LAWA('1ba', resume_after=str(tmp_path / 'ep0-ba4-rank0.pt')), before=4)
+    assert f'lawa: the checkpoint {tmp_path}/ep0-ba4-rank0.pt holds no average' in caplog.text
+    assert run.train(1).averages() == {'lawa': 5.0}
+    Run(EMA('1ba', resume_after='s3://bucket/trunk/ep0-ba4-rank0.pt'))
+    assert 'ema: s3://bucket/trunk/ep0-ba4-rank0.pt is in object storage' in caplog.text
+
+
+def test_an_average_that_never_began_is_said(caplog):
+    for callback, said in ((LAWA('9ba'), 'lawa'), (EMA('1ba', start='8ba'), 'ema'), (EMA('1ba'), None)):
+        caplog.clear()
+        run = Run(callback).train(8)
+        run.callback.fit_end(run.state, run.logger)
+        assert (f'{said}: nothing was averaged' in caplog.text) == bool(said)
 
 
 def test_shares_of_the_run_are_whole_in_its_unit():

@@ -404,6 +404,18 @@ def test_tied_frozen_and_half_precision_parameters(tmp_path):
         ({'ema': {'halflife': '2ba'}}, "callbacks.ema.halflife .*'half_life'"),
         ({'lawa': {'k': 3}}, 'callbacks.lawa.interval is missing'),
         ({'lawa': {'interval': '2ba', 'k': 2.5}}, 'callbacks.lawa.k=2.5'),
+        ({'lawa': {'interval': '9ba'}}, 'callbacks.lawa: .*interval=9ba .* batch 9, .* batch 8'),
+        ({'lawa': {'interval': '3ba', 'start': '6ba'}}, 'callbacks.lawa: .*start=6ba.* batch 9, .* batch 8'),
+        ({'ema': {'half_life': '2ba', 'start': '8ba'}}, 'callbacks.ema: .*start=8ba.* batch 9, .* batch 8'),
+        (
+            {'ema': {'half_life': '2ba', 'interval': '1025tok'}},
+            'callbacks.ema: .*interval=1025tok .* batch 9, .* batch 8',
+        ),
+        ({'branch_points': {'at': [4, 9]}}, r'branch_points.at=\[4, 9\], .* batch 8'),
+        (
+            {'final_loss': {'window': '4ba', 'interval': '2ba', 'metric': 'LanguageLoss'}},
+            'final_loss.metric=.*did you mean',
+        ),
     ],
 )
 def test_bad_settings_are_refused_before_training(data, tmp_path, averages, words):
@@ -411,6 +423,16 @@ def test_bad_settings_are_refused_before_training(data, tmp_path, averages, word
     with pytest.raises(ConfigError, match=words) as refused:
         preflight(Stage.from_yaml(config(tmp_path, data, 'bad', averages=averages)))
     assert len(refused.value.problems) == 1
+
+
+def test_epochs_are_as_long_as_the_data(data, tmp_path):
+    cfg = config(tmp_path, data, 'epochs', averages={'lawa': {'interval': '100ba'}}, max_duration='2ep')
+    cfg['scheduler'] = {'name': 'rewarm_cosine', 't_warmup': '0.1dur'}
+    cfg['train_loader']['dataset']['max_passes'] = 2
+    preflight(Stage.from_yaml(cfg))  # 50 batches each
+    cfg['callbacks']['lawa']['interval'] = '101ba'
+    with pytest.raises(ConfigError, match='callbacks.lawa: .* batch 101, .* batch 100'):
+        preflight(Stage.from_yaml(cfg))
 
 
 def test_fsdp1_is_refused_before_training(data, tmp_path, monkeypatch):
