@@ -17,8 +17,9 @@ Every window of five along the run; and the average that the run's own EMA callb
 
 An INPUT is a Composer .pt file, a Composer sharded folder, a Hugging Face safetensors file or folder, a quoted glob of
 these, or a run's save_folder: all its ``ep*-ba*`` checkpoints, or its ``huggingface/ba*`` exports if it has no others.
-A glob and a save_folder are sorted by batch; a list stays as it is given, oldest first. Object storage (s3://, gs://,
-oci://, azure://) is downloaded first into a temporary folder beside the result, which needs disk for all inputs.
+A glob and a save_folder are sorted by batch, or by the numbers in other names; a list stays as it is given, oldest
+first. Object storage (s3://, gs://, oci://, azure://) is downloaded first into a temporary folder beside the result,
+which needs disk for all inputs.
 """
 
 import argparse
@@ -75,6 +76,7 @@ def make_parser() -> OneLineParser:
     add('--accumulate', default='float32', choices=('float32', 'float64'), help='dtype of sums (default: float32)')
     add('--config', type=Path, help='folder with config.json and tokenizer for hf (default: from the newest input)')
     add('--max-shard-size', default='5GB', help='of safetensors files (default: 5GB)')
+    add('--may-differ', action='store_true', help='what is no weight (config, tokenizer) may; the newest counts')
     add('--dry-run', action='store_true', help='check and show what would be averaged; downloads nothing')
     return parser
 
@@ -147,9 +149,10 @@ def average(
     checkpoints = [open_checkpoint(path) for path in paths]
     small_files = to.find_small_files(checkpoints[-1], options.config) if options.to == 'hf' else {}
     if options.to != 'hf':
-        checkpoints[-1] = to.with_tied_names(checkpoints[-1], options.config)
+        checkpoints = to.with_composer_names(checkpoints, options.config)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    plan = to.make_plan(checkpoints, weights, options.average, dtype, getattr(torch, options.accumulate))
+    accumulate = getattr(torch, options.accumulate)
+    plan = to.make_plan(checkpoints, weights, options.average, dtype, accumulate, options.may_differ)
     require_disk(out.parent, plan.written_bytes, f'writing {out.name}')
     if options.dry_run:
         return
@@ -174,7 +177,9 @@ def average(
 def run(options: argparse.Namespace) -> None:
     """Find, show, check and average."""
     check_options(options)
-    found = find(options.inputs)
+    # without an order, which one is the newest is not known
+    order_matters = options.weights != 'uniform' or options.window is not None or options.may_differ
+    found = find(options.inputs, order_matters)
     if options.last is not None:
         found = latest(found, options.last, options.every)
     windows = windows_of(found, options.window, options.stride or 1)

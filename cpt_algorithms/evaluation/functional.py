@@ -13,6 +13,7 @@ __all__ = [
     'bits_per_byte',
     'by_average',
     'changes',
+    'cuts_of',
     'final_loss',
     'forgetting',
     'has_diverged',
@@ -22,6 +23,7 @@ __all__ = [
     'mean_over_tasks',
     'paired_delta',
     'score',
+    'shots_of',
     'steps_saved',
     'thinned',
     'training_flops',
@@ -159,7 +161,17 @@ def is_accuracy(result: Mapping[str, Any]) -> bool:
 
 def has_same_items(result: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether another model has answered the same items of a task, in the same way."""
-    return all(other.get(key) == result[key] for key in ('entry', 'items', 'weights'))
+    return all(other.get(key) == result.get(key) for key in ('entry', 'items', 'weights', 'cut'))
+
+
+def cuts_of(result: Mapping[str, Any]) -> str:
+    """How many prompts of a task did not fit the model and lost their beginning: ``3 of 36``; nothing if none."""
+    return f'{result["cut"]:,} of {result["prompts"]:,}' if result.get('cut') else ''
+
+
+def shots_of(num_fewshot: int | None, is_cut: bool) -> str:
+    """Examples in the prompt, in words: at most so many, if some prompts were cut."""
+    return '' if num_fewshot is None else f'≤ {num_fewshot}' if is_cut and num_fewshot else str(num_fewshot)
 
 
 def within_noise(delta: Mean) -> bool:

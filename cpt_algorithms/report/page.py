@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.evaluation.functional import Mean, within_noise
+from cpt_algorithms.evaluation.functional import Mean, shots_of, within_noise
 from cpt_algorithms.files import write_atomic, write_json
 from cpt_algorithms.formatting import flop, percent, short, signed
 from cpt_algorithms.report.lineage import tree_of
@@ -308,11 +308,12 @@ def _benchmark_tables(report: Report) -> list[_Table]:
 
 def _task_head(report: Report, suite: str, task: str) -> str:
     """Task with its number of examples in the prompt and, if it is no accuracy, its metric."""
-    results = (of['tasks'] for run in report.study.runs.values() for of in run.benchmarks.get(suite, {}).values())
-    result = next(tasks[task] for tasks in results if task in tasks)
+    found = (of['tasks'] for run in report.study.runs.values() for of in run.benchmarks.get(suite, {}).values())
+    results = [tasks[task] for tasks in found if task in tasks]
+    result, is_cut = results[0], any(each.get('cut') for each in results)
     metric = '' if result['higher_is_better'] else f', {result["metric"]} ↓'
-    shots = '' if result.get('num_fewshot') is None else f' ({result["num_fewshot"]}-shot{metric})'
-    return f'{task}{shots}'
+    shots = shots_of(result.get('num_fewshot'), is_cut)
+    return f'{task} ({shots}-shot{metric}{", prompts cut" if is_cut else ""})' if shots else task
 
 
 def _score(score: OverSeeds | None, delta: Mean | None) -> _Cell:

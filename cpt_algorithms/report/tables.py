@@ -18,6 +18,7 @@ from cpt_algorithms.evaluation.functional import (
     bits_per_byte,
     by_average,
     changes,
+    cuts_of,
     has_same_items,
     is_accuracy,
     mean_over_tasks,
@@ -330,6 +331,12 @@ def _missing_benchmarks(runs: Sequence[RunRecord]) -> Iterator[str]:
     for suite in suites:
         if without := [run.name for run in finished if suite not in run.benchmarks]:
             yield f'lm-eval {suite}: no results of {", ".join(without)}'
+        for run in runs:
+            for average, result in run.benchmarks.get(suite, {}).items():
+                for task, scored in result['tasks'].items():
+                    if cut := cuts_of(scored):
+                        who = f'{run.name}, {average}' if average else run.name
+                        yield f'lm-eval {suite}: {task}: {cut} prompts are longer than {who} can read, and were cut'
         reasons: dict[tuple[str, str], list[str]] = {}
         evaluated = {run.name for run in runs if suite in run.benchmarks}
         for run in runs:
