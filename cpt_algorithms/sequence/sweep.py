@@ -127,14 +127,14 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
     stages = list(spec.stages)
     runs: dict[str, Run] = {}
     for trial in trials:
-        if wrong := [word for word in trial if '=' not in word]:
-            raise ValueError(f'{wrong[0]} in a trial is not STAGE.KEY=VALUE')
-        # a whole section comes before its keys, in whatever order they were given
-        given = OmegaConf.from_dotlist(sorted(trial, key=lambda word: word.partition('=')[0]))
-        overrides: Any = OmegaConf.to_container(given)
-        leaves = dict(_leaves(overrides))
-        for name in leaves:
-            _check_name(name, stages)
+        overrides = _overrides(trial, stages)
+        leaves = [(stage, *leaf) for stage in stages for leaf in _leaves(overrides.get(stage, {}))]
+        for stage, path, _ in leaves:
+            if path[0] == 'model' or set(_COMPUTE) & set(path):
+                name = f'{stage}.{".".join(path)}'
+                raise ValueError(
+                    f'{name} would make one trial cost more than another; set it for all trials in the sequence'
+                )
         for run in expand(spec.with_arms({_arm(leaves, stages[-1]): overrides})):
             if runs.setdefault(run.name, run).stage != run.stage:
                 raise ValueError(
@@ -143,26 +143,51 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
     return list(runs.values())
 
 
-def _leaves(section: Mapping[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
+def _overrides(trial: Sequence[str], stages: Sequence[str]) -> dict[str, Any]:
+    """What a trial changes of each stage. Stages are known: their names, and those of keys, may hold dots."""
+    overrides: dict[str, Any] = {}
+    # a whole section comes before its keys, in whatever order they were given
+    for word in sorted(trial, key=lambda word: word.partition('=')[0]):
+        name, equals, value = word.partition('=')
+        if not equals:
+            raise ValueError(f'{word} in a trial is not STAGE.KEY=VALUE')
+        found = [stage for stage in stages if name == stage or name.startswith(f'{stage}.')]
+        if not found:
+            raise ValueError(f'{name} does not begin with a stage; {nearest(name.partition(".")[0], stages)}')
+        stage = max(found, key=len)
+        given = OmegaConf.to_container(OmegaConf.from_dotlist([f'x{name[len(stage) :]}={value}']))
+        section = _with_null(given)['x']
+        if not isinstance(section, dict):
+            raise ValueError(f'{name} is a stage and no key of it; {name}.optimizer.lr would be one')
+        merged = OmegaConf.merge(OmegaConf.create(overrides.get(stage, {})), OmegaConf.create(section))
+        overrides[stage] = OmegaConf.to_container(merged)
+    return overrides
+
+
+def _with_null(value: Any) -> Any:
+    """A value as W&B's agent means it, which writes Python's ``None`` for null, also inside of others."""
+    if isinstance(value, dict):
+        return {key: _with_null(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_null(each) for each in value]
+    return None if value == 'None' else value
+
+
+def _leaves(section: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in sorted(section.items()):
         if isinstance(value, Mapping):
-            yield from _leaves(value, f'{path}{key}.')
+            yield from _leaves(value, (*path, key))
         else:
-            yield f'{path}{key}', value
+            yield (*path, key), value
 
 
-def _arm(leaves: Mapping[str, Any], last: str) -> str:
+def _arm(leaves: Sequence[tuple[str, tuple[str, ...], Any]], last: str) -> str:
     """``replay.fraction=0.05``: keys of the last stage without it."""
-    # W&B's server writes 1.0 as 1
-    short = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in leaves.items()}
-    return ', '.join(f'{name.removeprefix(f"{last}.")}={value}' for name, value in short.items())
 
+    def text(value: Any) -> str:
+        # W&B's server writes 1.0 as 1
+        is_whole = isinstance(value, float) and value.is_integer()
+        return 'null' if value is None else str(int(value) if is_whole else value)
 
-def _check_name(name: str, stages: Sequence[str]) -> None:
-    stage, _, key = name.partition('.')
-    if stage not in stages:
-        raise ValueError(f'{name} does not begin with a stage; {nearest(stage, stages)}')
-    if not key:
-        raise ValueError(f'{name} is a stage and no key of it; {name}.optimizer.lr would be one')
-    if key.split('.')[0] == 'model' or set(_COMPUTE) & set(key.split('.')):
-        raise ValueError(f'{name} would make one trial cost more than another; set it for all trials in the sequence')
+    in_order = sorted(leaves, key=lambda leaf: '.'.join((leaf[0], *leaf[1])))
+    return ', '.join(f'{".".join(path if s == last else (s, *path))}={text(value)}' for s, path, value in in_order)
