@@ -9,9 +9,10 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -28,6 +29,7 @@ __all__ = [
     'is_remote',
     'list_names',
     'locked_sibling',
+    'null_as_nan',
     'read_json',
     'read_or_none',
     'read_yaml',
@@ -196,8 +198,25 @@ def write_atomic(place: str | Path, content: bytes) -> None:
 
 
 def write_json(place: str | Path, value: Any) -> None:
-    """Write a JSON file or object as :func:`write_atomic` does."""
-    write_atomic(place, json.dumps(value, indent=1).encode())
+    """Write a JSON file or object as :func:`write_atomic` does; what is no finite number becomes null."""
+    write_atomic(place, json.dumps(_finite(value), indent=1, allow_nan=False).encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def null_as_nan(value: Any) -> Any:
+    """What :func:`write_json` has written of numbers, null being none of them."""
+    if isinstance(value, dict):
+        return {key: null_as_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [null_as_nan(each) for each in value]
+    return nan if value is None else value
 
 
 def check_writable(key: str, folder: str, advice: str) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cpt_algorithms.evaluation.functional import steps_saved
+from cpt_algorithms.evaluation.functional import by_average, steps_saved, without_averages
 from cpt_algorithms.files import read_json
 from cpt_algorithms.report.tables import over_seeds
 
@@ -44,9 +44,8 @@ def read(folders: list[Path], dataset: str | None) -> Groups:
         losses = measured['losses']
         name = dataset or next(iter(losses))
         if name not in losses:
-            sys.exit(f'{path}: there is no dataset {name!r}; there are {", ".join(k for k in losses if "/" not in k)}')
-        curves = {'raw': losses[name]}
-        curves |= {key.removeprefix(f'{name}/'): rows for key, rows in losses.items() if key.startswith(f'{name}/')}
+            sys.exit(f'{path}: there is no dataset {name!r}; there are {", ".join(without_averages(losses))}')
+        curves = {average or 'raw': of[name] for average, of in by_average(losses, [name]).items()}
         if len(curves) == 1:
             sys.exit(f'{path}: nothing was averaged in this run; add callbacks.ema or callbacks.lawa')
         group = re.sub(r'-s\d+$', '', folder.name)

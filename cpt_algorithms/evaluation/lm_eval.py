@@ -33,7 +33,7 @@ from cpt_algorithms.evaluation.functional import (
     shots_of,
     within_noise,
 )
-from cpt_algorithms.evaluation.suite import Suite, SuiteTask, task_manager, why_unavailable
+from cpt_algorithms.evaluation.suite import Suite, SuiteTask, read_result, task_manager, why_unavailable
 from cpt_algorithms.files import read_json, write_json
 
 # lm-eval, torch and transformers take 15 s to import, and are imported where they are used.
@@ -181,7 +181,7 @@ def _evaluate(
         'model_files': {f.name: _stat(f) for f in sorted(folder.iterdir()) if f.is_file() and f.suffix != '.py'},
     }
     known: dict[str, Any] = {}
-    for old in filter(None, map(read_json, files)):
+    for old in filter(None, map(read_result, files)):
         known |= old['tasks'] if same.items() <= old['settings'].items() else {}
 
     entries = {task: entry.model_dump() for task, entry in suite.tasks.items()}

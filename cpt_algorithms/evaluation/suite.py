@@ -14,10 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from yaml import YAMLError
 
-from cpt_algorithms.files import read_yaml
+from cpt_algorithms.files import null_as_nan, read_json, read_yaml
 from cpt_algorithms.validation import ConfigError, Section, nearest, parse_section
 
-__all__ = ['Suite', 'SuiteTask', 'check_suite', 'load_suite', 'task_manager', 'why_unavailable']
+__all__ = ['Suite', 'SuiteTask', 'check_suite', 'load_suite', 'read_result', 'task_manager', 'why_unavailable']
 
 _FILE_BUILDERS = ('json', 'csv', 'parquet', 'text', 'arrow')
 
@@ -147,6 +147,14 @@ def load_suite(given: str | Path | Sequence[str]) -> Suite:
         raise ValueError(f'{path}: {"; ".join(error.problems)}') from None
     except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f'{path} cannot be read as a suite: {" ".join(str(error).split())}') from None
+
+
+def read_result(path: Path) -> Any:
+    """The file of a model's results, scores that were no numbers being so again; None if there is none."""
+    result = read_json(path)
+    for task in result['tasks'].values() if result else ():
+        task |= {key: null_as_nan(task[key]) for key in ('score', 'stderr', 'values') if key in task}
+    return result
 
 
 def check_suite(suite: Suite) -> list[str]:

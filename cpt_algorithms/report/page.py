@@ -226,12 +226,13 @@ def _tables(report: Report) -> list[_Table]:
     note += '; bold: the best.' if any(len(contenders(rows, size)) > 1 for size in study.sizes) else '.'
     if any(len(row.runs) == 1 for row in rows) and any(len(row.runs) > 1 for row in rows):
         note += ' Rows with one seed have no interval.'
+    able = {key: contenders(rows, *key) for key in {(row.size, row.other_plan) for row in rows}}
     if len(study.sizes) > 1:
         lines = []
         for name in dict.fromkeys(row.name for row in rows):
             by_size = {row.size: row for row in rows if row.name == name}
             cells = [
-                _ranked(by_size[size], column, rows) if size in by_size else _Cell()
+                _ranked(by_size[size], column, able[size, by_size[size].other_plan]) if size in by_size else _Cell()
                 for size in study.sizes
                 for column in (*losses, *CHANGES)
             ]
@@ -249,7 +250,12 @@ def _tables(report: Report) -> list[_Table]:
         }
         every = [column for columns in groups.values() for column in columns]
         lines = [
-            _line(study, row, [*(_ranked(row, column, rows) for column in every), _Cell(_seeds(row))]) for row in rows
+            _line(
+                study,
+                row,
+                [*(_ranked(row, column, able[row.size, row.other_plan]) for column in every), _Cell(_seeds(row))],
+            )
+            for row in rows
         ]
         heads = [(title, [*columns.values()]) for title, columns in groups.items() if columns]
         first = _Table('Final loss', note, [*heads, ('', ['seeds'])], lines)
@@ -267,9 +273,9 @@ def _seeds(row: Row) -> str:
     return str(every) if finished == every else f'{finished} of {every}'
 
 
-def _ranked(row: Row, column: str, rows: Sequence[Row]) -> _Cell:
-    """A number, marked if it is the best of those that are compared."""
-    cell, rivals = _number(row, column), [other for other in contenders(rows, row.size) if column in other.columns]
+def _ranked(row: Row, column: str, able: Sequence[Row]) -> _Cell:
+    """A number, marked if it is the best of those that it is compared with."""
+    cell, rivals = _number(row, column), [other for other in able if column in other.columns]
     means = [other.columns[column].mean for other in rivals]
     if row not in rivals or len(rivals) < 2:
         return cell

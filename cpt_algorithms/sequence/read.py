@@ -15,7 +15,7 @@ from cpt_algorithms.files import read_yaml
 from cpt_algorithms.sequence.expand import Run, expand
 from cpt_algorithms.sequence.scale import scale_file, scaled
 from cpt_algorithms.sequence.spec import SequenceSpec
-from cpt_algorithms.sequence.sweep import expand_trials, sequence_of, trials_of
+from cpt_algorithms.sequence.sweep import check_metric, expand_trials, sequence_of, trials_of
 from cpt_algorithms.stage.stage import Stage
 
 __all__ = ['load_yaml', 'read_sequence', 'with_caches']
@@ -62,7 +62,7 @@ def read_sequence(
     Raises:
         ValueError: If the sequence, the sweep or a run is not right.
     """
-    trials = [list(trial)] if trial else []
+    trials, given = [list(trial)] if trial else [], None
     if sweep:
         try:
             # as wandb sweep reads it; OmegaConf would take ${env} for its own
@@ -74,6 +74,8 @@ def read_sequence(
         raise ValueError('a sequence YAML is missing, or --sweep FILE')
     spec = SequenceSpec.from_yaml(load_yaml(words))
     runs = expand_trials(spec, trials) if trials else expand(spec)
+    if given:
+        check_metric(given, runs)
     return spec, [_cached_apart(run) for run in runs] if spec.jobs > 1 else runs
 
 

@@ -17,7 +17,7 @@ from cpt_algorithms.sequence.expand import Run, expand
 from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.validation import Section, nearest, parse_section
 
-__all__ = ['expand_trials', 'sequence_of', 'trials_of']
+__all__ = ['check_metric', 'expand_trials', 'sequence_of', 'trials_of']
 
 # What decides the tokens of a stage and the operations per token.
 _COMPUTE = ('max_duration', 'global_train_batch_size', 'max_seq_len')
@@ -52,6 +52,12 @@ class Parameter(Section):
         return self.values if self.values is not None else range(self.min or 0, (self.max or 0) + 1)
 
 
+class Metric(Section):
+    """What trials are compared by; W&B alone reads the rest of it."""
+
+    name: str
+
+
 class Sweep(Section):
     """A W&B sweep that can be run to its end without W&B."""
 
@@ -62,7 +68,7 @@ class Sweep(Section):
     entity: Any = None
     project: Any = None
     program: Any = None
-    metric: Any = None
+    metric: Metric | None = None
     command: list[str] = []
     method: Literal['grid']
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
@@ -108,6 +114,36 @@ def trials_of(sweep: Mapping[str, Any]) -> list[list[str]]:
         raise ValueError(f'parameters: a grid of {count} trials, and at most {_MOST_TRIALS} are possible')
     words = [[f'{name}={value}' for value in read.parameters[name].all_values] for name in names]
     return [list(trial) for trial in dict.fromkeys(itertools.islice(itertools.product(*words), read.run_cap))]
+
+
+def check_metric(sweep: Mapping[str, Any], runs: Sequence[Run]) -> None:
+    """Refuse a metric that no trial logs: W&B would compare trials by nothing.
+
+    Args:
+        sweep: The sweep file.
+        runs: Of :func:`expand_trials`.
+
+    Raises:
+        ValueError: With the nearest metric that a trial logs.
+    """
+    metric = parse_section(Sweep, sweep).metric
+    logged = {name for run in runs if not any(run.name == other.parent for other in runs) for name in _logged_by(run)}
+    if metric and metric.name not in logged:
+        raise ValueError(f'metric.name={metric.name!r} is logged by no trial; {nearest(metric.name, logged)}')
+
+
+def _logged_by(run: Run) -> Iterator[str]:
+    """The names in the summary of a trial."""
+    callbacks = run.stage.callbacks
+    half_lives = callbacks.ema.given.get('half_life') or [] if callbacks.ema else []
+    averages = [f'ema_{each}' for each in ([half_lives] if isinstance(half_lives, str) else half_lives)]
+    averages += ['lawa'] if callbacks.lawa else []
+    datasets = {'final_loss': [loader.label for loader in run.stage.eval_loader]}
+    if forgetting := callbacks.forgetting:
+        datasets |= {'final_forgetting': forgetting.old, 'final_adaptation': forgetting.new}
+    for key, names in datasets.items():
+        for name in ('mean', *names):
+            yield from (f'{key}/{name}{average}' for average in ('', *(f'/{each}' for each in averages)))
 
 
 def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[Run]:

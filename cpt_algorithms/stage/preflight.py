@@ -38,6 +38,7 @@ from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
 from cpt_algorithms.checkpoints.guard import TRUST
 from cpt_algorithms.checkpoints.open import load_structure, open_checkpoint, read_metadata
 from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
+from cpt_algorithms.evaluation.functional import check_labels
 from cpt_algorithms.evaluation.suite import check_suite, load_suite
 from cpt_algorithms.files import (
     StorageError,
@@ -124,6 +125,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         lambda: tokenizer_of(stage.tokenizer),
         lambda: _check_batch_size(stage, world_size),
         lambda: _check_averages(stage, world_size),
+        lambda: check_labels([loader.label for loader in stage.eval_loader if loader.label is not None]),
         lambda: _check_forgetting(stage),
         lambda: _check_lm_eval(stage),
         lambda: _check_loading(stage),
