@@ -76,8 +76,13 @@ class _Line(NamedTuple):
 class _Table(NamedTuple):
     title: str
     note: str
-    groups: list[tuple[str, list[str]]]
+    groups: list[tuple[str, Sequence[_Cell | str]]]
     lines: list[_Line]
+
+    @property
+    def heads(self) -> list[tuple[str, list[_Cell]]]:
+        """The heads of its columns."""
+        return [(title, [_Cell(each) if isinstance(each, str) else each for each in of]) for title, of in self.groups]
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Report:
@@ -135,7 +140,7 @@ def rich_table(report: Report) -> Table:
     """The main numbers, as a terminal shows them."""
     shown = Table(title=escape(f'{report.study.name}: final validation loss'), title_justify='left')
     shown.add_column('arm', no_wrap=True)
-    heads = {column: column.replace('loss ', 'loss\n') for column in (*_losses(report.study), *CHANGES)}
+    heads = {column: column.replace('loss ', 'loss\n', 1) for column in (*_losses(report.study), *CHANGES)}
     heads |= {'tokens': 'update\ntokens', 'flops': 'update\nFLOP', 'compute vs union': 'compute\nvs union'}
     for head in heads.values():
         shown.add_column(escape(head), justify='right')
@@ -312,14 +317,14 @@ def _benchmark_tables(report: Report) -> list[_Table]:
     return tables
 
 
-def _task_head(report: Report, suite: str, task: str) -> str:
+def _task_head(report: Report, suite: str, task: str) -> _Cell:
     """Task with its number of examples in the prompt and, if it is no accuracy, its metric."""
     found = (of['tasks'] for run in report.study.runs.values() for of in run.benchmarks.get(suite, {}).values())
     results = [tasks[task] for tasks in found if task in tasks]
     result, is_cut = results[0], any(each.get('cut') for each in results)
     metric = '' if result['higher_is_better'] else f', {result["metric"]} ↓'
     shots = shots_of(result.get('num_fewshot'), is_cut)
-    return f'{task} ({shots}-shot{metric}{", prompts cut" if is_cut else ""})' if shots else task
+    return _Cell(task, f'{shots}-shot{metric}{", prompts cut" if is_cut else ""}' if shots else '')
 
 
 def _score(score: OverSeeds | None, delta: Mean | None) -> _Cell:
