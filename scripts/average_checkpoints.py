@@ -36,11 +36,13 @@ from typing import Any
 from prepare_data import OneLineParser
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.files import StorageError, is_remote
+from cpt_algorithms.terminal import print_table
 from cpt_algorithms.weight_averaging.offline.select import AverageError, Found, find, latest, windows_of
 from cpt_algorithms.weight_averaging.offline.storage import download, refuse_existing, require_disk, upload_result
 
@@ -118,16 +120,18 @@ def weights_of(options: argparse.Namespace, count: int) -> list[float]:
         raise AverageError(f'--weights {options.weights}: {error}') from None
 
 
-def print_table(found: Sequence[Found], weights: Sequence[float], out: str, average: str | None) -> None:
+def print_inputs(
+    found: Sequence[Found], weights: Sequence[float], out: str, average: str | None, console: Console | None = None
+) -> None:
     """What will be averaged, oldest first."""
     what = f'{average} of ' if average else ''
     count = f'{len(found)} checkpoint' + ('s' if len(found) > 1 else '')
-    table = Table('checkpoint', title=f'{what}{count} -> {out}', title_justify='left', box=box.SIMPLE)
+    table = Table('checkpoint', title=escape(f'{what}{count} -> {out}'), title_justify='left', box=box.SIMPLE)
     table.add_column('batch', justify='right')
     table.add_column('weight', justify='right')
     for one, weight in zip(found, weights, strict=True):
-        table.add_row(one.path, '' if one.batch is None else f'{one.batch:,}', f'{weight:.6g}')
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        table.add_row(escape(one.path), '' if one.batch is None else f'{one.batch:,}', f'{weight:.6g}')
+    print_table(table, console or Console(width=None if sys.stdout.isatty() else 120))
 
 
 def output_of(options: argparse.Namespace, window: Sequence[Found]) -> str:
@@ -187,7 +191,7 @@ def run(options: argparse.Namespace) -> None:
     outputs = [output_of(options, window) for window in windows]
     for window, out in zip(windows, outputs, strict=True):
         refuse_existing(out, is_file=options.to == 'pt')
-        print_table(window, weights, out, options.average)
+        print_inputs(window, weights, out, options.average)
     if options.dry_run and any(one.objects for one in found):
         return
     beside = Path(tempfile.gettempdir()) if is_remote(options.out) else Path(options.out).absolute().parent

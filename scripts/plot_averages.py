@@ -26,6 +26,7 @@ from rich.table import Table
 from cpt_algorithms.evaluation.functional import by_average, steps_saved, without_averages
 from cpt_algorithms.files import read_json
 from cpt_algorithms.report.tables import over_seeds
+from cpt_algorithms.terminal import print_table
 
 Curve = list[list[float]]
 Groups = dict[str, list[dict[str, Curve]]]  # of runs that differ in their seed: {label: [[batch, loss], ...]} of each
@@ -128,10 +129,12 @@ def main() -> None:
     columns = ['weights', 'gain, 1st third', '2nd third', '3rd third', f'loss, last {arguments.window}', 'steps saved']
     columns += [] if arguments.spike is None else ['rise in the spike']
     for name, group in groups.items():
-        shown = Table(*columns, title=f'{name}: {len(group)} seeds', title_justify='left')
+        shown = Table(columns[0], title=f'{name}: {len(group)} seeds', title_justify='left')
+        for column in columns[1:]:
+            shown.add_column(column, justify='right')
         for row in rows_of(group, arguments.window, arguments.spike):
             shown.add_row(*row)
-        console.print(shown)
+        print_table(shown, console)
     console.print('gain: raw loss minus averaged loss, nats/token; ± is the 95 % interval over seeds')
     draw(groups, arguments.out)
     console.print(f'{arguments.out}')

@@ -35,6 +35,7 @@ from cpt_algorithms.evaluation.functional import (
 )
 from cpt_algorithms.evaluation.suite import Suite, SuiteTask, read_result, task_manager, why_unavailable
 from cpt_algorithms.files import read_json, write_json
+from cpt_algorithms.terminal import print_table
 
 # lm-eval, torch and transformers take 15 s to import, and are imported where they are used.
 
@@ -371,7 +372,7 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
     return rows
 
 
-def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> None:
+def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None, console: Console | None = None) -> None:
     """Print what :func:`compare` finds."""
     title = f'{result["model"]}: {result["suite"]}' + (f', against {parent["model"]}' if parent else '')
     table = Table('task', title=escape(title), title_justify='left', box=box.SIMPLE)
@@ -387,4 +388,4 @@ def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None) ->
         table.add_row(escape(row.name), row.shots, *([row.cut] if is_cut else []), count, row.cell(row.score), *against)
     for name in result['missing']:
         table.add_row(escape(name), *[''] * (heads.index('score')), 'missing')
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print_table(table, console or Console(width=None if sys.stdout.isatty() else 120))

@@ -33,6 +33,7 @@ from cpt_algorithms.report.tables import (
     scores_of,
     write_csv,
 )
+from cpt_algorithms.terminal import print_table
 
 __all__ = ['Report', 'print_report', 'rich_table', 'write_report']
 
@@ -139,7 +140,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
 def rich_table(report: Report) -> Table:
     """The main numbers, as a terminal shows them."""
     shown = Table(title=escape(f'{report.study.name}: final validation loss'), title_justify='left')
-    shown.add_column('arm', no_wrap=True)
+    shown.add_column('arm')
     heads = {column: column.replace('loss ', 'loss\n', 1) for column in (*_losses(report.study), *CHANGES)}
     heads |= {'tokens': 'update\ntokens', 'flops': 'update\nFLOP', 'compute vs union': 'compute\nvs union'}
     for head in heads.values():
@@ -156,7 +157,7 @@ def print_report(report: Report, console: Console) -> None:
     """The findings, the table, what is missing, and where the page is."""
     for sentence in report.findings:
         console.print(sentence, highlight=False, markup=False)
-    console.print(rich_table(report))
+    print_table(rich_table(report), console)
     for line in (*(f'missing: {line}' for line in report.missing), f'report: {report.path}'):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
