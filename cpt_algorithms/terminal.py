@@ -32,13 +32,11 @@ def print_table(table: Table, console: Console) -> None:
         return
     least = [_least(column, console) for column in table.columns]
     begin, numbers = 0, [index for index, column in enumerate(table.columns) if column.justify == 'right']
-    while begin < len(numbers) or not numbers:
-        end = len(numbers)
-        while (
-            end > begin + 1 and _width(_part(table, _kept(table, numbers[begin:end]), least), console) > console.width
-        ):
+    while True:
+        end, kept = len(numbers), _kept(table, numbers[begin:])
+        while end > begin + 1 and _width(_part(table, kept, least), console) > console.width:
             end -= 1
-        kept = _kept(table, numbers[begin:end])
+            kept = _kept(table, numbers[begin:end])
         part = _part(table, kept, _widened(table, kept, least, console))
         if begin:
             part.title = None

@@ -106,9 +106,8 @@ def print_counts(manifest: Manifest, out: str, width: int | None = None) -> None
             table.add_row(escape(name), split, *[f'{getattr(counts, column):,}' for column in shown])
         for source, described in dataset.sources.items() if len(dataset.sources) > 1 else ():
             for split, counts in described.splits.items():
-                table.add_row(
-                    escape(f'  {source}'), split, *[f'{getattr(counts, column):,}' for column in shown], style='dim'
-                )
+                cells = [f'{getattr(counts, column):,}' for column in shown]
+                table.add_row(escape(f'  {source}'), split, *cells, style='dim')
     print_table(table, Console(width=width))
 
 

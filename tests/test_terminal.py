@@ -51,7 +51,7 @@ def of_a_sequence(console):
 
 
 def of_costs(console):
-    print_costs({run.name: run.stage for run in runs()}, console, budgets={name: 10**11 for name in names(2)})
+    print_costs({run.name: run.stage for run in runs()}, console, budgets=dict.fromkeys(names(2), 10**11))
 
 
 def of_the_report(console):
@@ -114,10 +114,8 @@ OTHERS = {'scripts/claims/results.py', 'scripts/claims/lawa_window.py', 'scripts
 def test_no_table_is_printed_in_another_way():
     made, printed = set(), set()
     for path in [*ROOT.glob('cpt_algorithms/**/*.py'), *ROOT.glob('scripts/**/*.py'), *ROOT.glob('recipes/*.py')]:
-        name, calls = path.relative_to(ROOT).as_posix(), []
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call):
-                calls.append(ast.unparse(node.func))
+        name, nodes = path.relative_to(ROOT).as_posix(), ast.walk(ast.parse(path.read_text()))
+        calls = [ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)]
         if 'Table' in calls and name != 'cpt_algorithms/terminal.py':
             made.add(name)
             printed |= {name} if 'print_table' in calls else set()

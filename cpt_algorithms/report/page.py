@@ -74,6 +74,9 @@ class _Line(NamedTuple):
     cells: list[_Cell]
 
 
+_ON_PAPER = 10  # columns that fit on an upright A4 or letter page, beside the names
+
+
 class _Table(NamedTuple):
     title: str
     note: str
@@ -84,6 +87,21 @@ class _Table(NamedTuple):
     def heads(self) -> list[tuple[str, list[_Cell]]]:
         """The heads of its columns."""
         return [(title, [_Cell(each) if isinstance(each, str) else each for each in of]) for title, of in self.groups]
+
+    @property
+    def parts(self) -> list['_Table']:
+        """Tables that fit on paper, which cannot be scrolled: one below the other, each with the names."""
+        columns = [(title, each) for title, of in self.groups for each in of]
+        parts = []
+        for begin in range(0, len(columns), _ON_PAPER):
+            groups: list[tuple[str, list[_Cell | str]]] = []
+            for title, column in columns[begin : begin + _ON_PAPER]:
+                if not groups or groups[-1][0] != title:
+                    groups.append((title, []))
+                groups[-1][1].append(column)
+            lines = [line._replace(cells=line.cells[begin : begin + _ON_PAPER]) for line in self.lines]
+            parts.append(_Table(self.title, self.note, groups, lines))
+        return parts
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Report:
