@@ -34,6 +34,7 @@ __all__ = [
     'read_or_none',
     'read_yaml',
     'size_of',
+    'to_json',
     'upload',
     'write_atomic',
     'write_json',
@@ -198,8 +199,13 @@ def write_atomic(place: str | Path, content: bytes) -> None:
 
 
 def write_json(place: str | Path, value: Any) -> None:
-    """Write a JSON file or object as :func:`write_atomic` does; what is no finite number becomes null."""
-    write_atomic(place, json.dumps(_finite(value), indent=1, allow_nan=False).encode())
+    """Write a JSON file or object as :func:`write_atomic` does; see :func:`to_json`."""
+    write_atomic(place, to_json(value).encode())
+
+
+def to_json(value: Any) -> str:
+    """A value as JSON, which knows no NaN and no infinity: what is no finite number becomes null."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -201,7 +201,13 @@ def run(options: argparse.Namespace) -> None:
         paths = dict(zip(used, download(used, Path(temporary), options.to == 'hf' and not options.config), strict=True))
         for window, out in zip(windows, outputs, strict=True):
             local = Path(temporary) / 'upload' / Path(out).name if is_remote(out) else Path(out)
-            average(options, window, [paths[one] for one in window], weights, local)
+            try:
+                average(options, window, [paths[one] for one in window], weights, local)
+            except CheckpointError as error:  # of what was downloaded, which nobody has named
+                said = str(error)
+                for one in window:
+                    said = said.replace(str(paths[one]), one.path)
+                raise AverageError(said) from None
             if options.dry_run:
                 continue
             if is_remote(out):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
-from math import isclose, log
+from math import isclose, isnan, log
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ def _run(model: Any, entry: SuiteTask, limit: int | None) -> dict[str, Any]:
         samples = sorted((s for s in samples if s['filter'] == used), key=lambda sample: sample['doc_id'])
         of_leaf = [_value(metric, sample[metric]) for sample in samples]
         ours, theirs = score(*zip(*of_leaf, strict=True)).value, found['results'][leaf][f'{metric},{used}']
-        if not isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-9):
+        if not isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-9) and not (isnan(ours) and isnan(theirs)):
             raise ValueError(f'{metric} of {leaf} is no mean over items: lm-eval says {theirs}, their mean is {ours}')
         pairs += of_leaf
         for sample in samples:
@@ -339,7 +339,7 @@ class Row:
     @property
     def verdict(self) -> str:
         """What the difference means."""
-        if self.delta is None:
+        if self.delta is None or isnan(self.delta.value):
             return ''
         if within_noise(self.delta):
             return 'within noise'

@@ -84,11 +84,11 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name('.sequence.lock')):
-        before = (read_json(path) if keep else None) or {'runs': [], 'plans': {}}
+        before = (read_json(path) if keep else None) or {'runs': []}
         names = {run.name for run in runs}
         all_runs = [*planned, *(other for other in before['runs'] if other['name'] not in names)]
-        used = {run['plan'] for run in all_runs} - {name}
-        plans = {**{key: each for key, each in before['plans'].items() if key in used}, name: plan}
+        used = {run.get('plan') for run in all_runs}
+        plans = {key: each for key, each in before.get('plans', {}).items() if key in used} | {name: plan}
         given = {'name': spec.name, 'data': list(spec.data), 'stages': spec.stage_tokens, 'plan': name, 'plans': plans}
         write_json(path, {**given, 'runs': all_runs})
 

@@ -157,6 +157,21 @@ def test_trials_of_another_plan_are_kept_and_compared_only_with_each_other(tmp_p
     assert line.count('cpp-optimizer.lr_0.00') == 2
 
 
+def test_trials_of_a_sequence_without_plans_are_kept(tmp_path):
+    spec = spec_of(tmp_path)
+    for value in (0.002, 0.003):
+        sequence_run.write_sequence(spec, expand_trials(spec, [[f'cpp.optimizer.lr={value}']]), keep=True)
+
+        def forget(sequence):
+            del sequence['plans'], sequence['plan']
+            for run in sequence['runs']:
+                del run['plan']
+
+        change(tmp_path / 'sequence.json', forget)
+        assert not any(run.other_plan for run in read_runs([tmp_path]).given)
+    assert len(read(tmp_path / 'sequence.json')['runs']) == 3
+
+
 def test_arms_that_are_left_out_of_a_sequence_are_left_out_of_its_report(tmp_path):
     spec = spec_of(tmp_path)
     for values in ((0.002, 0.003), (0.004,)):

@@ -95,6 +95,15 @@ def test_bad_input_is_named(case, data, tmp_path):
     assert len(found) <= 3, found
 
 
+@pytest.mark.parametrize('labels', [['mean'], ['new', 'new/lawa'], ['new_stderr', 'new'], ['new', 'new']])
+def test_labels_by_which_results_cannot_be_told_apart_are_refused(labels, data, tmp_path):
+    loaders = [tiny.eval_loader(label, data['new']) for label in labels]
+    assert any(
+        'eval_loader' in each and 'label' in each
+        for each in problems(tiny.config(tmp_path, data, 'x', eval_loader=loaders))
+    )
+
+
 @pytest.mark.parametrize(
     ('loader', 'message'),
     [

@@ -212,6 +212,17 @@ def test_published_models_become_what_load_path_takes(family, without_prefix, tm
         assert 'config.json' in message and name in message, message
 
 
+def test_names_of_llm_foundrys_own_models_are_left_alone(tmp_path):
+    """For transformers they are its own mpt, which has a tied head and no learned positions."""
+    folder = tmp_path / 'ba1'
+    folder.mkdir()
+    (folder / 'config.json').write_text('{"model_type": "mpt", "architectures": ["MPTForCausalLM"], "d_model": 8}')
+    names = ['transformer.wte.weight', 'transformer.wpe.weight']
+    save_file({name: torch.ones(2, 8) for name in names}, folder / 'model.safetensors', {'format': 'pt'})
+    state = torch.load(average(tmp_path / 'out.pt', folder, '--to', 'pt'), weights_only=True)['state']['model']
+    assert list(state) == [f'model.{name}' for name in sorted(names)]
+
+
 def test_a_tied_pair_of_which_only_the_head_is_stored(tmp_path):
     folder = tmp_path / 'ba1'
     AutoModelForCausalLM.from_config(FAMILIES['tied llama']).save_pretrained(folder)
