@@ -13,9 +13,10 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -34,12 +35,14 @@ __all__ = [
     'is_remote',
     'list_names',
     'locked_sibling',
+    'null_as_nan',
     'read_json',
     'read_or_none',
     'read_yaml',
     'remove_partials',
     'size_of',
     'take',
+    'to_json',
     'upload',
     'write_atomic',
     'write_json',
@@ -224,8 +227,30 @@ def remove_partials(folder: Path) -> None:
 
 
 def write_json(place: str | Path, value: Any) -> None:
-    """Write a JSON file or object as :func:`write_atomic` does."""
-    write_atomic(place, json.dumps(value, indent=1).encode())
+    """Write a JSON file or object as :func:`write_atomic` does; see :func:`to_json`."""
+    write_atomic(place, to_json(value).encode())
+
+
+def to_json(value: Any) -> str:
+    """A value as JSON, which knows no NaN and no infinity: what is no finite number becomes null."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def null_as_nan(value: Any) -> Any:
+    """What :func:`write_json` has written of numbers, null being none of them."""
+    if isinstance(value, dict):
+        return {key: null_as_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [null_as_nan(each) for each in value]
+    return nan if value is None else value
 
 
 def check_writable(key: str, folder: str, advice: str) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers as people read them: one way for every table, plot and sentence."""
 
-__all__ = ['exact', 'flop', 'gigabytes', 'hours', 'percent', 'scientific', 'short', 'signed']
+__all__ = ['exact', 'flop', 'gigabytes', 'hours', 'percent', 'scientific', 'short', 'shortened', 'signed']
 
 _LETTERS = ((12, 'T'), (9, 'B'), (6, 'M'), (3, 'k'))
 
@@ -13,6 +13,11 @@ def short(value: float) -> str:
     value /= 10**power
     digits = 2 if value < 10 else 1 if value < 100 else 0
     return f'{value:.{digits}f} {letter}' if letter else f'{value:.0f}'
+
+
+def shortened(name: str, width: int) -> str:
+    """A name of at most so many characters: its beginning and its end."""
+    return name if len(name) <= width else f'{name[: width // 2]}…{name[len(name) - (width - 1) // 2 :]}'
 
 
 def exact(value: float) -> str:

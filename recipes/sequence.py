@@ -18,13 +18,9 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_algorithms.launch.processes import refuse_launcher, run_command
 from cpt_algorithms.quiet import ignore_known_warnings
-
-if TYPE_CHECKING:
-    from cpt_algorithms.report.page import Report
 
 RECIPES = Path(__file__).resolve().parent
 
@@ -42,21 +38,6 @@ def parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
-def summary_of(report: 'Report', arm: str) -> dict[str, float]:
-    """What a sweep compares its trials by: final losses, forgetting and adaptation of the last stage of an arm."""
-    summary = {}
-    for row in report.rows:
-        if row.arm == arm and row.is_finished:
-            of_average = f'/{row.average}' if row.average else ''
-            for column, value in row.columns.items():
-                name, _, dataset = column.partition(' ')
-                if name == 'loss':
-                    summary[f'final_loss/{dataset}{of_average}'] = value.mean
-                elif name in ('forgetting', 'adaptation'):
-                    summary[f'final_{name}/{dataset or "mean"}{of_average}'] = value.mean
-    return summary
-
-
 def main() -> None:
     """Read, check, print the plan, run, report."""
     arguments = parse(sys.argv[1:])
@@ -70,6 +51,7 @@ def main() -> None:
     from cpt_algorithms.launch.launcher import LaunchError, make_launcher, resources_of
     from cpt_algorithms.launch.wandb_runs import trial_run
     from cpt_algorithms.report.page import print_report, write_report
+    from cpt_algorithms.report.tables import summary_of
     from cpt_algorithms.sequence.check import check
     from cpt_algorithms.sequence.read import read_sequence
     from cpt_algorithms.sequence.run import is_done, run_all, write_sequence, write_yaml
@@ -91,7 +73,7 @@ def main() -> None:
         console.print(f'not seen from here: {each}', soft_wrap=True, highlight=False, markup=False)
     if start is None:
         if arguments.write:
-            write_sequence(spec, runs, keep=bool(arguments.trial))
+            write_sequence(spec, runs, keep=bool(arguments.trial or arguments.sweep))
             for run in runs:
                 if not is_done(run):
                     write_yaml(run)
@@ -107,7 +89,7 @@ def main() -> None:
         return
     with trial_run({'sequence': spec.name, 'arm': runs[-1].arm}) as summary:
         try:
-            write_sequence(spec, runs, keep=bool(arguments.trial))
+            write_sequence(spec, runs, keep=bool(arguments.trial or arguments.sweep))
             failed = run_all(runs, start, spec.jobs, RECIPES, console)
             report = write_report([Path(spec.folder)], Path(spec.folder))
         except LaunchError as error:
@@ -117,7 +99,7 @@ def main() -> None:
         print_report(report, console)
         console.print(f'({time.monotonic() - started:.0f} s)')
         if arguments.trial:
-            summary |= summary_of(report, runs[-1].arm)
+            summary |= summary_of(report.rows, report.study.data, runs[-1].arm)
         if failed:
             sys.exit(
                 f'{len(failed)} of {len(runs)} runs failed: {", ".join(failed)}; run the same command to try them again'

@@ -17,8 +17,9 @@ Every window of five along the run; and the average that the run's own EMA callb
 
 An INPUT is a Composer .pt file, a Composer sharded folder, a Hugging Face safetensors file or folder, a quoted glob of
 these, or a run's save_folder: all its ``ep*-ba*`` checkpoints, or its ``huggingface/ba*`` exports if it has no others.
-A glob and a save_folder are sorted by batch; a list stays as it is given, oldest first. Object storage (s3://, gs://,
-oci://, azure://) is downloaded first into a temporary folder beside the result, which needs disk for all inputs.
+A glob and a save_folder are sorted by batch, or by the numbers in other names; a list stays as it is given, oldest
+first. Object storage (s3://, gs://, oci://, azure://) is downloaded first into a temporary folder beside the result,
+which needs disk for all inputs.
 """
 
 import argparse
@@ -35,12 +36,14 @@ from typing import Any
 from prepare_data import OneLineParser
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.files import StorageError, is_remote
 from cpt_algorithms.launch.processes import refuse_launcher, run_command
+from cpt_algorithms.terminal import print_table
 from cpt_algorithms.weight_averaging.offline.select import AverageError, Found, find, latest, windows_of
 from cpt_algorithms.weight_averaging.offline.storage import download, refuse_existing, require_disk, upload_result
 
@@ -76,6 +79,7 @@ def make_parser() -> OneLineParser:
     add('--accumulate', default='float32', choices=('float32', 'float64'), help='dtype of sums (default: float32)')
     add('--config', type=Path, help='folder with config.json and tokenizer for hf (default: from the newest input)')
     add('--max-shard-size', default='5GB', help='of safetensors files (default: 5GB)')
+    add('--may-differ', action='store_true', help='what is no weight (config, tokenizer) may; the newest counts')
     add('--dry-run', action='store_true', help='check and show what would be averaged; downloads nothing')
     return parser
 
@@ -117,16 +121,18 @@ def weights_of(options: argparse.Namespace, count: int) -> list[float]:
         raise AverageError(f'--weights {options.weights}: {error}') from None
 
 
-def print_table(found: Sequence[Found], weights: Sequence[float], out: str, average: str | None) -> None:
+def print_inputs(
+    found: Sequence[Found], weights: Sequence[float], out: str, average: str | None, console: Console | None = None
+) -> None:
     """What will be averaged, oldest first."""
     what = f'{average} of ' if average else ''
     count = f'{len(found)} checkpoint' + ('s' if len(found) > 1 else '')
-    table = Table('checkpoint', title=f'{what}{count} -> {out}', title_justify='left', box=box.SIMPLE)
+    table = Table('checkpoint', title=escape(f'{what}{count} -> {out}'), title_justify='left', box=box.SIMPLE)
     table.add_column('batch', justify='right')
     table.add_column('weight', justify='right')
     for one, weight in zip(found, weights, strict=True):
-        table.add_row(one.path, '' if one.batch is None else f'{one.batch:,}', f'{weight:.6g}')
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        table.add_row(escape(one.path), '' if one.batch is None else f'{one.batch:,}', f'{weight:.6g}')
+    print_table(table, console or Console(width=None if sys.stdout.isatty() else 120))
 
 
 def output_of(options: argparse.Namespace, window: Sequence[Found]) -> str:
@@ -148,9 +154,10 @@ def average(
     checkpoints = [open_checkpoint(path) for path in paths]
     small_files = to.find_small_files(checkpoints[-1], options.config) if options.to == 'hf' else {}
     if options.to != 'hf':
-        checkpoints[-1] = to.with_tied_names(checkpoints[-1], options.config)
+        checkpoints = to.with_composer_names(checkpoints, options.config)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    plan = to.make_plan(checkpoints, weights, options.average, dtype, getattr(torch, options.accumulate))
+    accumulate = getattr(torch, options.accumulate)
+    plan = to.make_plan(checkpoints, weights, options.average, dtype, accumulate, options.may_differ)
     require_disk(out.parent, plan.written_bytes, f'writing {out.name}')
     if options.dry_run:
         return
@@ -175,7 +182,9 @@ def average(
 def run(options: argparse.Namespace) -> None:
     """Find, show, check and average."""
     check_options(options)
-    found = find(options.inputs)
+    # without an order, which one is the newest is not known
+    order_matters = options.weights != 'uniform' or options.window is not None or options.may_differ
+    found = find(options.inputs, order_matters)
     if options.last is not None:
         found = latest(found, options.last, options.every)
     windows = windows_of(found, options.window, options.stride or 1)
@@ -183,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
     outputs = [output_of(options, window) for window in windows]
     for window, out in zip(windows, outputs, strict=True):
         refuse_existing(out, is_file=options.to == 'pt')
-        print_table(window, weights, out, options.average)
+        print_inputs(window, weights, out, options.average)
     if options.dry_run and any(one.objects for one in found):
         return
     beside = Path(tempfile.gettempdir()) if is_remote(options.out) else Path(options.out).absolute().parent
@@ -193,7 +202,13 @@ def run(options: argparse.Namespace) -> None:
         paths = dict(zip(used, download(used, Path(temporary), options.to == 'hf' and not options.config), strict=True))
         for window, out in zip(windows, outputs, strict=True):
             local = Path(temporary) / 'upload' / Path(out).name if is_remote(out) else Path(out)
-            average(options, window, [paths[one] for one in window], weights, local)
+            try:
+                average(options, window, [paths[one] for one in window], weights, local)
+            except CheckpointError as error:  # of what was downloaded, which nobody has named
+                said = str(error)
+                for one in window:
+                    said = said.replace(str(paths[one]), one.path)
+                raise AverageError(said) from None
             if options.dry_run:
                 continue
             if is_remote(out):

@@ -7,7 +7,6 @@ python scripts/lineage.py runs --json                # the same as data
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -40,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     from rich.markup import escape
     from rich.tree import Tree
 
+    from cpt_algorithms.files import to_json
     from cpt_algorithms.report.lineage import read_lineage
 
     try:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     if arguments.json:
-        print(json.dumps([root.data for root in roots], indent=1))
+        print(to_json([root.data for root in roots]))
         return
     # rich would take a log file for a narrow terminal
     console = Console(width=None if sys.stdout.isatty() else 140)

@@ -23,9 +23,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cpt_algorithms.evaluation.functional import steps_saved
+from cpt_algorithms.evaluation.functional import by_average, steps_saved, without_averages
 from cpt_algorithms.files import read_json
 from cpt_algorithms.report.tables import over_seeds
+from cpt_algorithms.terminal import print_table
 
 Curve = list[list[float]]
 Groups = dict[str, list[dict[str, Curve]]]  # of runs that differ in their seed: {label: [[batch, loss], ...]} of each
@@ -44,9 +45,8 @@ def read(folders: list[Path], dataset: str | None) -> Groups:
         losses = measured['losses']
         name = dataset or next(iter(losses))
         if name not in losses:
-            sys.exit(f'{path}: there is no dataset {name!r}; there are {", ".join(k for k in losses if "/" not in k)}')
-        curves = {'raw': losses[name]}
-        curves |= {key.removeprefix(f'{name}/'): rows for key, rows in losses.items() if key.startswith(f'{name}/')}
+            sys.exit(f'{path}: there is no dataset {name!r}; there are {", ".join(without_averages(losses))}')
+        curves = {average or 'raw': of[name] for average, of in by_average(losses, [name]).items()}
         if len(curves) == 1:
             sys.exit(f'{path}: nothing was averaged in this run; add callbacks.ema or callbacks.lawa')
         group = re.sub(r'-s\d+$', '', folder.name)
@@ -129,10 +129,12 @@ def main() -> None:
     columns = ['weights', 'gain, 1st third', '2nd third', '3rd third', f'loss, last {arguments.window}', 'steps saved']
     columns += [] if arguments.spike is None else ['rise in the spike']
     for name, group in groups.items():
-        shown = Table(*columns, title=f'{name}: {len(group)} seeds', title_justify='left')
+        shown = Table(columns[0], title=f'{name}: {len(group)} seeds', title_justify='left')
+        for column in columns[1:]:
+            shown.add_column(column, justify='right')
         for row in rows_of(group, arguments.window, arguments.spike):
             shown.add_row(*row)
-        console.print(shown)
+        print_table(shown, console)
     console.print('gain: raw loss minus averaged loss, nats/token; ± is the 95 % interval over seeds')
     draw(groups, arguments.out)
     console.print(f'{arguments.out}')

@@ -93,26 +93,30 @@ def make_parser() -> OneLineParser:
     return parser
 
 
-def print_counts(manifest: Manifest, out: str) -> None:
-    """Prints what a manifest counts as a table."""
+def print_counts(manifest: Manifest, out: str, width: int | None = None) -> None:
+    """Prints what a manifest counts as a table, as wide as the terminal."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
+
+    from cpt_algorithms.terminal import print_table
 
     counted = ('documents', 'duplicates', 'near_duplicates', 'tokens', 'samples', 'bytes')
     shown = [name for name in counted if name != 'near_duplicates' or manifest.request.near_duplicates]
     max_seq_len, vocab_size = manifest.request.max_seq_len, manifest.tokenizer.vocab_size
     title = f'{out}: samples of {max_seq_len:,} tokens, vocabulary of {vocab_size:,}'
-    table = Table('dataset', 'split', title=title, title_justify='left', box=box.SIMPLE)
+    table = Table('dataset', 'split', title=escape(title), title_justify='left', box=box.SIMPLE)
     for column in shown:
         table.add_column(column.replace('_', '-'), justify='right', no_wrap=True)
     for name, dataset in manifest.datasets.items():
         for split, counts in dataset.splits.items():
-            table.add_row(name, split, *[f'{getattr(counts, column):,}' for column in shown])
+            table.add_row(escape(name), split, *[f'{getattr(counts, column):,}' for column in shown])
         for source, described in dataset.sources.items() if len(dataset.sources) > 1 else ():
             for split, counts in described.splits.items():
-                table.add_row(f'  {source}', split, *[f'{getattr(counts, column):,}' for column in shown], style='dim')
-    Console().print(table)
+                cells = [f'{getattr(counts, column):,}' for column in shown]
+                table.add_row(escape(f'  {source}'), split, *cells, style='dim')
+    print_table(table, Console(width=width))
     for name, dataset in manifest.datasets.items():
         for source, described in dataset.sources.items():
             label = name if source == name else f'{name}/{source}'

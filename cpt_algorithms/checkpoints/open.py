@@ -4,6 +4,7 @@
 Opening reads names, dtypes, shapes and positions, never the tensors, and runs no code that a file brings along.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -35,6 +36,7 @@ __all__ = [
     'dataset_state_of',
     'entry_of',
     'files_of',
+    'hash_entries',
     'load_entry',
     'load_structure',
     'model_config_of',
@@ -509,6 +511,25 @@ class _Entries:
             return found
 
         return TensorOnDisk(dtype, shape, find)
+
+
+def hash_entries(folder: Path, *begin: str) -> dict[tuple[Any, ...], str]:
+    """Entries of a sharded checkpoint below a place in its state, each as a hash of its bytes, by the rest of its path.
+
+    Raises:
+        CheckpointError: If a file of them is missing or cut off.
+    """
+    entries, found = _Entries(folder), {}
+    for key, path in (entries.metadata.planner_data or {}).items():
+        if tuple(path)[: len(begin)] == begin:
+            info = entries.where(key)
+            try:
+                with open(folder / info.relative_path, 'rb') as file:
+                    content = os.pread(file.fileno(), info.length, info.offset)
+            except OSError as error:
+                raise CheckpointError(f'{error.filename}: {error.strerror}') from None
+            found[tuple(path)[len(begin) :]] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return found
 
 
 def _open_sharded(folder: Path) -> Checkpoint:

@@ -17,6 +17,7 @@ from cpt_algorithms.formatting import flop, gigabytes, hours, percent, short
 from cpt_algorithms.schedulers.functional import Span
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.terminal import print_table
 
 __all__ = ['print_costs', 'print_phases', 'print_stage']
 
@@ -52,7 +53,7 @@ def print_phases(stages: Mapping[str, Stage], console: Console) -> None:
 def _show(console: Console, title: str, table: Table) -> None:
     """Not as the table's own title, which is broken to its width."""
     console.print(f'[bold]{escape(title)}[/bold]', highlight=False)
-    console.print(table)
+    print_table(table, console)
 
 
 def _several(names: list[str]) -> str:

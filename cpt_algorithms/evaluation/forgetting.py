@@ -15,7 +15,7 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 from cpt_algorithms.evaluation.final_loss import FinalLoss, batches_left, dataset_of, loss_of
 from cpt_algorithms.evaluation.functional import bits_per_byte, by_average, changes
-from cpt_algorithms.files import read_json, write_json
+from cpt_algorithms.files import null_as_nan, read_json, write_json
 from cpt_algorithms.replay.labels import label_every_token_of
 
 __all__ = ['Forgetting', 'token_bytes']
@@ -135,7 +135,7 @@ class Forgetting(Callback):
             found = [read_json(path)]
         dist.broadcast_object_list(found)
         if found[0] and {*self.old, *self.new} <= set(found[0]['parent']):
-            self.parent, self.bytes_per_token = found[0]['parent'], found[0]['bytes_per_token']
+            self.parent, self.bytes_per_token = null_as_nan(found[0]['parent']), found[0]['bytes_per_token']
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Insist on the parent's losses; they are the first point of the run's curves."""

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was forgotten, what was learned, what it cost: arithmetic on validation losses and scores of benchmarks."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import log, sqrt
+from math import isfinite, log, sqrt
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
     'Mean',
@@ -13,6 +14,8 @@ __all__ = [
     'bits_per_byte',
     'by_average',
     'changes',
+    'check_labels',
+    'cuts_of',
     'final_loss',
     'forgetting',
     'has_diverged',
@@ -22,12 +25,17 @@ __all__ = [
     'mean_over_tasks',
     'paired_delta',
     'score',
+    'shots_of',
+    'split_label',
     'steps_saved',
     'thinned',
     'training_flops',
     'within_noise',
     'without_averages',
 ]
+
+
+Value = TypeVar('Value')
 
 
 @dataclass(frozen=True)
@@ -77,25 +85,65 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / log(2) / bytes_per_token
 
 
-def by_average(losses: Mapping[str, float], datasets: Iterable[str]) -> dict[str, dict[str, float]]:
+# What the callbacks ema and lawa call their averages.
+_AVERAGE = re.compile(r'lawa|ema_[^/]+')
+
+
+def split_label(label: str, datasets: Iterable[str]) -> tuple[str, str] | None:
+    """The dataset and the average that a label of an evaluator means; None if it is on no such dataset.
+
+    Args:
+        label: A dataset, or ``<dataset>/<average>`` for averaged weights. Names of datasets may hold slashes.
+        datasets: Those that are known.
+    """
+    known = {*datasets}
+    if label in known:
+        return label, ''
+    dataset, _, average = label.rpartition('/')
+    return (dataset, average) if dataset in known and _AVERAGE.fullmatch(average) else None
+
+
+def by_average(losses: Mapping[str, Value], datasets: Iterable[str]) -> dict[str, dict[str, Value]]:
     """``{average: {dataset: loss}}``, with the training weights under ''.
 
     Args:
-        losses: ``{label: loss}``; a label is a dataset, or ``<dataset>/<average>`` for averaged weights.
+        losses: ``{label: loss}``; see :func:`split_label`.
         datasets: Those wanted; others are left out.
     """
-    backwards = sorted(datasets, reverse=True)  # of several that a label begins with, the longest comes first
-    result: dict[str, dict[str, float]] = {}
+    wanted = list(datasets)
+    result: dict[str, dict[str, Value]] = {}
     for label, loss in losses.items():
-        if found := [name for name in backwards if label == name or label.startswith(f'{name}/')]:
-            result.setdefault(label[len(found[0]) + 1 :], {})[found[0]] = loss
+        if found := split_label(label, wanted):
+            result.setdefault(found[1], {})[found[0]] = loss
     return result
 
 
 def without_averages(labels: Iterable[str]) -> list[str]:
     """The datasets among labels of evaluators, in order and each once, without ``<dataset>/<average>``."""
     names = list(dict.fromkeys(labels))
-    return [name for name in names if not any(name.startswith(f'{other}/') for other in names)]
+    return [name for name in names if not split_label(name, [other for other in names if other != name])]
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Refuse names of datasets that results could not be told apart by.
+
+    Raises:
+        ValueError: If one is there twice, is ``mean``, or is what the results of another are called.
+    """
+    for label in labels:
+        if label == 'mean':
+            raise ValueError("eval_loader: 'mean' is the mean over all datasets in results; give it another label")
+        if labels.count(label) > 1:
+            raise ValueError(
+                f'eval_loader: {labels.count(label)} loaders have the label {label!r}; name them differently'
+            )
+        others = [other for other in labels if other != label]
+        found = [other for other in others if label in (f'{other}_stderr', f'{other} interval')]
+        found += [split[0]] if (split := split_label(label, others)) else []
+        for other in found[:1]:
+            raise ValueError(
+                f'eval_loader: the label {label!r} is what a result of {other!r} is called; give it another one'
+            )
 
 
 def changes(
@@ -159,7 +207,17 @@ def is_accuracy(result: Mapping[str, Any]) -> bool:
 
 def has_same_items(result: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether another model has answered the same items of a task, in the same way."""
-    return all(other.get(key) == result[key] for key in ('entry', 'items', 'weights'))
+    return all(other.get(key) == result.get(key) for key in ('entry', 'items', 'weights', 'cut'))
+
+
+def cuts_of(result: Mapping[str, Any]) -> str:
+    """How many prompts of a task did not fit the model and lost their beginning: ``3 of 36``; nothing if none."""
+    return f'{result["cut"]:,} of {result["prompts"]:,}' if result.get('cut') else ''
+
+
+def shots_of(num_fewshot: int | None, is_cut: bool) -> str:
+    """Examples in the prompt, in words: at most so many, if some prompts were cut."""
+    return '' if num_fewshot is None else f'≤ {num_fewshot}' if is_cut and num_fewshot else str(num_fewshot)
 
 
 def within_noise(delta: Mean) -> bool:
@@ -205,7 +263,7 @@ def steps_saved(raw: Sequence[Sequence[float]], averaged: Sequence[Sequence[floa
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
-    r"""Whether a run's training loss ended more than :math:`\\ln 2` above its lowest: its perplexity has doubled.
+    r"""Whether a run's training loss ended more than :math:`\\ln 2` above its lowest, or as no number.
 
     The loss is cut into twenty parts of equal length, of which the means are taken; the first batch, of which the loss
     is that of the model before any step, is looked at as well. What has few batches is cut less, never below one each.
@@ -215,7 +273,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
         return False
     count, most = len(losses), min(len(losses), 20)
     parts = [fmean(losses[part * count // most : (part + 1) * count // most]) for part in range(most)]
-    return parts[-1] > min(losses[0], *parts) + log(2)
+    return not isfinite(parts[-1]) or parts[-1] > min(filter(isfinite, [losses[0], *parts])) + log(2)
 
 
 def thinned(points: list[list[float]], point: list[float], most: int = 2000) -> list[list[float]]:

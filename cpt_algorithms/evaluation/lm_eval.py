@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
-from math import isclose, log
+from math import isclose, isnan, log
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,18 @@ from rich.table import Table
 from cpt_algorithms.checkpoints.exports import PretrainedModel, folder_of_pretrained, models_of, parent_of
 from cpt_algorithms.evaluation.functional import (
     Mean,
+    cuts_of,
     has_same_items,
     is_accuracy,
     mean_over_tasks,
     paired_delta,
     score,
+    shots_of,
     within_noise,
 )
-from cpt_algorithms.evaluation.suite import Suite, SuiteTask, task_manager, why_unavailable
+from cpt_algorithms.evaluation.suite import Suite, SuiteTask, read_result, task_manager, why_unavailable
 from cpt_algorithms.files import read_json, write_json
+from cpt_algorithms.terminal import print_table
 
 # lm-eval, torch and transformers take 15 s to import, and are imported where they are used.
 
@@ -64,12 +67,39 @@ def load_model(folder: Path, device: str, batch_size: int) -> Any:
             arguments['config'], max_length = config, config.max_seq_len  # which lm-eval does not look for
         model, loaded = kind.from_pretrained(folder, **arguments)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # what a model's files hold can be anything
         raise ValueError(f'{folder} cannot be loaded: {_one_line(error)}') from None
-    if lacking := [*loaded['missing_keys'], *loaded['unexpected_keys'], *loaded['mismatched_keys']]:
-        raise ValueError(f'{folder} cannot be loaded: weights do not fit its config.json, such as {lacking[0]}')
+    empty = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
+    if lacking := [*loaded['missing_keys'], *loaded['unexpected_keys'], *loaded['mismatched_keys'], *empty]:
+        name = lacking[0] if isinstance(lacking[0], str) else lacking[0][0]  # of a mismatch, with both shapes
+        raise ValueError(f'{folder} cannot be loaded: weights do not fit its config.json, such as {name}')
     model.to(device)
-    return huggingface.HFLM(model, backend='causal', tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    kind = _counting_cuts(huggingface.HFLM)
+    return kind(model, backend='causal', tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+
+
+def _counting_cuts(kind: Any) -> Any:
+    """lm-eval's model, which also counts prompts and those of them that it cuts to the model's length, on the left."""
+
+    class Counting(kind):
+        prompts = cut = 0
+
+        def _count(self, lengths: Sequence[int], most: int) -> None:
+            self.prompts += len(lengths)
+            self.cut += sum(length > most for length in lengths)
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            # the last token is predicted, and not read
+            self._count([len(context) + len(rest) for _, context, rest in requests], self.max_length + 1)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> Any:
+            if most := kwargs.get('left_truncate_len'):
+                _, mask = super().tok_batch_encode(strings, *args, **{**kwargs, 'left_truncate_len': None})
+                self._count(mask.sum(1).tolist(), most)
+            return super().tok_batch_encode(strings, *args, **kwargs)
+
+    return Counting
 
 
 def evaluate_runs(
@@ -84,8 +114,9 @@ def evaluate_runs(
 
     Results go to ``lm_eval/<suite>/<model>.json`` beside the model; those of a pretrained model to ``base.json`` beside
     the run's own, and runs whose folders stand side by side share them. The file is written after every task. A task
-    is not run again if suite entry, limit, release of lm-eval (which fixes its task versions), model files and local
-    data files are the same, or the data files are gone. A task that fails is noted, and the others are run.
+    is not run again if suite entry, limit, release of lm-eval (which fixes its task versions), model files and the
+    content of local data (files, folders, globs) are the same, or the data is gone. A task that fails is noted, and the
+    others are run.
 
     Args:
         runs: Folders of runs, whose newest export and averages are evaluated, or of Hugging Face models.
@@ -97,8 +128,9 @@ def evaluate_runs(
 
     Returns:
         What the file of each model holds: ``{suite, model, tasks: {name: {task, version, num_fewshot, metric,
-        higher_is_better, score, stderr, count, values, weights, items, entry, data}}, missing: {name: reason},
-        settings}``. ``items`` is the identity of the items, ``entry`` and ``data`` are what the task was run with.
+        higher_is_better, score, stderr, count, values, weights, items, prompts, cut, entry, data}}, missing: {name:
+        reason}, settings}``. ``items`` is the identity of the items, ``cut`` how many of the ``prompts`` were too long
+        for the model and lost their beginning, ``entry`` and ``data`` (a hash) are what the task was run with.
 
     Raises:
         ValueError: If a model is not there or cannot be loaded.
@@ -150,12 +182,12 @@ def _evaluate(
         'model_files': {f.name: _stat(f) for f in sorted(folder.iterdir()) if f.is_file() and f.suffix != '.py'},
     }
     known: dict[str, Any] = {}
-    for old in filter(None, map(read_json, files)):
+    for old in filter(None, map(read_result, files)):
         known |= old['tasks'] if same.items() <= old['settings'].items() else {}
 
     entries = {task: entry.model_dump() for task, entry in suite.tasks.items()}
     reasons = {task: why_unavailable(entry) for task, entry in suite.tasks.items()}
-    data = {t: {f: _stat(Path(f)) for f in suite.tasks[t].data_files} for t, reason in reasons.items() if not reason}
+    data = {task: suite.tasks[task].hash_data() for task, reason in reasons.items() if not reason}
 
     def is_done(task: str) -> bool:
         old = known.get(task)  # which outlives its data
@@ -212,7 +244,11 @@ def _load_tasks(entry: SuiteTask) -> Any:
     random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle choices when they are loaded
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
-    loaded = task_manager(isinstance(entry.task, str)).load([entry.task])
+    task: Any = entry.task
+    if isinstance(task, dict) and any(map(entry.find, entry.data_files)):
+        # datasets knows files by path and time, and would give the rows of others that had these
+        task = {**task, 'dataset_kwargs': {**(task.get('dataset_kwargs') or {}), 'download_mode': 'force_redownload'}}
+    loaded = task_manager(isinstance(task, str)).load([task])
     for task in loaded['tasks'].values():
         task.set_config('num_fewshot', entry.num_fewshot)
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
@@ -227,6 +263,7 @@ def _run(model: Any, entry: SuiteTask, limit: int | None) -> dict[str, Any]:
     for leaf, task in loaded['tasks'].items():
         if metric not in task.aggregation():
             raise ValueError(f'metric {metric!r} is not one of {leaf}: {", ".join(task.aggregation())}')
+    model.prompts = model.cut = 0
     found = lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     pairs: list[tuple[float, float]] = []
     items = hashlib.blake2b(digest_size=16)
@@ -238,7 +275,7 @@ def _run(model: Any, entry: SuiteTask, limit: int | None) -> dict[str, Any]:
         samples = sorted((s for s in samples if s['filter'] == used), key=lambda sample: sample['doc_id'])
         of_leaf = [_value(metric, sample[metric]) for sample in samples]
         ours, theirs = score(*zip(*of_leaf, strict=True)).value, found['results'][leaf][f'{metric},{used}']
-        if not isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-9):
+        if not isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-9) and not (isnan(ours) and isnan(theirs)):
             raise ValueError(f'{metric} of {leaf} is no mean over items: lm-eval says {theirs}, their mean is {ours}')
         pairs += of_leaf
         for sample in samples:
@@ -258,6 +295,8 @@ def _run(model: Any, entry: SuiteTask, limit: int | None) -> dict[str, Any]:
         'values': values,
         'weights': weights,
         'items': items.hexdigest(),
+        'prompts': model.prompts,
+        'cut': model.cut,
     }
 
 
@@ -283,6 +322,12 @@ class Row:
     score: Mean
     parent: Mean | None  # the parent's score, if that is there
     delta: Mean | None  # model minus parent, paired; None if the parent has not answered the same items
+    cut: str = ''  # how many prompts did not fit the model, and lost their beginning
+
+    @property
+    def shots(self) -> str:
+        """Examples in the prompt: at most so many, if some prompts were cut."""
+        return shots_of(self.num_fewshot, bool(self.cut))
 
     def cell(self, mean: Mean | None, sign: str = '') -> str:
         """A number of it with its standard error, in percent or as it is."""
@@ -294,7 +339,7 @@ class Row:
     @property
     def verdict(self) -> str:
         """What the difference means."""
-        if self.delta is None:
+        if self.delta is None or isnan(self.delta.value):
             return ''
         if within_noise(self.delta):
             return 'within noise'
@@ -315,7 +360,8 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
         pair = (task['values'], theirs['values']) if theirs and has_same_items(task, theirs) else None
         delta = paired_delta(*pair, task['weights']) if pair else None
         ours, *parents = [Mean(of['score'], of['stderr'], of['count']) for of in (task, theirs) if of]
-        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), ours, parents[0] if parents else None, delta))
+        theirs = parents[0] if parents else None
+        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), ours, theirs, delta, cuts_of(task)))
     scored = [row for row in rows if row.is_accuracy]
     if len(scored) > 1:
         paired = [(row.parent, row.delta) for row in scored if row.parent and row.delta]
@@ -326,17 +372,20 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
     return rows
 
 
-def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> None:
+def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None, console: Console | None = None) -> None:
     """Print what :func:`compare` finds."""
     title = f'{result["model"]}: {result["suite"]}' + (f', against {parent["model"]}' if parent else '')
     table = Table('task', title=escape(title), title_justify='left', box=box.SIMPLE)
-    for column in ('shots', 'n', 'score', *(('parent', 'delta') if parent else ())):
+    rows = compare(result, parent)
+    is_cut = any(row.cut for row in rows)
+    heads = ('shots', *(('prompts cut',) if is_cut else ()), 'n', 'score', *(('parent', 'delta') if parent else ()))
+    for column in heads:
         table.add_column(column, justify='right', no_wrap=True)
     table.add_column('')
-    for row in compare(result, parent):
-        shots = ['', ''] if row.num_fewshot is None else [str(row.num_fewshot), f'{row.score.count:,}']
+    for row in rows:
         against = [row.cell(row.parent), row.cell(row.delta, '+'), row.verdict] if parent else []
-        table.add_row(escape(row.name), *shots, row.cell(row.score), *against)
+        count = '' if row.num_fewshot is None else f'{row.score.count:,}'
+        table.add_row(escape(row.name), row.shots, *([row.cut] if is_cut else []), count, row.cell(row.score), *against)
     for name in result['missing']:
-        table.add_row(escape(name), '', '', 'missing')
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        table.add_row(escape(name), *[''] * (heads.index('score')), 'missing')
+    print_table(table, console or Console(width=None if sys.stdout.isatty() else 120))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Suites of lm-eval tasks, as YAMLs under ``yamls/eval`` say them. Imports lm-eval only to look up a task's name."""
 
+import glob
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -12,10 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from yaml import YAMLError
 
-from cpt_algorithms.files import read_yaml
+from cpt_algorithms.files import null_as_nan, read_json, read_yaml
 from cpt_algorithms.validation import ConfigError, Section, nearest, parse_section
 
-__all__ = ['Suite', 'SuiteTask', 'check_suite', 'load_suite', 'task_manager', 'why_unavailable']
+__all__ = ['Suite', 'SuiteTask', 'check_suite', 'load_suite', 'read_result', 'task_manager', 'why_unavailable']
 
 _FILE_BUILDERS = ('json', 'csv', 'parquet', 'text', 'arrow')
 
@@ -43,13 +45,64 @@ class SuiteTask(Section):
 
     @property
     def data_files(self) -> list[str]:
-        """Local files that it reads, if it has a config of its own."""
-        task = self.task if isinstance(self.task, dict) else {}
-        given = (task.get('dataset_kwargs') or {}).get('data_files') or []
+        """Local files, folders and globs that it reads, as its config names them, if it has one of its own."""
+        given, is_local = self._kwargs.get('data_files') or [], not self._path or bool(self._folders)
         groups = given.values() if isinstance(given, Mapping) else [given]
-        files = [file for group in groups for file in ([group] if isinstance(group, str) else group)]
-        is_local = task.get('dataset_path') in _FILE_BUILDERS
-        return [file for file in files if is_local and '*' not in file and '://' not in file]
+        named = [file for group in groups for file in ([group] if isinstance(group, str) else group)]
+        paths = [each for each in (self._path, self._data_dir) if each.startswith(('/', './', '../', '~'))]
+        return [*paths, *(file for file in named if is_local and '://' not in file)]
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        return self.task if isinstance(self.task, dict) else {'dataset_path': 'of lm-eval'}
+
+    @property
+    def _kwargs(self) -> dict[str, Any]:
+        return self._config.get('dataset_kwargs') or {}
+
+    @property
+    def _path(self) -> str:
+        """A folder or a name on the hub; nothing of a builder, which reads ``data_files``."""
+        path = str(self._config.get('dataset_path') or '')
+        return '' if path in _FILE_BUILDERS else path
+
+    @property
+    def _data_dir(self) -> str:
+        return str(self._kwargs.get('data_dir') or '')
+
+    @property
+    def _folders(self) -> list[Path]:
+        """Local folders of data, in which ``datasets`` looks for files."""
+        given = [Path(each).expanduser() for each in (self._path, self._data_dir) if each]
+        return [folder for folder in given if folder.is_dir()]
+
+    def find(self, name: str) -> list[Path]:
+        """Every file that one of ``data_files`` means, where ``datasets`` looks for it.
+
+        Args:
+            name: A file, a folder, for all files below it, or a glob.
+        """
+        own = Path(name).expanduser()
+        places = {own, *(folder / own for folder in self._folders)}
+        if not any(place.exists() for place in places):
+            places = {place for base in ('', *self._folders) for place in map(Path, _matches(base, own))}
+        found = (place.rglob('*') if place.is_dir() else [place] for place in places)
+        return sorted({file.resolve() for files in found for file in files if file.is_file()})
+
+    def hash_data(self) -> str:
+        """A hash of the names and contents of all local files that it reads; of none if its data lies elsewhere."""
+        names = [*self.data_files, *map(str, self._folders)]
+        content = hashlib.blake2b(digest_size=16)
+        for file in sorted({file for name in names for file in self.find(name)}):
+            content.update(f'{file} {file.stat().st_size} '.encode())
+            with open(file, 'rb') as opened:
+                while block := opened.read(1 << 20):
+                    content.update(block)
+        return content.hexdigest()
+
+
+def _matches(base: str | Path, pattern: Path) -> list[str]:
+    return glob.glob(str(Path(glob.escape(str(base)), pattern)), recursive=True)
 
 
 class Suite(Section):
@@ -96,6 +149,14 @@ def load_suite(given: str | Path | Sequence[str]) -> Suite:
         raise ValueError(f'{path} cannot be read as a suite: {" ".join(str(error).split())}') from None
 
 
+def read_result(path: Path) -> Any:
+    """The file of a model's results, scores that were no numbers being so again; None if there is none."""
+    result = read_json(path)
+    for task in result['tasks'].values() if result else ():
+        task |= {key: null_as_nan(task[key]) for key in ('score', 'stderr', 'values') if key in task}
+    return result
+
+
 def check_suite(suite: Suite) -> list[str]:
     """A line for each task of a suite that cannot be run here, as far as that shows without a model.
 
@@ -109,7 +170,7 @@ def why_unavailable(entry: SuiteTask) -> str | None:
     """Why a task cannot be run here, as far as that shows without its data; None if it can."""
     if isinstance(entry.task, str) and entry.task not in (known := task_manager(True).all_tasks):
         return f'lm-eval {version("lm_eval")} has no task {entry.task!r}; {nearest(entry.task, known)}'
-    missing = [file for file in entry.data_files if not Path(file).exists()]
+    missing = [name for name in entry.data_files if not entry.find(name)]
     return f'{missing[0]} does not exist; prepare the data first (scripts/prepare_data.py)' if missing else None
 
 

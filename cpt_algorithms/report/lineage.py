@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_algorithms.checkpoints.save_folder import batch_of
-from cpt_algorithms.evaluation.functional import changes
+from cpt_algorithms.evaluation.functional import changes, without_averages
 from cpt_algorithms.files import is_remote, list_names, read_json
 from cpt_algorithms.formatting import short, signed
 from cpt_algorithms.report.run_records import RunRecord, find_run, read_run
@@ -62,8 +62,7 @@ class Node:
         means = {key: changed.get(f'{key}/mean') for key in ('forgetting', 'adaptation')}
         said += [f'{key} {signed(mean, 3)}' for key, mean in means.items() if mean is not None]
         # averaged weights have labels of their own: old/lawa
-        final = self.run.final
-        losses = [f'{label} {loss:.3f}' for label, loss in final.items() if label.rpartition('/')[0] not in final]
+        losses = [f'{label} {self.run.final[label]:.3f}' for label in without_averages(self.run.final)]
         which = 'final loss' if self.run.state == 'finished' else 'loss so far'
         return said + ([f'{which} {", ".join(losses)}'] if losses else [])
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.evaluation.functional import Mean, within_noise
+from cpt_algorithms.evaluation.functional import Mean, shots_of, within_noise
 from cpt_algorithms.files import write_atomic, write_json
 from cpt_algorithms.formatting import flop, percent, short, signed
 from cpt_algorithms.report.lineage import tree_of
@@ -33,6 +33,7 @@ from cpt_algorithms.report.tables import (
     scores_of,
     write_csv,
 )
+from cpt_algorithms.terminal import print_table
 
 __all__ = ['Report', 'print_report', 'rich_table', 'write_report']
 
@@ -73,11 +74,34 @@ class _Line(NamedTuple):
     cells: list[_Cell]
 
 
+_ON_PAPER = 10  # columns that fit on an upright A4 or letter page, beside the names
+
+
 class _Table(NamedTuple):
     title: str
     note: str
-    groups: list[tuple[str, list[str]]]
+    groups: list[tuple[str, Sequence[_Cell | str]]]
     lines: list[_Line]
+
+    @property
+    def heads(self) -> list[tuple[str, list[_Cell]]]:
+        """The heads of its columns."""
+        return [(title, [_Cell(each) if isinstance(each, str) else each for each in of]) for title, of in self.groups]
+
+    @property
+    def parts(self) -> list['_Table']:
+        """Tables that fit on paper, which cannot be scrolled: one below the other, each with the names."""
+        columns = [(title, each) for title, of in self.groups for each in of]
+        parts = []
+        for begin in range(0, len(columns), _ON_PAPER):
+            groups: list[tuple[str, list[_Cell | str]]] = []
+            for title, column in columns[begin : begin + _ON_PAPER]:
+                if not groups or groups[-1][0] != title:
+                    groups.append((title, []))
+                groups[-1][1].append(column)
+            lines = [line._replace(cells=line.cells[begin : begin + _ON_PAPER]) for line in self.lines]
+            parts.append(_Table(self.title, self.note, groups, lines))
+        return parts
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Report:
@@ -134,8 +158,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
 def rich_table(report: Report) -> Table:
     """The main numbers, as a terminal shows them."""
     shown = Table(title=escape(f'{report.study.name}: final validation loss'), title_justify='left')
-    shown.add_column('arm', no_wrap=True)
-    heads = {column: column.replace('loss ', 'loss\n') for column in (*_losses(report.study), *CHANGES)}
+    shown.add_column('arm')
+    heads = {column: column.replace('loss ', 'loss\n', 1) for column in (*_losses(report.study), *CHANGES)}
     heads |= {'tokens': 'update\ntokens', 'flops': 'update\nFLOP', 'compute vs union': 'compute\nvs union'}
     for head in heads.values():
         shown.add_column(escape(head), justify='right')
@@ -151,7 +175,7 @@ def print_report(report: Report, console: Console) -> None:
     """The findings, the table, what is missing, and where the page is."""
     for sentence in report.findings:
         console.print(sentence, highlight=False, markup=False)
-    console.print(rich_table(report))
+    print_table(rich_table(report), console)
     for line in (*(f'missing: {line}' for line in report.missing), f'report: {report.path}'):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -226,12 +250,13 @@ def _tables(report: Report) -> list[_Table]:
     note += '; bold: the best.' if any(len(contenders(rows, size)) > 1 for size in study.sizes) else '.'
     if any(len(row.runs) == 1 for row in rows) and any(len(row.runs) > 1 for row in rows):
         note += ' Rows with one seed have no interval.'
+    able = {key: contenders(rows, *key) for key in {(row.size, row.other_plan) for row in rows}}
     if len(study.sizes) > 1:
         lines = []
         for name in dict.fromkeys(row.name for row in rows):
             by_size = {row.size: row for row in rows if row.name == name}
             cells = [
-                _ranked(by_size[size], column, rows) if size in by_size else _Cell()
+                _ranked(by_size[size], column, able[size, by_size[size].other_plan]) if size in by_size else _Cell()
                 for size in study.sizes
                 for column in (*losses, *CHANGES)
             ]
@@ -249,7 +274,12 @@ def _tables(report: Report) -> list[_Table]:
         }
         every = [column for columns in groups.values() for column in columns]
         lines = [
-            _line(study, row, [*(_ranked(row, column, rows) for column in every), _Cell(_seeds(row))]) for row in rows
+            _line(
+                study,
+                row,
+                [*(_ranked(row, column, able[row.size, row.other_plan]) for column in every), _Cell(_seeds(row))],
+            )
+            for row in rows
         ]
         heads = [(title, [*columns.values()]) for title, columns in groups.items() if columns]
         first = _Table('Final loss', note, [*heads, ('', ['seeds'])], lines)
@@ -267,9 +297,9 @@ def _seeds(row: Row) -> str:
     return str(every) if finished == every else f'{finished} of {every}'
 
 
-def _ranked(row: Row, column: str, rows: Sequence[Row]) -> _Cell:
-    """A number, marked if it is the best of those that are compared."""
-    cell, rivals = _number(row, column), [other for other in contenders(rows, row.size) if column in other.columns]
+def _ranked(row: Row, column: str, able: Sequence[Row]) -> _Cell:
+    """A number, marked if it is the best of those that it is compared with."""
+    cell, rivals = _number(row, column), [other for other in able if column in other.columns]
     means = [other.columns[column].mean for other in rivals]
     if row not in rivals or len(rivals) < 2:
         return cell
@@ -306,13 +336,14 @@ def _benchmark_tables(report: Report) -> list[_Table]:
     return tables
 
 
-def _task_head(report: Report, suite: str, task: str) -> str:
+def _task_head(report: Report, suite: str, task: str) -> _Cell:
     """Task with its number of examples in the prompt and, if it is no accuracy, its metric."""
-    results = (of['tasks'] for run in report.study.runs.values() for of in run.benchmarks.get(suite, {}).values())
-    result = next(tasks[task] for tasks in results if task in tasks)
+    found = (of['tasks'] for run in report.study.runs.values() for of in run.benchmarks.get(suite, {}).values())
+    results = [tasks[task] for tasks in found if task in tasks]
+    result, is_cut = results[0], any(each.get('cut') for each in results)
     metric = '' if result['higher_is_better'] else f', {result["metric"]} ↓'
-    shots = '' if result.get('num_fewshot') is None else f' ({result["num_fewshot"]}-shot{metric})'
-    return f'{task}{shots}'
+    shots = shots_of(result.get('num_fewshot'), is_cut)
+    return _Cell(task, f'{shots}-shot{metric}{", prompts cut" if is_cut else ""}' if shots else '')
 
 
 def _score(score: OverSeeds | None, delta: Mean | None) -> _Cell:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import matplotlib
@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cpt_algorithms.evaluation.functional import by_average
-from cpt_algorithms.formatting import exact, flop, percent, scientific, short
+from cpt_algorithms.formatting import exact, flop, percent, scientific, short, shortened
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet, size_name
 from cpt_algorithms.report.tables import Row
 
@@ -51,6 +51,8 @@ STYLE: dict[Any, Any] = {
     'svg.fonttype': 'path',
     'svg.hashsalt': 'cpt_algorithms',  # the same picture is the same file
 }
+
+MOST_ARMS = 20  # in a plot; no legend of more can be read, and to place its names takes minutes
 
 Values = Callable[[RunRecord], list[list[float]]]
 
@@ -90,9 +92,12 @@ def plots_of(study: RunSet, rows: Sequence[Row]) -> Iterator[Plot]:
     """Every plot that there are numbers for."""
     taken: Counter[str] = Counter()
     for size in study.sizes:
-        arms = study.arms(size)
-        of_size = [row for row in rows if row.size == size]
+        every = study.arms(size)
+        arms = _shown(every, [row for row in rows if row.size == size])
+        names = {arm.name for arm in arms}
+        of_size = [row for row in rows if row.size == size and row.arm in names]
         title = size_name(size) if len(study.sizes) > 1 else ''
+        is_part = f'the {len(arms)} best of {len(every)} arms' if len(arms) < len(every) else ''
         with matplotlib.rc_context(STYLE):
             made = [_loss(study, arms, name) for name in study.data]
             made += [_averages(study, arms, name) for name in study.data]
@@ -100,14 +105,28 @@ def plots_of(study: RunSet, rows: Sequence[Row]) -> Iterator[Plot]:
             made += [_plane(of_size, colours), _learning_rates(study, arms), _cost(of_size, colours)]
             found = [plot for plot in made if plot is not None]
             for plot in found:
-                plot.figure.axes[0].set_title(f'{plot.title}\n{title}'.strip())
+                plot.figure.axes[0].set_title('\n'.join(filter(None, (plot.title, title, is_part))))
                 plot.figure.draw_without_rendering()
                 plot.figure.set_layout_engine('none')  # it is laid out, for all files
         for plot in found:
             name = '-'.join(filter(None, (plot.name, _slug(title))))
             taken[name] += 1  # c++ and c# are both c to a file
             name += f'-{taken[name]}' if taken[name] > 1 else ''
-            yield Plot(name, ', '.join(filter(None, (plot.title, title))), plot.figure)
+            yield Plot(name, ', '.join(filter(None, (plot.title, title, is_part))), plot.figure)
+
+
+def _shown(arms: Sequence[Arm], rows: Sequence[Row]) -> list[Arm]:
+    """All arms, or if there are too many, those of today's plan with the lowest mean losses, in order."""
+    if len(arms) <= MOST_ARMS:
+        return list(arms)
+    losses = {row.arm: row.columns['loss mean'].mean for row in rows if 'loss mean' in row.columns and not row.average}
+
+    def rank(arm: Arm) -> tuple[bool, bool, float]:
+        loss = losses.get(arm.name, inf)
+        return bool(arm.other_plan), arm.kind != 'union', loss if isfinite(loss) else inf
+
+    best = {arm.name for arm in sorted(arms, key=rank)[:MOST_ARMS]}
+    return [arm for arm in arms if arm.name in best]
 
 
 def _slug(text: str) -> str:
@@ -206,6 +225,8 @@ def _mean_line(line: _Line) -> tuple[list[float], list[float]]:
 def _legend(figure: Figure, axis: Axes, extra: Sequence[Line2D] = ()) -> None:
     """Under the plot, where it hides nothing."""
     handles = [*axis.get_legend_handles_labels()[0], *extra]
+    for handle in handles:
+        handle.set_label(shortened(str(handle.get_label()), 52))
     # two columns, unless names are too long for that
     columns = 2 if max((len(str(handle.get_label())) for handle in handles), default=0) <= 26 else 1
     figure.legend(handles=handles, loc='outside lower left', ncols=columns, handlelength=2.2, columnspacing=1.2)
@@ -364,6 +385,5 @@ def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
 def _bar_text(axis: Axes, y: float, name: str, numbers: str) -> None:
     """Above its bar: the name on the left, the numbers on the right."""
     look: dict[str, Any] = {'xycoords': ('axes fraction', 'data'), 'va': 'center', 'fontsize': 8.5}
-    name = name if len(name) < 34 else f'{name[:32]}…'
-    axis.annotate(name, (0, y + 0.41), ha='left', **look)
+    axis.annotate(shortened(name, 33), (0, y + 0.41), ha='left', **look)
     axis.annotate(numbers, (1, y + 0.41), ha='right', color='#52667a', **look)

@@ -5,15 +5,18 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.evaluation.functional import has_diverged, without_averages
-from cpt_algorithms.files import exists, is_remote, read_json
+from cpt_algorithms.evaluation.suite import read_result
+from cpt_algorithms.files import exists, is_remote, null_as_nan, read_json
 from cpt_algorithms.formatting import short
 from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import differences
 
 __all__ = ['Arm', 'RunRecord', 'RunSet', 'find_run', 'read_run', 'read_runs', 'size_name']
 
@@ -49,6 +52,8 @@ class RunRecord:
     new: list[str]  # datasets of this stage
     at_start: dict[str, float]  # {dataset: loss of the untouched parent}
     bytes_per_token: dict[str, float]  # of each dataset
+    # what differs between the plan of its sequence that it was trained by and today's; nothing if that is today's
+    other_plan: tuple[str, ...] = ()
     # {suite: {average, or '' for the training weights: lm-eval result}}, of its latest export
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
     # the same of the pretrained model that it starts from
@@ -75,7 +80,7 @@ class RunRecord:
         new = sum(next(iter(tokens.values()), 0) for tokens in (self.tokens, self.tokens_before_branch))
         return self.budget - new if self.kind == 'update' else 0
 
-    @property
+    @cached_property
     def has_diverged(self) -> bool:
         """Whether its training loss ended far above its lowest."""
         return has_diverged([loss for _, _, loss in self.training_loss])
@@ -102,6 +107,11 @@ class Arm:
     name: str
     kind: str
     runs: list[RunRecord]
+
+    @property
+    def other_plan(self) -> tuple[str, ...]:
+        """Of its runs: only arms of one plan are compared."""
+        return self.runs[0].other_plan
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,10 @@ class RunSet:
                 # an arm that changes the first stage has one of its own
                 is_shared = first.setdefault((sequence, run.stage, run.seed), run.name) == run.name
                 name = f'{run.stage} only' + ('' if is_shared else f' ({run.arm})')
+            if run.other_plan:
+                others = list(dict.fromkeys(other.other_plan for other in self.given if other.other_plan))
+                number = f' {others.index(run.other_plan) + 1}' if len(others) > 1 else ''
+                name = f'{name} (other plan{number})'
             if run in self.given and run.parameters == size:
                 if name in arms and run.seed in (other.seed for other in arms[name].runs):
                     name = f'{name} ({os.path.basename(sequence)})'  # not another seed, but another sequence
@@ -196,7 +210,7 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
     measured, forgotten, done, failed = (
         read_json(f'{folder}/{name}.json') or {} for name in ('losses', 'forgetting', 'done', 'failed')
     )
-    cost, losses = measured.get('cost', {}), measured.get('losses', {})
+    cost, losses = measured.get('cost', {}), null_as_nan(measured.get('losses', {}))
     if plan is None:
         if record is None:
             raise ValueError(f'{folder} holds neither sequence.json nor stage.json: it is not a sequence or run folder')
@@ -211,7 +225,7 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
     state = 'finished' if is_finished else 'failed' if failed else state
     final = {label: rows[-1][2] for label, rows in losses.items() if rows}
     if is_finished:
-        final |= {label: mean['mean'] for label, mean in measured.get('final', {}).items()}
+        final |= {label: mean['mean'] for label, mean in null_as_nan(measured.get('final', {})).items()}
     runs[folder] = RunRecord(
         folder=folder,
         kind=trunk.kind if trunk else 'update' if is_update else 'union' if plan['stage'] == 'union' else 'scratch',
@@ -222,12 +236,12 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
         losses=losses,
         final=final,
         learning_rate=measured.get('learning_rate', []),
-        training_loss=measured.get('training_loss', []),
+        training_loss=null_as_nan(measured.get('training_loss', [])),
         cost=cost,
         parameters=cost.get('parameters'),
         old=forgotten.get('old', []),
         new=forgotten.get('new', []),
-        at_start=forgotten.get('parent', {}),
+        at_start=null_as_nan(forgotten.get('parent', {})),
         bytes_per_token=forgotten.get('bytes_per_token', {}),
         **_benchmarks(folder),
         **plan,
@@ -276,21 +290,32 @@ def read_runs(folders: Sequence[str | Path]) -> RunSet:
 
 
 def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, RunRecord]) -> list[str]:
+    plans, today = sequence.get('plans', {}), sequence.get('plan')
+    of_plan: dict[Any, list[str]] = {}
     for run in sequence['runs']:
-        parent = run['parent'] and f'{folder}/{run["parent"]}'
-        read_run(f'{folder}/{run["name"]}', runs, {**run, 'parent': parent, 'union_tokens': None})
-    names = [f'{folder}/{run["name"]}' for run in sequence['runs']]
-    read = [runs[name] for name in names]
-    union, stages = [run.budget for run in read if run.stage == 'union'], sequence['stages']
-    has_base = any(run.config and run.config.pretrained_model for run in read)  # what that has read is not known
-    # what a union run would take; with one stage there is nothing to unite
-    union_tokens = max(union) if union else sum(stages.values()) if len(stages) > 1 and not has_base else None
-    sizes = {run.parameters for run in read} - {None}
-    for run in read:
-        # a run that has not started is as large as the others
-        size = next(iter(sizes)) if len(sizes) == 1 else run.parameters
-        runs[run.folder] = replace(run, union_tokens=union_tokens, parameters=size)
-    return names
+        known, plan = {key: value for key, value in run.items() if key != 'plan'}, run.get('plan', today)
+        other = () if plan == today else tuple(_changes(plans[plan], plans[today]))
+        parent, name = run['parent'] and f'{folder}/{run["parent"]}', f'{folder}/{run["name"]}'
+        read_run(name, runs, {**known, 'parent': parent, 'union_tokens': None, 'other_plan': other})
+        of_plan.setdefault(plan, []).append(name)
+    for plan, names in of_plan.items():
+        read, stages = [runs[name] for name in names], plans[plan]['tokens'] if plan in plans else sequence['stages']
+        union = [run.budget for run in read if run.stage == 'union']
+        has_base = any(run.config and run.config.pretrained_model for run in read)  # what that has read is not known
+        # what a union run would take; with one stage there is nothing to unite
+        union_tokens = max(union) if union else sum(stages.values()) if len(stages) > 1 and not has_base else None
+        sizes = {run.parameters for run in read} - {None}
+        for run in read:
+            # a run that has not started is as large as the others
+            size = next(iter(sizes)) if len(sizes) == 1 else run.parameters
+            runs[run.folder] = replace(run, union_tokens=union_tokens, parameters=size)
+    return [f'{folder}/{run["name"]}' for run in sequence['runs']]
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two plans of a sequence."""
+    found = differences(then['stages'], now['stages'])
+    return found or differences(then, now) or ['its data']
 
 
 def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, RunRecord]) -> dict[str, Any]:
@@ -345,13 +370,13 @@ def _last_error(lines: Sequence[str]) -> str:
 def _benchmarks(folder: str) -> dict[str, dict[str, dict[str, Any]]]:
     """lm-eval results of a local run's latest export, and of the pretrained model."""
     paths = sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/*.json'))
-    base = {path.parent.name: {'': read_json(path)} for path in paths if path.stem == 'base'}
+    base = {path.parent.name: {'': read_result(path)} for path in paths if path.stem == 'base'}
     latest: dict[str, dict[str, tuple[int, Path]]] = {}
     for path in paths:
         if match := re.fullmatch(r'ba(\d+)(?:-(.+))?', path.stem):
             of_suite, average = latest.setdefault(path.parent.name, {}), match[2] or ''
             of_suite[average] = max(of_suite.get(average, (-1, path)), (int(match[1]), path))
-    found = {suite: {average: read_json(of[average][1]) for average in of} for suite, of in latest.items()}
+    found = {suite: {average: read_result(of[average][1]) for average in of} for suite, of in latest.items()}
     return {'benchmarks': found, 'base_benchmarks': base}
 
 

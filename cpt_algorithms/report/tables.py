@@ -18,6 +18,7 @@ from cpt_algorithms.evaluation.functional import (
     bits_per_byte,
     by_average,
     changes,
+    cuts_of,
     has_same_items,
     is_accuracy,
     mean_over_tasks,
@@ -42,6 +43,7 @@ __all__ = [
     'over_seeds',
     'rows_of',
     'scores_of',
+    'summary_of',
     'write_csv',
 ]
 
@@ -89,6 +91,21 @@ class Row:
     def is_finished(self) -> bool:
         """Whether its numbers are final losses."""
         return all(run.state == 'finished' for run in self.runs)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all its numbers are numbers; a finished run need not have any."""
+        return all(isfinite(value.mean) for value in self.columns.values())
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether one of its runs has."""
+        return any(run.has_diverged for run in self.runs)
+
+    @property
+    def other_plan(self) -> tuple[str, ...]:
+        """Of its runs: only rows of one plan are compared."""
+        return self.runs[0].other_plan
 
     @property
     def note(self) -> str:
@@ -166,15 +183,39 @@ def rows_of(study: RunSet) -> list[Row]:
     """One row for each arm, average of its weights and model size: means over the seeds that have finished."""
     rows = []
     for size in study.sizes:
-        arms = study.arms(size)
-        union = [run for arm in arms if arm.kind == 'union' for run in arm.runs if run.state == 'finished']
-        most = max((run.budget for run in union), default=0)  # and not a trunk
-        hours = [spent for run in union if run.budget == most and (spent := study.hours(run)) is not None]
-        union_hours = float(np.mean(hours)) if hours else None
-        for arm in arms:
-            averages = dict.fromkeys(['', *(a for run in arm.runs for a in by_average(run.final, study.data))])
-            rows += [_row(arm, average, size, study, union_hours) for average in averages]
+        every = study.arms(size)
+        for plan in dict.fromkeys(arm.other_plan for arm in every):
+            arms = [arm for arm in every if arm.other_plan == plan]
+            union = [run for arm in arms if arm.kind == 'union' for run in arm.runs if run.state == 'finished']
+            most = max((run.budget for run in union), default=0)  # and not a trunk
+            hours = [spent for run in union if run.budget == most and (spent := study.hours(run)) is not None]
+            union_hours = float(np.mean(hours)) if hours else None
+            for arm in arms:
+                averages = dict.fromkeys(['', *(a for run in arm.runs for a in by_average(run.final, study.data))])
+                rows += [_row(arm, average, size, study, union_hours) for average in averages]
     return rows
+
+
+def summary_of(rows: Sequence[Row], data: Sequence[str], arm: str) -> dict[str, float]:
+    """What a sweep compares its trials by: final losses, forgetting and adaptation of the last stage of an arm.
+
+    Args:
+        rows: Of :func:`rows_of`.
+        data: All datasets.
+        arm: Its name.
+    """
+    summary = {}
+    for row in (row for row in rows if row.arm == arm and row.is_finished):
+        for key, column, mean in (
+            ('final_loss', 'loss', 'loss mean'),
+            ('final_forgetting', 'forgetting', 'forgetting'),
+            ('final_adaptation', 'adaptation', 'adaptation'),
+        ):
+            columns = {'mean': mean, **{name: f'{column} {name}' for name in data}}
+            found = {name: row.columns[each].mean for name, each in columns.items() if each in row.columns}
+            of_average = f'/{row.average}' if row.average else ''
+            summary |= {f'{key}/{name}{of_average}': value for name, value in found.items()}
+    return summary
 
 
 def scores_of(study: RunSet, rows: Sequence[Row]) -> list[Scores]:
@@ -234,35 +275,43 @@ def _is_told_apart(row: Row, other: Row, column: str) -> bool:
     return found is not None and found.half is not None and abs(found.mean) > found.half
 
 
-def contenders(rows: Sequence[Row], size: int | None) -> list[Row]:
+def contenders(rows: Sequence[Row], size: int | None, other_plan: tuple[str, ...] = ()) -> list[Row]:
     """Finished rows that are compared with each other: updates of a parent, or without any, runs from scratch.
 
-    Not those that have diverged.
+    Not those that have diverged, or ended with what is no number, or were trained by another plan of their sequence.
     """
-    of_size = [row for row in rows if row.size == size]
+    of_size = [row for row in rows if row.size == size and row.other_plan == other_plan]
     kind = 'update' if any(row.kind == 'update' for row in of_size) else 'scratch'
     able = [row for row in of_size if row.kind == kind and row.is_finished]
-    able = [row for row in able if not any(run.has_diverged for run in row.runs)]
-    return [row for row in able if all(isfinite(value.mean) for value in row.columns.values())]
+    return [row for row in able if row.is_finite and not row.has_diverged]
 
 
 def finding(rows: Sequence[Row], size: int | None) -> str:
     """The answer in a sentence or two: the arm with the lowest mean loss, what it forgot, learned and cost."""
-    rows = [row for row in rows if row.size == size]
-    done = [row for row in rows if row.is_finished and 'loss mean' in row.columns]
+    rows = [row for row in rows if row.size == size and not row.other_plan]
+    finished = [row for row in rows if row.is_finished]
+    done = [row for row in finished if 'loss mean' in row.columns]
     able = [row for row in contenders(rows, size) if 'loss mean' in row.columns]
     updates = [row for row in able if {'forgetting', 'adaptation'} <= row.columns.keys()]
-    if not done:
+    if not finished:
         return 'Nothing has finished yet: every number is the latest one.'
-    best = min(updates or able or done, key=lambda row: row.columns['loss mean'].mean)
-    mean = {column: value.mean for column, value in best.columns.items()}
+    if not done:
+        return 'No run that has finished was evaluated on all data.'
     if not updates:
-        tried = [run for row in done if row.kind == 'update' for run in row.runs]
-        if tried and all(run.has_diverged for run in tried):
-            return 'Every update that has finished has diverged.'
-        waiting = any(row.kind == 'update' for row in rows)
-        text = f'{best.name}: mean final loss {mean["loss mean"]:.3f}'
-        return f'{text}. No update of a parent has finished yet.' if waiting else f'{text}, the lowest of {len(done)}.'
+        tried = [row for row in finished if row.kind == 'update']
+        if tried and (how := _how_all_failed(tried)):
+            return f'Every update that has finished {how}.'
+        numbers = [row for row in done if row.is_finite]
+        if not numbers:
+            return f'Every run that has finished {_how_all_failed(done)}.'
+        best = min(able or numbers, key=lambda row: row.columns['loss mean'].mean)
+        text = f'{best.name}: mean final loss {best.columns["loss mean"].mean:.3f}'
+        is_waiting = not tried and any(row.kind == 'update' for row in rows)
+        return (
+            f'{text}. No update of a parent has finished yet.' if is_waiting else f'{text}, the lowest of {len(done)}.'
+        )
+    best = min(updates, key=lambda row: row.columns['loss mean'].mean)
+    mean = {column: value.mean for column, value in best.columns.items()}
     old, new = (' and '.join(names) for names in (best.runs[0].old, best.runs[0].new))
     forgot = mean['forgetting']
     did = f'forgot {forgot:.2f} nats/token' if forgot >= 0.005 else f'forgot nothing ({signed(forgot, 2)} nats/token)'
@@ -270,8 +319,9 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
     if 'compute vs union' in mean:
         cost = f'for {percent(mean["compute vs union"])} of the compute of training on everything'
     text = f'{best.name}: {did} of {old} and learned {mean["adaptation"]:.2f} of {new}, {cost}'
-    if union := [row.columns['loss mean'].mean for row in done if row.kind == 'union' and not row.average]:
-        gap = mean['loss mean'] - min(union)
+    unions = [row for row in done if row.kind == 'union' and not row.average and row.is_finite]
+    if unions:
+        gap = mean['loss mean'] - min(row.columns['loss mean'].mean for row in unions)
         text += f'; its mean loss is {abs(gap):.2f} {"above" if gap > 0 else "below"} that of union'
     others = [row for row in updates if row.arm != best.arm and best.columns['loss mean'].half is not None]
     if close := dict.fromkeys(row.arm for row in others if not _is_told_apart(best, row, 'loss mean')):
@@ -279,6 +329,15 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
     if waiting := len({row.arm for row in rows if row.kind == 'update' and not row.is_finished}):
         text += f'. Not finished yet: {waiting} of the updates'
     return f'{text}.'
+
+
+def _how_all_failed(rows: Sequence[Row]) -> str:
+    """In words, how all of some finished rows came to have nothing to compare; nothing if one has."""
+    if any(row.is_finite and not row.has_diverged for row in rows):
+        return ''
+    diverged, no_number = any(row.has_diverged for row in rows), any(not row.is_finite for row in rows)
+    words = ['has diverged'] * diverged + ['has ended with losses that are no numbers'] * no_number
+    return ' or '.join(words)
 
 
 def missing(study: RunSet, rows: Sequence[Row]) -> list[str]:
@@ -298,6 +357,13 @@ def missing(study: RunSet, rows: Sequence[Row]) -> list[str]:
         f'{name}: the folder of its parent ({folder}) is not there, so its own stage is all that is shown'
         for name, folder in study.missing_parents.items()
     ]
+    for plan in dict.fromkeys(run.other_plan for run in runs if run.other_plan):
+        names = [run.name for run in runs if run.other_plan == plan]
+        more = f' and {len(plan) - 3} more' if len(plan) > 3 else ''
+        said.append(
+            f'Trained by another plan of their sequence ({"; ".join(plan[:3])}{more}, in the plan of today), and '
+            f'compared only with each other: {", ".join(names)}'
+        )
     for run in runs:
         if run.has_diverged:
             first, *_, last = (loss for _, _, loss in run.training_loss)
@@ -330,6 +396,12 @@ def _missing_benchmarks(runs: Sequence[RunRecord]) -> Iterator[str]:
     for suite in suites:
         if without := [run.name for run in finished if suite not in run.benchmarks]:
             yield f'lm-eval {suite}: no results of {", ".join(without)}'
+        for run in runs:
+            for average, result in run.benchmarks.get(suite, {}).items():
+                for task, scored in result['tasks'].items():
+                    if cut := cuts_of(scored):
+                        who = f'{run.name}, {average}' if average else run.name
+                        yield f'lm-eval {suite}: {task}: {cut} prompts are longer than {who} can read, and were cut'
         reasons: dict[tuple[str, str], list[str]] = {}
         evaluated = {run.name for run in runs if suite in run.benchmarks}
         for run in runs:

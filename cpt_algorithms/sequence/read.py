@@ -66,7 +66,7 @@ def read_sequence(
     """
     from cpt_algorithms.sequence.check import adopted  # seconds that load_yaml does not need
 
-    given, trials = {}, [list(trial)] if trial else []
+    trials, given = [list(trial)] if trial else [], None
     if sweep:
         try:
             # as wandb sweep reads it; OmegaConf would take ${env} for its own
@@ -78,8 +78,8 @@ def read_sequence(
         raise ValueError('a sequence YAML is missing, or --sweep FILE')
     spec = SequenceSpec.from_yaml(load_yaml(words))
     runs = expand_trials(spec, trials) if trials else adopted(partial(expand, spec))
-    if sweep:
-        check_metric(given, runs[-1])
+    if given:
+        check_metric(given, runs)
     return spec, [_cached_apart(run) for run in runs] if spec.jobs > 1 else runs
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the runs of a sequence: parents first, as many at a time as it says, what is done already not again."""
 
+import hashlib
 import json
 import re
 import signal
@@ -8,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from cpt_algorithms.checkpoints.save_folder import newest_complete
-from cpt_algorithms.files import holder_of, remove_partials, take, write_atomic, write_json
+from cpt_algorithms.files import holder_of, read_json, remove_partials, take, write_atomic, write_json
 from cpt_algorithms.launch.launcher import Handle, Start
 from cpt_algorithms.sequence.expand import Run
 from cpt_algorithms.sequence.spec import SequenceSpec
@@ -48,15 +50,30 @@ def is_done(run: Run) -> bool:
     return done is not None and run.stage.suite in (None, done.get('lm_eval'))
 
 
+# Of a stage's YAML, what does not say what its results follow from.
+_NO_RESULT = ('loggers', 'variables', 'eval_loader', 'eval_interval', 'save_interval', 'save_num_checkpoints_to_keep')
+
+
+def _plan_of(spec: SequenceSpec) -> dict[str, Any]:
+    """What all arms of a sequence have in common: only arms of one plan are compared."""
+    stages = {
+        name: {key: value for key, value in stage.items() if key not in _NO_RESULT}
+        for name, stage in spec.merged.items()
+    }
+    return {'data': list(spec.data), 'tokens': spec.stage_tokens, 'stages': stages}
+
+
 def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) -> None:
-    """Write ``sequence.json``: which runs belong together, for the report.
+    """Write ``sequence.json``: which runs belong together, and which of them are compared, for the report.
 
     Args:
         spec: The sequence.
         runs: Its runs.
-        keep: Whether to keep those of other trials, which are there. Default: ``False``.
+        keep: Whether to keep those of other trials, which are there, with the plan that they were trained by. Default:
+            ``False``.
     """
-    path = Path(spec.folder) / 'sequence.json'
+    path, plan = Path(spec.folder) / 'sequence.json', _plan_of(spec)
+    name = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=8).hexdigest()
     planned = [
         {
             'name': run.name,
@@ -67,6 +84,7 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
             'tokens': run.stage.tokens_by_stream(),
             'tokens_before_branch': run.tokens_before_branch,
             'batches': run.batches,
+            'plan': name,
         }
         for run in runs
     ]
@@ -75,10 +93,13 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
     take(lock, f'sequence {spec.name}')
     try:
         remove_partials(path.parent)
-        others = json.loads(path.read_text(encoding='utf-8'))['runs'] if keep and path.exists() else []
+        before = (read_json(path) if keep else None) or {'runs': []}
         names = {run.name for run in runs}
-        all_runs = [*(other for other in others if other['name'] not in names), *planned]
-        write_json(path, {'name': spec.name, 'data': list(spec.data), 'stages': spec.stage_tokens, 'runs': all_runs})
+        all_runs = [*planned, *(other for other in before['runs'] if other['name'] not in names)]
+        used = {run.get('plan') for run in all_runs}
+        plans = {key: each for key, each in before.get('plans', {}).items() if key in used} | {name: plan}
+        given = {'name': spec.name, 'data': list(spec.data), 'stages': spec.stage_tokens, 'plan': name, 'plans': plans}
+        write_json(path, {**given, 'runs': all_runs})
     finally:
         lock.release()
 

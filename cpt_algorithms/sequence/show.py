@@ -12,6 +12,7 @@ from cpt_algorithms.launch.launcher import Resources, command
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.sequence.expand import Run
 from cpt_algorithms.sequence.run import recipe_of
+from cpt_algorithms.terminal import print_table
 
 __all__ = ['print_commands', 'print_runs']
 
@@ -36,8 +37,8 @@ def print_runs(title: str, runs: Sequence[Run], console: Console) -> None:
         if merge := run.stage.merge:
             read = f'average of {merge.last} checkpoints, {merge.every} apart'
         start = f' at {sum(run.tokens_before_branch.values()):,}' if run.tokens_before_branch else ''
-        table.add_row(run.name, f'{run.parent or "(from scratch)"}{start}', escape(read), f'{run.batches:,}')
-    console.print(table)
+        table.add_row(escape(run.name), f'{run.parent or "(from scratch)"}{start}', escape(read), f'{run.batches:,}')
+    print_table(table, console)
     console.print(f'{total:,} tokens to train in all\n')
     for run in (run for run in runs if run.batches):
         stage = run.stage

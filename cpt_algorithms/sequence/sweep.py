@@ -53,9 +53,9 @@ class Parameter(Section):
 
 
 class Metric(Section):
-    """By what trials are compared."""
+    """What trials are compared by; W&B alone reads the rest of it."""
 
-    name: str | None = None
+    name: str
 
 
 class Sweep(Section):
@@ -116,6 +116,33 @@ def trials_of(sweep: Mapping[str, Any]) -> list[list[str]]:
     return [list(trial) for trial in dict.fromkeys(itertools.islice(itertools.product(*words), read.run_cap))]
 
 
+def check_metric(sweep: Mapping[str, Any], runs: Sequence[Run]) -> None:
+    """Refuse a metric that no trial logs: W&B would compare trials by nothing.
+
+    Args:
+        sweep: The sweep file.
+        runs: Of :func:`expand_trials`.
+
+    Raises:
+        ValueError: With the nearest metric that a trial logs.
+    """
+    metric = parse_section(Sweep, sweep).metric
+    logged = {name for run in runs if not any(run.name == other.parent for other in runs) for name in _logged_by(run)}
+    if metric and metric.name not in logged:
+        raise ValueError(f'metric.name={metric.name!r} is logged by no trial; {nearest(metric.name, logged)}')
+
+
+def _logged_by(run: Run) -> Iterator[str]:
+    """The names in the summary of a trial."""
+    callbacks = run.stage.callbacks
+    datasets = {'final_loss': [loader.label for loader in run.stage.eval_loader]}
+    if forgetting := callbacks.forgetting:
+        datasets |= {'final_forgetting': forgetting.old, 'final_adaptation': forgetting.new}
+    for key, names in datasets.items():
+        for name in ('mean', *names):
+            yield from (f'{key}/{name}{average}' for average in ('', *(f'/{each}' for each in callbacks.averages)))
+
+
 def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[Run]:
     """The runs of a sequence with one arm for each trial, in place of its own arms.
 
@@ -133,14 +160,14 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
     stages = list(spec.stages)
     runs: dict[str, Run] = {}
     for trial in trials:
-        if wrong := [word for word in trial if '=' not in word]:
-            raise ValueError(f'{wrong[0]} in a trial is not STAGE.KEY=VALUE')
-        # a whole section comes before its keys, in whatever order they were given
-        given = OmegaConf.from_dotlist(sorted(trial, key=lambda word: word.partition('=')[0]))
-        overrides: Any = OmegaConf.to_container(given)
-        leaves = dict(_leaves(overrides))
-        for name in leaves:
-            _check_name(name, stages)
+        overrides = _overrides(trial, stages)
+        leaves = [(stage, *leaf) for stage in stages for leaf in _leaves(overrides.get(stage, {}))]
+        for stage, path, _ in leaves:
+            if path[0] == 'model' or set(_COMPUTE) & set(path):
+                name = f'{stage}.{".".join(path)}'
+                raise ValueError(
+                    f'{name} would make one trial cost more than another; set it for all trials in the sequence'
+                )
         for run in expand(spec.with_arms({_arm(leaves, stages[-1]): overrides})):
             if runs.setdefault(run.name, run).stage != run.stage:
                 raise ValueError(
@@ -149,48 +176,51 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
     return list(runs.values())
 
 
-def check_metric(sweep: Mapping[str, Any], run: Run) -> None:
-    """Refuse a metric that no trial would have a value of.
+def _overrides(trial: Sequence[str], stages: Sequence[str]) -> dict[str, Any]:
+    """What a trial changes of each stage. Stages are known: their names, and those of keys, may hold dots."""
+    overrides: dict[str, Any] = {}
+    # a whole section comes before its keys, in whatever order they were given
+    for word in sorted(trial, key=lambda word: word.partition('=')[0]):
+        name, equals, value = word.partition('=')
+        if not equals:
+            raise ValueError(f'{word} in a trial is not STAGE.KEY=VALUE')
+        found = [stage for stage in stages if name == stage or name.startswith(f'{stage}.')]
+        if not found:
+            raise ValueError(f'{name} does not begin with a stage; {nearest(name.partition(".")[0], stages)}')
+        stage = max(found, key=len)
+        given = OmegaConf.to_container(OmegaConf.from_dotlist([f'x{name[len(stage) :]}={value}']))
+        section = _with_null(given)['x']
+        if not isinstance(section, dict):
+            raise ValueError(f'{name} is a stage and no key of it; {name}.optimizer.lr would be one')
+        merged = OmegaConf.merge(OmegaConf.create(overrides.get(stage, {})), OmegaConf.create(section))
+        overrides[stage] = OmegaConf.to_container(merged)
+    return overrides
 
-    Args:
-        sweep: The sweep file.
-        run: The last run of a trial.
 
-    Raises:
-        ValueError: With the nearest metric that there is.
-    """
-    metric, stage = parse_section(Sweep, sweep).metric, run.stage
-    if metric is None or metric.name is None:
-        return
-    judged = {'final_loss': [str(loader.label) for loader in stage.eval_loader]}
-    if (forgetting := stage.callbacks.forgetting) is not None:
-        judged |= {'final_forgetting': forgetting.old, 'final_adaptation': forgetting.new}
-    names = [f'{what}/{dataset}' for what, datasets in judged.items() for dataset in (*datasets, 'mean')]
-    known = [*names, *(f'{name}/{average}' for name in names for average in stage.callbacks.averages)]
-    if metric.name not in known:
-        raise ValueError(f'metric.name={metric.name}: no trial has a value of it; {nearest(metric.name, known)}')
+def _with_null(value: Any) -> Any:
+    """A value as W&B's agent means it, which writes Python's ``None`` for null, also inside of others."""
+    if isinstance(value, dict):
+        return {key: _with_null(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_null(each) for each in value]
+    return None if value == 'None' else value
 
 
-def _leaves(section: Mapping[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
+def _leaves(section: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in sorted(section.items()):
         if isinstance(value, Mapping):
-            yield from _leaves(value, f'{path}{key}.')
+            yield from _leaves(value, (*path, key))
         else:
-            yield f'{path}{key}', value
+            yield (*path, key), value
 
 
-def _arm(leaves: Mapping[str, Any], last: str) -> str:
+def _arm(leaves: Sequence[tuple[str, tuple[str, ...], Any]], last: str) -> str:
     """``replay.fraction=0.05``: keys of the last stage without it."""
-    # W&B's server writes 1.0 as 1
-    short = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in leaves.items()}
-    return ', '.join(f'{name.removeprefix(f"{last}.")}={value}' for name, value in short.items())
 
+    def text(value: Any) -> str:
+        # W&B's server writes 1.0 as 1
+        is_whole = isinstance(value, float) and value.is_integer()
+        return 'null' if value is None else str(int(value) if is_whole else value)
 
-def _check_name(name: str, stages: Sequence[str]) -> None:
-    stage, _, key = name.partition('.')
-    if stage not in stages:
-        raise ValueError(f'{name} does not begin with a stage; {nearest(stage, stages)}')
-    if not key:
-        raise ValueError(f'{name} is a stage and no key of it; {name}.optimizer.lr would be one')
-    if key.split('.')[0] == 'model' or set(_COMPUTE) & set(key.split('.')):
-        raise ValueError(f'{name} would make one trial cost more than another; set it for all trials in the sequence')
+    in_order = sorted(leaves, key=lambda leaf: '.'.join((leaf[0], *leaf[1])))
+    return ', '.join(f'{".".join(path if s == last else (s, *path))}={text(value)}' for s, path, value in in_order)

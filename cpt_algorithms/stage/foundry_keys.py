@@ -5,7 +5,6 @@ import ast
 import inspect
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_VALIDATION_FUNCTIONS
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from cpt_algorithms.evaluation.functional import check_labels as check_names
 from cpt_algorithms.keys_read import keys_read
 from cpt_algorithms.stage.stage import Model, Optimizer, Stage
 from cpt_algorithms.validation import check_keys, check_type, nearest, short_repr
@@ -197,9 +197,7 @@ def check_labels(stage: Stage) -> None:
     for task in tasks if isinstance(tasks, list) else ():
         if isinstance(task, Mapping) and isinstance(task.get('num_fewshot'), list):
             labels += [f'{task.get("label")}/{shots}-shot' for shots in task['num_fewshot']]
-    label, count = max(Counter(labels).items(), key=lambda each: each[1], default=('', 0))
-    if count > 1:
-        raise ValueError(f'{count} of eval_loader and icl_tasks have the label {label!r}: give each its own')
+    check_names(labels)
 
 
 def check_documents(stage: Stage) -> None:

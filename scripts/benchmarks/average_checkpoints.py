@@ -46,6 +46,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from cpt_algorithms.checkpoints.open import open_checkpoint
+from cpt_algorithms.terminal import print_table
 from cpt_algorithms.weight_averaging.offline import average as merge
 from cpt_algorithms.weight_averaging.offline import averaged_checkpoint
 
@@ -233,7 +234,7 @@ def main(options: argparse.Namespace) -> None:
             f'{1 / speeds[2]:.2f}',
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
+    print_table(table, console)
     if not options.mergekit:
         console.print('mergekit: skipped, no --mergekit given')
     else:

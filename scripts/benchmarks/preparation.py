@@ -34,6 +34,7 @@ from cpt_algorithms.preparation.options import Options, make_request
 from cpt_algorithms.preparation.pipeline import prepare
 from cpt_algorithms.preparation.sources import Part, Source, find_files, parse_sources, read
 from cpt_algorithms.preparation.tokenizer import load_tokenizer, train_tokenizer
+from cpt_algorithms.terminal import print_table
 
 os.environ['TOKENIZERS_PARALLELISM'] = 'true'  # tokenizers looks at it when it first works
 MAX_SEQ_LEN = 2048
@@ -144,7 +145,7 @@ def main() -> None:
         spread = [f'{statistics.median(one):.2f} ({min(one):.2f} to {max(one):.2f})' for one in (clock, cpu)]
         table.add_row(name, spread[0], f'{megabytes / median:.2f}', f'{num_tokens / median / 1e6:.3f}', spread[1])
     console = Console(width=120)
-    console.print(table)
+    print_table(table, console)
     for number, what in enumerate(('the clock', 'CPU seconds')):
         ratios = [one[number] / ours[number] for one, ours in zip(taken[best], taken['preparation'], strict=True)]
         spread = f'{min(ratios):.2f} to {max(ratios):.2f}'

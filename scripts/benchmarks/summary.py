@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpt_algorithms.report.made_with import made_with
+from cpt_algorithms.terminal import print_table
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def main() -> None:
     folder = parser.parse_intermixed_args().folder
     lines = lines_of(folder)
     (folder / 'bench.md').write_text(page(lines), encoding='utf-8')
-    Console(width=None if sys.stdout.isatty() else 140).print(table(lines))
+    print_table(table(lines), Console(width=None if sys.stdout.isatty() else 140))
 
 
 if __name__ == '__main__':

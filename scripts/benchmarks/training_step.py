@@ -54,6 +54,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from cpt_algorithms.terminal import print_table
+
 SIDES = ('stock', 'ours')
 # Batches of a run for start, save and resume; and of what takes turns, counted together.
 BATCHES, TOGETHER = 16, 4
@@ -269,7 +271,7 @@ def main(arguments: argparse.Namespace) -> None:
         cells = [f'{statistics.median(x):.4f} ({min(x):.4f} to {max(x):.4f})' for x in (sides[side] for side in SIDES)]
         ratio = f'{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})'
         table.add_row(WHAT[what], *cells, ratio)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print_table(table, Console(width=None if sys.stdout.isatty() else 140))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(taken, indent=1))

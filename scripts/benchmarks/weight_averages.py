@@ -35,6 +35,7 @@ from composer.algorithms.ema.ema import EMAParameters, compute_ema
 from rich.console import Console
 from rich.table import Table
 
+from cpt_algorithms.terminal import print_table
 from cpt_algorithms.weight_averaging.functional import update_ema_
 
 WIDTH = 1024
@@ -131,7 +132,7 @@ def main(arguments: argparse.Namespace) -> None:
             f'{middle / floor:.2f}',
             ratio,
         )
-    console.print(shown)
+    print_table(shown, console)
     result = {'parameters': count, 'times': times, 'composer/ours': median['composer'] / median['ours']}
     result['ours/floor'] = median['ours'] / floor
     if arguments.device == 'cuda':

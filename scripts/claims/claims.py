@@ -35,6 +35,7 @@ def main() -> None:
 
     from cpt_algorithms.files import write_atomic, write_json
     from cpt_algorithms.report.made_with import made_with
+    from cpt_algorithms.terminal import print_table
 
     started = time.monotonic()
 
@@ -51,7 +52,7 @@ def main() -> None:
     findings, points, made = judge(CLAIMS, evidence), trend(ran), made_with()
     if arguments.quick:
         made += '; --quick: models that have barely begun to learn, so that the verdicts say little about the claims'
-    console.print(table(findings, f'stages of {full:,} tokens; {made}'))
+    print_table(table(findings, f'stages of {full:,} tokens; {made}'), console)
     write_json(arguments.folder / 'claims.json', as_data(findings, points, made))
     write_atomic(arguments.folder / 'claims.md', page(findings, points, made).encode())
     draw(points, arguments.folder / 'claims.png')

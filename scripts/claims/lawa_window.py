@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from cpt_algorithms.terminal import print_table
+
 
 def grid(run: Path, ks: list[int], nus: list[int], rows: int) -> dict[tuple[int, int], list[float]]:
     """Gains of one run by (k, nu)."""
@@ -48,7 +50,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     runs = [run for run in arguments.runs if (run / 'stage.json').exists()]
     grids = [grid(run, arguments.k, arguments.nu, arguments.rows) for run in track(runs, 'runs')]
-    shown = Table('k', *(f'nu {nu}' for nu in arguments.nu), title=f'gain of LAWA, nats/token; {len(grids)} runs')
+    shown = Table('k', title=f'gain of LAWA, nats/token; {len(grids)} runs')
+    for nu in arguments.nu:
+        shown.add_column(f'nu {nu}', justify='right')
     for k in arguments.k:
         cells = []
         for nu in arguments.nu:
@@ -56,7 +60,7 @@ def main() -> None:
             spread = f' ± {np.std(means, ddof=1) / np.sqrt(len(means)):.3f}' if len(means) > 1 else ''
             cells.append(f'{np.mean(means):.3f}{spread}' if means else '')
         shown.add_row(str(k), *cells)
-    Console().print(shown)
+    print_table(shown, Console())
     Console().print('± is the standard error over runs; k x nu is the span of the window')
 
 

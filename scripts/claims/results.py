@@ -33,8 +33,10 @@ def measured(condition: Condition) -> str:
 def table(findings: Sequence[Finding], title: str) -> Table:
     """A table for the terminal."""
     shown = Table(title=title, title_justify='left')
-    for column in ('claim', 'verdict', 'quantity (nats/token)', 'must be', 'measured'):
+    for column in ('claim', 'verdict', 'quantity (nats/token)'):
         shown.add_column(column, overflow='fold')
+    for column in ('must be', 'measured'):
+        shown.add_column(column, justify='right')
     for finding in findings:
         first = [f'{finding.claim.name} {finding.claim.says}', finding.verdict]
         for condition in finding.conditions:

@@ -2,7 +2,7 @@
 """Final losses and forgetting, against numbers one can check by hand and a real run."""
 
 import json
-from math import log, sqrt
+from math import inf, log, nan, sqrt
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +147,10 @@ def test_steps_saved_by_hand():
         # the first loss by itself, and no other
         ([1.0, 5.0] + [3.0] * 38, True),
         ([5.0, 1.0] + [3.0] * 38, False),
+        # what ends as no number
+        ([2.0] * 39 + [nan], True),
+        ([nan] * 5 + [2.0] * 35, False),
+        ([2.0] * 39 + [inf], True),
     ],
 )
 def test_diverged_by_hand(losses, diverged):

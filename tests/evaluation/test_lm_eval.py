@@ -17,6 +17,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cpt_algorithms.checkpoints import exports
@@ -280,6 +281,22 @@ def test_scores_and_prompts_are_those_of_simple_evaluate(lm, tasks, found):
         assert found['n-shot'] == {name: expected['n-shot'][name]} == {name: entry.num_fewshot}
 
 
+def test_prompts_that_are_cut_are_counted_and_shown(model, main, lm, tasks, found):
+    for name, shots in (('bits', 0), ('choice', 0), ('choice', 9), ('exact', 9)):
+        ours = lm_eval._run(lm, SuiteTask(**{**tasks[name], 'num_fewshot': shots}), 7)
+        requests = [request for sample in found['samples'][name] for request in sample['arguments']]
+        room = lm.max_length + 1 if name == 'choice' else lm.max_length - 3  # of which 3 are to be generated
+        texts = [''.join(request) if name == 'choice' else request[0] for request in requests]
+        cut = sum(len(lm.tokenizer(text)['input_ids']) > room for text in texts)
+        assert (ours['cut'], ours['cut'] > 0) == ((0 if name == 'bits' else cut), shots > 0)
+        assert name == 'bits' or ours['prompts'] == len(requests)
+    _, printed, _ = main(model, '--parent', model, 'tasks.choice.num_fewshot=9', '--limit', 7)
+    [choice], [exact] = (
+        [line.split() for line in printed.splitlines() if name in line] for name in ('choice', 'exact')
+    )
+    assert choice[:6] == ['choice', '≤', '9', '28', 'of', '28'] and exact[:3] == ['exact', '0', '7']
+
+
 def test_groups_are_pooled_as_lm_eval_weights_them(lm, tasks, tmp_path, monkeypatch, found):
     choice = tasks['choice']['task']
     file = Path(choice['dataset_kwargs']['data_files']['test'])
@@ -334,7 +351,15 @@ def test_what_is_done_is_not_done_again(runs, model, main, tasks, ran, monkeypat
     assert read(runs / 'base') == whole, 'a limit stands apart'
     assert runs_again(other_metric) == ['choice']
     os.utime(file)
-    assert runs_again(other_metric) == ['bits'], 'other data'
+    assert runs_again(other_metric) == [], 'the same data'
+    then, times = read(runs / 'base')['tasks']['bits'], (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    original_data = file.read_text()
+    file.write_text(original_data.replace('a', 'b'))
+    os.utime(file, ns=times)
+    assert runs_again(other_metric) == ['bits'], 'other data of the same size and time'
+    assert read(runs / 'base')['tasks']['bits']['score'] != then['score'], 'and not the rows that datasets had kept'
+    file.write_text(original_data)
+    assert runs_again(other_metric) == ['bits']
     file.rename(file.with_suffix('.away'))
     assert runs_again(other_metric) == [], 'results outlive their data'
     file.with_suffix('.away').rename(file)
@@ -385,6 +410,28 @@ def test_models_of_transformers(tmp_path, data, main):
     assert main(tmp_path / 'llama', '--limit', 4)[0] == 0
     result = json.loads((tmp_path / 'lm_eval' / 'small-limit4' / 'llama.json').read_text())
     assert result['tasks']['bits']['score'] > 1 and len(result['tasks']) == 3
+
+
+def test_weights_that_do_not_fit_are_one_line(tmp_path, data, main):
+    """Also those of a tied pair of which only the head is stored, and a configuration that no model has."""
+    config = LlamaConfig(
+        vocab_size=tiny.VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / 'llama')
+    shutil.copytree(data['tokenizer'], tmp_path / 'llama', dirs_exist_ok=True)
+    weights = load_file(tmp_path / 'llama' / 'model.safetensors')
+    weights['lm_head.weight'] = weights.pop('model.embed_tokens.weight')
+    save_file(weights, tmp_path / 'llama' / 'model.safetensors', {'format': 'pt'})
+    written = json.loads((tmp_path / 'llama' / 'config.json').read_text())
+    for config, named in (
+        ({}, 'embed_tokens'),
+        ({'hidden_size': 32}, 'weight'),
+        ({'num_attention_heads': 'x'}, 'llama'),
+    ):
+        (tmp_path / 'llama' / 'config.json').write_text(json.dumps({**written, **config}))
+        status, _, error = main(tmp_path / 'llama')
+        assert (status, error.count('\n')) == (2, 1) and named in error and 'cannot be loaded' in error
 
 
 @pytest.mark.parametrize(

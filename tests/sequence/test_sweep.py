@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from sweeps.config import schema_violations_from_proposed_config
 from tiny import ROOT, planned
 
+from cpt_algorithms.sequence.expand import expand
 from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.sequence.sweep import expand_trials, sequence_of, trials_of
 
@@ -142,6 +143,41 @@ def test_a_grid_is_wandbs(parameters):
     theirs = [[f'{name}={given["value"]}' for name, given in config.items()] for config in suggested(sweep)]
     assert trials_of(sweep) == [sorted(trial) for trial in theirs]
     assert trials_of({**sweep, 'run_cap': 2}) == trials_of(sweep)[:2]
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        ('cpp.replay', None),
+        ('cpp.callbacks.ema', None),
+        ('cpp.eval_subset_num_batches', None),
+        ('cpp.train_loader.dataset.shuffle_block_size', None),
+        ('cpp.algorithms.gradient_clipping', None),
+        ('cpp.algorithms', {'gradient_clipping': {'clipping_type': 'norm', 'clipping_threshold': None}}),
+        ('cpp', {'callbacks': {'ema': None}}),
+    ],
+)
+def test_null_is_null_from_the_agent_and_here(name, value, spec, tmp_path, monkeypatch):
+    """In a trial it is what it is in an arm: W&B writes Python's None for it."""
+    sweep = grid({name: {'values': [value]}})
+    [trial] = trials_of(sweep)
+    assert asked_of_the_agent(sweep, {name: {'value': value}}, tmp_path, monkeypatch)[-1:] == trial
+    runs = expand_trials(SequenceSpec.from_yaml(spec), [trial])
+    for key in reversed(name.split('.')[1:]):
+        value = {key: value}
+    stages = {'cpp': value}
+    assert runs[-1].arm.endswith(('=null', '=norm')) and 'None' not in runs[-1].arm
+    same = expand(SequenceSpec.from_yaml({**spec, 'arms': {runs[-1].arm: stages}}))
+    assert named(runs) == named(same)
+
+
+def test_stages_whose_names_hold_dots(spec):
+    spec['data']['v1.5'] = spec['data']['cpp']
+    spec['stages'] = {'v1': {**spec['stages']['python'], 'new': 'python'}, 'v1.5': spec['stages']['cpp']}
+    *_, run = expand_trials(SequenceSpec.from_yaml(spec), [['v1.5.optimizer.lr=0.002', 'v1.optimizer.lr=0.004']])
+    assert run.arm == 'optimizer.lr=0.002, v1.optimizer.lr=0.004' and run.stage.optimizer.lr == 0.002
+    with pytest.raises(ValueError, match=r'v2\.optimizer\.lr does not begin with a stage'):
+        expand_trials(SequenceSpec.from_yaml(spec), [['v2.optimizer.lr=0.002']])
 
 
 def test_a_run_is_named_by_its_own_trial_alone(spec):

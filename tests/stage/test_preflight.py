@@ -135,6 +135,15 @@ def test_a_model_that_is_no_folder_of_one(name, words, relative, folders, data, 
         assert found.startswith(f'tokenizer.name={named}'), found
 
 
+@pytest.mark.parametrize('labels', [['mean'], ['new', 'new/lawa'], ['new_stderr', 'new'], ['new', 'new']])
+def test_labels_by_which_results_cannot_be_told_apart_are_refused(labels, data, tmp_path):
+    loaders = [tiny.eval_loader(label, data['new']) for label in labels]
+    assert any(
+        'eval_loader' in each and 'label' in each
+        for each in problems(tiny.config(tmp_path, data, 'x', eval_loader=loaders))
+    )
+
+
 @pytest.mark.parametrize(
     ('loader', 'message'),
     [

@@ -18,7 +18,7 @@ from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.open import Checkpoint, TensorOnDisk
 from cpt_algorithms.weight_averaging.functional import window_weights
 
-__all__ = ['Average', 'average_tensors', 'check_alike', 'view_average']
+__all__ = ['Average', 'average_tensors', 'check_alike', 'read_whole', 'view_average']
 
 BLOCK = 1 << 18  # elements; the accumulator (1 MiB) and what goes into it stay in a core's cache
 THREADS = min(8, os.cpu_count() or 1)
@@ -142,6 +142,18 @@ def _read(files: dict[Path, int], stored: TensorOnDisk, begin: int, into: torch.
         for axis, (at, length) in enumerate(zip(chunk.at, chunk.shape, strict=True)):
             box = box.narrow(axis, at, length)
         box.copy_(data.as_strided(chunk.shape, chunk.stride))
+
+
+def read_whole(stored: TensorOnDisk) -> bytes:
+    """All elements of a tensor, in order."""
+    files = {path: os.open(path, os.O_RDONLY) for path in {chunk.path for chunk in stored.chunks}}
+    try:
+        values = torch.empty(prod(stored.shape), dtype=stored.dtype)
+        _read(files, stored, 0, values, view := as_bytes(values))
+        return bytes(view)
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
 
 
 class _Scratch(threading.local):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.open import DTYPES, INDEX, Checkpoint, TensorOnDisk, open_checkpoint
 from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.files import hidden_sibling
+from cpt_algorithms.weight_averaging.offline.agreement import check_agreement
 from cpt_algorithms.weight_averaging.offline.average import (
     Average,
     as_bytes,
@@ -34,7 +36,7 @@ from cpt_algorithms.weight_averaging.offline.average import (
 )
 from cpt_algorithms.weight_averaging.offline.storage import provenance_of
 
-__all__ = ['Plan', 'appearing_whole', 'find_small_files', 'make_plan', 'with_tied_names', 'write_average']
+__all__ = ['Plan', 'appearing_whole', 'find_small_files', 'make_plan', 'with_composer_names', 'write_average']
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_FILES = ('.safetensors', '.bin', '.pt', '.pth', '.h5', '.msgpack', '.onnx', '.gguf', '.index.json')
@@ -92,6 +94,7 @@ def make_plan(
     average: str | None = None,
     dtype: torch.dtype | None = None,
     accumulate: torch.dtype = torch.float32,
+    may_differ: bool = False,
 ) -> Plan:
     """Lay out an average, and refuse what cannot be averaged.
 
@@ -101,11 +104,13 @@ def make_plan(
         average: Instead of the models, average what the callbacks kept under this name. Default: ``None``.
         dtype: Of the floating-point results. Default: as in the model.
         accumulate: Dtype of the sums. Default: ``float32``.
+        may_differ: Whether what is no weight may differ, see :func:`check_agreement`. Default: ``False``.
 
     Raises:
         CheckpointError: If the checkpoints do not fit each other, or one has no such average.
     """
     check_alike(checkpoints)
+    check_agreement(checkpoints, may_differ)
     newest = checkpoints[-1]
     views = [view_average(each, average) if average else [(1.0, each)] for each in checkpoints]
     check_alike([view for each in views for _, view in each])
@@ -350,31 +355,56 @@ def _write_sharded(plan: Plan, folder: Path, progress: Progress) -> None:
         raise CheckpointError(f'{folder} was not written')
 
 
-def with_tied_names(checkpoint: Checkpoint, config: Path | None) -> Checkpoint:
-    """Give a Hugging Face checkpoint the names that Composer needs for tied tensors, and safetensors leave out.
+def with_composer_names(checkpoints: Sequence[Checkpoint], config: Path | None) -> list[Checkpoint]:
+    """Give Hugging Face checkpoints the names that ``load_path`` takes, as ``from_pretrained`` does.
+
+    Published models leave out the prefix of their base model and the second name of tied tensors, and hold buffers that
+    transformers makes anew since, such as ``attn.bias`` of GPT-2.
 
     Args:
-        checkpoint: Of any kind; others have them.
-        config: The folder with ``config.json``. Default: the checkpoint's own.
+        checkpoints: Of any kind; only those of Hugging Face are changed.
+        config: The folder with ``config.json``. Default: that of the newest of them.
 
     Returns:
-        The checkpoint; without these names if transformers cannot build the model by itself.
+        The checkpoints; as they are if transformers cannot build the model by itself, or LLM Foundry wrote them.
+
+    Raises:
+        CheckpointError: If the weights do not fit ``config.json``.
     """
-    if checkpoint.kind != 'hf':
-        return checkpoint
+    ours = [each for each in checkpoints if each.kind == 'hf']
+    if not ours:
+        return list(checkpoints)
     from accelerate import init_empty_weights
     from transformers.models.auto.configuration_auto import AutoConfig
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-    folder = config or (checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent)
+    newest = ours[-1].path
+    folder = config or (newest if newest.is_dir() else newest.parent)
     try:
         with init_empty_weights():
             described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if described.architectures == ['MPTForCausalLM']:  # LLM Foundry's, which transformers takes for its own
+                return list(checkpoints)
             model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     except Exception:  # what a config.json holds can be anything
-        return checkpoint
+        return list(checkpoints)
     model.tie_weights()
+    return [_named_as(model, folder, each) if each.kind == 'hf' else each for each in checkpoints]
+
+
+def _named_as(model: Any, folder: Path, checkpoint: Checkpoint) -> Checkpoint:
     ids = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-    names = {ids[name]: name for name in ids if name in checkpoint.tensors}
-    aliases = {name: names[ids[name]] for name in ids if name not in checkpoint.tensors and ids[name] in names}
-    return replace(checkpoint, aliases=aliases)
+    buffers = {name for name, _ in model.named_buffers()}
+    left_out = [*(model._keys_to_ignore_on_load_unexpected or ()), r'rotary_emb\.inv_freq']
+    first = {number: name for name, number in reversed(ids.items())}  # of the names of tied tensors
+    tensors: dict[str, TensorOnDisk] = {}
+    for name, tensor in checkpoint.tensors.items():
+        names = (name, f'{model.base_model_prefix}.{name}')
+        if known := [each for each in names if each in ids]:
+            tensors.setdefault(first[ids[known[0]]], tensor)
+        elif not (buffers.intersection(names) or any(re.search(pattern, name) for pattern in left_out)):
+            raise CheckpointError(f'{checkpoint.path} does not fit {folder}/config.json, which knows no {name}')
+    if missing := [name for name in first.values() if name not in tensors]:
+        raise CheckpointError(f'{checkpoint.path} does not fit {folder}/config.json: {missing[0]} is missing')
+    aliases = {name: first[number] for name, number in ids.items() if name not in tensors}
+    return replace(checkpoint, tensors=tensors, aliases=aliases)

@@ -109,14 +109,38 @@ def _of_run(place: _Here | _Bucket, folder: str) -> list[str]:
     return []
 
 
-def find(inputs: Sequence[str]) -> list[Found]:
+def _numbers(found: Found) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r'\d+', found.path)))
+
+
+def _in_order(group: Sequence[Found]) -> tuple[list[Found], str]:
+    """Checkpoints by the numbers in their names, and why that may not be the order of training: nothing if it is.
+
+    It is if Composer's batches tell all apart, or if the names are alike but for numbers, none of which falls while
+    another one rises.
+    """
+    batches = {one.batch for one in group}
+    if None not in batches and len(batches) == len(group):
+        return sorted(group, key=lambda one: one.batch or 0), ''
+    if len({re.sub(r'\d+', '0', one.path) for one in group}) > 1:
+        return sorted(group, key=lambda one: one.path), 'differ in more than numbers'
+    ordered = sorted(group, key=lambda one: (_numbers(one), one.path))
+    # as whole numbers and, where there is a point between two, as fractions
+    readings = [(*_numbers(one), *map(float, re.findall(r'\d+\.\d+', one.path))) for one in ordered]
+    rises = all(list(column) == sorted(column) for column in zip(*readings, strict=True))
+    return ordered, '' if rises else 'have numbers that say several orders'
+
+
+def find(inputs: Sequence[str], order_matters: bool = False) -> list[Found]:
     """All checkpoints that the inputs name, oldest first.
 
     Args:
         inputs: Checkpoints, globs and save folders, here or in object storage. A list stays in the order given.
+        order_matters: Whether to refuse checkpoints whose names do not say in which order they were trained, and a list
+            in the alphabet's order where the numbers say another, as a shell makes of a glob. Default: ``False``.
 
     Raises:
-        AverageError: If an input has none, or one is named twice.
+        AverageError: If an input has none, one is named twice, or the order matters and is not known.
         StorageError: If object storage cannot be reached.
     """
     found: list[Found] = []
@@ -130,11 +154,24 @@ def find(inputs: Sequence[str]) -> list[Found]:
         group = [place.found(match) for match in matches]
         if not group or is_remote(given) and not group[0].objects:
             raise AverageError(f'{given}: no checkpoint found')
-        found += sorted(group, key=lambda one: (one.batch is None, one.batch or 0, one.path))
+        ordered, doubt = _in_order(group)
+        if doubt and order_matters:
+            raise AverageError(
+                f'{given}: the names {ordered[0].path} and {ordered[-1].path} {doubt}, so it is not known which is '
+                'older; name the checkpoints one by one, oldest first'
+            )
+        found += ordered
     counts = Counter(one.path if one.objects else os.path.realpath(one.path) for one in found)
     for path, count in counts.items():
         if count > 1:
             raise AverageError(f'{path} is given {count} times')
+    if order_matters and len(found) == len(inputs):
+        ordered, doubt = _in_order(found)
+        if not doubt and found != ordered and found == sorted(found, key=lambda one: one.path):
+            raise AverageError(
+                f'{found[0].path} to {found[-1].path}: the list is in the order of the alphabet, as a shell makes of a '
+                'glob, and not of its numbers; quote the glob, or name the checkpoints oldest first'
+            )
     return found
 
 
