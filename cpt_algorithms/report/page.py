@@ -80,7 +80,7 @@ _ON_PAPER = 10  # columns that fit on an upright A4 or letter page, beside the n
 class _Table(NamedTuple):
     title: str
     note: str
-    groups: list[tuple[str, Sequence[_Cell | str]]]
+    groups: Sequence[tuple[str, Sequence[_Cell | str]]]
     lines: list[_Line]
 
     @property

@@ -93,7 +93,7 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
     take(lock, f'sequence {spec.name}')
     try:
         remove_partials(path.parent)
-        before = (read_json(path) if keep else None) or {'runs': []}
+        before: dict[str, Any] = (read_json(path) if keep else None) or {'runs': []}
         names = {run.name for run in runs}
         all_runs = [*planned, *(other for other in before['runs'] if other['name'] not in names)]
         used = {run.get('plan') for run in all_runs}

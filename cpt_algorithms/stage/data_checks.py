@@ -391,7 +391,8 @@ def _end_problems(stage: Stage, tokenizer: PreTrainedTokenizerBase | None, strea
     if 'eos_token_id' in overrides:
         given = overrides['eos_token_id']
         stops = {'model.config_overrides': [given] if isinstance(given, int) else list(given or ())}
-    words = {file: tokenizer.convert_ids_to_tokens(ids) for file, ids in stops.items() if ids}
+    names: Any = tokenizer  # its subclass has these methods
+    words = {file: names.convert_ids_to_tokens(ids) for file, ids in stops.items() if ids}
     said = ' and '.join(f'{" ".join(map(str, each))} ({file})' for file, each in words.items())
     for stream, (_, end) in known:
         assert stream.prepared
@@ -400,7 +401,7 @@ def _end_problems(stage: Stage, tokenizer: PreTrainedTokenizerBase | None, strea
                 f'{stream.where}: its documents end with {end[-1]}, and the parent, '
                 f'model.pretrained_model_name_or_path={name}, stops at {said}: it would unlearn to stop. Prepare the '
                 f'data again with one of these as --eos-text, or, if it is meant to stop at {end[-1]}, set '
-                f'model.config_overrides.eos_token_id to {tokenizer.convert_tokens_to_ids(end[-1])}'
+                f'model.config_overrides.eos_token_id to {names.convert_tokens_to_ids(end[-1])}'
             )
     if words and not known and not any(tokenizer.eos_token in each for each in words.values()):
         log.warning(

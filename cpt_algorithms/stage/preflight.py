@@ -33,7 +33,7 @@ from streaming import StreamingDataset
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig
+from transformers.configuration_utils import PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
@@ -843,14 +843,19 @@ _NOT_OF_THE_MODEL = {
 _NOT_OF_THE_MODEL |= PretrainedConfig().to_dict().keys() - {'tie_word_embeddings'}
 
 
+def _config_on_meta(model: Model, stage: Stage) -> PretrainedConfig:
+    inside: Any = model_on_meta(model, tokenizer_of(stage.tokenizer)).model
+    return inside.config
+
+
 def _model_changes(path: str, stage: Stage) -> list[str]:
     """Settings of the parent's model that are others here, and show in no shape."""
-    here = model_on_meta(stage.model, tokenizer_of(stage.tokenizer)).model.config
+    here = _config_on_meta(stage.model, stage)
     if is_remote(path):
         record = read_record(resolve_latest(path).rpartition('/')[0])
         if record is None or record.config.model.name != stage.model.name:
             return []
-        there = model_on_meta(record.config.model, tokenizer_of(stage.tokenizer)).model.config
+        there = _config_on_meta(record.config.model, stage)
     elif content := model_config_of(path):
         there = type(here).from_dict(dict(content))
     else:

@@ -92,8 +92,8 @@ def pass_on_generation_config(state: State) -> None:
         state: At ``Event.INIT``, when all callbacks are there.
     """
     content = _generation_config_of(getattr(state.model, 'model', None)) if dist.get_global_rank() == 0 else None
-    for exporter in state.callbacks if content is not None else ():
-        if isinstance(exporter, HuggingFaceCheckpointer):
+    for exporter in state.callbacks:
+        if content is not None and isinstance(exporter, HuggingFaceCheckpointer):
             _pass_on(content, exporter)
 
 

@@ -127,7 +127,7 @@ class AveragedWeights(Callback, ABC):
         self.interval = parse_time(f'callbacks.{self.key}.interval', interval)
         self.resume_after = resume_after
         self._trunk: Duration | None = None  # how long that of a branch is
-        self._passed = dict.fromkeys(('ba', 'tok', 'sp'), 0)  # in the trunk
+        self._passed: dict[str, int] = dict.fromkeys(('ba', 'tok', 'sp'), 0)  # in the trunk
         self._state: State | None = None
         self._shards: LocalShards | None = None
         self._loaded: dict[str, Any] | None = None
