@@ -165,7 +165,7 @@ def test_trials_of_a_sequence_without_plans_are_kept(tmp_path):
         def forget(sequence):
             del sequence['plans'], sequence['plan']
             for run in sequence['runs']:
-                del run['plan']
+                run.pop('plan', None)
 
         change(tmp_path / 'sequence.json', forget)
         assert not any(run.other_plan for run in read_runs([tmp_path]).given)
@@ -302,7 +302,7 @@ def test_two_hundred_arms_are_all_in_the_tables_and_the_best_in_the_plots(tmp_pa
     started = time.process_time()
     report = write_report([tmp_path], tmp_path)
     assert time.process_time() - started < 10
-    assert drawn[0] == ['old only', *(f'optimizer.lr={0.0001 * (index + 1):.4g}' for index in range(19))]
+    assert drawn[0] == [f'optimizer.lr={0.0001 * (index + 1):.4g}' for index in range(20)]
     page = (tmp_path / 'report.html').read_text()
     assert all(row.name in page for row in report.rows) and len(report.rows) == 201
 
