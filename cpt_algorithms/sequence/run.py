@@ -21,6 +21,7 @@ from cpt_algorithms.files import holder_of, read_json, remove_partials, take, wr
 from cpt_algorithms.launch.launcher import Handle, Start
 from cpt_algorithms.sequence.expand import Run
 from cpt_algorithms.sequence.spec import SequenceSpec
+from cpt_algorithms.stage.identity import MAY_DIFFER
 from cpt_algorithms.stage.record import done_with
 
 __all__ = ['how_it_ended', 'is_done', 'recipe_of', 'run_all', 'write_sequence', 'write_yaml']
@@ -50,14 +51,10 @@ def is_done(run: Run) -> bool:
     return done is not None and run.stage.suite in (None, done.get('lm_eval'))
 
 
-# Of a stage's YAML, what does not say what its results follow from.
-_NO_RESULT = ('loggers', 'variables', 'eval_loader', 'eval_interval', 'save_interval', 'save_num_checkpoints_to_keep')
-
-
 def _plan_of(spec: SequenceSpec) -> dict[str, Any]:
     """What all arms of a sequence have in common: only arms of one plan are compared."""
     stages = {
-        name: {key: value for key, value in stage.items() if key not in _NO_RESULT}
+        name: {key: value for key, value in stage.items() if key not in MAY_DIFFER and key != 'tokenizer'}
         for name, stage in spec.merged.items()
     }
     return {'data': list(spec.data), 'tokens': spec.stage_tokens, 'stages': stages}
