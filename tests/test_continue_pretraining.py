@@ -36,7 +36,8 @@ AVERAGES = {'ema': {'half_life': '2ba'}, 'lawa': {'k': 2, 'interval': '2ba'}}
 def original(data, tmp_path_factory):
     """A run of 8 batches with every other checkpoint kept."""
     folder = tmp_path_factory.mktemp('original')
-    run(folder, tiny.config(folder, data, 'run', save_num_checkpoints_to_keep=-1, callbacks=AVERAGES))
+    printed = run(folder, tiny.config(folder, data, 'run', save_num_checkpoints_to_keep=-1, callbacks=AVERAGES))
+    assert 'Warning' not in printed, 'of other packages, that nobody can do anything about'
     return folder
 
 

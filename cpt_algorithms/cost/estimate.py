@@ -28,6 +28,7 @@ from torch import nn
 
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.files import is_remote
+from cpt_algorithms.keys_read import keys_read
 from cpt_algorithms.stage.preflight import model_on_meta
 from cpt_algorithms.stage.stage import FSDP, Model, Optimizer, Stage
 
@@ -354,8 +355,10 @@ def memory_per_gpu(
 def optimizer_bytes(optimizer: Optimizer, weight_bytes: int = 4) -> float:
     """State per parameter of any registered optimizer: what one step on a small matrix leaves, in its shape."""
     layer = nn.Linear(16, 16, bias=False, dtype=torch.float32 if weight_bytes == 4 else torch.bfloat16)
+    of_parameters = keys_read(build_optimizer, 'optimizer_config')  # patterns of names, which the layer does not have
+    arguments = {key: value for key, value in optimizer.arguments.items() if key not in of_parameters}
     try:
-        built = build_optimizer(layer, optimizer.name, optimizer.arguments)
+        built = build_optimizer(layer, optimizer.name, arguments)
     except Exception as error:
         raise ValueError(f'optimizer={optimizer.name!r} cannot be built: {error}') from None
     layer.weight.grad = torch.ones_like(layer.weight)

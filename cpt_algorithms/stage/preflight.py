@@ -149,12 +149,11 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
     problems = list(lost)
     checks: list[Callable[[], object]] = [
         lambda: _check_top_level(stage),
-        lambda: _check_named('model', stage),
+        lambda: (_check_named('model', stage), lost or check_model_keys(stage.model)),
         lambda: _check_named('optimizer', stage),
         lambda: (_check_named('scheduler', stage), _check_scheduler(stage)),
         *(lambda section=section: _check_mapping(section, stage) for section in _MAPPINGS),
         *(lambda where=where, loader=loader: _check_loader(where, loader) for where, loader in stage.loaders),
-        lambda: lost or check_model_keys(stage.model),
         lambda: check_labels(stage),
         lambda: check_documents(stage),
         lambda: _check_callbacks(stage.callbacks),

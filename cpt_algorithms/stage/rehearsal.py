@@ -75,7 +75,7 @@ def _generation_config_of(inner: Any) -> bytes | None:
     """The parent's file as it was published; None if there is none."""
     try:
         return (folder_of_pretrained(inner.name_or_path) / GENERATION_CONFIG_NAME).read_bytes()
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # not from Hugging Face, or no such file
         return None
 
 
@@ -91,9 +91,12 @@ def pass_on_generation_config(state: State) -> None:
     Args:
         state: At ``Event.INIT``, when all callbacks are there.
     """
-    content = _generation_config_of(getattr(state.model, 'model', None)) if dist.get_global_rank() == 0 else None
-    for exporter in state.callbacks:
-        if content is not None and isinstance(exporter, HuggingFaceCheckpointer):
+    exporters = [each for each in state.callbacks if isinstance(each, HuggingFaceCheckpointer)]
+    if dist.get_global_rank() or not exporters:
+        return
+    content = _generation_config_of(getattr(getattr(state, 'model', None), 'model', None))
+    for exporter in exporters:
+        if content is not None:
             _pass_on(content, exporter)
 
 

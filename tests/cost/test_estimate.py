@@ -208,6 +208,8 @@ def test_optimizer_state(name, expected):
     optimizer = Optimizer.model_validate({**ADAMW, 'name': name} if name != 'no_op' else {'name': name})
     assert estimate.optimizer_bytes(optimizer) == expected
     assert estimate.optimizer_bytes(optimizer, weight_bytes=2) == expected / 2
+    grouped = {'disable_grad': 'weight', 'param_groups': [{'param_str_match': 'norm'}]}
+    assert estimate.optimizer_bytes(Optimizer.model_validate({**optimizer.given, **grouped})) == expected
 
 
 HF = {

@@ -46,6 +46,8 @@ BAD = {
                        'alpha_f': 0.0}},
         'alpha_f=0',
     ),
+    'optimizer name': ({'optimizer': {'name': 'decoupled_adam', 'lr': 1e-3}}, "'decoupled_adam'", "'decoupled_adamw'"),
+    'model name': ({'model': {'name': 'mpt_causal_llm', 'd_model': 16}}, "'mpt_causal_llm'", "'mpt_causal_lm'"),
     'optimizer key': ({'optimizer': {'weight_decy': 0.1}}, 'optimizer.weight_decy', "'weight_decay'"),
     'callback name': ({'callbacks': {'stage_strat': {}}}, 'callbacks.stage_strat', "'stage_start'"),
     'callback key': ({'callbacks': {'final_loss': {'windw': '5ba'}}}, 'callbacks.final_loss.windw', "'window'"),
