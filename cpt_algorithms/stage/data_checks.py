@@ -323,17 +323,15 @@ def _row_problems(streams: list[_Stream], model: Model) -> Iterator[str]:
                     f'{rows} tokens, which would be {"cut" if rows > length else "counted for more than they have"}; '
                     'set it to that, or prepare the data again'
                 )
-        elif (
-            vocab_size
-            and tokens is not None
-            and np.size(tokens)
-            and not 0 <= np.min(tokens) <= np.max(tokens) < vocab_size
-        ):
-            wrong = int(np.min(tokens) if np.min(tokens) < 0 else np.max(tokens))
+        elif vocab_size and tokens is not None and not stream.prepared and (wrong := _not_in(tokens, vocab_size)):
             yield (
-                f'{stream.where}: a row holds token {wrong}, and the model has {vocab_size}: the data was made with '
+                f'{stream.where}: a row holds token {wrong[0]}, and the model has {vocab_size}: the data was made with '
                 f'another tokenizer, or {stream.of}.dataset.token_encoding_type is not that of its bytes'
             )
+
+
+def _not_in(tokens: Any, vocab_size: int) -> list[int]:
+    return [int(token) for token in np.ravel(tokens) if not 0 <= token < vocab_size]
 
 
 def _look_at(stream: Stream) -> tuple[int | None, dict[str, Any] | None]:
