@@ -286,7 +286,7 @@ def _check_callbacks(callbacks: Callbacks) -> None:
 
 def _check_ends(stage: Stage, batches: int) -> None:
     """Refuse what would come after the end of the stage, and so never, without a word."""
-    ends = f'and the stage ends after batch {batches}'
+    ends, problems = f'and the stage ends after batch {batches}', []
     # in batches, if only now that is known of epochs
     total = Duration(batches, 'ba') if stage.batches is None else stage.max_duration
     for name in ('ema', 'lawa'):
@@ -300,13 +300,15 @@ def _check_ends(stage: Stage, batches: int) -> None:
         assert isinstance(average, AveragedWeights)
         first = average.first_update(total, stage.global_train_batch_size, stage.max_seq_len)
         if first > batches:
-            raise ValueError(
+            problems.append(
                 f'callbacks.{name}: with start={average.start}, interval={average.interval} the first average is that '
                 f'after batch {first}, {ends}: choose smaller ones, or leave {name} out'
             )
     points = stage.callbacks.branch_points
     if points is not None and max(points.at, default=0) > batches:
-        raise ValueError(f'callbacks.branch_points.at={points.at}, {ends}')
+        problems.append(f'callbacks.branch_points.at={points.at}, {ends}')
+    if problems:
+        raise ConfigError(problems)
 
 
 def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
