@@ -58,7 +58,7 @@ from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.mix import Stream, row_length
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, ReplayTextDataset
 from cpt_algorithms.replay.shard_index import ShardIndex
-from cpt_algorithms.replay.streams import differs
+from cpt_algorithms.replay.streams import stale_cache
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.record import read_record
@@ -530,7 +530,7 @@ def _index_of(stream: Stream) -> tuple[int, set[str]] | None:
                 raise FileNotFoundError(there) from None
         elif not copy.exists():
             raise FileNotFoundError(there)
-        if cached and (problem := differs(cached, copy.read_bytes(), there)):
+        if cached and (problem := stale_cache(cached, copy.read_bytes(), there)):
             raise ValueError(problem)
         return _summary(ShardIndex.read(copy))
 
