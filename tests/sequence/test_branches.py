@@ -299,7 +299,10 @@ def test_two_ranks_branch_off_a_sharded_trunk_and_are_killed(data, streams, tmp_
         assert ranks[0][batch]['lr'] == pytest.approx(straight[4 + batch]['lr'])
         assert ranks[0][batch]['adam_step'] == straight[4 + batch]['adam_step']
     # on both ranks, the sums of squares have been compared
-    ema, lawa = (json.loads(entry_of(tmp_path / 'branch' / 'ep0-ba4', f'state.callbacks.{name}.meta')) for name in ('EMA', 'LAWA'))
+    ema, lawa = (
+        json.loads(entry_of(tmp_path / 'branch' / 'ep0-ba4', f'state.callbacks.{name}.meta'))
+        for name in ('EMA', 'LAWA')
+    )
     assert ema['clocks']['ema_100ba'] == {'unit': 'ba', 'begin': 1, 'last': 8}
     assert (lawa['at']['ba'], lawa['square_sum'].keys()) == (8, {'0', '1'}), 'snapshots of batch 3 and 6'
     merge = {'of': str(trunk), 'batch': 8, 'last': 3, 'every': '2ba', 'weights': 'uniform'}
