@@ -31,7 +31,7 @@ from streaming.base.world import World
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 from torch import distributed as dist
 
-__all__ = ['ResilientStream', 'StreamError']
+__all__ = ['ResilientStream', 'StreamError', 'stale_cache']
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ def _claim_free_one(local: str, split: str) -> str:
             log.warning("%s: two runs would delete each other's shards, so this one caches in %s", error, place)
 
 
-def differs(cached: Path, content: bytes, source: str) -> str | None:
+def stale_cache(cached: Path, content: bytes, source: str) -> str | None:
     """What is wrong with a cache that was filled from other data than the remote holds now; None if nothing.
 
     Args:
@@ -297,6 +297,9 @@ class ResilientStream(Stream):
     def __init__(
         self, *, cache_limit: int | str | None = None, validate_hash: str | bool | None = None, **stream: Any
     ) -> None:
+        if stream.get('remote') and not stream.get('local'):
+            # Streaming's own choice must not be there yet, and no restart would find it
+            stream['local'] = os.path.join(gettempdir(), f'streaming_{get_hash("xxh64", stream["remote"].encode())}')
         super().__init__(**stream)
         self.local = os.path.abspath(self.local)  # as files in it are listed
         self.cache_limit = bytes_to_int(cache_limit) if cache_limit else None
@@ -336,7 +339,7 @@ class ResilientStream(Stream):
             self._download_file(index.name)
             return
         now = Path(self._download_file(index.name, f'{index.name}.tmp'))
-        problem = differs(index, now.read_bytes(), os.path.join(self.remote or '', self.split, index.name))
+        problem = stale_cache(index, now.read_bytes(), os.path.join(self.remote or '', self.split, index.name))
         now.unlink()
         if problem:
             raise StreamError(problem)

@@ -88,7 +88,7 @@ def _measure_losses(stage: Stage, checkpoint: Path) -> None:
     config['model'] = {**given['model'], 'use_train_metrics': True}
     config |= {'tokenizer': given['tokenizer'], 'load_path': str(checkpoint), 'log_config': False}
     if os.environ.get('LOCAL_RANK', '0') == '0':
-        take(DATASETS_LOCK, f'{stage.run_name}, building its model and data as one run at a time does')
+        take(DATASETS_LOCK, f'{stage.run_name}, building model and datasets')
     try:
         evaluate_losses(OmegaConf.create(config))
     finally:

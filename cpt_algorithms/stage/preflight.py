@@ -64,7 +64,7 @@ from cpt_algorithms.replay.functional import check_budget, exact_fraction
 from cpt_algorithms.replay.mix import Stream, row_length
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, ReplayTextDataset
 from cpt_algorithms.replay.shard_index import ShardIndex
-from cpt_algorithms.replay.streams import differs
+from cpt_algorithms.replay.streams import stale_cache
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.foundry_keys import (
@@ -324,7 +324,7 @@ def _check_callbacks(callbacks: Callbacks) -> None:
 
 def _check_ends(stage: Stage, batches: int) -> None:
     """Refuse what would come after the end of the stage, and so never, without a word."""
-    ends = f'and the stage ends after batch {batches}'
+    ends, problems = f'and the stage ends after batch {batches}', []
     # in batches, if only now that is known of epochs
     total = Duration(batches, 'ba') if stage.batches is None else stage.max_duration
     for name in ('ema', 'lawa'):
@@ -338,13 +338,15 @@ def _check_ends(stage: Stage, batches: int) -> None:
         assert isinstance(average, AveragedWeights)
         first = average.first_update(total, stage.global_train_batch_size, stage.max_seq_len)
         if first > batches:
-            raise ValueError(
+            problems.append(
                 f'callbacks.{name}: with start={average.start}, interval={average.interval} the first average is that '
                 f'after batch {first}, {ends}: choose smaller ones, or leave {name} out'
             )
     points = stage.callbacks.branch_points
     if points is not None and max(points.at, default=0) > batches:
-        raise ValueError(f'callbacks.branch_points.at={points.at}, {ends}')
+        problems.append(f'callbacks.branch_points.at={points.at}, {ends}')
+    if problems:
+        raise ConfigError(problems)
 
 
 def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
@@ -638,7 +640,7 @@ def _index_of(stream: Stream) -> tuple[int, set[str]] | None:
                 raise FileNotFoundError(there) from None
         elif not copy.exists():
             raise FileNotFoundError(there)
-        if cached and (problem := differs(cached, copy.read_bytes(), there)):
+        if cached and (problem := stale_cache(cached, copy.read_bytes(), there)):
             raise ValueError(problem)
         return _summary(ShardIndex.read(copy))
 

@@ -337,7 +337,7 @@ def _train(stage: Stage) -> None:
     registry.callbacks.register('datasets_built', func=DatasetsBuilt)
     cfg['callbacks']['datasets_built'] = {}
     if os.environ.get('LOCAL_RANK', '0') == '0':
-        take(DATASETS_LOCK, f'{stage.run_name}, building its model and data as one run at a time does')
+        take(DATASETS_LOCK, f'{stage.run_name}, building model and datasets')
     logging.getLogger('cpt_algorithms').setLevel(logging.INFO)  # what the first step used, whatever python_log_level
     try:
         trainer = train(OmegaConf.create(cfg))

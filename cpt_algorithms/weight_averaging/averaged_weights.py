@@ -221,7 +221,7 @@ class AveragedWeights(Callback, ABC):
         if not self.names():
             log.warning(
                 f'{self.key}: nothing was averaged: start={self.start}, interval={self.interval} did not come within '
-                f'{_total(state)}'
+                f'{state.max_duration}'
             )
 
     # evaluation
@@ -364,7 +364,9 @@ class AveragedWeights(Callback, ABC):
         full = not self._state.fsdp_sharded_state_dict_enabled
         settings['square_sum'] = {name: self.shards.square_sum(tensors) for name, tensors in lists.items()}
         settings['at'] = {unit: self.time(self._state.timestamp, unit) for unit in self._passed}
-        settings['of'] = str(self._trunk or (_total(self._state) if self._state.max_duration else '0ba'))
+        total = self._state.max_duration
+        known = total is not None and (total.unit != TimeUnit.EPOCH or self._state.dataloader_len is not None)
+        settings['of'] = str(self._trunk or (_total(self._state) if known else '0ba'))
         saved: dict[str, Any] = {'meta': json.dumps(settings)}
         if lists:
             saved[self.state_key] = {name: self.shards.to_saved(tensors, full) for name, tensors in lists.items()}

@@ -136,13 +136,24 @@ def test_caches_apart_and_folders_that_many_read_are_right(data, tmp_path):
     preflight(Stage.from_yaml(cfg))
 
 
+def test_without_a_folder_of_its_own_a_cache_is_found_again(remote, tmp_path, monkeypatch):
+    monkeypatch.setattr('cpt_algorithms.replay.streams.gettempdir', lambda: str(tmp_path))
+    new = {'remote': str(remote), 'split': 'train'}
+    for _ in range(2):
+        dataset = ReplayTextDataset(tokenizer=None, max_seq_len=tiny.SEQ_LEN, new=new, batch_size=8)
+        assert len(list(dataset)) == 56
+        del dataset
+    (cache,) = tmp_path.glob('streaming_*')
+    assert (cache / 'train' / 'index.json').exists()
+
+
 def test_a_second_run_caches_elsewhere_and_says_so(remote, tmp_path, monkeypatch, caplog):
     from cpt_algorithms.replay import streams
 
     local = tmp_path / 'cache'
     first = list(training(remote, local))
-    held = dict(streams._claimed_folders)
-    # another run, from the kernel's point of view: it opens the lock anew
+    # another run, from the kernel's point of view: it opens the lock anew, while the first is held
+    held = streams._claimed_folders
     monkeypatch.setattr(streams, '_claimed_folders', {})
     with caplog.at_level(logging.WARNING):
         second = training(remote, local)
@@ -150,4 +161,4 @@ def test_a_second_run_caches_elsewhere_and_says_so(remote, tmp_path, monkeypatch
     assert f'{local}/train is in use by process' in caplog.text and f'{local}-run2' in caplog.text
     assert [row.tolist() for row in second] == [row.tolist() for row in first]
     assert Path(f'{local}-run2', 'train', 'index.json').exists()
-    del held
+    assert f'{local}/train' in held

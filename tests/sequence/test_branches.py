@@ -13,6 +13,7 @@ import tiny
 import torch
 from omegaconf import OmegaConf
 
+from cpt_algorithms.checkpoints.open import entry_of
 from cpt_algorithms.replay.consumed import positions_behind
 from cpt_algorithms.replay.functional import Interleaving, MixedSequence, StreamOrder, check_budget, shares_of
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
@@ -274,7 +275,7 @@ def test_two_ranks_branch_off_a_sharded_trunk_and_are_killed(data, streams, tmp_
     judged = {'final_loss': {'window': '4ba', 'interval': '2ba'}}
     cfg = tiny.config(
         tmp_path, data, 'trunk', scheduler=INFINITE, save_num_checkpoints_to_keep=1, save_interval='8ba', **mix, **sharded,
-        callbacks={'branch_points': {'at': [4, 6]}, **judged}, eval_loader=[tiny.eval_loader('new', data['new'])],
+        callbacks={'branch_points': {'at': [4, 6]}, **judged, **AVERAGES}, eval_loader=[tiny.eval_loader('new', data['new'])],
     )  # fmt: skip
     OmegaConf.save(OmegaConf.create(cfg), tmp_path / 'trunk.yaml')
     tiny.launch(recipes / 'continue_pretraining.py', tmp_path / 'trunk.yaml')
@@ -297,6 +298,13 @@ def test_two_ranks_branch_off_a_sharded_trunk_and_are_killed(data, streams, tmp_
         assert sorted(rows) == sorted(straight[4 + batch]['rows'])
         assert ranks[0][batch]['lr'] == pytest.approx(straight[4 + batch]['lr'])
         assert ranks[0][batch]['adam_step'] == straight[4 + batch]['adam_step']
+    # on both ranks, the sums of squares have been compared
+    ema, lawa = (
+        json.loads(entry_of(tmp_path / 'branch' / 'ep0-ba4', f'state.callbacks.{name}.meta'))
+        for name in ('EMA', 'LAWA')
+    )
+    assert ema['clocks']['ema_100ba'] == {'unit': 'ba', 'begin': 1, 'last': 8}
+    assert (lawa['at']['ba'], lawa['square_sum'].keys()) == (8, {'0', '1'}), 'snapshots of batch 3 and 6'
     merge = {'of': str(trunk), 'batch': 8, 'last': 3, 'every': '2ba', 'weights': 'uniform'}
     merged = {
         **cfg, 'run_name': 'merged', 'save_folder': str(tmp_path / 'merged'), 'max_duration': '0ba',
