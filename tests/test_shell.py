@@ -58,8 +58,8 @@ def test_what_only_a_shell_can_read_is_refused(key, path, data, tmp_path):
 SETTINGS = {'project': 'WANDB_PROJECT', 'group': 'WANDB_RUN_GROUP', 'job_type': 'WANDB_JOB_TYPE', 'tags': 'WANDB_TAGS'}
 
 
-@pytest.mark.parametrize('in_yaml', [set(), set(SETTINGS)], ids=['silent', 'said'])
-@pytest.mark.parametrize('in_shell', [*map(set, itertools.combinations(SETTINGS, 1)), set(), set(SETTINGS)], ids=str)
+@pytest.mark.parametrize('in_yaml', [(), tuple(SETTINGS)], ids=['silent', 'said'])
+@pytest.mark.parametrize('in_shell', [*itertools.combinations(SETTINGS, 1), (), tuple(SETTINGS)], ids=str)
 def test_wandb_settings_of_the_shell_hold_where_the_yaml_is_silent(in_yaml, in_shell, data, tmp_path, monkeypatch):
     for key, variable in SETTINGS.items():
         monkeypatch.delenv(variable, raising=False)

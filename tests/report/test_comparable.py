@@ -112,8 +112,8 @@ def finish(folder, run, forgot):
     """As if it had been trained."""
     parent = f'{folder}/{run.parent}/latest-rank0.pt' if run.parent else None
     start = {'python': 3.0, 'cpp': 5.0}
-    write_run(folder / run.name, {'python': 3.0 + forgot, 'cpp': 1.0}, parent, start=start)
-    change(folder / run.name / 'done.json', lambda value: value.update(batch=10**6))
+    length = {key: run.stage.given[key] for key in ('max_duration', 'global_train_batch_size', 'max_seq_len')}
+    write_run(folder / run.name, {'python': 3.0 + forgot, 'cpp': 1.0}, parent, start=start, **length)
     if parent:
         write(folder / run.name / 'forgetting.json', {
             'old': ['python'], 'new': ['cpp'], 'parent': start, 'bytes_per_token': {},
