@@ -29,7 +29,7 @@ from torch import nn
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.files import is_remote
 from cpt_algorithms.keys_read import keys_read
-from cpt_algorithms.stage.preflight import model_on_meta
+from cpt_algorithms.stage.on_meta import model_on_meta
 from cpt_algorithms.stage.stage import FSDP, Model, Optimizer, Stage
 
 __all__ = ['GPUS', 'Costs', 'Disk', 'Gpu', 'Memory', 'ModelSize', 'costs_of', 'find_gpu', 'measure', 'model_size']

@@ -10,8 +10,9 @@ from cpt_algorithms.checkpoints.save_folder import batch_of, newest_complete
 from cpt_algorithms.sequence.expand import Run, descendants
 from cpt_algorithms.sequence.run import is_done
 from cpt_algorithms.stage.identity import changes, results_of
-from cpt_algorithms.stage.preflight import PreflightError, preflight, restart_problem
+from cpt_algorithms.stage.preflight import PreflightError, preflight
 from cpt_algorithms.stage.record import StageRecord, read_record
+from cpt_algorithms.stage.restart_checks import restart_problem
 
 __all__ = ['adopted', 'check']
 

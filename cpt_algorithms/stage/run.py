@@ -53,8 +53,9 @@ from cpt_algorithms.files import (
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.streams import StreamError
 from cpt_algorithms.stage.identity import contents_of, places_of
-from cpt_algorithms.stage.preflight import PreflightError, format_problem, preflight
+from cpt_algorithms.stage.preflight import PreflightError, preflight
 from cpt_algorithms.stage.record import StageRecord, done_with, has_reached, read_record
+from cpt_algorithms.stage.restart_checks import format_problem
 from cpt_algorithms.stage.saving import StoppedError, disk_problem, savers
 from cpt_algorithms.stage.stage import Stage
 

@@ -26,7 +26,8 @@ from cpt_algorithms.cost.estimate import ModelSize, backward_bytes, costs_of, fi
 from cpt_algorithms.cost.tables import print_costs, print_phases
 from cpt_algorithms.evaluation.functional import training_flops
 from cpt_algorithms.files import write_json
-from cpt_algorithms.stage.preflight import model_on_meta, preflight
+from cpt_algorithms.stage.on_meta import model_on_meta
+from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Model, Optimizer, Stage
 
 MODELS = sorted((tiny.ROOT / 'yamls' / 'models').glob('*.yaml'))

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from cpt_algorithms.keys_read import keys_read
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS
 from cpt_algorithms.stage.foundry_keys import check_model_keys, check_optimizer
-from cpt_algorithms.stage.preflight import model_on_meta, preflight
+from cpt_algorithms.stage.on_meta import model_on_meta
+from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Model, Optimizer, Stage
 from cpt_algorithms.validation import ConfigError
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizerFast
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-from cpt_algorithms.stage.preflight import model_on_meta, preflight
+from cpt_algorithms.stage.on_meta import model_on_meta
+from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.rehearsal import rehearse
 from cpt_algorithms.stage.saving import StoppedError
 from cpt_algorithms.stage.stage import Model, Stage

@@ -36,7 +36,7 @@ from cpt_algorithms.checkpoints.open import (
     read_metadata,
     safe_globals,
 )
-from cpt_algorithms.stage.preflight import _parent_shapes
+from cpt_algorithms.stage.parent_checks import _parent_shapes
 from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS, window_weights
 from cpt_algorithms.weight_averaging.offline import average as merge
 from cpt_algorithms.weight_averaging.offline import averaged_checkpoint

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the parent of a stage fits its model, by names, shapes and settings."""
+
+import logging
+import re
+import tempfile
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers.configuration_utils import PretrainedConfig
+
+from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
+from cpt_algorithms.checkpoints.guard import TRUST
+from cpt_algorithms.checkpoints.open import load_structure, model_config_of, open_checkpoint, read_metadata
+from cpt_algorithms.checkpoints.save_folder import (
+    newest_complete,
+    resolve_latest,
+)
+from cpt_algorithms.files import (
+    StorageError,
+    exists,
+    fetch,
+    is_remote,
+    list_names,
+)
+from cpt_algorithms.stage.on_meta import model_on_meta, tokenizer_of
+from cpt_algorithms.stage.record import read_record
+from cpt_algorithms.stage.stage import (
+    Model,
+    Stage,
+)
+from cpt_algorithms.validation import (
+    differences,
+)
+
+__all__ = ['check_hugging_face', 'check_parent', 'first_of']
+
+log = logging.getLogger(__name__)
+
+
+def first_of(problems: list[str]) -> str:
+    """The first three of some problems, in one line."""
+    return '; '.join(problems[:3]) + (f' (and {len(problems) - 3} more)' if len(problems) > 3 else '')
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _parent_shapes(path: str) -> Shapes:
+    """Shape of every model tensor in a Composer checkpoint, monolithic or sharded, without reading the tensors."""
+    if Path(path).is_dir():
+        metadata = read_metadata(path).state_dict_metadata
+        prefix = 'state.model.'
+        return {
+            key[len(prefix) :]: tuple(value.size)
+            for key, value in metadata.items()
+            if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
+        }
+    return {key: tuple(value.shape) for key, value in load_structure(path)['state']['model'].items()}
+
+
+def _remote_parent_shapes(path: str) -> Shapes | None:
+    """The same in object storage, where one file is not downloaded for it: its run's YAML tells; None without that."""
+    real = resolve_latest(path)
+    folder, _, name = real.rstrip('/').rpartition('/')
+    if exists(f'{real}/.metadata'):
+        with tempfile.TemporaryDirectory() as here:
+            fetch(f'{real}/.metadata', Path(here) / '.metadata')
+            return _parent_shapes(here)
+    if not exists(real):
+        there = sorted({found.split('/')[0] for found in list_names(folder) if re.match(r'(ep\d+-ba|latest)', found)})
+        near = get_close_matches(name, there, n=1) or there[-1:]
+        hint = f'; did you mean {folder}/{near[0].removesuffix(".symlink")}?' if near else ''
+        raise FileNotFoundError(hint)
+    try:
+        record = read_record(folder)
+    except ValueError as error:
+        record, reason = None, str(error)
+    else:
+        reason = f'{folder}/stage.json is missing'
+    if record is None:
+        log.warning('load_path=%s: whether it fits the model is seen when it is loaded (%s)', path, reason)
+        return None
+    return _model_shapes(record.config)
+
+
+def _model_shapes(stage: Stage) -> Shapes:
+    """Shape of every tensor of the model that a YAML describes."""
+    model = model_on_meta(stage.model, tokenizer_of(stage.tokenizer))
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def check_parent(stage: Stage) -> None:
+    """Refuse a parent that is not there, cannot be read, or is another model.
+
+    Args:
+        stage: The stage.
+
+    Raises:
+        ValueError: With what differs.
+    """
+    path = stage.load_path
+    try:
+        if not path or newest_complete(stage.folder)[0]:  # a restart does not read its parent
+            return
+    except StorageError:  # which is said of save_folder
+        return
+    trusted = stage.callbacks.stage_start is not None and stage.callbacks.stage_start.trust_checkpoint
+    try:
+        if is_remote(path):
+            parent = _remote_parent_shapes(path)
+        elif trusted and Path(path).exists():  # it may be readable in no safe way
+            return
+        elif Path(path).exists():
+            parent = _parent_shapes(path)
+        else:
+            raise FileNotFoundError
+    except FileNotFoundError as hint:
+        raise ValueError(f'load_path={path} does not exist{hint}') from None
+    except StorageError as error:
+        raise type(error)(f'load_path: {error}') from None
+    except UnsafeCheckpointError as error:
+        raise ValueError(f'load_path={path}: {error}; {TRUST}') from None
+    except Exception as error:
+        raise ValueError(f'load_path={path} cannot be read as a Composer checkpoint: {error}') from None
+    if parent is None:
+        return
+    if misfits := _misfits(parent, _model_shapes(stage)):
+        raise ValueError(f'load_path={path} does not fit the model: {misfits}')
+    if changed := _model_changes(path, stage):
+        raise ValueError(
+            f'load_path={path} was trained as another model, of the same shapes: {first_of(changed)}. Set the model as '
+            'it was, or name what is meant to change in callbacks.stage_start.model_changes'
+        )
+
+
+# Settings of a model that say how it is trained, loaded and used; with those that every configuration has.
+_NOT_OF_THE_MODEL = {
+    'init_device',
+    'init_config',
+    'use_cache',
+    'max_seq_len',
+    'max_position_embeddings',
+    'attn_impl',
+    'auto_map',
+}
+_NOT_OF_THE_MODEL |= PretrainedConfig().to_dict().keys() - {'tie_word_embeddings'}
+
+
+def _config_on_meta(model: Model, stage: Stage) -> PretrainedConfig:
+    inside: Any = model_on_meta(model, tokenizer_of(stage.tokenizer)).model
+    return inside.config
+
+
+def _model_changes(path: str, stage: Stage) -> list[str]:
+    """Settings of the parent's model that are others here, and show in no shape."""
+    here = _config_on_meta(stage.model, stage)
+    if is_remote(path):
+        record = read_record(resolve_latest(path).rpartition('/')[0])
+        if record is None or record.config.model.name != stage.model.name:
+            return []
+        there = _config_on_meta(record.config.model, stage)
+    elif content := model_config_of(path):
+        there = type(here).from_dict(dict(content))
+    else:
+        return []
+    allowed = stage.callbacks.stage_start.model_changes if stage.callbacks.stage_start else []
+    found = differences(_of_the_model(there.to_dict()), _of_the_model(here.to_dict()))
+    return [line for line in found if line.partition(':')[0] not in allowed]
+
+
+def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in _NOT_OF_THE_MODEL and not key.startswith('_') and not key.endswith(('dropout', 'pdrop'))
+    }
+    return {key: _of_the_model(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _misfits(there: Shapes, here: Shapes) -> str:
+    """How two models differ, the first three tensors; empty if they do not."""
+    found = [f'{k} is {there[k]} there and {here[k]} here' for k in here if k in there and there[k] != here[k]]
+    found += [f'{k} is missing there' for k in here if k not in there]
+    found += [f'{k} is not in this model' for k in there if k not in here]
+    return first_of(found)
+
+
+def check_hugging_face(stage: Stage) -> None:
+    """What would be dropped, left at random, or fail only when the model is built."""
+    model = stage.model
+    if model.name != 'hf_causal_lm':
+        return
+    for key in ('peft_config', 'pretrained_lora_id_or_path', 'load_in_8bit'):
+        if model.given.get(key):
+            raise ValueError(
+                f'model.{key}: what is trained, averaged and exported here are whole models, neither adapters nor '
+                'quantized weights; leave it out, and merge an adapter into its model first'
+            )
+    pretrained = stage.pretrained_model
+    if pretrained is None:
+        return
+    if model.init_device == 'meta' and stage.fsdp_config:
+        raise ValueError(
+            f'model.init_device=meta, and the weights of {pretrained} are to be read: use mixed (rank 0 reads them), '
+            'or cpu'
+        )
+    if overrides := dict(model.config_overrides.given):
+        plain = stage.but(model={**model.given, 'config_overrides': {}})
+        if misfits := _misfits(_model_shapes(plain), _model_shapes(stage)):
+            raise ValueError(
+                f'model.config_overrides={overrides} does not fit the pretrained {pretrained}, of which something '
+                f'would be dropped or left at random: {misfits}'
+            )
+    if Path(pretrained).is_dir() and not any(Path(pretrained).glob('*.bin')):
+        _check_weights(pretrained, model_on_meta(model).model)
+
+
+def _check_weights(base: str, model: Any) -> None:
+    """Ask transformers, which only warns of it, what it would drop of the weights in a folder or leave at random."""
+    stored = {name: torch.empty(one.shape, device='meta') for name, one in open_checkpoint(base).tensors.items()}
+    options = {'device_map': {'': 'meta'}, 'ignore_mismatched_sizes': True, 'output_loading_info': True}
+    _, found = type(model).from_pretrained(None, config=model.config, state_dict=stored, **options)
+    problems = [f'{name} would be left at random' for name in found['missing_keys']]
+    problems += [f'{name} would be dropped' for name in found['unexpected_keys']]
+    problems += [f'{name} is {there} there and {here} here' for name, there, here in found['mismatched_keys']]
+    if problems:
+        raise ValueError(f'the weights in {base} do not fit its configuration: {first_of(problems)}')

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in a save folder: this run, to be resumed; another; or something that nobody understands."""
+
+import logging
+import re
+from pathlib import Path
+
+from cpt_algorithms.checkpoints.save_folder import (
+    half_written,
+    latest_link,
+    newest_complete,
+    weights_in,
+)
+from cpt_algorithms.files import (
+    StorageError,
+    check_writable,
+    exists,
+    is_remote,
+    read_json,
+)
+from cpt_algorithms.stage.identity import changes
+from cpt_algorithms.stage.parent_checks import first_of
+from cpt_algorithms.stage.record import done_with, read_record
+from cpt_algorithms.stage.stage import (
+    Stage,
+)
+from cpt_algorithms.validation import (
+    short_repr,
+)
+
+__all__ = ['check_format', 'check_restart', 'check_saving', 'format_problem', 'restart_problem']
+
+log = logging.getLogger(__name__)
+
+
+def check_saving(stage: Stage) -> None:
+    """Refuse what a restart could not go on from, and a folder that holds what is not this run's.
+
+    Args:
+        stage: The stage.
+
+    Raises:
+        ValueError: With the key, or what lies there.
+    """
+    if stage.save_overwrite:
+        raise ValueError(
+            'save_overwrite=true could destroy checkpoints; leave it out, a restart goes on from the latest'
+        )
+    if stage.save_weights_only:
+        raise ValueError('save_weights_only=true cannot be resumed from; leave it out')
+    if ignored := stage.given.get('save_ignore_keys'):
+        raise ValueError(f'save_ignore_keys={short_repr(ignored)}: a restart needs all of the state; leave it out')
+    named = {
+        'save_filename': 'ep{epoch}-ba{batch}-rank{rank}.pt',
+        'save_latest_filename': latest_link(stage.is_sharded),
+    }
+    for key, usual in named.items():
+        if (stage.given.get(key) or usual).replace('rank{rank}', 'rank0') != usual.replace('rank{rank}', 'rank0'):
+            raise ValueError(
+                f'{key}={stage.given[key]!r}: a restart finds checkpoints by the names that Composer gives them; '
+                'leave it out, and choose save_folder'
+            )
+    prefix = (stage.given.get('fsdp_config') or {}).get('sharded_ckpt_prefix_dir', 'ep{epoch}-ba{batch}')
+    if prefix != 'ep{epoch}-ba{batch}':
+        raise ValueError(f'fsdp_config.sharded_ckpt_prefix_dir={prefix!r}: leave it out, as save_filename')
+    if not stage.save_folder:
+        return
+    folder = stage.folder
+    check_writable('save_folder', folder, 'choose another')
+    try:
+        there = weights_in(folder)
+        newest = newest_complete(folder)[1]
+    except StorageError as error:
+        raise type(error)(f'save_folder: {error}') from None
+    if is_remote(folder) and stage.save_num_checkpoints_to_keep != -1:
+        log.warning(
+            'save_num_checkpoints_to_keep=%s: Composer deletes nothing from object storage; let a lifecycle rule of '
+            'the bucket do it',
+            stage.save_num_checkpoints_to_keep,
+        )
+    if not there:
+        return
+    try:
+        owner = (read_json(f'{folder}/stage.json') or {}).get('run_name')
+    except (TypeError, ValueError, AttributeError):
+        owner = None
+    if owner != stage.run_name:
+        held_by = f'run {owner!r}' if owner else 'a run that this recipe did not start'
+        raise ValueError(
+            f'save_folder={folder} holds the checkpoints of {held_by}, and run_name is {stage.run_name!r}: '
+            'they would be resumed from or overwritten; choose another save_folder'
+        )
+    broken = [] if is_remote(folder) else [path.name for path in half_written(Path(folder))]
+    # exports are whole or not there, and of a run that ended once, all there is
+    known = [*broken, *([] if exists(f'{folder}/done.json') else ['huggingface'])]
+    unknown = [name for name in there if name.split('/')[0] not in known]
+    # in object storage half of a checkpoint may be there, and is replaced
+    if newest is None and unknown and not is_remote(folder) and done_with(stage) is None:
+        raise ValueError(
+            f'save_folder={folder} holds weights ({first_of(unknown)}) and no whole checkpoint to go on from: the run '
+            'would begin at batch 0 beside them. Put the checkpoints back, or choose another save_folder'
+        )
+
+
+def restart_problem(stage: Stage) -> str | None:
+    """What keeps a stage from going on in its folder: a run that was begun there as another; None if nothing does."""
+    try:
+        record = read_record(stage.folder)
+        is_begun = record is not None and (newest_complete(stage.folder)[0] or exists(f'{stage.folder}/done.json'))
+    except StorageError:  # which is said of save_folder
+        return None
+    # of another run's folder another check speaks
+    is_ours = record is not None and record.run_name == stage.run_name
+    if record is None or not is_ours or not is_begun or not (changed := changes(record, stage)):
+        return None
+    return (
+        f'save_folder={stage.folder} holds a run with other settings ({first_of(changed)}). A restart changes nothing: '
+        'put them back, or choose another save_folder'
+    )
+
+
+def check_restart(stage: Stage) -> None:
+    """Raise a ValueError with :func:`restart_problem`."""
+    if stage.save_folder and (problem := restart_problem(stage)):
+        raise ValueError(problem)
+
+
+def format_problem(stage: Stage, world_size: int) -> str | None:
+    """Why the checkpoint that a stage would load cannot be: sharded ones need ranks and FSDP, others none of it."""
+    newest = newest_complete(stage.folder)[1]
+    key, path = ('save_folder', newest) if newest else ('load_path', stage.load_path)
+    if path is None:
+        return None
+    is_sharded = Path(path, '.metadata').exists() or bool(re.search(r'latest-sharded-rank0|ep\d+-ba\d+/?$', path))
+    if is_sharded == (stage.is_sharded and world_size > 1):
+        return None
+    found = f'{key}={path} is {"" if is_sharded else "not "}sharded, and this start reads checkpoints that are'
+    found += ' not: ' if is_sharded else ': '
+    sharded_start = 'start on several ranks with fsdp_config: {state_dict_type: sharded}'
+    if newest:
+        return found + (
+            sharded_start if is_sharded else 'start on one process, or with fsdp_config.state_dict_type: full'
+        )
+    if stage.keeps_optimizer_state:
+        return f'{found}optimizer_state: keep wants a parent as this start reads it'
+    kind = 'pt' if is_sharded else 'sharded'
+    return f'{found}convert it with scripts/average_checkpoints.py {path} --to {kind} --out OUT, and load OUT'
+
+
+def check_format(stage: Stage, world_size: int) -> None:
+    """Raise a ValueError with :func:`format_problem`, as far as it can be known on one process."""
+    # a plan for several ranks may be looked at on one process
+    if stage.save_folder and (world_size > 1 or not stage.is_sharded):
+        try:
+            problem = format_problem(stage, world_size)
+        except StorageError:  # which is said of save_folder
+            return
+        if problem:
+            raise ValueError(problem)
