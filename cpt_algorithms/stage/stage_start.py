@@ -351,7 +351,7 @@ def _check_save_folder(state: State) -> None:
             folder = format_name_with_dist(saver.folder, state.run_name)
             if found := [name for name in weights_in(folder) if not name.startswith('huggingface/')]:
                 raise ValueError(
-                    f'save_folder {folder} holds weights already ({found[0]}), and this '
+                    f'save_folder {folder} holds checkpoints already ({found[0]}), and this '
                     'run would start at batch 0 beside them. Set autoresume: true to go on from the latest checkpoint, '
                     'or choose another save_folder'
                 )

@@ -175,7 +175,7 @@ def test_tasks_that_are_not_judged_by_the_loss_are_passed_over(child, data, tmp_
         {'label': label, 'dataset_uri': str(tmp_path / f'{label}.jsonl'), 'num_fewshot': [0], 'icl_task_type': kind}
         for label, kind in kinds.items()
     ]
-    short = {'max_duration': '1ba', 'scheduler': {**child['scheduler'], 't_warmup': '1ba'}}
+    short = {'max_duration': '2ba', 'scheduler': {**child['scheduler'], 't_warmup': '1ba'}}
     seen = Stage.from_yaml({**child, **short, 'icl_tasks': tasks, 'icl_seq_len': 16})
     preflight(seen)
     tiny.run(seen)
