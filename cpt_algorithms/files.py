@@ -85,7 +85,8 @@ def _storage(uri: str | Path) -> Iterator[tuple[Any, str]]:
     scheme, bucket, name = parse_uri(str(uri))
     known = {*BACKEND_TO_OBJECT_STORE_FACTORY, 'dbfs'}
     if scheme not in known:
-        raise NoStoreError(f'{uri}: Composer has no store for {scheme}://; it has {", ".join(sorted(known))}')
+        schemes = ', '.join(f'{each}://' for each in sorted(known))
+        raise NoStoreError(f'{uri}: Composer has no store for {scheme}://; it has {schemes}')
     if not bucket and scheme != 'dbfs':
         raise NoStoreError(f'{uri} names no bucket: {scheme}://BUCKET/FOLDER')
     try:

@@ -4,9 +4,10 @@
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.files import is_remote, read_json
@@ -21,6 +22,7 @@ __all__ = [
     'export_atomically',
     'exports',
     'folder_of_pretrained',
+    'is_foundry_mpt',
     'models_of',
     'parent_of',
 ]
@@ -53,6 +55,15 @@ def folder_of_pretrained(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError):
         raise ValueError(f'{name} is neither a folder nor in the cache of the Hugging Face hub') from None
+
+
+def is_foundry_mpt(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of LLM Foundry's MPT, which transformers takes for its own, without positions.
+
+    Args:
+        config: What it says. A checkpoint of Composer does not say the ``architectures``.
+    """
+    return config.get('model_type') == 'mpt' and config.get('architectures') != ['MptForCausalLM']
 
 
 def exports(run: Path) -> dict[int, Path]:

@@ -21,7 +21,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.checkpoints.exports import PretrainedModel, folder_of_pretrained, models_of, parent_of
+from cpt_algorithms.checkpoints.exports import (
+    PretrainedModel,
+    folder_of_pretrained,
+    is_foundry_mpt,
+    models_of,
+    parent_of,
+)
 from cpt_algorithms.evaluation.functional import (
     Mean,
     cuts_of,
@@ -59,7 +65,7 @@ def load_model(folder: Path, device: str, batch_size: int) -> Any:
     arguments: dict[str, Any] = {'torch_dtype': 'auto', 'output_loading_info': True, 'trust_remote_code': False}
     kind, max_length = transformers.AutoModelForCausalLM, None
     try:
-        if settings.get('architectures') == ['MPTForCausalLM']:
+        if is_foundry_mpt(settings):
             mpt: Any = import_module('llmfoundry.models.mpt')
             kind, config = mpt.MPTForCausalLM, mpt.MPTConfig.from_pretrained(folder, init_device='cpu')
             if device == 'cpu' or settings.get('torch_dtype') == 'float32':  # flash attention can do neither

@@ -120,7 +120,8 @@ def preflight_of(data):
     """Preflight of a stage with this parent."""
 
     def read(path: Path) -> None:
-        cfg = tiny.config(path.parent, data, 'child', load_path=str(path), load_weights_only=True)
+        over = {'fsdp_config': {'state_dict_type': 'sharded'}} if path.is_dir() else {}
+        cfg = tiny.config(path.parent, data, 'child', load_path=str(path), load_weights_only=True, **over)
         preflight(Stage.from_yaml(cfg))
 
     return read

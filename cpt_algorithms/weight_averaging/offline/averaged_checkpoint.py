@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
+from cpt_algorithms.checkpoints.exports import is_foundry_mpt
 from cpt_algorithms.checkpoints.open import DTYPES, INDEX, Checkpoint, TensorOnDisk, open_checkpoint
 from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.files import hidden_sibling
@@ -383,7 +384,7 @@ def with_composer_names(checkpoints: Sequence[Checkpoint], config: Path | None) 
     try:
         with init_empty_weights():
             described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            if described.architectures == ['MPTForCausalLM']:  # LLM Foundry's, which transformers takes for its own
+            if is_foundry_mpt(described.to_dict()):
                 return list(checkpoints)
             model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     except Exception:  # what a config.json holds can be anything
