@@ -235,7 +235,7 @@ def test_hugging_face_models_too(roots, tmp_path):
         model['config_overrides'] = {'vocab_size': 280, 'max_position_embeddings': 16}
         fine(cfg)
     model['pretrained_model_name_or_path'] = str(tmp_path / 'nowhere')
-    only_problem(cfg, f'model.pretrained_model_name_or_path={tmp_path}/nowhere: its configuration cannot be read')
+    only_problem(cfg, f'model.pretrained_model_name_or_path={tmp_path}/nowhere does not exist')
 
 
 def test_a_tokenizer_that_is_not_the_pretrained_models(roots, tmp_path):

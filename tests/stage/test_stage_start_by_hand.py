@@ -304,13 +304,17 @@ def test_a_save_folder_with_checkpoints_is_refused(tmp_path):
 
     check()
     (tmp_path / 'run').mkdir()
-    for name in ('other', 'ep0-ba9', 'ep0-ba6'):
+    for name in ('notes.txt', 'huggingface/ba6/model.safetensors'):
+        (tmp_path / 'run' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'run' / name).touch()
+        check()
+    for name in ('step9.pt', 'ep0-ba6-rank0.pt'):
         (tmp_path / 'run' / name).touch()
     with pytest.raises(ValueError) as refused:
         check()
     assert str(refused.value) == (
-        f'save_folder {tmp_path}/run holds checkpoints already (ep0-ba6, 2 in all), and this run would start at batch 0 '
-        'and replace them. Set autoresume: true to go on from the latest, or choose another save_folder'
+        f'save_folder {tmp_path}/run holds checkpoints already (ep0-ba6-rank0.pt), and this run would start at batch 0 '
+        'beside them. Set autoresume: true to go on from the latest checkpoint, or choose another save_folder'
     )
     check(batch=3)
     check(overwrite=True)
