@@ -156,7 +156,7 @@ def read_or_none(place: str | Path) -> bytes | None:
         with tempfile.TemporaryDirectory() as folder:
             fetch(str(place), Path(folder) / 'object')
             return (Path(folder) / 'object').read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

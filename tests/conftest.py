@@ -19,9 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 SEQ_LEN = 16
 VOCAB = 256
+settings.register_profile('on any machine', deadline=None)
+settings.load_profile('on any machine')
 # Files that launch ranks or sequences come first: one left to the end would have a process of pytest-xdist to itself.
 LONGEST_FIRST = (
     'test_sequence',

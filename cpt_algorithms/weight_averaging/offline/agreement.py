@@ -15,8 +15,8 @@ __all__ = ['check_agreement', 'saved_files']
 
 # Of config.json, what says where it came from and which software wrote it, and what the tensors say themselves.
 _ORIGIN = ('_name_or_path', 'architectures', 'dtype', 'torch_dtype', 'transformers_version', 'use_cache')
-# Of the tokenizer's files likewise; how a batch of texts is filled up is up to the caller.
-_OF_TOKENIZERS = ('name_or_path', 'padding', 'tokenizer_class', 'truncation')
+# Of the tokenizer's files likewise; how a batch of texts is filled up or cut is up to the caller.
+_OF_TOKENIZERS = ('model_max_length', 'name_or_path', 'padding', 'tokenizer_class', 'truncation')
 # Where a sharded checkpoint has its tokenizer: an entry for each token.
 _TOKENIZER_ENTRIES = ('state', 'integrations', 'huggingface', 'tokenizer')
 # What save_pretrained of a tokenizer writes.
