@@ -327,7 +327,7 @@ def test_bases_as_they_are_published_pass(bases, data, tmp_path):
         'attention.rotary_emb.inv_freq': torch.ones(1),
     }
     buffers = {f'gpt_neox.layers.{layer}.{name}': value.clone() for layer in (0, 1) for name, value in of_layer.items()}
-    published = {name: tmp_path / name for name in ('pythia', 'without_prefix', 'in_parts', 'pickled')}
+    published = {name: tmp_path / 'published' / name for name in ('pythia', 'without_prefix', 'in_parts', 'pickled')}
     for name, folder in published.items():
         shutil.copytree(bases['tied_llama' if name == 'without_prefix' else 'neox'], folder)
         (folder / 'model.safetensors').unlink()

@@ -333,7 +333,8 @@ def test_a_sharded_checkpoint_counts_when_all_it_names_is_there(finished, origin
         == resolve_latest(f'{folder}/latest-sharded-rank0.symlink')
         == f'{folder}/ep0-ba4'
     )
-    cfg = settings(tmp_path, data, 'child', load_path=f'{folder}/latest-sharded-rank0')
+    fsdp = {'fsdp_config': {'state_dict_type': 'sharded'}}
+    cfg = settings(tmp_path, data, 'child', load_path=f'{folder}/latest-sharded-rank0', **fsdp)
     preflight(Stage.from_yaml(cfg))
     assert 'does not fit the model' in problems({**cfg, 'model': {**cfg['model'], 'd_model': 32}})
     # Composer uploads .metadata first

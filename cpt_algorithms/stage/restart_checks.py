@@ -105,13 +105,13 @@ def check_saving(stage: Stage) -> None:
 def restart_problem(stage: Stage) -> str | None:
     """What keeps a stage from going on in its folder: a run that was begun there as another; None if nothing does."""
     try:
+        if not (newest_complete(stage.folder)[0] or exists(f'{stage.folder}/done.json')):
+            return None
         record = read_record(stage.folder)
-        is_begun = record is not None and (newest_complete(stage.folder)[0] or exists(f'{stage.folder}/done.json'))
     except StorageError:  # which is said of save_folder
         return None
     # of another run's folder another check speaks
-    is_ours = record is not None and record.run_name == stage.run_name
-    if record is None or not is_ours or not is_begun or not (changed := changes(record, stage)):
+    if record is None or record.run_name != stage.run_name or not (changed := changes(record, stage)):
         return None
     return (
         f'save_folder={stage.folder} holds a run with other settings ({first_of(changed)}). A restart changes nothing: '

@@ -73,11 +73,12 @@ def test_rows_of_text_are_not_read_more_often_than_they_may(data, text, tmp_path
 
 def test_a_run_of_epochs_goes_on_to_its_last(data, tmp_path):
     over = {'scheduler': {'name': 'rewarm_cosine', 't_warmup': '2ba'}, 'train_loader': {'dataset': {'max_passes': 2}}}
-    cfg = tiny.config(tmp_path, data, 'run', max_duration='2ep', save_interval='25ba', **over)
+    large = {'global_train_batch_size': 40, 'device_train_microbatch_size': 40}
+    cfg = tiny.config(tmp_path, data, 'run', max_duration='2ep', save_interval='5ba', **large, **over)
     tiny.recipe_here(cfg, tmp_path)
-    assert done(cfg)['time'] == {'ep': 2, 'ba': 100, 'sp': 800, 'tok': 12800}
+    assert done(cfg)['time'] == {'ep': 2, 'ba': 20, 'sp': 800, 'tok': 12800}
     lines = recorder.read(tmp_path / 'run.jsonl')
-    assert killed_after(cfg, tmp_path, 60) == 50
+    assert killed_after(cfg, tmp_path, 12) == 10
     tiny.recipe_here(cfg, tmp_path)
     assert done(cfg)['time']['ep'] == 2
     assert recorder.read(tmp_path / 'run.jsonl') == lines
