@@ -427,7 +427,7 @@ def test_the_base_is_evaluated_again_if_it_has_changed(bases, data, tmp_path):
     assert not kept(cfg), 'nothing is known of the start that wrote it'
     assert kept(cfg)
     weights = tmp_path / 'base' / 'model.safetensors'
-    change = lambda: weights.write_bytes(weights.read_bytes()[:-1] + b'?')  # noqa: E731
+    change = lambda: weights.write_bytes(weights.read_bytes()[:-1] + b'!')  # noqa: E731
     assert not kept(cfg), 'the weights were replaced'
     change = lambda: None  # noqa: E731
     assert not kept(cfg.but(seed=3)), 'another run'

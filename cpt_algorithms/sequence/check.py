@@ -68,7 +68,7 @@ def _cannot_go_on(run: Run, runs: Sequence[Run], problem: str | None) -> str | N
     gone = [place for place in places if place and not Path(place).exists() and Path(place).parent == parent.folder]
     if not gone or is_done(run) and is_done(parent):
         return None
-    if read_record(run.folder) is not None and newest_complete(run.folder)[0]:
+    if newest_complete(run.folder)[0]:
         if is_done(parent):
             return None
         return (

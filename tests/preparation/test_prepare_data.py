@@ -748,7 +748,7 @@ def no_work(monkeypatch):
         ('--tokenizer x --tokenizer-documents 9', '--tokenizer-documents .* x '),
         ('--near-threshold=0.9', '--near-threshold 0.9 .*--near-duplicates'),
         ('--compression=zsdt', 'zsdt: .*zstd'),
-        ('--out=hf://datasets/a --dataset=a=jsonl:missing', 'hf://datasets/a .* azure://, .* s3://'),
+        ('--out=hf://datasets/a --dataset=a=jsonl:missing', 'hf://datasets/a: .* azure://, .* s3://'),
     ],
 )
 def test_wrong_arguments(arguments, message, tmp_path, capsys, no_work):

@@ -110,7 +110,14 @@ def _plain(name: str, content: Any) -> Any:
     if isinstance(content, bytes):
         return content.strip()
     origin = _ORIGIN if name == 'config.json' else _OF_TOKENIZERS
-    return {key: value for key, value in content.items() if key not in origin} if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        return content
+    # a token by itself, or with flags that stand in tokenizer.json, too
+    words = {
+        key: value['content'] if isinstance(value, dict) and 'content' in value else value
+        for key, value in content.items()
+    }
+    return {key: value for key, value in words.items() if key not in origin}
 
 
 def _with_defaults(config: Any) -> Any:
