@@ -224,7 +224,7 @@ def check_path(key: str, value: Any) -> None:
 
 def fits_on_a_disk(path: str) -> str:
     """Refuse a path with a name that no disk can hold, or that begins as only a shell can read it."""
-    if re.match(r'~|\$(?!\{)', path):  # ${...} is OmegaConf's, of a YAML that is scaled before it is resolved
+    if re.match(r'~|\$(?!\{[a-z])', path):  # ${key} is OmegaConf's, of a YAML that is scaled before it is resolved
         raise ValueError('only ~/ and $HOME/ are filled in; write ${oc.env:NAME} for another variable of the shell')
     if any(len(part.encode()) > 255 for part in path.split('/')):
         raise ValueError('a name on a disk has at most 255 bytes')
