@@ -16,10 +16,7 @@ from transformers.configuration_utils import PretrainedConfig
 from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
 from cpt_algorithms.checkpoints.guard import TRUST
 from cpt_algorithms.checkpoints.open import load_structure, model_config_of, open_checkpoint, read_metadata
-from cpt_algorithms.checkpoints.save_folder import (
-    newest_complete,
-    resolve_latest,
-)
+from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
 from cpt_algorithms.files import (
     StorageError,
     exists,
