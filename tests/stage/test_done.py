@@ -101,8 +101,11 @@ def test_a_run_that_was_stopped_early_is_done(scheduler, data, tmp_path, capsys)
     assert len(recorder.read(tmp_path / 'run.jsonl')) == batch
 
 
+FROZEN = {'optimizer': {'disable_grad': ['transformer.wte']}}
+
+
 @pytest.mark.parametrize(
-    'change', [{'optimizer': {'name': 'decoupled_lionw'}}, {'seed': 18}, {'model': {'resid_pdrop': 0.1}}]
+    'change', [{'optimizer': {'name': 'decoupled_lionw'}}, {'seed': 18}, {'model': {'resid_pdrop': 0.1}}, FROZEN]
 )
 def test_a_restart_of_another_run_is_refused_and_leaves_all_as_it_was(change, data, tmp_path):
     cfg = tiny.config(tmp_path, data, 'run', scheduler={'name': 'cosine_with_warmup', 't_warmup': '2ba'})
