@@ -18,12 +18,14 @@ ENTRY_POINTS = {
         'replay_text = cpt_algorithms.replay:build_replay_text_dataloader',
     ],
     'llmfoundry_callbacks': [
-        'stage_start = cpt_algorithms.stage:StageStart',
         'branch_points = cpt_algorithms.stage:BranchPoints',
         'final_loss = cpt_algorithms.evaluation:FinalLoss',
         'forgetting = cpt_algorithms.evaluation:Forgetting',
         'ema = cpt_algorithms.weight_averaging:EMA',
         'lawa = cpt_algorithms.weight_averaging:LAWA',
+    ],
+    'llmfoundry_callbacks_with_config': [
+        'stage_start = cpt_algorithms.stage:StageStart',
     ],
     # what `stream_name` of a `text` dataset may say
     'streaming_streams_registry': [

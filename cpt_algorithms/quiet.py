@@ -12,13 +12,17 @@ _KNOWN = (
     'pkg_resources is deprecated',  # llm-foundry's callbacks
     'The `use_auth_token` argument is deprecated',  # llm-foundry to transformers
     'To copy construct from a tensor',  # Composer's trainer
+    'Specifying the ConsoleLogger via `loggers`',  # which the recipe does
     'Specifying `eval_interval=',  # the default, of a stage without evaluators
     "'pin_memory' argument is set as true but no accelerator",  # the default, on CPU
     'torch.distributed.*is a private function',
     'TypedStorage is deprecated',
     '`do_sample` is set to `False`',  # a published generation_config.json, which is passed on as it is
 )
-_KNOWN_LOGS = {'composer.models.huggingface': 'The tokenizer was not provided'}  # preflight's models need none
+_KNOWN_LOGS = {
+    'composer.models.huggingface': 'The tokenizer was not provided',  # preflight's models need none
+    'transformers.modeling_utils': 'has generative capabilities',  # of llm-foundry's MPT, to its authors
+}
 
 
 def ignore_known_warnings() -> None:

@@ -30,7 +30,7 @@ from cpt_algorithms.report.page import write_report
 from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.report.tables import rows_of
 from cpt_algorithms.stage.preflight import preflight
-from cpt_algorithms.stage.run import write_record
+from cpt_algorithms.stage.restart_checks import write_record
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import ConfigError
 

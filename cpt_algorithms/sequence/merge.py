@@ -17,7 +17,8 @@ from cpt_algorithms.files import holder_of, remove_partials, take, write_json
 from cpt_algorithms.launch.processes import die_with_parent
 from cpt_algorithms.launch.wandb_runs import environment_of_children
 from cpt_algorithms.stage.record import done_with
-from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate, write_record
+from cpt_algorithms.stage.restart_checks import write_record
+from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate
 from cpt_algorithms.stage.stage import Merge, Stage
 
 __all__ = ['merge_stage']

@@ -17,6 +17,7 @@ from llmfoundry.models.layers.blocks import MPTBlock
 from llmfoundry.models.mpt import ComposerMPTCausalLM, MPTConfig
 from llmfoundry.models.utils.config_defaults import attn_config_defaults, init_config_defaults
 from llmfoundry.utils.builders import _extract_param_groups, build_eval_loaders, build_optimizer
+from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_VALIDATION_FUNCTIONS
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -26,7 +27,7 @@ from cpt_algorithms.keys_read import keys_read
 from cpt_algorithms.stage.stage import Model, Optimizer, Stage
 from cpt_algorithms.validation import check_keys, check_type, nearest, short_repr
 
-__all__ = ['TAKEN_BY_BUILDERS', 'check_documents', 'check_labels', 'check_model_keys', 'check_optimizer']
+__all__ = ['TAKEN_BY_BUILDERS', 'YAML_KEYS', 'check_documents', 'check_labels', 'check_model_keys', 'check_optimizer']
 
 # What builders take out of a section before they hand it to what is registered under its name.
 TAKEN_BY_BUILDERS = {
@@ -34,6 +35,10 @@ TAKEN_BY_BUILDERS = {
     'optimizer': keys_read(build_optimizer, 'optimizer_config'),
     'eval_loader': keys_read(build_eval_loaders, 'eval_config'),
 }
+# The others are filled in by llm-foundry itself; "should not be set by the user".
+YAML_KEYS = {*TRAIN_CONFIG_KEYS, 'eval_loader', 'icl_tasks'} - {
+    'n_gpus', 'device_train_batch_size', 'device_train_grad_accum', 'eval_loaders', 'icl_tasks_str'
+}  # fmt: skip
 _PATTERN = next(iter(keys_read(_extract_param_groups, 'param_group_config')))  # param_str_match
 
 

@@ -169,7 +169,8 @@ def results_of(stage: Stage) -> dict[str, Any]:
             for name, arguments in (stage.given.get(section) or {}).items()
             if section != 'callbacks' or (name not in OBSERVERS and _is_known(name))
         }
-    kept['callbacks'].get('stage_start', {}).pop('trust_checkpoint', None)
+    for permission in ('trust_checkpoint', 'model_changes', 'train_config'):  # the last is the YAML itself
+        kept['callbacks'].get('stage_start', {}).pop(permission, None)
     for section, kind in {'optimizer': registry.optimizers, 'scheduler': registry.schedulers}.items():
         kept[section] = _with_defaults(stage.given[section].get('name', ''), stage.given[section], kind)
     loader, dataset = stage.train_loader, dict(stage.train_loader.dataset.given)

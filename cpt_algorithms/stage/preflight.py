@@ -17,7 +17,7 @@ from llmfoundry.utils.builders import (
     build_algorithm,
     build_callback,
 )
-from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
+from llmfoundry.utils.config_utils import TrainConfig
 from llmfoundry.utils.registry_utils import import_file
 from pydantic import Field
 from streaming import StreamingDataset
@@ -35,6 +35,7 @@ from cpt_algorithms.stage.budget_checks import check_data, check_ends, sizes_of
 from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.foundry_keys import (
     TAKEN_BY_BUILDERS,
+    YAML_KEYS,
     check_documents,
     check_labels,
     check_model_keys,
@@ -69,8 +70,6 @@ __all__ = ['PreflightError', 'preflight']
 
 log = logging.getLogger(__name__)
 
-# Filled in by llm-foundry itself; "should not be set by the user".
-_DERIVED_KEYS = {'n_gpus', 'device_train_batch_size', 'device_train_grad_accum', 'eval_loaders', 'icl_tasks_str'}
 _REQUIRED_HERE = ('run_name', 'save_folder')
 # Given by llm-foundry or Composer and not by the YAML.
 _IMPLICIT_ARGUMENTS = {'self', 'tokenizer', 'device_batch_size', 'params', 'train_config', 'model'}
@@ -171,7 +170,7 @@ def _import_code(paths: Sequence[str]) -> None:
 
 
 def _check_top_level(stage: Stage) -> None:
-    check_keys('', stage.given, TRAIN_CONFIG_KEYS - _DERIVED_KEYS | {'eval_loader', 'icl_tasks'})
+    check_keys('', stage.given, YAML_KEYS)
     hints = get_type_hints(TrainConfig)
     for key in stage.given.keys() & hints.keys() - Stage.model_fields.keys():
         # llm-foundry keeps what may be a file or a list under a second name

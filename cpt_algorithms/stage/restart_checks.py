@@ -3,6 +3,8 @@
 
 import logging
 import re
+import secrets
+from importlib.metadata import version
 from pathlib import Path
 
 from cpt_algorithms.checkpoints.save_folder import (
@@ -17,10 +19,11 @@ from cpt_algorithms.files import (
     exists,
     is_remote,
     read_json,
+    write_json,
 )
-from cpt_algorithms.stage.identity import changes
+from cpt_algorithms.stage.identity import changes, contents_of, places_of
 from cpt_algorithms.stage.parent_checks import first_of
-from cpt_algorithms.stage.record import done_with, read_record
+from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.stage import (
     Stage,
 )
@@ -28,9 +31,11 @@ from cpt_algorithms.validation import (
     short_repr,
 )
 
-__all__ = ['check_format', 'check_restart', 'check_saving', 'format_problem', 'restart_problem']
+__all__ = ['check_format', 'check_restart', 'check_saving', 'format_problem', 'restart_problem', 'write_record']
 
 log = logging.getLogger(__name__)
+
+STACK = ('cpt-algorithms', 'llm-foundry', 'mosaicml', 'mosaicml-streaming', 'torch', 'transformers')
 
 
 def check_saving(stage: Stage) -> None:
@@ -157,3 +162,36 @@ def check_format(stage: Stage, world_size: int) -> None:
             return
         if problem:
             raise ValueError(problem)
+
+
+def write_record(stage: Stage, resumes: bool = False) -> StageRecord:
+    """Write ``stage.json``: whose checkpoints these are, from which parent, on what data, made with what.
+
+    It is written when the stage starts, and when a restart extends it, which reads no parent. In a local folder, the
+    parent's losses of a start that was stopped before its first checkpoint are kept if nothing has changed since, and
+    otherwise removed.
+
+    Args:
+        stage: The stage.
+        resumes: Whether it goes on from a checkpoint of its own. Default: ``False``.
+    """
+    folder, losses = stage.folder, Path(stage.folder) / 'forgetting.json'
+    try:
+        before = read_record(folder)
+    except ValueError:  # of another version, or damaged: it is written again
+        before = None
+    kept = before.contents if before is not None and resumes else {}
+    record = {
+        'run_name': stage.run_name,
+        'parent': stage.parent,
+        'pretrained_model': stage.pretrained_model,
+        'config': stage.to_train_yaml(),
+        'versions': {name: version(name) for name in STACK},
+        'contents': {**contents_of(stage), **kept},
+        'wandb_id': (before and before.wandb_id) or secrets.token_hex(4),
+    }
+    if not is_remote(folder) and losses.exists() and not resumes:
+        if before is None or dict(before.given) != record or len(record['contents']) < len(places_of(stage)):
+            losses.unlink()
+    write_json(f'{folder}/stage.json', record)
+    return StageRecord.model_validate(record)

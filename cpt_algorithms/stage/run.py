@@ -10,7 +10,6 @@ import shutil
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,18 +51,17 @@ from cpt_algorithms.files import (
 )
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.streams import StreamError
-from cpt_algorithms.stage.identity import contents_of, places_of
+from cpt_algorithms.stage.console_line import ConsoleLine
 from cpt_algorithms.stage.preflight import PreflightError, preflight
-from cpt_algorithms.stage.record import StageRecord, done_with, has_reached, read_record
-from cpt_algorithms.stage.restart_checks import format_problem
+from cpt_algorithms.stage.record import done_with, has_reached
+from cpt_algorithms.stage.restart_checks import format_problem, write_record
 from cpt_algorithms.stage.saving import StoppedError, disk_problem, savers
 from cpt_algorithms.stage.stage import Stage
 
-__all__ = ['DATASETS_LOCK', 'check_or_exit', 'evaluate', 'train_stage', 'write_record']
+__all__ = ['DATASETS_LOCK', 'check_or_exit', 'evaluate', 'train_stage']
 
 # Streaming numbers the datasets of a machine, and two runs that start at the same moment can pick the same number.
 DATASETS_LOCK = FileLock(Path(tempfile.gettempdir()) / f'cpt_algorithms_datasets_{os.getuid()}.lock')
-STACK = ('cpt-algorithms', 'llm-foundry', 'mosaicml', 'mosaicml-streaming', 'torch', 'transformers')
 
 
 class DatasetsBuilt(Callback):
@@ -135,39 +133,6 @@ def wait_for_uploads(trainer: Trainer) -> None:
             while callback._logged_objects or callback._enqueued_objects:
                 callback._check_workers()
                 time.sleep(0.1)
-
-
-def write_record(stage: Stage, resumes: bool = False) -> StageRecord:
-    """Write ``stage.json``: whose checkpoints these are, from which parent, on what data, made with what.
-
-    It is written when the stage starts, and when a restart extends it, which reads no parent. In a local folder, the
-    parent's losses of a start that was stopped before its first checkpoint are kept if nothing has changed since, and
-    otherwise removed.
-
-    Args:
-        stage: The stage.
-        resumes: Whether it goes on from a checkpoint of its own. Default: ``False``.
-    """
-    folder, losses = stage.folder, Path(stage.folder) / 'forgetting.json'
-    try:
-        before = read_record(folder)
-    except ValueError:  # of another version, or damaged: it is written again
-        before = None
-    kept = before.contents if before is not None and resumes else {}
-    record = {
-        'run_name': stage.run_name,
-        'parent': stage.parent,
-        'pretrained_model': stage.pretrained_model,
-        'config': stage.to_train_yaml(),
-        'versions': {name: version(name) for name in STACK},
-        'contents': {**contents_of(stage), **kept},
-        'wandb_id': (before and before.wandb_id) or secrets.token_hex(4),
-    }
-    if not is_remote(folder) and losses.exists() and not resumes:
-        if before is None or dict(before.given) != record or len(record['contents']) < len(places_of(stage)):
-            losses.unlink()
-    write_json(f'{folder}/stage.json', record)
-    return StageRecord.model_validate(record)
 
 
 def _tracked(loggers: dict[str, Any], wandb_id: str) -> dict[str, Any]:
@@ -318,6 +283,10 @@ def _train(stage: Stage) -> None:
         dist.broadcast_object_list(there)  # also waits for what rank 0 does above
     latest, is_trained, parent_is_evaluated, checkpoint, token, cfg['load_path'], wandb_id = there
     cfg['loggers'] = _tracked(cfg.get('loggers') or {}, wandb_id)
+    if cfg.get('log_to_console', True):
+        registry.loggers.register('console_line', func=ConsoleLine)
+        cfg['log_to_console'] = False
+        cfg['loggers']['console_line'] = {'log_interval': str(stage.console_log_interval)}
     if parent_is_evaluated:
         cfg['eval_first'] = False
     if not latest:
@@ -339,7 +308,9 @@ def _train(stage: Stage) -> None:
     cfg['callbacks']['datasets_built'] = {}
     if os.environ.get('LOCAL_RANK', '0') == '0':
         take(DATASETS_LOCK, f'{stage.run_name}, building model and datasets')
-    logging.getLogger('cpt_algorithms').setLevel(logging.INFO)  # what the first step used, whatever python_log_level
+    logging.getLogger('cpt_algorithms.stage').setLevel(
+        logging.INFO
+    )  # what the first step used, at any python_log_level
     try:
         trainer = train(OmegaConf.create(cfg))
     finally:

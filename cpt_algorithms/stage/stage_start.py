@@ -1,34 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """``stage_start``: a stage obeys its own YAML from its first optimizer step; a restart inside it changes nothing."""
 
-import inspect
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed
-from composer.core import Callback, State, Time
+from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.optim import ComposerScheduler
 from composer.utils import dist, format_name_with_dist
 from llmfoundry.callbacks import HuggingFaceCheckpointer
-from streaming import StreamingDataset
 from torch.distributed.fsdp import FSDPModule
 
 from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.checkpoints.guard import guard_loading
-from cpt_algorithms.checkpoints.save_folder import weights_in
+from cpt_algorithms.checkpoints.save_folder import newest_complete, weights_in
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.replay.labels import label_every_token_of
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
+from cpt_algorithms.stage.foundry_keys import YAML_KEYS
+from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.rehearsal import pass_on_generation_config, rehearse_run
+from cpt_algorithms.stage.restart_checks import restart_problem, write_record
 from cpt_algorithms.stage.saving import StoppedError, check_loss, guard_saving, savers
-from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS
-from cpt_algorithms.validation import differences
+from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS, Stage
 
 __all__ = ['StageStart']
 
@@ -48,9 +46,9 @@ class StageStart(Callback):
     values: ``lr``, ``initial_lr``, the scheduler's base and every other hyperparameter of every group are set back to
     what the YAML says after loading, and compared once more as the first batch starts, which a log line reports.
 
-    A *restart* of the stage (``autoresume: true``) must change nothing: other optimizer hyperparameters, another
-    schedule, another data mix, another precision, other algorithms (such as gradient clipping), or a checkpoint of
-    another run are refused.
+    A *restart* of the stage (``autoresume: true``) changes nothing. llm-foundry hands its YAML to this callback, which
+    keeps it in ``stage.json`` of the save folder and compares it by the rule of
+    :mod:`~cpt_algorithms.stage.identity`; a checkpoint of another run is refused, too.
 
     Checkpoints are looked at before they are loaded, and exports of ``hf_checkpointer`` appear whole or not at all.
     FSDP2 on CPU sums the gradients of the ranks; here it averages them, as it does on GPUs.
@@ -70,6 +68,8 @@ class StageStart(Callback):
             ``False``.
         model_changes: Settings of the model, such as ``attn_config.rope_theta``, that are meant to differ from the
             parent's; preflight refuses others. Default: none.
+        train_config: The YAML, which llm-foundry gives. Without it, in a trainer made by hand, a restart compares only
+            the run's name, its optimizer and its rates. Default: ``None``.
 
     Raises:
         ValueError: On any of the above, with the YAML lines that are right.
@@ -79,7 +79,11 @@ class StageStart(Callback):
     """
 
     def __init__(
-        self, optimizer_state: str = 'reset', trust_checkpoint: bool = False, model_changes: Sequence[str] = ()
+        self,
+        optimizer_state: str = 'reset',
+        trust_checkpoint: bool = False,
+        model_changes: Sequence[str] = (),
+        train_config: Mapping[str, Any] | None = None,
     ) -> None:
         if optimizer_state not in _LOAD_LINES:
             raise ValueError(
@@ -92,25 +96,20 @@ class StageStart(Callback):
         self.optimizer_state = optimizer_state
         self.trust_checkpoint = trust_checkpoint
         self._hyperparameters: list[list[dict[str, Any]]] = []
-        self._loaded: dict[str, Any] | None = None
+        self._yaml = train_config
+        self._loaded: str | None = None
         self._state: State | None = None
         self._checked = False
 
     def state_dict(self) -> dict[str, Any]:
-        """One JSON string: which run this is, and its data. Called just before a checkpoint is written."""
+        """Which run this is. Called just before a checkpoint is written."""
         assert self._state is not None, 'Event.INIT comes first'
         _refuse_rank0_tensors(self._state)
-        stage = {
-            'run_name': self._state.run_name,
-            'data': _describe_stock_data(self._state),
-            'schedule': _describe_schedule(self._state),
-            'training': _describe_training(self._state),
-        }
-        return {'stage': json.dumps(stage)}
+        return {'run_name': self._state.run_name}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember what was saved; Event.AFTER_LOAD judges it."""
-        self._loaded = json.loads(state['stage'])
+        self._loaded = state['run_name']
 
     def init(self, state: State, logger: Logger) -> None:
         """Keep the state, which ``state_dict`` is not given; have loading and exporting done with care."""
@@ -122,7 +121,10 @@ class StageStart(Callback):
                 exporter._save_checkpoint = partial(export_atomically, exporter)  # pyright: ignore[reportAttributeAccessIssue]
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Note what the YAML says of every parameter group."""
+        """Compare this run with the one in its folder; note what the YAML says of every parameter group."""
+        stage = self._stage()
+        if stage is not None:
+            _on_rank_zero(partial(_keep_record, stage))
         label_every_token_of(state)
         self._hyperparameters = [
             [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
@@ -144,6 +146,16 @@ class StageStart(Callback):
             # torch's LambdaLR; a sharded load with the wrong load_ignore_keys leaves this list empty
             scheduler.base_lrs = [group['initial_lr'] for group in scheduler.optimizer.param_groups]
 
+    def _stage(self) -> Stage | None:
+        """The YAML, read; None under the recipe, which has compared it before and wrote the record."""
+        if self._yaml is None or 'datasets_built' in self._yaml['callbacks']:
+            return None
+        given = {key: value for key, value in self._yaml.items() if key in YAML_KEYS and value is not None}
+        if loaders := self._yaml.get('eval_loaders'):
+            given['eval_loader'] = loaders
+        stage = Stage.from_yaml(given)
+        return stage if stage.save_folder and stage.run_name else None
+
     def _start_from_parent(self, state: State) -> None:
         for optimizer, groups in zip(state.optimizers, self._hyperparameters, strict=True):
             if self.optimizer_state == 'reset':
@@ -158,8 +170,8 @@ class StageStart(Callback):
                 group.update(values)
 
     def _check_restart(self, state: State) -> None:
-        if self._loaded is None or self._loaded['run_name'] != state.run_name:
-            parent = 'a run without stage_start' if self._loaded is None else f'run {self._loaded["run_name"]!r}'
+        if self._loaded != state.run_name:
+            parent = 'a run without stage_start' if self._loaded is None else f'run {self._loaded!r}'
             raise ValueError(
                 f'{state.load_path} was loaded whole, at batch {state.timestamp.batch.value} of {parent}: its learning '
                 f'rate, time and data position would go on in {state.run_name!r}. To start a stage from it, set '
@@ -172,9 +184,6 @@ class StageStart(Callback):
             for key, value in values.items()
             if key != 'lr' and _plain(group.get(key)) != _plain(value)
         ]
-        described = {'data': _describe_stock_data, 'schedule': _describe_schedule, 'training': _describe_training}
-        for name, describe in described.items():
-            changed += differences(self._loaded[name], describe(state))
         if any(isinstance(callback, PhaseScheduler) for callback in state.callbacks) and not changed:
             # stock schedulers lag one batch behind, so that only ours can be compared with the time
             for scheduler in state.schedulers:
@@ -248,52 +257,28 @@ def _train_dataset(state: State) -> Any:
     return getattr(state.train_dataloader, 'dataset', None)
 
 
-def _describe_stock_data(state: State) -> dict[str, Any]:
-    """The stream mix of a stock StreamingDataset, which Streaming does not save; ours saves its own."""
-    dataset = _train_dataset(state)
-    if not isinstance(dataset, StreamingDataset) or isinstance(dataset, ReplayTextDataset):
-        return {}
-    keys = ('batching_method', 'shuffle', 'shuffle_algo', 'shuffle_seed')
-    options: dict[str, Any] = {key: getattr(dataset, key) for key in keys}
-    for index, stream in enumerate(dataset.streams):
-        amounts = {key: getattr(stream, f'_{key}') for key in ('proportion', 'repeat', 'choose')}
-        amounts = {key: value for key, value in amounts.items() if value is not None}
-        options[f'stream {index}'] = f'{stream.remote or stream.local} {stream.split} {amounts}'
-    return options
+def _keep_record(stage: Stage) -> None:
+    """Refuse a restart of another run than was begun in the folder; otherwise write what this one is."""
+    before = read_record(stage.folder)
+    if before is not None and None in (before.config.fsdp_config, stage.fsdp_config):
+        # which llm-foundry drops on one process
+        stage = stage.but(fsdp_config=before.config.given.get('fsdp_config'))
+    if problem := restart_problem(stage):
+        raise ValueError(problem)
+    write_record(stage, resumes=newest_complete(stage.folder)[0] > 0)
 
 
-def _describe_schedule(state: State) -> dict[str, Any]:
-    """The arguments of the run's scheduler; with its ``max_duration`` if that shapes what was trained already.
-
-    The end of an ``infinite`` schedule may move: it takes no ``dur``, so nothing before its anneal changes.
-    """
-    # Composer hides its scheduler in the closure of torch's LambdaLR
-    schedulers = [
-        cell.cell_contents
-        for scheduler in state.schedulers
-        for function in getattr(scheduler, 'lr_lambdas', ())
-        for cell in function.__closure__ or ()
-        if ComposerScheduler in type(cell.cell_contents).__mro__
-    ]
-    described = {}
-    for scheduler in schedulers:
-        described['scheduler'] = type(scheduler).__name__
-        public = {key: value for key, value in vars(scheduler).items() if not key.startswith('_')}
-        plain = {key: str(value) for key, value in public.items() if isinstance(value, str | int | float | Time)}
-        described |= scheduler.arguments if isinstance(scheduler, PhaseScheduler) else plain
-        if any('dur' in str(value) for value in described.values()):
-            described['max_duration'] = str(state.max_duration)
-    return described
-
-
-def _describe_training(state: State) -> dict[str, Any]:
-    """What else shapes every step: precision, and the arguments of algorithms such as gradient clipping."""
-    described: dict[str, Any] = {'precision': state.precision.value}
-    for algorithm in state.algorithms:
-        arguments = {key: vars(algorithm).get(key) for key in inspect.signature(type(algorithm)).parameters}
-        plain = {key: value for key, value in arguments.items() if isinstance(value, str | int | float)}
-        described[type(algorithm).__name__] = str(plain)
-    return described
+def _on_rank_zero(do: Callable[[], object]) -> None:
+    """Have it done once; a ValueError is raised by all ranks."""
+    said = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            do()
+        except ValueError as error:
+            said = [str(error)]
+    dist.broadcast_object_list(said)
+    if said[0] is not None:
+        raise ValueError(said[0])
 
 
 def _average_gradients(state: State) -> None:

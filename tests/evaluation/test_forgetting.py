@@ -20,7 +20,8 @@ from cpt_algorithms import Forgetting
 from cpt_algorithms.evaluation.forgetting import token_bytes
 from cpt_algorithms.evaluation.functional import bits_per_byte, by_average, changes, thinned
 from cpt_algorithms.stage.preflight import preflight
-from cpt_algorithms.stage.run import _tracked, write_record
+from cpt_algorithms.stage.restart_checks import write_record
+from cpt_algorithms.stage.run import _tracked
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import ConfigError
 

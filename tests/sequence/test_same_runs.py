@@ -16,7 +16,7 @@ from cpt_algorithms.files import write_json
 from cpt_algorithms.sequence.check import check
 from cpt_algorithms.sequence.run import is_done
 from cpt_algorithms.stage.preflight import PreflightError
-from cpt_algorithms.stage.run import write_record
+from cpt_algorithms.stage.restart_checks import write_record
 
 LR = {'optimizer': {'lr': 2e-3}}
 

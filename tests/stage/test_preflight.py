@@ -9,7 +9,7 @@ import torch
 
 from cpt_algorithms.checkpoints.save_folder import repair
 from cpt_algorithms.stage.preflight import preflight
-from cpt_algorithms.stage.run import write_record
+from cpt_algorithms.stage.restart_checks import write_record
 from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS, Stage
 from cpt_algorithms.validation import ConfigError
 
