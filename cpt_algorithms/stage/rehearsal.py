@@ -3,6 +3,7 @@
 
 import copy
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,13 @@ from accelerate import init_empty_weights
 from composer.core import State
 from composer.loggers import Logger
 from composer.models import HuggingFaceModel
-from composer.utils import dist
+from composer.utils import dist, format_name_with_dist
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from cpt_algorithms.checkpoints.exports import folder_of_pretrained
-from cpt_algorithms.stage.saving import StoppedError
+from cpt_algorithms.formatting import gigabytes
+from cpt_algorithms.stage.saving import StoppedError, savers
 
 __all__ = ['pass_on_generation_config', 'rehearse', 'rehearse_run']
 
@@ -117,8 +119,24 @@ def _pass_on(content: bytes, exporter: HuggingFaceCheckpointer) -> None:
     )
 
 
+def _check_room(state: State) -> None:
+    """A checkpoint holds the weights, and two moments of each that is trained; averages come on top of that."""
+    needed = sum(weights.nbytes for weights in state.model.parameters())
+    for optimizer in state.optimizers:
+        trained = sum(weights.nbytes for group in optimizer.param_groups for weights in group['params'])
+        needed += 2 * trained if 'betas' in optimizer.defaults else 0
+    for saver in savers(state):
+        folder = Path(format_name_with_dist(saver.folder, state.run_name)).absolute()
+        free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+        if free < needed:
+            raise ValueError(
+                f'save_folder={folder}: a checkpoint takes {gigabytes(needed)} or more, and {gigabytes(free)} are '
+                'free; make room, or choose another'
+            )
+
+
 def rehearse_run(state: State) -> None:
-    """The same with a run's own model and exporters, for all ranks.
+    """The same with a run's own model and exporters, for all ranks; also whether a checkpoint fits on the disk.
 
     Args:
         state: At ``Event.FIT_START``.
@@ -131,6 +149,7 @@ def rehearse_run(state: State) -> None:
         model = getattr(state.model, 'module', state.model)  # DDP
         exporters = [each for each in state.callbacks if isinstance(each, HuggingFaceCheckpointer)]
         try:
+            _check_room(state)
             for prepare in [each.transform_config for each in exporters] or [copy.deepcopy]:
                 rehearse(model, prepare)
         except ValueError as error:

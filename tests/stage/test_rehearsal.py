@@ -129,3 +129,15 @@ def test_it_is_refused_before_the_first_batch_and_its_copy_is_not(parent, data, 
     assert not list((tmp_path / 'child').glob('ep*'))
     copied = shutil.copytree(published, tmp_path / 'copied', ignore=lambda *_: ['tokenizer.model'])
     preflight(Stage.from_yaml({**cfg, 'tokenizer': {'name': str(copied)}}))
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named_at_the_start(data, tmp_path, monkeypatch):
+    cfg = tiny.config(tmp_path, data, 'run', max_duration='2ba', scheduler={'t_warmup': '1ba'})
+    weights = sum(each.numel() for each in model_on_meta(Stage.from_yaml(cfg).model).parameters())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=3 * 4 * weights - 1))
+    with pytest.raises(StoppedError, match=rf'^save_folder={tmp_path}/run: a checkpoint takes \S+ MB or more'):
+        tiny.run(cfg)
+    assert not list((tmp_path / 'run').glob('*.pt'))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=3 * 4 * weights))
+    assert sorted(tiny.run(cfg)) == [0, 1]
