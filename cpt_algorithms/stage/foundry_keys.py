@@ -2,6 +2,7 @@
 """Keys that LLM Foundry would take and drop, patterns that match nothing, labels of two, asked of what it builds."""
 
 import ast
+import dataclasses
 import inspect
 import re
 import textwrap
@@ -9,7 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from composer.core import Precision
+from composer.distributed.mosaic_parallelism import SHARDING_MAP, get_mixed_precision
 from composer.models import ComposerModel
+from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from llmfoundry import registry
 from llmfoundry.command_utils import train
 from llmfoundry.layers_registry import param_init_fns
@@ -27,7 +31,16 @@ from cpt_algorithms.keys_read import keys_read
 from cpt_algorithms.stage.stage import Model, Optimizer, Stage
 from cpt_algorithms.validation import check_keys, check_type, nearest, short_repr
 
-__all__ = ['TAKEN_BY_BUILDERS', 'YAML_KEYS', 'check_documents', 'check_labels', 'check_model_keys', 'check_optimizer']
+__all__ = [
+    'TAKEN_BY_BUILDERS',
+    'YAML_KEYS',
+    'check_documents',
+    'check_early_stopper',
+    'check_fsdp',
+    'check_labels',
+    'check_model_keys',
+    'check_optimizer',
+]
 
 # What builders take out of a section before they hand it to what is registered under its name.
 TAKEN_BY_BUILDERS = {
@@ -224,3 +237,51 @@ def check_documents(stage: Stage) -> None:
                 'attn_uses_sequence_id is true: without it, the model would attend across documents there, or fail at '
                 'the first batch'
             )
+
+
+def check_fsdp(stage: Stage) -> None:
+    """Refuse keys of ``fsdp_config`` that Composer would take and never read, and values that fail on ranks only.
+
+    Args:
+        stage: The stage.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    given = stage.given.get('fsdp_config') or {}
+    known = {field.name for kind in (FSDPConfig, FSDP2Config) for field in dataclasses.fields(kind)}
+    check_keys('fsdp_config', given, {name for name in known if not name.startswith('_')})
+    strategies = [name for name in SHARDING_MAP if not name.startswith('_')]
+    choices = {'sharding_strategy': strategies, 'state_dict_type': ['full', 'sharded']}
+    for key, possible in choices.items():
+        value = given.get(key, possible[0])
+        if str(value).lower() not in map(str.lower, possible):
+            raise ValueError(f'fsdp_config.{key}={short_repr(value)} is not possible; {nearest(str(value), possible)}')
+    try:
+        get_mixed_precision(Precision(stage.precision), given.get('mixed_precision', 'DEFAULT'))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'fsdp_config.mixed_precision={short_repr(given["mixed_precision"])} is not possible: {error}'
+        ) from None
+
+
+def check_early_stopper(stage: Stage, metrics: Callable[[bool], list[str]]) -> None:
+    """Refuse a metric that nothing measures, which Composer looks for at the first evaluation only.
+
+    Args:
+        stage: The stage.
+        metrics: Names of the model's metrics, in training or not.
+
+    Raises:
+        ValueError: Naming the key.
+    """
+    given = stage.given.get('callbacks', {}).get('early_stopper')
+    if not given or stage.given.get('icl_tasks'):  # whose metrics are their own
+        return
+    where, label = 'callbacks.early_stopper', given['dataloader_label']
+    labels = ['train', *('eval' if each.label is None else f'eval/{each.label}' for each in stage.eval_loader)]
+    if label not in labels:
+        raise ValueError(f'{where}.dataloader_label={short_repr(label)}: {nearest(str(label), labels)}')
+    metric, known = given['monitor'], metrics(label == 'train')
+    if metric not in known:
+        raise ValueError(f'{where}.monitor={short_repr(metric)} is not measured there; {nearest(str(metric), known)}')

@@ -37,6 +37,8 @@ from cpt_algorithms.stage.foundry_keys import (
     TAKEN_BY_BUILDERS,
     YAML_KEYS,
     check_documents,
+    check_early_stopper,
+    check_fsdp,
     check_labels,
     check_model_keys,
     check_optimizer,
@@ -117,6 +119,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         *(lambda section=section: _check_mapping(section, stage) for section in _MAPPINGS),
         *(lambda where=where, loader=loader: _check_loader(where, loader) for where, loader in stage.loaders),
         lambda: check_labels(stage),
+        lambda: check_fsdp(stage),
         lambda: check_documents(stage),
         lambda: _check_callbacks(stage.callbacks),
         lambda: stage.batches is None or check_ends(stage, stage.batches),
@@ -175,6 +178,11 @@ def _check_top_level(stage: Stage) -> None:
     for key in stage.given.keys() & hints.keys() - Stage.model_fields.keys():
         # llm-foundry keeps what may be a file or a list under a second name
         check_type(key, stage.given[key], hints[key] | hints.get(f'{key}_str', hints[key]))
+    for key in ('icl_tasks', 'eval_gauntlet'):
+        if isinstance(path := stage.given.get(key), str) and not Path(path).is_file():
+            raise ValueError(f'{key}={short_repr(path)} is no file')
+    if stage.given.get('only_hf_checkpoint'):
+        raise ValueError('only_hf_checkpoint=true trains nothing; leave it out, a stage exports at its end')
     if missing := [key for key in _REQUIRED_HERE if not getattr(stage, key)]:
         raise ValueError(' and '.join(missing) + (' is missing' if len(missing) == 1 else ' are missing'))
 
@@ -286,7 +294,9 @@ def _check_callbacks(callbacks: Callbacks) -> None:
 
 def _check_model(stage: Stage) -> None:
     """Ask the model itself, also for the metrics that are looked for."""
-    known = _metrics_of(json.dumps(dict(stage.model.given)), json.dumps(dict(stage.tokenizer.given)))
+    sections = json.dumps(dict(stage.model.given)), json.dumps(dict(stage.tokenizer.given))
+    known = _metrics_of(*sections)
+    check_early_stopper(stage, lambda train: _metrics_of(*sections, train))
     for name in ('final_loss', 'forgetting') if stage.eval_loader else ():
         section: Section | None = getattr(stage.callbacks, name)
         metric = section.given.get('metric') if section is not None else None
@@ -297,12 +307,12 @@ def _check_model(stage: Stage) -> None:
 
 
 @lru_cache  # the runs of a sequence have mostly the same
-def _metrics_of(section: str, tokenizer: str) -> list[str]:
+def _metrics_of(section: str, tokenizer: str, train: bool = False) -> list[str]:
     """Ask the model itself, and write what a checkpoint and an export hold beside its weights."""
     model = model_on_meta(Model.model_validate(json.loads(section)))  # embeddings cannot grow without memory
     vars(model)['tokenizer'] = tokenizer_of(Tokenizer.model_validate(json.loads(tokenizer)))
     rehearse(model)
-    return list(model.get_metrics(is_train=False))
+    return list(model.get_metrics(is_train=train))
 
 
 def _check_algorithm(name: str, stage: Stage) -> None:

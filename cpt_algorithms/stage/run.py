@@ -283,7 +283,7 @@ def _train(stage: Stage) -> None:
         dist.broadcast_object_list(there)  # also waits for what rank 0 does above
     latest, is_trained, parent_is_evaluated, checkpoint, token, cfg['load_path'], wandb_id = there
     cfg['loggers'] = _tracked(cfg.get('loggers') or {}, wandb_id)
-    if cfg.get('log_to_console', True):
+    if cfg.get('log_to_console', True) and not cfg.get('progress_bar'):
         registry.loggers.register('console_line', func=ConsoleLine)
         cfg['log_to_console'] = False
         cfg['loggers']['console_line'] = {'log_interval': str(stage.console_log_interval)}

@@ -107,7 +107,12 @@ OF_HF = {
 
 @pytest.mark.parametrize('loader', ['text', 'replay_text'])
 @pytest.mark.parametrize('kind', ['mpt', 'hf'])
-def test_published_and_documented_keys_pass(kind, loader, llama, data, tmp_path):
+def test_published_and_documented_keys_pass(kind, loader, llama, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key in ('icl_tasks', 'eval_gauntlet'):
+        path = tmp_path / PUBLISHED[key]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('')
     over = nested({**PUBLISHED, **(OF_MPT if kind == 'mpt' else OF_HF)})
     if kind == 'hf':
         over['model'] |= {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': llama}
@@ -139,6 +144,7 @@ REFUSED = {
     'run_name': ({'run_name': None}, 'run_name is missing'),
     'parent without stage_start': ({'load_path': 'x.pt', 'callbacks': {'stage_start': None}}, 'callbacks.stage_start'),
     'adapter': ({'model': {'peft_config': {'peft_type': 'LORA'}}}, 'model.peft_config'),
+    'no training': ({'only_hf_checkpoint': True}, 'only_hf_checkpoint=true'),
     '8 bits': ({'model': {'load_in_8bit': True}}, 'model.load_in_8bit'),
     'masked tokens': ({'train_loader': {'dataset': {'mlm_probability': 0.15}}}, 'mlm_probability=0.15'),
     'documents that end nowhere': (
@@ -191,6 +197,35 @@ def test_labels_are_of_one_evaluator(labels, icl, said, data, tmp_path):
     assert len(found) == (said is not None), found
     if said:
         assert re.search(said, found[0])
+
+
+# What Composer drops, looks for at the first evaluation, or refuses on several ranks only.
+LATE = {
+    'a key of FSDP': ({'fsdp_config': {'sharding_strateg': 'FULL_SHARD'}}, "fsdp_config.sharding_strateg .* 'sharding_strategy'"),
+    'a strategy': ({'fsdp_config': {'sharding_strategy': 'FULL'}}, "fsdp_config.sharding_strategy='FULL' .*FULL_SHARD"),
+    'a precision': ({'fsdp_config': {'mixed_precision': 'HALF'}}, "fsdp_config.mixed_precision='HALF'"),
+    'checkpoints': ({'fsdp_config': {'state_dict_type': 'local'}}, "fsdp_config.state_dict_type='local'"),
+    'a metric': ({'callbacks': {'early_stopper': {'monitor': 'Loss', 'dataloader_label': 'eval/a'}}}, "early_stopper.monitor='Loss'"),
+    'of training': ({'callbacks': {'early_stopper': {'monitor': 'LanguageCrossEntropy', 'dataloader_label': 'train'}}}, 'early_stopper.monitor='),
+    'an evaluator': ({'callbacks': {'early_stopper': {'monitor': 'LanguageCrossEntropy', 'dataloader_label': 'a'}}}, "dataloader_label='a'.* eval/a"),
+    'a file': ({'icl_tasks': 'no/tasks.yaml'}, "icl_tasks='no/tasks.yaml'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', LATE)
+def test_what_would_be_seen_late_is_seen_at_once(case, data, tmp_path):
+    over, said = LATE[case]
+    loaders = [tiny.eval_loader(label, data['new']) for label in 'ab']
+    (found,) = problems(tiny.config(tmp_path, data, 'late', eval_loader=loaders, **over))
+    assert re.search(said, found), found
+
+
+def test_an_early_stopper_of_what_is_measured_passes(data, tmp_path):
+    stopper = {'monitor': 'LanguageCrossEntropy', 'dataloader_label': 'eval/a', 'patience': '2ba'}
+    loaders = [tiny.eval_loader(label, data['new']) for label in 'ab']
+    assert (
+        problems(tiny.config(tmp_path, data, 'stop', eval_loader=loaders, callbacks={'early_stopper': stopper})) == []
+    )
 
 
 # typing errors and keys in a wrong place; every one was dropped without a word
