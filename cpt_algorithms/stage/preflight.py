@@ -395,6 +395,8 @@ def _check_loading(stage: Stage) -> None:
             'autoresume=false: a restart would begin at batch 0 again, over the old checkpoints if they are sharded; '
             'leave it out (the recipe sets it to true)'
         )
+    if 'load_checkpoint' in (stage.given.get('callbacks') or {}):
+        raise ValueError('callbacks.load_checkpoint reads weights that no other check knows of; name them in load_path')
     if not stage.load_path:
         return
     if stage.callbacks.stage_start is None:

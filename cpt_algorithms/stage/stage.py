@@ -36,15 +36,28 @@ KEEP_OPTIMIZER_IGNORE_KEYS = [
 
 def _time(units: tuple[str, ...]) -> Any:
     def parse(value: Any) -> Duration:
-        if isinstance(value, int) and not isinstance(value, bool) and 'dur' in units:
+        if isinstance(value, int) and not isinstance(value, bool) and 'ep' in units:
             value = f'{value}ep'  # Composer's meaning of a number
         return Duration.parse('KEY', value, units)
 
     return BeforeValidator(parse)
 
 
+def _more_than_none(time: Duration) -> Duration:
+    if not time.value:
+        raise ValueError('must be more than nothing')
+    return time
+
+
+def _keeps_some(kept: int) -> int:
+    if kept == 0:
+        raise ValueError('keeps no checkpoint that a restart could go on from; use 1 or more, or -1 for all')
+    return kept
+
+
 MaxDuration = Annotated[Duration, _time((*ABSOLUTE, 'ep'))]
 Interval = Annotated[Duration, _time(UNITS)]
+SaveInterval = Annotated[Interval, AfterValidator(_more_than_none)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[int, Field(ge=-1)]
 OneOrSeveral = BeforeValidator(lambda given: [given] if isinstance(given, Mapping) else given)
@@ -216,7 +229,7 @@ class HuggingFaceCheckpointer(Section):
     """When and how the model is exported."""
 
     save_folder: str | None = None
-    save_interval: Interval = Duration(1, 'dur')
+    save_interval: SaveInterval = Duration(1, 'dur')
     precision: str = 'float32'
 
 
@@ -279,8 +292,8 @@ class Stage(Section):
     global_train_batch_size: Positive
     run_name: str = ''
     save_folder: Annotated[str, AfterValidator(fits_on_a_disk)] = ''
-    save_interval: Interval = Duration(1000, 'ba')
-    save_num_checkpoints_to_keep: Share = -1
+    save_interval: SaveInterval = Duration(1000, 'ba')
+    save_num_checkpoints_to_keep: Annotated[int, Field(ge=-1), AfterValidator(_keeps_some)] = -1
     save_overwrite: bool = False
     save_weights_only: bool = False
     load_path: PathStr | None = None
@@ -290,7 +303,7 @@ class Stage(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     precision: Annotated[Literal['fp32', 'amp_fp16', 'amp_bf16', 'amp_fp8'], LowerCase] = 'amp_bf16'
     python_log_level: Annotated[Literal['debug', 'info', 'warning', 'error', 'critical'], LowerCase] = 'debug'
-    console_log_interval: Interval = Duration(1, 'ba')
+    console_log_interval: Annotated[Duration, _time(('ba', 'ep'))] = Duration(1, 'ba')
     # Composer cannot split a batch of text into parts of 2.5 rows
     device_train_microbatch_size: Positive | Literal['auto'] = 'auto'
     device_eval_batch_size: Positive | None = None

@@ -208,6 +208,10 @@ LATE = {
     'a metric': ({'callbacks': {'early_stopper': {'monitor': 'Loss', 'dataloader_label': 'eval/a'}}}, "early_stopper.monitor='Loss'"),
     'of training': ({'callbacks': {'early_stopper': {'monitor': 'LanguageCrossEntropy', 'dataloader_label': 'train'}}}, 'early_stopper.monitor='),
     'an evaluator': ({'callbacks': {'early_stopper': {'monitor': 'LanguageCrossEntropy', 'dataloader_label': 'a'}}}, "dataloader_label='a'.* eval/a"),
+    'no checkpoint': ({'save_num_checkpoints_to_keep': 0}, 'save_num_checkpoints_to_keep=0'),
+    'no interval': ({'save_interval': '0ba'}, "save_interval='0ba'"),
+    'a unit': ({'console_log_interval': '10tok'}, "console_log_interval='10tok' .* in ba or ep"),
+    'weights from elsewhere': ({'callbacks': {'load_checkpoint': {'load_path': 'x'}}}, 'callbacks.load_checkpoint .* load_path'),
     'a file': ({'icl_tasks': 'no/tasks.yaml'}, "icl_tasks='no/tasks.yaml'"),
 }  # fmt: skip
 
