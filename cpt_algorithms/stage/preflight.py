@@ -77,7 +77,11 @@ _REQUIRED_HERE = ('run_name', 'save_folder')
 _IMPLICIT_ARGUMENTS = {'self', 'tokenizer', 'device_batch_size', 'params', 'train_config', 'model'}
 # llm-foundry's builders by section, and where the names of each are registered.
 _NAMED = {'scheduler': registry.schedulers, 'optimizer': registry.optimizers, 'model': registry.models}
-_MAPPINGS = {'callbacks': registry.callbacks, 'algorithms': registry.algorithms, 'loggers': registry.loggers}
+_MAPPINGS = {
+    'callbacks': (registry.callbacks, registry.callbacks_with_config),
+    'algorithms': (registry.algorithms,),
+    'loggers': (registry.loggers,),
+}
 
 
 class PreflightError(ConfigError):
@@ -187,9 +191,8 @@ def _check_top_level(stage: Stage) -> None:
         raise ValueError(' and '.join(missing) + (' is missing' if len(missing) == 1 else ' are missing'))
 
 
-def _check_arguments(where: str, kind: Any, name: str, arguments: Mapping[str, Any] | None) -> None:
-    """The name is registered and takes these arguments."""
-    known = kind.get_all()
+def _check_arguments(where: str, known: Mapping[str, Any], name: str, arguments: Mapping[str, Any] | None) -> None:
+    """The name is one of those registered, and takes these arguments."""
     if name not in known:
         raise ValueError(f'{where}: nothing is registered as {name!r}; {nearest(name, known)}')
     hints = _hints_of(known[name])
@@ -222,19 +225,18 @@ def _check_named(section: str, stage: Stage) -> None:
         raise ValueError('optimizer.lr is missing')
     taken = TAKEN_BY_BUILDERS.get(section, ())
     arguments = {key: value for key, value in named.arguments.items() if key not in taken}
-    _check_arguments(section, _NAMED[section], named.name, arguments)
+    _check_arguments(section, _NAMED[section].get_all(), named.name, arguments)
 
 
 def _check_mapping(section: str, stage: Stage) -> None:
     for name, arguments in (stage.given.get(section) or {}).items():
-        with_config = section == 'callbacks' and name in registry.callbacks_with_config
-        kind = registry.callbacks_with_config if with_config else _MAPPINGS[section]
-        _check_arguments(f'{section}.{name}', kind, name, arguments)
+        known = {each: kind for kinds in _MAPPINGS[section] for each, kind in kinds.get_all().items()}
+        _check_arguments(f'{section}.{name}', known, name, arguments)
 
 
 def _check_loader(where: str, loader: Loader) -> None:
     given = {key: value for key, value in loader.arguments.items() if key not in TAKEN_BY_BUILDERS['eval_loader']}
-    _check_arguments(where, registry.dataloaders, loader.name, given)
+    _check_arguments(where, registry.dataloaders.get_all(), loader.name, given)
     dataset = loader.dataset
     hints = _hints_of(StreamingDataset) | _hints_of(StreamingTextDataset) | _hints_of(ReplayTextDataset)
     for key, value in dataset.given.items():

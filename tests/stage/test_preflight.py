@@ -199,7 +199,7 @@ def test_somebody_elses_checkpoints_are_not_taken_over(data, tmp_path):
     one = tiny.config(tmp_path, data, 'one', max_duration='2ba', scheduler={'t_max': '8ba'})
     tiny.run(one)
     cfg = tiny.config(tmp_path, data, 'two', save_folder=str(tmp_path / 'one'))
-    assert 'holds the checkpoints of a run that this recipe did not start' in problems(cfg)[0]
+    assert "holds the checkpoints of run 'one'" in problems(cfg)[0]
     write_record(Stage.from_yaml({**cfg, 'run_name': 'one', 'max_duration': '2ba', 'scheduler': one['scheduler']}))
     assert "holds the checkpoints of run 'one', and run_name is 'two'" in problems(cfg)[0]
     preflight(Stage.from_yaml(one))

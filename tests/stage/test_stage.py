@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny
 
+from cpt_algorithms.duration import Duration
 from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS, Stage
 from cpt_algorithms.validation import ConfigError
 
@@ -53,7 +54,7 @@ def test_what_follows_from_a_stage(yaml, tmp_path):
 
 
 WRONG = {
-    'max_duration': (12, '12', 'tok'),
+    'max_duration': ('12', '12', 'tok'),
     'max_seq_len': ('16', "'16'", 'whole number'),
     'global_train_batch_size': (8.0, '8.0', 'whole number'),
     'run_name': (5, '5', 'text'),
@@ -112,3 +113,8 @@ def test_what_is_no_train_yaml_is_refused(given):
 def test_it_needs_neither_torch_nor_composer():
     code = 'import sys, cpt_algorithms.stage.record; assert not {"torch", "composer", "llmfoundry"} & set(sys.modules)'
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_a_number_is_epochs_as_composer_takes_it(yaml):
+    for key in ('max_duration', 'save_interval', 'eval_interval', 'console_log_interval'):
+        assert getattr(Stage.from_yaml({**yaml, key: 2}), key) == Duration(2, 'ep')
