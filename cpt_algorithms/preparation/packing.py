@@ -135,7 +135,7 @@ def cut(parts: Iterable[Tokens], max_seq_len: int, at_once: int = 1 << 20) -> Ge
         The fewer than ``max_seq_len`` tokens left over.
     """
     waiting, size = [np.zeros(0, np.int32)], 0
-    for part in parts:
+    for part in (run[at : at + at_once] for run in parts for at in range(0, len(run), at_once)):
         waiting.append(part)
         size += len(part)
         if size >= max(at_once, max_seq_len):

@@ -7,10 +7,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cpt_algorithms.preparation.sources import Broken, Part, in_chunks, read
 
 __all__ = ['PackJob', 'TokenizeJob', 'Tokenized', 'appearing', 'columns', 'leftover', 'pack', 'rows', 'tokenize']
 
-CHUNK_CHARACTERS = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
+CHUNK = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
 SMALLEST_WINDOW = 1 << 11  # characters
 AGREEING = 4  # words, at least, by which two windows are found to go on alike
 _WORD_BEGINS = re.compile(r'\W\w')
@@ -131,23 +132,26 @@ def _load(tokenizer: str, content: str) -> Any:
     return loaded
 
 
-def encode(tokenizer: Any, texts: list[str]) -> Iterator[NDArray[np.int32]]:
-    """The tokens of each text; one longer than ``CHUNK_CHARACTERS`` is done by :func:`encode_long`."""
-    short = [text for text in texts if len(text) <= CHUNK_CHARACTERS]
+def encode(tokenizer: Any, texts: list[str]) -> Iterator[Iterable[NDArray[np.int32]]]:
+    """The tokens of each text, in pieces; one longer than ``CHUNK`` is done by :func:`encode_long`."""
+    short = [text for text in texts if len(text) <= CHUNK]
     encodings = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
     for text in texts:
-        if len(text) <= CHUNK_CHARACTERS:
-            yield np.array(next(encodings).ids, np.int32)
+        if len(text) <= CHUNK:
+            yield [np.array(next(encodings).ids, np.int32)]
         else:
-            yield np.concatenate(list(encode_long(tokenizer, text, CHUNK_CHARACTERS)))
+            yield encode_long(tokenizer, text, CHUNK)
 
 
 def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int32]]:
     """The tokens of a long text, the same as all at once, in windows.
 
-    Windows overlap by a sixteenth, and are joined where the middle half of that has several words, and the same tokens
-    at the same places in both. Where it has not, as in a run of spaces or of letters alone, the first window grows to
-    twice its size, in the end to the whole rest.
+    Windows overlap by a sixteenth, and are joined where the middle half of that has the same tokens at the same places
+    in both, and either several words or, of BPE, is inside one word in both. For a merge across a place where both
+    windows begin the same token needs the tokens beside it, which BPE makes of their own characters alone: what the
+    windows did not merge, the whole does not.
+    Where no such place is, as in a word of another model than BPE, the first window grows to twice its size, in the end
+    to the whole rest.
 
     Args:
         tokenizer: Of ``tokenizers``.
@@ -158,18 +162,17 @@ def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int
     """
     size = max(size, SMALLEST_WINDOW)
     overlap = size // 16
+    bpe = type(tokenizer.model).__name__ == 'BPE'
     start, width, given = 0, size, 0  # of the window; tokens of it that the one before gave
     encoding = tokenizer.encode(text[:size], add_special_tokens=False)
     while start + width < len(text):
         following = start + width - overlap
         after = tokenizer.encode(text[following : following + size], add_special_tokens=False)
         low, high = following + overlap // 4, following + 3 * overlap // 4
-        here, end = _between(encoding, low - start, high - start)
-        there, begin = _between(after, low - following, high - following)
-        words = len(_WORD_BEGINS.findall(text, low, high))
-        if words >= AGREEING and [(token, at + start) for token, at in here] == [
-            (token, at + following) for token, at in there
-        ]:
+        here, end, one_here = _between(encoding, low - start, high - start)
+        there, begin, one_there = _between(after, low - following, high - following)
+        safe = (bpe and one_here and one_there) or len(_WORD_BEGINS.findall(text, low, high)) >= AGREEING
+        if safe and [(token, at + start) for token, at in here] == [(token, at + following) for token, at in there]:
             yield np.array(encoding.ids[given:end], np.int32)
             start, width, given, encoding = following, size, begin, after
         else:
@@ -178,11 +181,12 @@ def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int
     yield np.array(encoding.ids[given:], np.int32)
 
 
-def _between(encoding: Any, low: int, high: int) -> tuple[list[tuple[int, int]], int]:
-    """The tokens that begin within these characters, with their places, and the number of the first."""
+def _between(encoding: Any, low: int, high: int) -> tuple[list[tuple[int, int]], int, bool]:
+    """The tokens that begin within these characters, with their places; the number of the first; if in one word."""
     first, last = _first_from(encoding, low), _first_from(encoding, high)
     starts = [encoding.token_to_chars(token)[0] for token in range(first, last)]  # offsets of all take as long as ids
-    return list(zip(encoding.ids[first:last], starts, strict=True)), first
+    words = {encoding.token_to_word(token) for token in range(first - 1, last)} if 0 < first < last else ()
+    return list(zip(encoding.ids[first:last], starts, strict=True)), first, len(words) == 1
 
 
 def _first_from(encoding: Any, place: int) -> int:
@@ -203,7 +207,8 @@ def tokenize(job: TokenizeJob) -> Tokenized:
     """Tokenise a part, or find it done.
 
     Cost: that of ``tokenizers``; memory does not depend on the size of the part but for its ``digests``, ``lengths``
-    and ``signatures``.
+    and ``signatures``, and, of one long document, three times its bytes (in the worst case, one character in four bytes
+    of Python's, nine times).
     """
     from cpt_algorithms.preparation.duplicates import NearDuplicates, digests, is_held_out, signatures
 
@@ -225,14 +230,14 @@ def tokenize(job: TokenizeJob) -> Tokenized:
     if near:
         arrays['signatures'] = [np.zeros((0, near.bands[0]), np.uint64)]
     with appearing(folder) as partial, open(partial / 'tokens', 'wb') as file:
-        for chunk in in_chunks(read(job.part, broken), CHUNK_CHARACTERS):
+        for chunk in in_chunks(read(job.part, broken), CHUNK):
             texts, sizes = [], []
             for text in chunk:
                 try:
-                    size = len(text.encode())
+                    size = sum(len(text[at : at + CHUNK].encode()) for at in range(0, len(text), CHUNK))
                 except UnicodeEncodeError:  # half a character, which JSON can spell
                     continue
-                if text.strip():
+                if text and not text.isspace():
                     texts.append(text)
                     sizes.append(size)
             skipped += len(chunk) - len(texts)
@@ -249,10 +254,10 @@ def tokenize(job: TokenizeJob) -> Tokenized:
             held_out_texts += [(documents + number, texts[number][:DOCUMENT_CHARACTERS]) for number in kept]
             documents += len(texts)
             lengths = np.zeros(len(texts), np.uint32)
-            tokens = list(encode(tokenizer, [texts[number] for number in fresh]))
-            lengths[fresh] = [len(start) + len(document) + len(end) for document in tokens]
-            if tokens:
-                np.concatenate([each for document in tokens for each in (start, document, end)]).tofile(file)
+            for number, windows in zip(fresh, encode(tokenizer, [texts[number] for number in fresh]), strict=True):
+                for tokens in chain([start], windows, [end]):
+                    file.write(tokens.tobytes())
+                    lengths[number] += len(tokens)
             arrays['digests'].append(identities)
             arrays['lengths'].append(lengths)
             arrays['bytes'].append(np.array(sizes, np.uint32))
@@ -312,7 +317,7 @@ def leftover(job: PackJob) -> NDArray[np.int32]:
     if not size:
         return np.zeros(0, np.int32)
     wanted[: numbers[np.flatnonzero(behind >= size)[-1]]] = False
-    return np.concatenate(list(pieces(job.tokenized.tokens, lengths, wanted, job.trim)))[-size:]
+    return np.concatenate([piece[-size:] for piece in pieces(job.tokenized.tokens, lengths, wanted, job.trim)])[-size:]
 
 
 def pack(job: PackJob) -> None:

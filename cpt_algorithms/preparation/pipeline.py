@@ -35,6 +35,8 @@ from cpt_algorithms.preparation.tokenizer import document_ends, hash_tokenizer, 
 
 __all__ = ['prepare', 'resumable']
 
+MOST_DECODED = 1 << 20  # tokens at once
+
 
 @dataclass
 class _Dataset:
@@ -182,11 +184,13 @@ def _training_texts(parts: Iterable[Part], val_fraction: float) -> Iterator[str]
 
     seen = set()
     for text in chain.from_iterable(map(read, parts)):
+        if not text or text.isspace():
+            continue
         try:
             identity = digests([text])
         except UnicodeEncodeError:
             continue
-        if text.strip() and identity.tobytes() not in seen and not is_held_out(identity, val_fraction)[0]:
+        if identity.tobytes() not in seen and not is_held_out(identity, val_fraction)[0]:
             seen.add(identity.tobytes())
             # memory of a trainer grows with the longest; no shorter than what is installed, which is not cut
             yield from (text[at : at + MAX_INSTALLED_BYTES] for at in range(0, len(text), MAX_INSTALLED_BYTES))
@@ -378,14 +382,17 @@ def _assemble(folder: Path, jobs: list[PackJob], request: Request, counts: Count
         merge_index(indexes, str(folder), keep_local=True)
     finally:
         logging.disable(logging.NOTSET)
-    dropped = np.concatenate([rest, *(_trimmed(job) for job in jobs if job.trim)]).tolist()
-    text = tokenizer.decode(dropped, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    dropped = np.concatenate([rest, *(_trimmed(job) for job in jobs if job.trim)])
+    texts = (
+        tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for tokens in np.split(dropped, range(MOST_DECODED, len(dropped), MOST_DECODED))
+    )
     return counts.model_copy(
         update={
             'samples': samples,
             'tokens': samples * max_seq_len,
             'leftover': counts.leftover + len(rest),
-            'bytes': counts.bytes - len(text.encode()),
+            'bytes': counts.bytes - sum(len(text.encode()) for text in texts),
         }
     )
 

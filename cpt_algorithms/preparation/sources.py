@@ -310,39 +310,43 @@ def _streamed(source: Source, text_key: str, size: int, spool: Path) -> Iterator
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema({text_key: pa.large_string()})
+    schema = pa.schema({'text': pa.large_string(), 'problem': pa.string()})
     spool.mkdir(parents=True, exist_ok=True)
     with _reading(source):
         data: Any = _dataset(source)
-        number, metadata = 0, {}
+        number, before, metadata = 0, 0, {}
         while (file := spool / f'{number:06}.parquet').exists():
-            metadata = pq.read_schema(file).metadata
-            yield (str(file), 0, pq.read_metadata(file).num_row_groups), size
-            number += 1
+            described = pq.read_metadata(file)
+            metadata = described.metadata
+            yield (str(file), 0, described.num_row_groups), size
+            number, before = number + 1, before + described.num_rows
         if b'last' in metadata:
             return
         if b'state' in metadata:
             data.load_state_dict(json.loads(metadata[b'state']))
-        rows: list[str] = []
+        texts: list[str | None] = []
+        problems: list[str | None] = []
         rest = size
 
         def write(last: dict[str, str]) -> tuple[Unit, int]:
             file, partial = spool / f'{number:06}.parquet', spool / '.partial'
-            table = pa.table({text_key: rows}, schema=schema).replace_schema_metadata(last)
+            table = pa.table({'text': texts, 'problem': problems}, schema=schema).replace_schema_metadata(last)
             pq.write_table(table, partial, compression='zstd')
             partial.replace(file)
             return (str(file), 0, pq.read_metadata(file).num_row_groups), size
 
-        for row in data:
-            if isinstance(text := text_of(text_key, row), BrokenRow):
+        for place, row in enumerate(data, before + 1):
+            text, problem = text_of(text_key, row), None
+            if isinstance(text, BrokenRow):
+                text, problem = None, f'hf:{source.target}, row {place}: {text}'
                 if not source.skip_broken or text_key not in row:
-                    raise PrepareError(f'{source.label}: {text}')
-                text = ''
-            rows.append(text)
-            rest -= len(text)
+                    raise PrepareError(f'{source.label}: {problem}')
+            texts.append(text)
+            problems.append(problem)
+            rest -= len(text or problem or '')
             if rest <= 0:
                 yield write({'state': json.dumps(data.state_dict())})
-                rows, rest, number = [], size, number + 1
+                texts, problems, rest, number = [], [], size, number + 1
         yield write({'last': ''})
 
 

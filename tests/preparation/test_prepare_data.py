@@ -239,7 +239,7 @@ def test_limits(tmp_path):
 
 def test_the_same_bytes_again_whatever_the_chunks(two, tmp_path, monkeypatch):
     out, manifest, _, specs = two
-    monkeypatch.setattr(parts, 'CHUNK_CHARACTERS', 500)
+    monkeypatch.setattr(parts, 'CHUNK', 500)
     prepare(tmp_path / 'again', *specs)
     assert every_byte(tmp_path / 'again') == every_byte(out)
 

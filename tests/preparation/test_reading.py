@@ -168,3 +168,14 @@ def test_folders_of_save_to_disk_and_other_files_of_datasets(tmp_path):
     assert read(f'csv?data_files={tmp_path}/a.csv') == texts
     with pytest.raises(PrepareError, match="'tset'.*did you mean 'test'"):
         read(f'{tmp_path}/two?split=tset')
+
+
+def test_rows_of_datasets_that_hold_no_text(tmp_path):
+    data = datasets.Dataset.from_dict({'text': [['a'], None, ['b']]})
+    data.save_to_disk(str(tmp_path / 'lists'))
+    target = f'hf:{tmp_path}/lists'
+    with pytest.raises(PrepareError, match=f"^dataset x: {target}, row 1: column 'text' holds list, not text"):
+        read_all(target)
+    texts, broken = read_all(target, skip_broken=True)
+    assert texts == [''] and broken.count == 2
+    assert broken.first[1] == f"{target}, row 3: column 'text' holds list, not text"
