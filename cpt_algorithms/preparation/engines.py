@@ -5,7 +5,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
@@ -47,14 +46,14 @@ class LocalEngine:
 
     def __init__(self, workers: int):
         self._workers = workers
-        self._stack = ExitStack()
         self._pool: Any = None
 
     def __enter__(self) -> 'LocalEngine':
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
 
     def _map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
         """The results in order, with a few jobs begun ahead; those not begun when nobody asks further never are."""
@@ -68,7 +67,6 @@ class LocalEngine:
             context = get_context('forkserver')
             context.set_forkserver_preload(['streaming', 'pyarrow.parquet', 'tokenizers', __name__])
             self._pool = ProcessPoolExecutor(self._workers, context, _end_with_parent)
-            self._stack.callback(self._pool.shutdown, cancel_futures=True)
         jobs, waiting = iter(jobs), deque()
         try:
             while True:

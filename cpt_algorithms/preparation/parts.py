@@ -34,16 +34,9 @@ FORMAT = 3  # of the files of a tokenised part
 
 @dataclass(frozen=True)
 class TokenizeJob:
-    """One part to tokenise.
+    """One part to tokenise, with a file of ``tokenizers``, into a folder below ``parts``.
 
-    Args:
-        part: What is read.
-        tokenizer: A file of ``tokenizers``.
-        tokenizer_hash: Of its content.
-        ends: The tokens put before and behind each document.
-        val_fraction: Share of the documents held out.
-        near: The keywords of ``NearDuplicates``, if these are looked for.
-        parts: The folder of all tokenised parts.
+    ``ends`` are the tokens put before and behind each document; ``near`` the keywords of ``NearDuplicates``.
     """
 
     part: Part
@@ -140,11 +133,11 @@ def encode(tokenizer: Any, texts: list[str]) -> Iterator[Iterable[NDArray[np.int
         if len(text) <= CHUNK:
             yield [np.array(next(encodings).ids, np.int32)]
         else:
-            yield encode_long(tokenizer, text, CHUNK)
+            yield encode_long(tokenizer, text, max(CHUNK, SMALLEST_WINDOW))
 
 
 def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int32]]:
-    """The tokens of a long text, the same as all at once, in windows.
+    """The tokens of a long text, the same as all at once, in windows of ``size`` characters, at least 2,048.
 
     Windows overlap by a sixteenth, and are joined where the middle half of that has the same tokens at the same places
     in both, and either several words or, of BPE, is inside one word in both. For a merge across a place where both
@@ -153,14 +146,8 @@ def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int
     Where no such place is, as in a word of another model than BPE, the first window grows to twice its size, in the end
     to the whole rest.
 
-    Args:
-        tokenizer: Of ``tokenizers``.
-        text: The text.
-        size: Characters of a window, at least 2,048.
-
     Cost: memory of some 150 bytes for each character of a window, and twice the time.
     """
-    size = max(size, SMALLEST_WINDOW)
     overlap = size // 16
     bpe = type(tokenizer.model).__name__ == 'BPE'
     start, width, given = 0, size, 0  # of the window; tokens of it that the one before gave
@@ -274,16 +261,10 @@ def tokenize(job: TokenizeJob) -> Tokenized:
 
 @dataclass(frozen=True)
 class PackJob:
-    """What one part gives to one split, to be written as shards.
+    """What one part gives to one split, to be written as shards into a folder.
 
-    Args:
-        tokenized: The part.
-        split: ``<split>.npy`` of the part says which documents.
-        trim: Tokens left out at the end of the last of them.
-        samples: Samples that this makes.
-        max_seq_len: Tokens of a sample.
-        writer: Keywords of ``MDSWriter``: ``compression``, ``hashes``.
-        folder: Where the shards go.
+    ``<split>.npy`` of the part says which documents; of the last of them ``trim`` tokens are left out. ``writer`` are
+    keywords of ``MDSWriter``.
     """
 
     tokenized: Tokenized

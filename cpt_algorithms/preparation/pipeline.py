@@ -68,19 +68,16 @@ def prepare(
     tokenizer: Any,
     earlier: list[Earlier],
 ) -> Path:
-    """Do the work of a request, or what is left of it.
+    """Do the work of a request, or what an earlier call has left of it in ``partial``; the finished folder in there.
 
     Args:
         request: What decides the result.
         sources: In order; those of one dataset follow one another.
         files: The files of each source, by ``str(source)``.
-        partial: Folder to work in; may hold what an earlier call left.
+        partial: Folder to work in.
         engine: A :class:`~cpt_algorithms.preparation.engines.LocalEngine` or one like it.
-        tokenizer: The tokenizer; none to train one on the first dataset.
+        tokenizer: None to train one on the first dataset.
         earlier: Data prepared before.
-
-    Returns:
-        The finished folder, in ``partial``.
 
     Raises:
         PrepareError: If the input is not as it should be.
@@ -155,9 +152,7 @@ def resumable(partial: Path) -> Iterator[None]:
 
 
 def _datasets(request: Request, sources: list[Source], files: dict[str, list[str]]) -> list[_Dataset]:
-    """The sources by dataset."""
-    limits = [request.max_train_tokens, request.max_val_tokens]
-    max_tokens = sum(limit or 0 for limit in limits) if limits[0] else None
+    max_tokens = request.max_train_tokens and request.max_train_tokens + (request.max_val_tokens or 0)
     datasets = []
     for name in dict.fromkeys(source.dataset for source in sources):
         own = [source for source in sources if source.dataset == name]
@@ -202,9 +197,8 @@ def _decide(
     """Tokenise a dataset as far as its limits need and decide which documents go where."""
     from tqdm import tqdm
 
-    limits = {split: getattr(request, f'max_{split}_tokens') for split in SPLITS}
-    max_seq_len = request.max_seq_len
-    limits = {split: limit and limit // max_seq_len * max_seq_len for split, limit in limits.items()}
+    size, given = request.max_seq_len, {'train': request.max_train_tokens, 'val': request.max_val_tokens}
+    limits = {split: limit and limit // size * size for split, limit in given.items()}
     parts: list[Part] = []
 
     def noting() -> Iterator[Part]:

@@ -53,14 +53,7 @@ Rows = Iterator[str | BrokenRow]
 
 
 def rows_of(kind: str, unit: Unit, text_key: str, encoding: str | None) -> Rows:
-    """The rows of a unit in order; blank where there is no text.
-
-    Args:
-        kind: ``installed``, ``text``, ``jsonl``, ``parquet`` or ``hf``.
-        unit: The file and range.
-        text_key: The column of the text.
-        encoding: Of the text; none for UTF-8.
-    """
+    """The rows of a unit of a kind of source in order; blank where there is no text. No encoding is UTF-8."""
     if kind == 'installed':
         return _read_installed(unit[0])
     if kind == 'text':
@@ -212,14 +205,7 @@ def _parse(file: str, at: int, line: bytes | str, text_key: str, encoding: str |
 
 
 def _decoding_error(file: str, start: int, data: bytes, error: UnicodeDecodeError) -> BrokenRow:
-    """Which byte is not of the encoding, and which one the text seems to have.
-
-    Args:
-        file: The file.
-        start: Bytes of it before ``data``.
-        data: What was decoded.
-        error: What came of it.
-    """
+    """Which byte is not of the encoding, and which one the text seems to have; ``start`` bytes come before ``data``."""
     with closing(_open(file)) as handle:
         head = handle.read(64)
     low = max(0, error.start - 512)

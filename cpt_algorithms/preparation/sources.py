@@ -228,26 +228,18 @@ def find_files(source: Source) -> list[str]:
 def part_size(size: int | None, max_tokens: int | None) -> int:
     """Bytes of text in a part: a ``1 / PARTS`` of what will be read, between ``SMALLEST_PART`` and ``LARGEST_PART``.
 
-    A function of the input and the limits alone, so that any engine cuts alike.
-
-    Args:
-        size: Bytes of a dataset, if they are known.
-        max_tokens: The limits of its splits together, if each that is needed has one.
+    A function of the input and the limits alone, so that any engine cuts alike: the bytes of a dataset, if they are
+    known, and the limits of its splits together, if train has one.
     """
     needed = [number for number in (size, max_tokens and max_tokens * BYTES_PER_TOKEN) if number is not None]
     return min(max(min(needed, default=LARGEST_PART * PARTS) // PARTS, SMALLEST_PART), LARGEST_PART)
 
 
 def parts_of(source: Source, files: list[str], text_key: str, size: int, first: int, spool: Path) -> Iterator[Part]:
-    """Cut a source into parts of about ``size`` bytes of text, in order; those of ``hf`` as they arrive.
+    """Cut a source into parts of about ``size`` bytes of text, in order, numbered from ``first``.
 
-    Args:
-        source: The source.
-        files: Its files.
-        text_key: The column of the text.
-        size: Bytes.
-        first: The number of the first part.
-        spool: Folder for what ``hf`` streams: it is read from there from then on, and resumed behind it.
+    Those of ``hf`` come as they arrive: what it streams is read from the folder ``spool`` from then on, and resumed
+    behind it.
     """
     units, total, number = [], 0, first
     found = _streamed(source, text_key, size, spool) if source.kind == 'hf' else _units(source, files, text_key, size)
@@ -369,12 +361,7 @@ def _reading(source: Source, file: str = '') -> Iterator[None]:
 
 
 def read(part: Part, broken: Broken | None = None) -> Iterator[str]:
-    """The documents of a part in order; blank where there is no text.
-
-    Args:
-        part: The part.
-        broken: Counts what cannot be read and is left out, if the source says so.
-    """
+    """The documents of a part in order, blank where there is no text; ``broken`` counts what the source leaves out."""
     source, broken = part.source, broken or Broken()
     for unit in part.units:
         try:

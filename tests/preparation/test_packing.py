@@ -23,6 +23,7 @@ def cut_all(tokens, max_seq_len, at_once=1 << 20):
 def test_cut_by_hand():
     assert cut_all([[7, 1, 2], [3, 9], [], [4, 5, 9]], 3) == ([[7, 1, 2], [3, 9, 4]], [5, 9])
     assert cut_all([], 4) == ([], [])
+    assert [len(block) for block in cut([np.arange(1000, dtype=np.int32)], 4, at_once=100)] == [25] * 10  # and no more
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=12), max_size=8), st.integers(2, 7), st.integers(1, 20))

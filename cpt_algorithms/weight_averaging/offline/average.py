@@ -27,12 +27,9 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Average:
-    """One tensor to make.
+    """One tensor to make, of parts (weights, and what they weigh) of one dtype and shape, in the dtype of the result.
 
-    Args:
-        parts: Weights, and what they weigh; of one dtype and shape.
-        dtype: Of the result.
-        write: Called with the first byte and the bytes of each block of the result, from several threads.
+    ``write`` is called with the first byte and the bytes of each block of the result, from several threads.
     """
 
     parts: Sequence[tuple[float, TensorOnDisk]]
@@ -80,11 +77,7 @@ def describe(stored: TensorOnDisk) -> str:
 
 
 def view_average(checkpoint: Checkpoint, average: str) -> list[tuple[float, Checkpoint]]:
-    """An average that a callback kept, as parts that look like checkpoints.
-
-    Args:
-        checkpoint: A Composer checkpoint.
-        average: ``lawa``, or the name of one of the EMAs.
+    """An average (``lawa``, or the name of an EMA) that a callback kept, as parts that look like checkpoints.
 
     Returns:
         Weights (with sum 1) and checkpoints. What the average does not hold (buffers, frozen parameters) is the
