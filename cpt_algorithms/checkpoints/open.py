@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the tensors of a checkpoint lie on disk: Composer ``.pt``, Composer sharded and Hugging Face safetensors.
 
-Opening reads names, dtypes, shapes and positions, never the tensors, and runs no code that a file brings along.
+Opening reads names, dtypes, shapes and positions, never the tensors, and runs no code that a file brings along. What is
+missing, damaged or of another form raises CheckpointError; what would run code, UnsafeCheckpointError.
 """
 
 import hashlib
@@ -361,11 +362,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: str | Path) -> metadata.Metadata:
-    """The metadata of a sharded checkpoint, without the risk of ``FileSystemReader.read_metadata``, a plain unpickling.
-
-    Raises:
-        CheckpointError: If it asks for anything but metadata, or is damaged.
-    """
+    """The metadata of a sharded checkpoint, without the plain unpickling of ``FileSystemReader.read_metadata``."""
     path = Path(folder) / '.metadata'
     if not path.is_file():
         raise CheckpointError(f'{path} is no file')
@@ -388,12 +385,7 @@ def read_metadata(folder: str | Path) -> metadata.Metadata:
 
 
 def load_structure(path: str | Path) -> dict[str, Any]:
-    """What a Composer ``.pt`` file holds; its tensors have a dtype and a shape, and no data.
-
-    Raises:
-        UnsafeCheckpointError: If unpickling it could run code.
-        CheckpointError: If it is cut off, damaged, or no checkpoint of Composer.
-    """
+    """What a Composer ``.pt`` file holds; its tensors have a dtype and a shape, and no data."""
     path = Path(path)
     loaded = _load_without_data(path, str(path))
     if not isinstance(loaded, dict) or not isinstance(loaded.get('state'), dict):
@@ -402,12 +394,7 @@ def load_structure(path: str | Path) -> dict[str, Any]:
 
 
 def load_entry(path: Path, offset: int, length: int, where: str) -> Any:
-    """An entry of a sharded checkpoint's file, its tensors without data; ``where`` is what errors call it.
-
-    Raises:
-        UnsafeCheckpointError: If unpickling it could run code.
-        CheckpointError: If the file is missing, cut off or damaged.
-    """
+    """An entry of a sharded checkpoint's file, its tensors without data; ``where`` is what errors call it."""
     if not os.path.isfile(path):  # also if no file can have this name
         raise CheckpointError(f'{path} is missing, or not of this checkpoint')
     if (size := path.stat().st_size) < offset + length:
@@ -496,11 +483,7 @@ class _Entries:
 
 
 def hash_entries(folder: Path, *begin: str) -> dict[tuple[Any, ...], str]:
-    """Entries of a sharded checkpoint below a place in its state, each as a hash of its bytes, by the rest of its path.
-
-    Raises:
-        CheckpointError: If a file of them is missing or cut off.
-    """
+    """Entries of a sharded checkpoint below a place in its state, as hashes of their bytes, by the rest of their paths."""
     entries, found = _Entries(folder), {}
     for key, rest in entries.below(*begin):
         info = entries.where(key)
@@ -549,11 +532,7 @@ def _open_sharded(folder: Path) -> Checkpoint:
 
 
 def entry_of(folder: str | Path, key: str) -> Any:
-    """An entry of a sharded checkpoint that is no tensor.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
+    """An entry of a sharded checkpoint that is no tensor."""
     return _Entries(Path(folder)).read(key)
 
 
@@ -565,11 +544,7 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
 
 
 def state_of(path: str | Path, *keys: str) -> dict[str, Any]:
-    """A section of the state in a Composer checkpoint, such as ``'dataset_state', 'train'``; empty if it has none.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
+    """A section of the state in a Composer checkpoint, such as ``'dataset_state', 'train'``; empty if it has none."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f'{path} does not exist')
@@ -589,22 +564,14 @@ def state_of(path: str | Path, *keys: str) -> dict[str, Any]:
 
 
 def dataset_state_of(path: str | Path) -> dict[str, Any]:
-    """The state of the train loader's dataset in a Composer checkpoint.
-
-    Raises:
-        CheckpointError: If it cannot be read, or has none (weights only, or another kind of dataset).
-    """
+    """The state of the train loader's dataset in a Composer checkpoint."""
     if not (state := state_of(path, 'dataset_state', 'train')):
         raise CheckpointError(f'{path} holds no dataset state: it was saved with weights only, or from another loader')
     return state
 
 
 def time_of(path: str | Path) -> dict[str, int]:
-    """How far a Composer checkpoint was trained, in ``ep``, ``ba``, ``sp`` and ``tok``.
-
-    Raises:
-        CheckpointError: If it cannot be read, or does not say it.
-    """
+    """How far a Composer checkpoint was trained, in ``ep``, ``ba``, ``sp`` and ``tok``."""
     time = state_of(path, 'timestamp', 'Timestamp')
     try:
         return {'ep': time['epoch'], 'ba': time['batch'], 'sp': time['sample'], 'tok': time['token']}
@@ -613,9 +580,5 @@ def time_of(path: str | Path) -> dict[str, int]:
 
 
 def model_config_of(path: str | Path) -> dict[str, Any]:
-    """The Hugging Face configuration of the model in a Composer checkpoint of llm-foundry; empty if it has none.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
+    """The Hugging Face configuration of the model in a Composer checkpoint of llm-foundry; empty if it has none."""
     return state_of(path, 'integrations', 'huggingface', 'model', 'config').get('content') or {}

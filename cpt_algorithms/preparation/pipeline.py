@@ -27,8 +27,8 @@ from cpt_algorithms.preparation.manifest import (
     TokenizerRecord,
     versions,
 )
-from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector, cut
-from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, appearing, columns, leftover
+from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector
+from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, columns, leftover
 from cpt_algorithms.preparation.reading import MAX_INSTALLED_BYTES, PrepareError, columns_of
 from cpt_algorithms.preparation.sources import MOST_LISTED, Part, Source, part_size, parts_of, read
 from cpt_algorithms.preparation.tokenizer import document_ends, hash_tokenizer, train_tokenizer
@@ -297,10 +297,7 @@ def _write(
         pass
     texts = _validation_texts(decision)
     return DatasetRecord(
-        files=sum(source.files for source in sources.values()),
-        rows=sum(source.rows for source in sources.values()),
-        skipped=sum(source.skipped for source in sources.values()),
-        broken=sum(source.broken for source in sources.values()),
+        **{key: sum(getattr(one, key) for one in sources.values()) for key in ('files', 'rows', 'skipped', 'broken')},
         first_broken=list(chain.from_iterable(source.first_broken for source in sources.values()))[:MOST_LISTED],
         splits={
             split: _assemble(result / dataset.name / split, jobs[split], request, counts[split], tokenizer)
@@ -347,30 +344,20 @@ def _assemble(folder: Path, jobs: list[PackJob], request: Request, counts: Count
 
     max_seq_len = request.max_seq_len
     folder.mkdir(parents=True)
-    indexes, rest = [], np.zeros(0, np.int32)
-
-    def leftovers() -> Iterator[Any]:
-        nonlocal rest
-        rest = yield from cut(map(leftover, jobs), max_seq_len)
-
+    indexes = []
+    left_over = np.concatenate([np.zeros(0, np.int32), *map(leftover, jobs)])
+    end = len(left_over) // max_seq_len * max_seq_len
+    rest = left_over[end:]
     for number, job in enumerate(jobs):
         if job.samples:
             write_json(Path(f'{job.folder}.json'), f'{folder.parent.name}/{folder.name}/{number:05}')
             Path(job.folder).rename(folder / f'{number:05}')
             indexes.append(str(folder / f'{number:05}' / 'index.json'))
-    samples = counts.tokens // max_seq_len
-    if samples > sum(job.samples for job in jobs):
-        with (
-            appearing(folder / 'rest') as partial,
-            MDSWriter(out=str(partial), columns=columns(max_seq_len), **jobs[0].writer) as writer,
-        ):
-            for block in leftovers():
-                for row in block:
-                    writer.write({'tokens': row})
+    if end:
+        with MDSWriter(out=str(folder / 'rest'), columns=columns(max_seq_len), **jobs[0].writer) as writer:
+            for row in left_over[:end].reshape(-1, max_seq_len):
+                writer.write({'tokens': row})
         indexes.append(str(folder / 'rest' / 'index.json'))
-    else:
-        for _ in leftovers():
-            pass
     logging.disable(logging.WARNING)  # merge_index warns of the temporary folder it makes
     try:
         merge_index(indexes, str(folder), keep_local=True)
@@ -383,8 +370,8 @@ def _assemble(folder: Path, jobs: list[PackJob], request: Request, counts: Count
     )
     return counts.model_copy(
         update={
-            'samples': samples,
-            'tokens': samples * max_seq_len,
+            'samples': counts.tokens // max_seq_len,
+            'tokens': counts.tokens - len(rest),
             'leftover': counts.leftover + len(rest),
             'bytes': counts.bytes - sum(len(text.encode()) for text in texts),
         }

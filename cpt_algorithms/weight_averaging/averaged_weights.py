@@ -312,7 +312,7 @@ class AveragedWeights(Callback, ABC):
         planner = config.load_planner or DefaultLoadPlanner()
         set_up = planner.set_up_planner
 
-        def set_up_planner(state_dict: dict[str, Any], metadata: Any, is_coordinator: bool) -> None:
+        def set_up_planner(state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False) -> None:
             self._fit_to(state_dict, metadata)
             set_up(state_dict, metadata, is_coordinator)
 
