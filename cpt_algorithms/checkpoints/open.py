@@ -483,7 +483,7 @@ class _Entries:
 
 
 def hash_entries(folder: Path, *begin: str) -> dict[tuple[Any, ...], str]:
-    """Entries of a sharded checkpoint below a place in its state, as hashes of their bytes, by the rest of their paths."""
+    """Entries of a sharded checkpoint below a place in its state: hashes of their bytes, by the rest of their paths."""
     entries, found = _Entries(folder), {}
     for key, rest in entries.below(*begin):
         info = entries.where(key)

@@ -189,9 +189,6 @@ class LazyStreamingDataset(StreamingDataset):
         Streaming takes a file lock for every prefetched row, cached or not. At some 10,000 rows per second its prefetch
         falls behind the reader, and with a cache limit it downloads evicted shards again. It also counts a shard only
         after the download, so that each of many workers may exceed the limit by one.
-
-        Raises:
-            StreamError: If the run shuts down meanwhile.
         """
         while (reserved := self._reserve(shard_id)) is None:
             if self._is_readable(shard_id):
