@@ -164,13 +164,10 @@ def _datasets(request: Request, sources: list[Source], files: dict[str, list[str
 
 def _parts(dataset: _Dataset, request: Request, work: Path) -> Iterator[Part]:
     """The parts of a dataset, in order."""
-    number = 0
     for source in dataset.sources:
         key = hashlib.blake2b(json.dumps([str(source), dataset.part_size]).encode(), digest_size=8).hexdigest()
         found = dataset.files[str(source)]
-        for part in parts_of(source, found, request.text_key, dataset.part_size, number, work / 'spool' / key):
-            yield part
-            number += 1
+        yield from parts_of(source, found, request.text_key, dataset.part_size, work / 'spool' / key)
 
 
 def _training_texts(parts: Iterable[Part], val_fraction: float) -> Iterator[str]:
@@ -295,7 +292,6 @@ def _write(
     missing = [job for split in SPLITS for job in jobs[split] if job.samples and not Path(job.folder).exists()]
     for _ in tqdm(engine.pack(missing), f'packing {dataset.name}', len(missing), unit=' parts', disable=None):
         pass
-    texts = _validation_texts(decision)
     return DatasetRecord(
         **{key: sum(getattr(one, key) for one in sources.values()) for key in ('files', 'rows', 'skipped', 'broken')},
         first_broken=list(chain.from_iterable(source.first_broken for source in sources.values()))[:MOST_LISTED],
@@ -305,7 +301,7 @@ def _write(
         },
         sources=sources,
         parts=len(decision.parts),
-        lm_eval=write_lm_eval(result / 'lm_eval', dataset.name, texts, request.max_seq_len),
+        lm_eval=write_lm_eval(result / 'lm_eval', dataset.name, _validation_texts(decision), request.max_seq_len),
     )
 
 
@@ -412,10 +408,5 @@ def _write_keys(file: Path, key: str, decision: _Decision, split: str) -> None:
 
 def _validation_texts(decision: _Decision) -> list[str]:
     """The first validation documents of a dataset, of those that were kept when they were read."""
-    texts: list[str] = []
-    for tokenized in decision.tokenized:
-        chosen = tokenized.load('val')
-        texts += [text for row, text in tokenized.held_out_texts() if chosen[row]]
-        if len(texts) >= DOCUMENTS:
-            break
-    return texts[:DOCUMENTS]
+    parts = ((tokenized.load('val'), tokenized.held_out_texts()) for tokenized in decision.tokenized)
+    return list(islice((text for chosen, held in parts for row, text in held if chosen[row]), DOCUMENTS))

@@ -103,11 +103,10 @@ class Source:
 class Part:
     """A run of consecutive documents of one source, and the unit of all work: parallel, resumable, bounded.
 
-    Its ``number`` counts over the sources of a dataset; its ``size`` is in bytes of text, about.
+    Its ``size`` is in bytes of text, about.
     """
 
     source: Source
-    number: int
     units: tuple[Unit, ...]
     size: int
     text_key: str
@@ -235,22 +234,22 @@ def part_size(size: int | None, max_tokens: int | None) -> int:
     return min(max(min(needed, default=LARGEST_PART * PARTS) // PARTS, SMALLEST_PART), LARGEST_PART)
 
 
-def parts_of(source: Source, files: list[str], text_key: str, size: int, first: int, spool: Path) -> Iterator[Part]:
-    """Cut a source into parts of about ``size`` bytes of text, in order, numbered from ``first``.
+def parts_of(source: Source, files: list[str], text_key: str, size: int, spool: Path) -> Iterator[Part]:
+    """Cut a source into parts of about ``size`` bytes of text, in order.
 
     Those of ``hf`` come as they arrive: what it streams is read from the folder ``spool`` from then on, and resumed
     behind it.
     """
-    units, total, number = [], 0, first
+    units, total = [], 0
     found = _streamed(source, text_key, size, spool) if source.kind == 'hf' else _units(source, files, text_key, size)
     for unit, weight in found:
         units.append(unit)
         total += weight
         if total >= size:
-            yield Part(source, number, tuple(units), total, text_key)
-            units, total, number = [], 0, number + 1
+            yield Part(source, tuple(units), total, text_key)
+            units, total = [], 0
     if units:
-        yield Part(source, number, tuple(units), total, text_key)
+        yield Part(source, tuple(units), total, text_key)
 
 
 def _units(source: Source, files: list[str], text_key: str, size: int) -> Iterator[tuple[Unit, int]]:
@@ -383,7 +382,7 @@ def check_documents(source: Source, files: list[str], text_key: str) -> None:
     """Read the first document of a source, so that a wrong column is found before any work."""
     with tempfile.TemporaryDirectory() as folder:
         # a stream is read only as far as its first row
-        for part in parts_of(source, files, text_key, 1 if source.kind == 'hf' else 1 << 26, 0, Path(folder)):
+        for part in parts_of(source, files, text_key, 1 if source.kind == 'hf' else 1 << 26, Path(folder)):
             if next(read(part), None) is not None:
                 return
     raise PrepareError(f'{source.label}: {source.kind}:{source.target} has no rows')

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -192,9 +192,9 @@ class ShardIndex:
             file.seek(start)
             return reader_from_json(local, split, json.loads(file.read(length)))
 
-    def cached(self, folder: Path) -> list[int]:
-        """Numbers of the shards of which a file lies in this folder."""
-        names = [os.path.relpath(os.path.join(root, f), folder) for root, _, leaves in os.walk(folder) for f in leaves]
+    def cached(self, files: Iterable[str], folder: str) -> list[int]:
+        """Numbers of the shards that have one of the files in this folder."""
+        names = [os.path.relpath(file, folder) for file in files]
         wanted = {_key(name) for full in names for name in (full, os.path.splitext(full)[0])}  # raw, and compressed
         keys = self.table[4]
         order = np.argsort(keys)
