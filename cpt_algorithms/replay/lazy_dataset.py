@@ -131,7 +131,6 @@ class LazyStreamingDataset(StreamingDataset):
         self.shards_per_stream = np.array([len(index) for index in self.indexes], np.int64)
         self.shard_offset_per_stream = np.cumsum(self.shards_per_stream) - self.shards_per_stream
         self.samples_per_stream = np.array([index.samples.sum() for index in self.indexes], np.int64)
-        self.sample_offset_per_stream = np.cumsum(self.samples_per_stream) - self.samples_per_stream
         self.num_samples = int(self.samples_per_stream.sum())
         self.num_shards = int(self.shards_per_stream.sum())
         self.stream_per_shard = np.repeat(np.arange(self.num_streams, dtype=np.int16), self.shards_per_stream)
