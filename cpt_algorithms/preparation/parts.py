@@ -22,7 +22,7 @@ from cpt_algorithms.preparation.lm_eval_items import DOCUMENT_CHARACTERS, DOCUME
 from cpt_algorithms.preparation.packing import cut, pieces
 from cpt_algorithms.preparation.sources import Broken, Part, in_chunks, read
 
-__all__ = ['PackJob', 'TokenizeJob', 'Tokenized', 'appearing', 'columns', 'leftover', 'pack', 'rows', 'tokenize']
+__all__ = ['PackJob', 'TokenizeJob', 'Tokenized', 'appearing', 'columns', 'leftover', 'pack', 'tokenize']
 
 CHUNK = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
 SMALLEST_WINDOW = 1 << 11  # characters
@@ -281,14 +281,6 @@ def columns(max_seq_len: int) -> dict[str, str]:
     return {'tokens': f'ndarray:int32:{max_seq_len}'}
 
 
-def rows(job: PackJob) -> Iterator[dict[str, Any]]:
-    """The samples of a part and split."""
-    part = job.tokenized
-    tokens = pieces(part.tokens, part.load('lengths'), np.asarray(part.load(job.split)), job.trim)
-    for block in cut(tokens, job.max_seq_len):
-        yield from ({'tokens': row} for row in block)
-
-
 def leftover(job: PackJob) -> NDArray[np.int32]:
     """The tokens of a part and split that are too few for a sample."""
     lengths, wanted = job.tokenized.load('lengths'), np.array(job.tokenized.load(job.split))
@@ -305,7 +297,9 @@ def pack(job: PackJob) -> None:
     """Write the shards of a part and split, as stock Streaming does."""
     from streaming import MDSWriter
 
+    part = job.tokenized
+    tokens = pieces(part.tokens, part.load('lengths'), np.asarray(part.load(job.split)), job.trim)
     with appearing(Path(job.folder)) as partial:
         with MDSWriter(out=str(partial), columns=columns(job.max_seq_len), **job.writer) as writer:
-            for row in rows(job):
-                writer.write(row)
+            for row in chain.from_iterable(cut(tokens, job.max_seq_len)):
+                writer.write({'tokens': row})

@@ -28,7 +28,7 @@ from cpt_algorithms.preparation.manifest import (
     versions,
 )
 from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector
-from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, columns, leftover
+from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, columns, leftover, pack, tokenize
 from cpt_algorithms.preparation.reading import MAX_INSTALLED_BYTES, PrepareError, columns_of
 from cpt_algorithms.preparation.sources import MOST_LISTED, Part, Source, part_size, parts_of, read
 from cpt_algorithms.preparation.tokenizer import document_ends, hash_tokenizer, train_tokenizer
@@ -207,7 +207,7 @@ def _decide(
     upper = Selector(limits)  # as if there were no duplicates
     total = dataset.size if limits['train'] is None else None
     with tqdm(desc=f'tokenizing {dataset.name}', total=total, unit='B', unit_scale=True, disable=None) as bar:
-        results = engine.tokenize(jobs(noting()))
+        results = engine.map(tokenize, jobs(noting()))
         for tokenized in results:
             bar.update(parts[len(decision.tokenized)].size)
             decision.tokenized.append(tokenized)
@@ -290,7 +290,7 @@ def _write(
             )
     jobs = _pack_jobs(decision, request, work)
     missing = [job for split in SPLITS for job in jobs[split] if job.samples and not Path(job.folder).exists()]
-    for _ in tqdm(engine.pack(missing), f'packing {dataset.name}', len(missing), unit=' parts', disable=None):
+    for _ in tqdm(engine.map(pack, missing), f'packing {dataset.name}', len(missing), unit=' parts', disable=None):
         pass
     return DatasetRecord(
         **{key: sum(getattr(one, key) for one in sources.values()) for key in ('files', 'rows', 'skipped', 'broken')},

@@ -490,7 +490,7 @@ def test_processes_make_the_same_bytes(small_parts, three_sources, tmp_path):
 
 @pytest.mark.slow
 def test_spark_makes_the_same_bytes(small_parts, three_sources, tmp_path, monkeypatch):
-    """Streaming's own converter on two processes of Spark; all but the name of the engine is the same."""
+    """Two processes of Spark; all but the name of the engine is the same."""
     specs, _ = three_sources
     session = pytest.importorskip('pyspark.sql').SparkSession
     local = prepare(tmp_path / 'local', *specs, '--compression', 'zstd')
