@@ -10,7 +10,6 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any
 
-from cpt_algorithms.preparation import parts
 from cpt_algorithms.preparation.options import Options
 from cpt_algorithms.preparation.sources import BYTES_PER_TOKEN, SMALLEST_PART, Source
 
@@ -65,9 +64,8 @@ class LocalEngine:
 
             # threads of this process (rayon's, Arrow's) do not survive a fork; Streaming is imported once for all
             context = get_context('forkserver')
-            context.set_forkserver_preload(
-                ['streaming', 'pyarrow.parquet', 'tokenizers', 'cpt_algorithms.preparation.parts']
-            )
+            preloaded = ['streaming', 'pyarrow.parquet', 'tokenizers', __name__, 'cpt_algorithms.preparation.parts']
+            context.set_forkserver_preload(preloaded)
             self._pool = ProcessPoolExecutor(self._workers, context, _end_with_parent)
         jobs, waiting = iter(jobs), deque()
         try:
