@@ -256,7 +256,7 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
         tensors = [leaf for leaf in tree_leaves(loaded) if isinstance(leaf, torch.Tensor)]
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL (\S+)', str(error))
-        what = f'it asks to import {found.group(1)}' if found else _one_line(error)
+        what = f'it asks to import {found[1]}' if found else _one_line(error)
         raise UnsafeCheckpointError(f'{where} is not safe to read: {what}, which no weights need') from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f'{where} is damaged: {_one_line(error)}') from None
@@ -368,19 +368,15 @@ def read_metadata(folder: str | Path) -> metadata.Metadata:
         raise CheckpointError(f'{path} is no file')
     try:
         found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        places = [(info.relative_path, min(info.offset, info.length)) for info in found.storage_data.values()]
+        if outside := [name for name, _ in places if PurePosixPath(name).name != name]:  # Composer would download there
+            raise UnsafeCheckpointError(f'it names {outside[0]!r}, outside the folder')
+        if not isinstance(found.state_dict_metadata, dict) or any(place < 0 for _, place in places):
+            raise ValueError('it is not the metadata of a sharded checkpoint')
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f'{path} is not safe to read: {error}') from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f'{path} is damaged: {_one_line(error)}') from None
-    parts = [getattr(found, name, None) for name in ('storage_data', 'state_dict_metadata')]
-    if not isinstance(found, metadata.Metadata) or not all(isinstance(part, dict) for part in parts):
-        raise CheckpointError(f'{path} is not the metadata of a sharded checkpoint')
-    for info in found.storage_data.values():
-        name = getattr(info, 'relative_path', None)
-        if not isinstance(name, str) or PurePosixPath(name).name != name:  # Composer would download to there
-            raise UnsafeCheckpointError(f'{path} is not safe to read: it names {name!r}, outside the folder')
-        if not all(isinstance(at, int) and at >= 0 for at in (getattr(info, k, None) for k in ('offset', 'length'))):
-            raise CheckpointError(f'{path} is damaged: it does not say where in {name} an entry is')
     return found
 
 
