@@ -140,11 +140,10 @@ def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int
     """The tokens of a long text, the same as all at once, in windows of ``size`` characters, at least 2,048.
 
     Windows overlap by a sixteenth, and are joined where the middle half of that has the same tokens at the same places
-    in both, and either several words or, of BPE, is inside one word in both. For a merge across a place where both
-    windows begin the same token needs the tokens beside it, which BPE makes of their own characters alone: what the
-    windows did not merge, the whole does not.
-    Where no such place is, as in a word of another model than BPE, the first window grows to twice its size, in the end
-    to the whole rest.
+    in both, and either several words or, for BPE, part of one word. (BPE can be cut inside a word where both windows
+    begin the same token: a merge across that place needs the tokens on both sides of it, which BPE builds from their
+    own characters alone, so it would have been made in the first window, too.) Where no such place is, as in a word of
+    another model than BPE, the first window grows to twice its size, in the end to the whole rest.
 
     Cost: memory of some 150 bytes for each character of a window, and twice the time.
     """
