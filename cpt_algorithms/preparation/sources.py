@@ -329,9 +329,9 @@ def _streamed(source: Source, text_key: str, size: int, spool: Path) -> Iterator
         for place, row in enumerate(data, before + 1):
             text, problem = text_of(text_key, row), None
             if isinstance(text, BrokenRow):
-                text, problem = None, f'hf:{source.target}, row {place}: {text}'
+                text, problem = None, f'row {place}: {text}'
                 if not source.skip_broken or text_key not in row:
-                    raise PrepareError(f'{source.label}: {problem}')
+                    raise BrokenRow(problem)
             texts.append(text)
             problems.append(problem)
             rest -= len(text or problem or '')
@@ -364,7 +364,7 @@ def read(part: Part, broken: Broken | None = None) -> Iterator[str]:
     source, broken = part.source, broken or Broken()
     for unit in part.units:
         try:
-            with _reading(source, unit[0]):
+            with _reading(source, '' if source.kind == 'hf' else unit[0]):
                 for row in rows_of(source.kind, unit, part.text_key, source.encoding):
                     if isinstance(row, str):
                         yield row

@@ -173,9 +173,16 @@ def test_folders_of_save_to_disk_and_other_files_of_datasets(tmp_path):
 def test_rows_of_datasets_that_hold_no_text(tmp_path):
     data = datasets.Dataset.from_dict({'text': [['a'], None, ['b']]})
     data.save_to_disk(str(tmp_path / 'lists'))
-    target = f'hf:{tmp_path}/lists'
-    with pytest.raises(PrepareError, match=f"^dataset x: {target}, row 1: column 'text' holds list, not text"):
-        read_all(target)
-    texts, broken = read_all(target, skip_broken=True)
-    assert texts == [''] and broken.count == 2
-    assert broken.first[1] == f"{target}, row 3: column 'text' holds list, not text"
+
+    def read(skip_broken, broken=None):
+        (source,) = sources.parse_sources([f'x=hf:{tmp_path}/lists'], skip_broken=skip_broken)
+        cut = sources.parts_of(source, [], 'text', 1, tmp_path / 'spool')
+        return [text for part in cut for text in sources.read(part, broken)]
+
+    refused = f"^dataset x: cannot read hf:{tmp_path}/lists: row 1: column 'text' holds list, not text"
+    with pytest.raises(PrepareError, match=refused):
+        read(False)
+    assert read(True, broken := sources.Broken()) == [''] and broken.count == 2
+    assert broken.first[1] == "row 3: column 'text' holds list, not text"
+    with pytest.raises(PrepareError, match=refused):  # from what was streamed before
+        read(False)
