@@ -84,6 +84,6 @@ setup(
         'tqdm',
         'xxhash>=3',
     ],
-    extras_require={'test': TEST, 'spark': ['pyspark>=3.5,<4']},  # what Streaming's converter works with
+    extras_require={'test': TEST, 'spark': ['pyspark>=3.5,<4']},
     entry_points=ENTRY_POINTS,
 )

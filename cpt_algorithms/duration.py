@@ -18,24 +18,14 @@ _TIME = re.compile(r'(\d*\.?\d+(?:e[+-]?\d+)?)(tok|ba|sp|dur|ep)', re.IGNORECASE
 
 @dataclass(frozen=True)
 class Duration:
-    """A time, as Composer writes it.
-
-    Args:
-        value: At least 0; whole but for ``dur``.
-        unit: ``tok``, ``ba`` or ``sp``; ``ep``, whose length only the data knows; ``dur``, a share of the run.
-    """
+    """A time, as Composer writes it: a value of at least 0, whole but for ``dur``, a share of the run, and its unit."""
 
     value: float
     unit: str
 
     @classmethod
     def parse(cls, key: str, value: Any, units: tuple[str, ...] = UNITS) -> 'Duration':
-        """Read a time.
-
-        Args:
-            key: What it is called in an error.
-            value: What the YAML says.
-            units: The possible ones. Default: all.
+        """Read a time that a YAML says under a key.
 
         Raises:
             ValueError: If it is none, negative, or in another unit.
@@ -72,16 +62,7 @@ class Duration:
         return None if per_batch is None else -(-int(self.value) // per_batch)
 
     def of(self, batches: int) -> int:
-        """Batches of a share of a run: at least 1, rounded up.
-
-        Args:
-            batches: Of the run.
-
-        Raises:
-            ValueError: If this is no share.
-        """
-        if self.unit != 'dur':
-            raise ValueError(f'{self} is not a share of a run')
+        """Batches of a share (``dur``) of a run of so many: at least 1, rounded up."""
         return max(1, math.ceil(self.value * batches))
 
 

@@ -129,11 +129,7 @@ def size_of(uri: str) -> int:
 
 
 def fetch(uri: str, path: str | Path) -> None:
-    """Download one object.
-
-    Args:
-        uri: The object.
-        path: Where it goes, whole or not at all; its folder is made if need be.
+    """Download one object to a path, whole or not at all; its folder is made if need be.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -192,11 +188,9 @@ def read_yaml(path: str | Path) -> DictConfig:
 
 
 def write_atomic(place: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all, even if the machine stops half-way or another process writes it too.
+    """Write a file or object whole or not at all, even if the machine stops half-way or another process writes it too.
 
-    Args:
-        place: Path or URI; a local folder is made if need be.
-        content: What it will hold.
+    A local folder is made if need be.
     """
     if is_remote(place):
         with tempfile.NamedTemporaryFile() as file:
@@ -257,13 +251,8 @@ def null_as_nan(value: Any) -> Any:
 def check_writable(key: str, folder: str, advice: str) -> None:
     """Refuse a local folder that cannot be written to, or made; object storage is not asked.
 
-    Args:
-        key: What it is called in the error.
-        folder: Its path or URI.
-        advice: What would be right.
-
     Raises:
-        StorageError: If it cannot.
+        StorageError: With its key, and the advice.
     """
     if is_remote(folder):
         return
@@ -317,11 +306,7 @@ def take(lock: Any, what: str, timeout: float = -1) -> None:
 def locked_sibling(out: Path, busy: Exception) -> Iterator[Path]:
     """A hidden folder beside ``out``, to make a result in; it stays, to go on from, until it is removed or renamed.
 
-    One process at a time has it, through a lock that dies with the process.
-
-    Args:
-        out: Where the result will go.
-        busy: Raised if another process is making it.
+    One process at a time has it, through a lock that dies with the process; ``busy`` is raised in another.
     """
     from filelock import FileLock, Timeout
 

@@ -428,7 +428,7 @@ def read_index(root):
         for number in range(len(read)):
             for file in read.reader(number, '/folder', 'train').file_pairs[0]:
                 assert file is None or os.path.normpath(f'/folder/{file.basename}').startswith('/folder/')
-        read.cached(root)
+        read.cached([str(root / 'shard.00000.mds')], str(root))
 
     return read
 

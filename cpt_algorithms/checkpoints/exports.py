@@ -30,11 +30,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """The pretrained model that a run began from.
+    """The pretrained model, a folder or a name on the hub, that a run began from.
 
-    Args:
-        name: As the run's YAML names it: a folder, or a name on the hub.
-        run: The run. What is measured of the model is kept there: its own folder may be a cache, or read-only.
+    What is measured of it is kept with the run: its own folder may be a cache, or read-only.
     """
 
     name: str
@@ -58,11 +56,8 @@ def folder_of_pretrained(name: str) -> Path:
 
 
 def is_foundry_mpt(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is of LLM Foundry's MPT, which transformers takes for its own, without positions.
-
-    Args:
-        config: What it says. A checkpoint of Composer does not say the ``architectures``.
-    """
+    """Whether a ``config.json`` is of LLM Foundry's MPT, which transformers takes for its own, without positions."""
+    # a checkpoint of Composer does not say the architectures
     return config.get('model_type') == 'mpt' and config.get('architectures') != ['MptForCausalLM']
 
 
@@ -87,13 +82,10 @@ def models_of(given: Path) -> list[Path]:
 
 
 def parent_of(given: Path) -> Path | PretrainedModel | None:
-    """The export of the checkpoint that a run began from, or the pretrained model.
+    """The export of the checkpoint that a run began from, or the pretrained model; None from scratch, or if not known.
 
     Args:
         given: A run's folder, or one of its exports.
-
-    Returns:
-        None if it began from scratch or that is not known.
 
     Raises:
         ValueError: If there was a parent and it has no export, or the pretrained model is not on this machine.
@@ -132,13 +124,7 @@ def export_atomically(exporter: 'HuggingFaceCheckpointer', state: 'State', logge
     """Export as LLM Foundry does, but so that the folder appears whole or not at all; it writes ``config.json`` first.
 
     Made in a hidden folder beside, which is then renamed. Not so in object storage, where nothing can be renamed, nor
-    if the export goes to MLflow, which reads it in another process.
-
-    Args:
-        exporter: The run's ``hf_checkpointer``.
-        state: Of the run.
-        logger: Of the run.
-        **how: Further arguments of its ``_save_checkpoint``.
+    if the export goes to MLflow, which reads it in another process. The arguments are those of ``_save_checkpoint``.
     """
     from composer.utils import dist, format_name_with_dist_and_time  # Composer takes seconds to import
     from llmfoundry.callbacks import HuggingFaceCheckpointer

@@ -63,9 +63,6 @@ def is_safe(path: str | Path, specs: list[tuple[int, int]] | None = None) -> boo
         path: A ``.pt`` file, a ``.metadata``, or a file of a sharded checkpoint.
         specs: Offset and length of what will be read of a file of a sharded checkpoint. Default: ``None``.
 
-    Returns:
-        True.
-
     Raises:
         UnsafeCheckpointError: If loading it could run code.
         CheckpointError: If it is cut off or damaged.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the tensors of a checkpoint lie on disk: Composer ``.pt``, Composer sharded and Hugging Face safetensors.
 
-Opening reads names, dtypes, shapes and positions, never the tensors, and runs no code that a file brings along.
+Opening reads names, dtypes, shapes and positions, never the tensors, and runs no code that a file brings along. What is
+missing, damaged or of another form raises CheckpointError; what would run code, UnsafeCheckpointError.
 """
 
 import hashlib
@@ -61,15 +62,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, somewhere in a file.
-
-    Args:
-        path: The file.
-        offset: Byte of the first element.
-        at: Where the box begins in the tensor.
-        shape: Size of the box.
-        stride: In the file, in elements.
-    """
+    """A box of a tensor, which begins at ``at``, in a file from byte ``offset`` on; ``stride`` in elements."""
 
     path: Path
     offset: int
@@ -134,6 +127,13 @@ class Checkpoint:
     integrations: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def hugging_face(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of a Composer state: the configuration of a Hugging Face model, and entries of its tokenizer's files."""
+        saved = self.integrations.get('huggingface') or {}
+        config = ((saved.get('model') or {}).get('config') or {}).get('content')
+        return config or {}, saved.get('tokenizer') or {}
+
 
 def safe_globals() -> list[Any]:
     """What a Composer checkpoint holds besides tensors and plain values; none of it can run code."""
@@ -170,39 +170,29 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f'{path} does not exist; expected {SUPPORTED}')
     with _refusing_other_forms(path):
-        return _open(path)
-
-
-def _open(path: Path) -> Checkpoint:
-    if path.is_dir():
         if (path / '.metadata').exists():
             return _open_sharded(path)
-        for name in (SINGLE, INDEX):
-            if (path / name).exists():
-                return Checkpoint(path, 'hf', _read_hugging_face(path / name))
-        unfinished = ': .metadata is missing, so it was not saved to the end' if any(path.glob('*.distcp')) else ''
-        raise CheckpointError(f'{path} is no checkpoint{unfinished}; expected {SUPPORTED}')
-    if path.name.endswith(('.safetensors', '.safetensors.index.json')):
-        return Checkpoint(path, 'hf', _read_hugging_face(path))
-    return _open_monolithic(path)
+        if path.is_dir():
+            for name in (SINGLE, INDEX):
+                if (path / name).exists():
+                    return Checkpoint(path, 'hf', _read_hugging_face(path / name))
+            unfinished = ': .metadata is missing, so it was not saved to the end' if any(path.glob('*.distcp')) else ''
+            raise CheckpointError(f'{path} is no checkpoint{unfinished}; expected {SUPPORTED}')
+        if path.name.endswith(('.safetensors', '.safetensors.index.json')):
+            return Checkpoint(path, 'hf', _read_hugging_face(path))
+        return _open_monolithic(path)
 
 
 def _read_hugging_face(path: Path) -> dict[str, TensorOnDisk]:
-    if not path.is_file():
-        raise CheckpointError(f'{path} is no file')
     if path.suffix == '.safetensors':
         return _read_safetensors(path)
     try:
         places = dict(json.loads(path.read_text(encoding='utf-8'))['weight_map'])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f'{path} is no safetensors index: {error!r}') from None
     if wrong := [name for name in places.values() if not isinstance(name, str) or Path(name).name != name]:
         raise CheckpointError(f'{path} names the file {wrong[0]!r}, which is not beside it')
-    files = {}
-    for name in sorted(set(places.values())):
-        if not os.path.isfile(path.parent / name):
-            raise CheckpointError(f'{path} names {name}, which is missing')
-        files[name] = _read_safetensors(path.parent / name)
+    files = {name: _read_safetensors(path.parent / name) for name in sorted(set(places.values()))}
     there = {(key, name) for name in files for key in files[name]}
     if unlike := sorted(there ^ set(places.items())):
         raise CheckpointError(f'{path} and {unlike[0][1]} do not agree on where {unlike[0][0]} is')
@@ -213,6 +203,8 @@ def _read_hugging_face(path: Path) -> dict[str, TensorOnDisk]:
 
 
 def _read_safetensors(path: Path) -> dict[str, TensorOnDisk]:
+    if not path.is_file():
+        raise CheckpointError(f'{path} is missing, or no file')
     try:
         with safe_open(path, 'pt'):  # checks the header: every tensor inside the file, none overlapping
             pass
@@ -264,7 +256,7 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
         tensors = [leaf for leaf in tree_leaves(loaded) if isinstance(leaf, torch.Tensor)]
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL (\S+)', str(error))
-        what = f'it asks to import {found.group(1)}' if found else _one_line(error)
+        what = f'it asks to import {found[1]}' if found else _one_line(error)
         raise UnsafeCheckpointError(f'{where} is not safe to read: {what}, which no weights need') from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f'{where} is damaged: {_one_line(error)}') from None
@@ -290,9 +282,8 @@ def _place_of(tensor: torch.Tensor) -> int | None:
 
 
 def _open_monolithic(path: Path) -> Checkpoint:
-    loaded = _load_without_data(path, str(path))
-    state = loaded.get('state') if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not isinstance(model := state.get('model'), dict):
+    state = load_structure(path)['state']
+    if not isinstance(model := state.get('model'), dict):
         raise CheckpointError(f'{path} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
     prefix = _prefix_of(model)
 
@@ -315,18 +306,10 @@ def _open_monolithic(path: Path) -> Checkpoint:
     callbacks = state.get('callbacks') or {}
     ema, lawa = callbacks.get('EMA') or {}, callbacks.get('LAWA') or {}
     window = sorted((lawa.get('window') or {}).items(), key=lambda item: int(item[0]))
-    return Checkpoint(
-        path,
-        'pt',
-        tensors,
-        prefix,
-        aliases,
-        {name: stored(each) for name, each in (ema.get('averages') or {}).items()},
-        [stored(each) for _, each in window],
-        _lawa_weights(lawa.get('meta')),
-        dict(state.get('integrations') or {}),
-        _plain(state.get('metadata')),
-    )
+    averages = {name: stored(each) for name, each in (ema.get('averages') or {}).items()}
+    kept = averages, [stored(each) for _, each in window], _lawa_weights(lawa.get('meta'))
+    about = dict(state.get('integrations') or {}), _plain(state.get('metadata'))
+    return Checkpoint(path, 'pt', tensors, prefix, aliases, *kept, *about)
 
 
 def _prefix_of(names: Iterable[str]) -> str:
@@ -379,39 +362,26 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: str | Path) -> metadata.Metadata:
-    """The metadata of a sharded checkpoint, without the risk of ``FileSystemReader.read_metadata``, a plain unpickling.
-
-    Raises:
-        CheckpointError: If it asks for anything but metadata, or is damaged.
-    """
+    """The metadata of a sharded checkpoint, without the plain unpickling of ``FileSystemReader.read_metadata``."""
     path = Path(folder) / '.metadata'
     if not path.is_file():
         raise CheckpointError(f'{path} is no file')
     try:
         found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        places = [(info.relative_path, min(info.offset, info.length)) for info in found.storage_data.values()]
+        if outside := [name for name, _ in places if PurePosixPath(name).name != name]:  # Composer would download there
+            raise UnsafeCheckpointError(f'it names {outside[0]!r}, outside the folder')
+        if not isinstance(found.state_dict_metadata, dict) or any(place < 0 for _, place in places):
+            raise ValueError('it is not the metadata of a sharded checkpoint')
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f'{path} is not safe to read: {error}') from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f'{path} is damaged: {_one_line(error)}') from None
-    parts = [getattr(found, name, None) for name in ('storage_data', 'state_dict_metadata')]
-    if not isinstance(found, metadata.Metadata) or not all(isinstance(part, dict) for part in parts):
-        raise CheckpointError(f'{path} is not the metadata of a sharded checkpoint')
-    for info in found.storage_data.values():
-        name = getattr(info, 'relative_path', None)
-        if not isinstance(name, str) or PurePosixPath(name).name != name:  # Composer would download to there
-            raise UnsafeCheckpointError(f'{path} is not safe to read: it names {name!r}, outside the folder')
-        if not all(isinstance(at, int) and at >= 0 for at in (getattr(info, k, None) for k in ('offset', 'length'))):
-            raise CheckpointError(f'{path} is damaged: it does not say where in {name} an entry is')
     return found
 
 
 def load_structure(path: str | Path) -> dict[str, Any]:
-    """What a Composer ``.pt`` file holds; its tensors have a dtype and a shape, and no data.
-
-    Raises:
-        UnsafeCheckpointError: If unpickling it could run code.
-        CheckpointError: If it is cut off, damaged, or no checkpoint of Composer.
-    """
+    """What a Composer ``.pt`` file holds; its tensors have a dtype and a shape, and no data."""
     path = Path(path)
     loaded = _load_without_data(path, str(path))
     if not isinstance(loaded, dict) or not isinstance(loaded.get('state'), dict):
@@ -420,18 +390,7 @@ def load_structure(path: str | Path) -> dict[str, Any]:
 
 
 def load_entry(path: Path, offset: int, length: int, where: str) -> Any:
-    """An entry of a sharded checkpoint's file, its tensors without data.
-
-    Args:
-        path: The file.
-        offset: Where the entry begins.
-        length: Its bytes.
-        where: What errors call it.
-
-    Raises:
-        UnsafeCheckpointError: If unpickling it could run code.
-        CheckpointError: If the file is missing, cut off or damaged.
-    """
+    """An entry of a sharded checkpoint's file, its tensors without data; ``where`` is what errors call it."""
     if not os.path.isfile(path):  # also if no file can have this name
         raise CheckpointError(f'{path} is missing, or not of this checkpoint')
     if (size := path.stat().st_size) < offset + length:
@@ -486,6 +445,12 @@ class _Entries:
         path = self.folder / info.relative_path
         return load_entry(path, info.offset, info.length, f'{key} in {path}')
 
+    def below(self, *begin: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """The names of what lies below a place in the state, and the rest of their paths."""
+        for key, path in (self.metadata.planner_data or {}).items():
+            if tuple(path)[: len(begin)] == begin:
+                yield key, tuple(path)[len(begin) :]
+
     def stored(self, key: str, tensor: metadata.TensorStorageMetadata) -> TensorOnDisk:
         """A tensor, whose chunks are read when they are needed."""
         dtype, shape = tensor.properties.dtype, tuple(tensor.size)
@@ -514,21 +479,16 @@ class _Entries:
 
 
 def hash_entries(folder: Path, *begin: str) -> dict[tuple[Any, ...], str]:
-    """Entries of a sharded checkpoint below a place in its state, each as a hash of its bytes, by the rest of its path.
-
-    Raises:
-        CheckpointError: If a file of them is missing or cut off.
-    """
+    """Entries of a sharded checkpoint below a place in its state: hashes of their bytes, by the rest of their paths."""
     entries, found = _Entries(folder), {}
-    for key, path in (entries.metadata.planner_data or {}).items():
-        if tuple(path)[: len(begin)] == begin:
-            info = entries.where(key)
-            try:
-                with open(folder / info.relative_path, 'rb') as file:
-                    content = os.pread(file.fileno(), info.length, info.offset)
-            except OSError as error:
-                raise CheckpointError(f'{error.filename}: {error.strerror}') from None
-            found[tuple(path)[len(begin) :]] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    for key, rest in entries.below(*begin):
+        info = entries.where(key)
+        try:
+            with open(folder / info.relative_path, 'rb') as file:
+                content = os.pread(file.fileno(), info.length, info.offset)
+        except OSError as error:
+            raise CheckpointError(f'{error.filename}: {error.strerror}') from None
+        found[rest] = hashlib.blake2b(content, digest_size=16).hexdigest()
     return found
 
 
@@ -536,7 +496,7 @@ def _open_sharded(folder: Path) -> Checkpoint:
     entries = _Entries(folder)
     kept = entries.metadata.state_dict_metadata
     # a name may contain dots: only the planner's paths tell where it ends
-    paths = {key: tuple(path) for key, path in (entries.metadata.planner_data or {}).items()}
+    paths = dict(entries.below())
     if strange := [key for key, path in paths.items() if '.'.join(map(str, path)) != key]:
         raise CheckpointError(f'{folder}/.metadata does not say to which part of the state {strange[0]} belongs')
     tensors: dict[str, TensorOnDisk] = {}
@@ -562,26 +522,13 @@ def _open_sharded(folder: Path) -> Checkpoint:
             set_element(words, path[1:], entries.read(key))
     if not tensors:
         raise CheckpointError(f'{folder} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
-    return Checkpoint(
-        folder,
-        'sharded',
-        tensors,
-        prefix,
-        {},
-        ema,
-        [window[slot] for slot in sorted(window)],
-        _lawa_weights(meta),
-        words.get('integrations') or {},
-        _plain(words.get('metadata')),
-    )
+    averages = ema, [window[slot] for slot in sorted(window)], _lawa_weights(meta)
+    about = words.get('integrations') or {}, _plain(words.get('metadata'))
+    return Checkpoint(folder, 'sharded', tensors, prefix, {}, *averages, *about)
 
 
 def entry_of(folder: str | Path, key: str) -> Any:
-    """An entry of a sharded checkpoint that is no tensor.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
+    """An entry of a sharded checkpoint that is no tensor."""
     return _Entries(Path(folder)).read(key)
 
 
@@ -593,15 +540,7 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
 
 
 def state_of(path: str | Path, *keys: str) -> dict[str, Any]:
-    """A section of the state in a Composer checkpoint, a ``.pt`` file or a sharded folder; empty if it has none.
-
-    Args:
-        path: The checkpoint.
-        *keys: Where it stands below ``state``, such as ``'dataset_state', 'train'``.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
+    """A section of the state in a Composer checkpoint, such as ``'dataset_state', 'train'``; empty if it has none."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f'{path} does not exist')
@@ -609,9 +548,8 @@ def state_of(path: str | Path, *keys: str) -> dict[str, Any]:
     with _refusing_other_forms(path):
         if path.is_dir():
             entries = _Entries(path)
-            for key, where in (entries.metadata.planner_data or {}).items():
-                if tuple(where)[: len(keys) + 1] == ('state', *keys):
-                    set_element(state, tuple(where)[len(keys) + 1 :], entries.read(key))
+            for key, rest in entries.below('state', *keys):
+                set_element(state, rest, entries.read(key))
         else:
             state = load_structure(path)['state']
             for key in keys:
@@ -622,22 +560,14 @@ def state_of(path: str | Path, *keys: str) -> dict[str, Any]:
 
 
 def dataset_state_of(path: str | Path) -> dict[str, Any]:
-    """The state of the train loader's dataset in a Composer checkpoint.
-
-    Raises:
-        CheckpointError: If it cannot be read, or has none (weights only, or another kind of dataset).
-    """
+    """The state of the train loader's dataset in a Composer checkpoint."""
     if not (state := state_of(path, 'dataset_state', 'train')):
         raise CheckpointError(f'{path} holds no dataset state: it was saved with weights only, or from another loader')
     return state
 
 
 def time_of(path: str | Path) -> dict[str, int]:
-    """How far a Composer checkpoint was trained, in ``ep``, ``ba``, ``sp`` and ``tok``.
-
-    Raises:
-        CheckpointError: If it cannot be read, or does not say it.
-    """
+    """How far a Composer checkpoint was trained, in ``ep``, ``ba``, ``sp`` and ``tok``."""
     time = state_of(path, 'timestamp', 'Timestamp')
     try:
         return {'ep': time['epoch'], 'ba': time['batch'], 'sp': time['sample'], 'tok': time['token']}
@@ -646,9 +576,5 @@ def time_of(path: str | Path) -> dict[str, int]:
 
 
 def model_config_of(path: str | Path) -> dict[str, Any]:
-    """The Hugging Face configuration of the model in a Composer checkpoint of llm-foundry; empty if it has none.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
+    """The Hugging Face configuration of the model in a Composer checkpoint of llm-foundry; empty if it has none."""
     return state_of(path, 'integrations', 'huggingface', 'model', 'config').get('content') or {}

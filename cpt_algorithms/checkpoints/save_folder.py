@@ -82,9 +82,6 @@ def newest_complete(folder: str | Path) -> tuple[int, str | None]:
     An object is there whole or not at all; a sharded checkpoint is complete if every file is there that its
     ``.metadata`` names, which Composer uploads first.
 
-    Args:
-        folder: The run's ``save_folder``.
-
     Returns:
         Its batch and its path or URI; 0 and None if there is none. Cost: in object storage one listing, and
         ``.metadata`` of the newest.
@@ -93,18 +90,15 @@ def newest_complete(folder: str | Path) -> tuple[int, str | None]:
         StorageError: If object storage cannot be reached.
         CheckpointError: If ``.metadata`` cannot be read.
     """
-    complete = _complete_objects(str(folder).rstrip('/')) if is_remote(folder) else _complete_here(Path(folder))
-    return next(complete, (0, None))
+    if is_remote(folder):
+        return next(_complete_objects(str(folder).rstrip('/')), (0, None))
+    return next(((batch, str(path)) for batch, path in _checkpoints(Path(folder)) if is_complete(path)), (0, None))
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """What has the name of a checkpoint, and its batch, the newest first."""
     found = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob('ep*-ba*'))
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
-
-
-def _complete_here(folder: Path) -> Iterator[tuple[int, str]]:
-    return ((batch, str(path)) for batch, path in _checkpoints(folder) if is_complete(path))
 
 
 def _complete_objects(folder: str) -> Iterator[tuple[int, str]]:
@@ -125,15 +119,11 @@ def half_written(folder: Path) -> list[Path]:
     """What a kill has left of checkpoints: Composer's name, the beginning of its content, and not the end.
 
     Nothing between two complete checkpoints: Composer writes the newest and deletes the oldest.
-
-    Args:
-        folder: A run's local ``save_folder``.
     """
-    complete = {batch: is_complete(path) for batch, path in _checkpoints(folder)}
-    whole = [batch for batch, is_whole in complete.items() if is_whole]
+    found = [(batch, path, is_complete(path)) for batch, path in _checkpoints(folder)]
+    whole = [batch for batch, _, complete in found if complete]
     between = range(min(whole), max(whole)) if whole else ()
-    found = [path for batch, path in _checkpoints(folder) if not is_complete(path) and batch not in between]
-    return [path for path in found if _is_begun(path)]
+    return [path for batch, path, complete in found if not complete and batch not in between and _is_begun(path)]
 
 
 def _is_begun(path: Path) -> bool:
@@ -148,8 +138,7 @@ def _is_begun(path: Path) -> bool:
 def weights_in(folder: str | Path) -> list[str]:
     """Every file that may hold weights, by its path below the folder, whoever wrote it and whatever it is called.
 
-    Args:
-        folder: Here, where what ``torch.save`` wrote is known by its form; or in object storage, by its ending alone.
+    Here what ``torch.save`` wrote is known by its form; in object storage, by its ending alone.
 
     Raises:
         StorageError: If object storage cannot be reached.
@@ -165,10 +154,7 @@ def repair(folder: Path) -> None:
     """Delete what a kill has left of checkpoints, and link ``latest`` to the newest complete one.
 
     Composer writes a checkpoint under its final name, then replaces the ``latest`` link by removing it, then deletes
-    the oldest checkpoint.
-
-    Args:
-        folder: The local ``save_folder`` of a run, which is this one's and which no other process writes to.
+    the oldest checkpoint. No other process may write to the folder.
     """
     for path in half_written(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -187,13 +173,8 @@ def repair(folder: Path) -> None:
 def resolve_latest(uri: str) -> str:
     """Where Composer's ``latest-rank0.pt`` or ``latest-sharded-rank0`` leads in object storage.
 
-    There are no links: ``latest-rank0.pt.symlink`` is an object that holds the name of another.
-
-    Args:
-        uri: A checkpoint, or one of these names, with or without ``.symlink``.
-
-    Returns:
-        The checkpoint's URI; the URI itself if there is no such object.
+    There are no links: ``latest-rank0.pt.symlink`` is an object that holds the name of another. What is no such name,
+    with or without ``.symlink``, stays as it is.
 
     Raises:
         StorageError: If the bucket cannot be reached.
@@ -205,11 +186,7 @@ def resolve_latest(uri: str) -> str:
 
 
 def fetch_checkpoint(uri: str, folder: Path) -> Path:
-    """Download a checkpoint from object storage.
-
-    Args:
-        uri: It, or a ``latest`` link to it.
-        folder: Where to.
+    """Download a checkpoint from object storage, which a URI or a ``latest`` link names, into a folder.
 
     Raises:
         StorageError: If the bucket cannot be reached.

@@ -7,6 +7,7 @@ Pure functions of files: run again, they write the same bytes, whatever the numb
 import hashlib
 import io
 import math
+import re
 import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +38,8 @@ Rows = NDArray[np.int64]
 # is one of its own. Unlike re's, its letters have their marks, such as vowels of Hindi and Thai.
 _NO_SPACES = r'\p{lb=ID}\p{lb=CJ}\p{lb=SA}'
 _WORD = regex.compile(rf'[{_NO_SPACES}&&\w]|[\w--[{_NO_SPACES}]]+', regex.V1)
+_SPACE = re.compile(r'(?<!\r)[ \n]')
+_WINDOW = 1 << 18  # characters, at least
 _INVISIBLE = regex.compile(r'\p{Default_Ignorable_Code_Point}+')
 # Shingles hashed at once: datasketch holds 4 bytes for each of them and each permutation, twice, which fits in a cache.
 _SHINGLES = 1 << 11
@@ -53,15 +56,25 @@ def digests(texts: Sequence[str]) -> Keys:
     Returns:
         ``(n, 2)``; the first column as a fraction of :math:`2^{64}` is uniform in [0, 1) and decides the split.
     """
-    joined = b''.join(hashlib.blake2b(_visible(text).encode(), digest_size=16).digest() for text in texts)
-    return np.frombuffer(joined, '>u8').reshape(-1, 2).astype(np.uint64)
+    identities = []
+    for text in texts:
+        identity = hashlib.blake2b(digest_size=16)
+        for window in _visible(text):
+            identity.update(window.encode())
+        identities.append(identity.digest())
+    return np.frombuffer(b''.join(identities), '>u8').reshape(-1, 2).astype(np.uint64)
 
 
-def _visible(text: str) -> str:
-    """A text as a reader sees it; see :func:`digests`."""
-    if '\r' in text:
-        text = text.replace('\r\n', '\n').replace('\r', '\n')
-    return text if text.isascii() else unicodedata.normalize('NFC', _INVISIBLE.sub('', text))
+def _visible(text: str) -> Iterator[str]:
+    """A text as a reader sees it (see :func:`digests`), in windows that begin with a space, whose words it ends."""
+    start = 0
+    while start < len(text):
+        space = _SPACE.search(text, start + _WINDOW)
+        end = space.start() if space else len(text)
+        window, start = text[start:end], end
+        if '\r' in window:
+            window = window.replace('\r\n', '\n').replace('\r', '\n')
+        yield window if window.isascii() else unicodedata.normalize('NFC', _INVISIBLE.sub('', window))
 
 
 def is_held_out(identities: Keys, val_fraction: float) -> NDArray[np.bool_]:
@@ -104,7 +117,7 @@ class NearDuplicates(Section):
 
 def shingles(text: str, ngram: int) -> Iterator[str]:
     """The word n-grams of a document; see :class:`NearDuplicates`."""
-    words = (match[0] for match in _WORD.finditer(_visible(text).lower()))
+    words = (match[0] for window in _visible(text) for match in _WORD.finditer(window.lower()))
     first = list(islice(words, ngram)) or [text]
     windows = tee(chain(first, words), len(first))
     return map(' '.join, zip(*(islice(window, start, None) for start, window in enumerate(windows)), strict=False))

@@ -5,14 +5,12 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any
 
 from cpt_algorithms.preparation.options import Options
-from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, pack, tokenize
 from cpt_algorithms.preparation.sources import BYTES_PER_TOKEN, SMALLEST_PART, Source
 
 __all__ = ['LocalEngine', 'make_engine', 'num_cores']
@@ -47,16 +45,16 @@ class LocalEngine:
 
     def __init__(self, workers: int):
         self._workers = workers
-        self._stack = ExitStack()
         self._pool: Any = None
 
     def __enter__(self) -> 'LocalEngine':
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
 
-    def _map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+    def map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
         """The results in order, with a few jobs begun ahead; those not begun when nobody asks further never are."""
         if self._workers == 1:
             yield from map(function, jobs)
@@ -66,9 +64,9 @@ class LocalEngine:
 
             # threads of this process (rayon's, Arrow's) do not survive a fork; Streaming is imported once for all
             context = get_context('forkserver')
-            context.set_forkserver_preload(['streaming', 'pyarrow.parquet', 'tokenizers', __name__])
+            preloaded = ['streaming', 'pyarrow.parquet', 'tokenizers', __name__, 'cpt_algorithms.preparation.parts']
+            context.set_forkserver_preload(preloaded)
             self._pool = ProcessPoolExecutor(self._workers, context, _end_with_parent)
-            self._stack.callback(self._pool.shutdown, cancel_futures=True)
         jobs, waiting = iter(jobs), deque()
         try:
             while True:
@@ -80,14 +78,6 @@ class LocalEngine:
         finally:
             for future in waiting:
                 future.cancel()
-
-    def tokenize(self, jobs: Iterable[TokenizeJob]) -> Iterator[Tokenized]:
-        """Tokenise parts, in order; see :func:`cpt_algorithms.preparation.parts.tokenize`."""
-        return self._map(tokenize, jobs)
-
-    def pack(self, jobs: Iterable[PackJob]) -> Iterator[None]:
-        """Write shards; see :func:`cpt_algorithms.preparation.parts.pack`."""
-        return self._map(pack, jobs)
 
 
 def make_engine(options: Options, sources: Sequence[Source], files: dict[str, list[str]]) -> Any:

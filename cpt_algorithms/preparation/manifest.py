@@ -182,11 +182,7 @@ class Earlier:
 
 
 def find_earlier(location: str, near: dict[str, Any] | None) -> Earlier:
-    """Read the manifest of data prepared before.
-
-    Args:
-        location: Folder or URI.
-        near: Settings of near-duplicates, if these are looked for.
+    """Read the manifest of data prepared before, in a folder or URI; ``near`` as in the request.
 
     Raises:
         PrepareError: If there is none, or it cannot be compared with.

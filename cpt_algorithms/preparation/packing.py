@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which documents go into which split, and how their tokens become samples: numbers in, numbers out."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,22 +120,13 @@ def pieces(tokens: Tokens, lengths: NDArray[np.integer], documents: Mask, trim: 
         yield tokens[ends[start] - lengths[start] : end]
 
 
-def cut(parts: Iterable[Tokens], max_seq_len: int, at_once: int = 1 << 20) -> Generator[Tokens, None, Tokens]:
-    """Join tokens and cut them into samples.
+def cut(parts: Iterable[Tokens], max_seq_len: int, at_once: int = 1 << 20) -> Iterator[Tokens]:
+    """Join tokens and cut them into samples, ``(n, max_seq_len)`` at a time; the last, too few for one, are left out.
 
-    Args:
-        parts: Tokens, in order.
-        max_seq_len: Tokens of a sample.
-        at_once: Tokens collected before they are cut; the samples do not depend on it.
-
-    Yields:
-        ``(n, max_seq_len)`` tokens: the next n samples.
-
-    Returns:
-        The fewer than ``max_seq_len`` tokens left over.
+    The samples do not depend on ``at_once``, the tokens that are collected before they are cut.
     """
     waiting, size = [np.zeros(0, np.int32)], 0
-    for part in parts:
+    for part in (run[at : at + at_once] for run in parts for at in range(0, len(run), at_once)):
         waiting.append(part)
         size += len(part)
         if size >= max(at_once, max_seq_len):
@@ -147,4 +138,3 @@ def cut(parts: Iterable[Tokens], max_seq_len: int, at_once: int = 1 << 20) -> Ge
     end = len(joined) // max_seq_len * max_seq_len
     if end:
         yield joined[:end].reshape(-1, max_seq_len)
-    return joined[end:]

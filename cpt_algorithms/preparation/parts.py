@@ -7,10 +7,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from cpt_algorithms.preparation.lm_eval_items import DOCUMENT_CHARACTERS, DOCUME
 from cpt_algorithms.preparation.packing import cut, pieces
 from cpt_algorithms.preparation.sources import Broken, Part, in_chunks, read
 
-__all__ = ['PackJob', 'TokenizeJob', 'Tokenized', 'appearing', 'columns', 'leftover', 'pack', 'rows', 'tokenize']
+__all__ = ['PackJob', 'TokenizeJob', 'Tokenized', 'appearing', 'columns', 'leftover', 'pack', 'tokenize']
 
-CHUNK_CHARACTERS = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
+CHUNK = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
 SMALLEST_WINDOW = 1 << 11  # characters
 AGREEING = 4  # words, at least, by which two windows are found to go on alike
 _WORD_BEGINS = re.compile(r'\W\w')
@@ -33,16 +34,9 @@ FORMAT = 3  # of the files of a tokenised part
 
 @dataclass(frozen=True)
 class TokenizeJob:
-    """One part to tokenise.
+    """One part to tokenise, with a file of ``tokenizers``, into a folder below ``parts``.
 
-    Args:
-        part: What is read.
-        tokenizer: A file of ``tokenizers``.
-        tokenizer_hash: Of its content.
-        ends: The tokens put before and behind each document.
-        val_fraction: Share of the documents held out.
-        near: The keywords of ``NearDuplicates``, if these are looked for.
-        parts: The folder of all tokenised parts.
+    ``ends`` are the tokens put before and behind each document; ``near`` the keywords of ``NearDuplicates``.
     """
 
     part: Part
@@ -131,45 +125,40 @@ def _load(tokenizer: str, content: str) -> Any:
     return loaded
 
 
-def encode(tokenizer: Any, texts: list[str]) -> Iterator[NDArray[np.int32]]:
-    """The tokens of each text; one longer than ``CHUNK_CHARACTERS`` is done by :func:`encode_long`."""
-    short = [text for text in texts if len(text) <= CHUNK_CHARACTERS]
+def encode(tokenizer: Any, texts: list[str]) -> Iterator[Iterable[NDArray[np.int32]]]:
+    """The tokens of each text, in pieces; one longer than ``CHUNK`` is done by :func:`encode_long`."""
+    short = [text for text in texts if len(text) <= CHUNK]
     encodings = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
     for text in texts:
-        if len(text) <= CHUNK_CHARACTERS:
-            yield np.array(next(encodings).ids, np.int32)
+        if len(text) <= CHUNK:
+            yield [np.array(next(encodings).ids, np.int32)]
         else:
-            yield np.concatenate(list(encode_long(tokenizer, text, CHUNK_CHARACTERS)))
+            yield encode_long(tokenizer, text, max(CHUNK, SMALLEST_WINDOW))
 
 
 def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int32]]:
-    """The tokens of a long text, the same as all at once, in windows.
+    """The tokens of a long text, the same as all at once, in windows of ``size`` characters, at least 2,048.
 
-    Windows overlap by a sixteenth, and are joined where the middle half of that has several words, and the same tokens
-    at the same places in both. Where it has not, as in a run of spaces or of letters alone, the first window grows to
-    twice its size, in the end to the whole rest.
-
-    Args:
-        tokenizer: Of ``tokenizers``.
-        text: The text.
-        size: Characters of a window, at least 2,048.
+    Windows overlap by a sixteenth, and are joined where the middle half of that has the same tokens at the same places
+    in both, and either several words or, for BPE, part of one word. (BPE can be cut inside a word where both windows
+    begin the same token: a merge across that place needs the tokens on both sides of it, which BPE builds from their
+    own characters alone, so it would have been made in the first window, too.) Where no such place is, as in a word of
+    another model than BPE, the first window grows to twice its size, in the end to the whole rest.
 
     Cost: memory of some 150 bytes for each character of a window, and twice the time.
     """
-    size = max(size, SMALLEST_WINDOW)
     overlap = size // 16
+    bpe = type(tokenizer.model).__name__ == 'BPE'
     start, width, given = 0, size, 0  # of the window; tokens of it that the one before gave
     encoding = tokenizer.encode(text[:size], add_special_tokens=False)
     while start + width < len(text):
         following = start + width - overlap
         after = tokenizer.encode(text[following : following + size], add_special_tokens=False)
         low, high = following + overlap // 4, following + 3 * overlap // 4
-        here, end = _between(encoding, low - start, high - start)
-        there, begin = _between(after, low - following, high - following)
-        words = len(_WORD_BEGINS.findall(text, low, high))
-        if words >= AGREEING and [(token, at + start) for token, at in here] == [
-            (token, at + following) for token, at in there
-        ]:
+        here, end, one_here = _between(encoding, low - start, high - start)
+        there, begin, one_there = _between(after, low - following, high - following)
+        safe = (bpe and one_here and one_there) or len(_WORD_BEGINS.findall(text, low, high)) >= AGREEING
+        if safe and [(token, at + start) for token, at in here] == [(token, at + following) for token, at in there]:
             yield np.array(encoding.ids[given:end], np.int32)
             start, width, given, encoding = following, size, begin, after
         else:
@@ -178,11 +167,12 @@ def encode_long(tokenizer: Any, text: str, size: int) -> Iterator[NDArray[np.int
     yield np.array(encoding.ids[given:], np.int32)
 
 
-def _between(encoding: Any, low: int, high: int) -> tuple[list[tuple[int, int]], int]:
-    """The tokens that begin within these characters, with their places, and the number of the first."""
+def _between(encoding: Any, low: int, high: int) -> tuple[list[tuple[int, int]], int, bool]:
+    """The tokens that begin within these characters, with their places; the number of the first; if in one word."""
     first, last = _first_from(encoding, low), _first_from(encoding, high)
     starts = [encoding.token_to_chars(token)[0] for token in range(first, last)]  # offsets of all take as long as ids
-    return list(zip(encoding.ids[first:last], starts, strict=True)), first
+    words = {encoding.token_to_word(token) for token in range(first - 1, last)} if 0 < first < last else ()
+    return list(zip(encoding.ids[first:last], starts, strict=True)), first, len(words) == 1
 
 
 def _first_from(encoding: Any, place: int) -> int:
@@ -203,7 +193,8 @@ def tokenize(job: TokenizeJob) -> Tokenized:
     """Tokenise a part, or find it done.
 
     Cost: that of ``tokenizers``; memory does not depend on the size of the part but for its ``digests``, ``lengths``
-    and ``signatures``.
+    and ``signatures``, and, of one long document, three times its bytes (in the worst case, one character in four bytes
+    of Python's, nine times).
     """
     from cpt_algorithms.preparation.duplicates import NearDuplicates, digests, is_held_out, signatures
 
@@ -225,14 +216,14 @@ def tokenize(job: TokenizeJob) -> Tokenized:
     if near:
         arrays['signatures'] = [np.zeros((0, near.bands[0]), np.uint64)]
     with appearing(folder) as partial, open(partial / 'tokens', 'wb') as file:
-        for chunk in in_chunks(read(job.part, broken), CHUNK_CHARACTERS):
+        for chunk in in_chunks(read(job.part, broken), CHUNK):
             texts, sizes = [], []
             for text in chunk:
                 try:
-                    size = len(text.encode())
+                    size = sum(len(text[at : at + CHUNK].encode()) for at in range(0, len(text), CHUNK))
                 except UnicodeEncodeError:  # half a character, which JSON can spell
                     continue
-                if text.strip():
+                if text and not text.isspace():
                     texts.append(text)
                     sizes.append(size)
             skipped += len(chunk) - len(texts)
@@ -249,10 +240,10 @@ def tokenize(job: TokenizeJob) -> Tokenized:
             held_out_texts += [(documents + number, texts[number][:DOCUMENT_CHARACTERS]) for number in kept]
             documents += len(texts)
             lengths = np.zeros(len(texts), np.uint32)
-            tokens = list(encode(tokenizer, [texts[number] for number in fresh]))
-            lengths[fresh] = [len(start) + len(document) + len(end) for document in tokens]
-            if tokens:
-                np.concatenate([each for document in tokens for each in (start, document, end)]).tofile(file)
+            for number, windows in zip(fresh, encode(tokenizer, [texts[number] for number in fresh]), strict=True):
+                for tokens in chain([start], windows, [end]):
+                    file.write(tokens.tobytes())
+                    lengths[number] += len(tokens)
             arrays['digests'].append(identities)
             arrays['lengths'].append(lengths)
             arrays['bytes'].append(np.array(sizes, np.uint32))
@@ -269,16 +260,10 @@ def tokenize(job: TokenizeJob) -> Tokenized:
 
 @dataclass(frozen=True)
 class PackJob:
-    """What one part gives to one split, to be written as shards.
+    """What one part gives to one split, to be written as shards into a folder.
 
-    Args:
-        tokenized: The part.
-        split: ``<split>.npy`` of the part says which documents.
-        trim: Tokens left out at the end of the last of them.
-        samples: Samples that this makes.
-        max_seq_len: Tokens of a sample.
-        writer: Keywords of ``MDSWriter``: ``compression``, ``hashes``.
-        folder: Where the shards go.
+    ``<split>.npy`` of the part says which documents; of the last of them ``trim`` tokens are left out. ``writer`` are
+    keywords of ``MDSWriter``.
     """
 
     tokenized: Tokenized
@@ -295,14 +280,6 @@ def columns(max_seq_len: int) -> dict[str, str]:
     return {'tokens': f'ndarray:int32:{max_seq_len}'}
 
 
-def rows(job: PackJob) -> Iterator[dict[str, Any]]:
-    """The samples of a part and split."""
-    part = job.tokenized
-    tokens = pieces(part.tokens, part.load('lengths'), np.asarray(part.load(job.split)), job.trim)
-    for block in cut(tokens, job.max_seq_len):
-        yield from ({'tokens': row} for row in block)
-
-
 def leftover(job: PackJob) -> NDArray[np.int32]:
     """The tokens of a part and split that are too few for a sample."""
     lengths, wanted = job.tokenized.load('lengths'), np.array(job.tokenized.load(job.split))
@@ -312,14 +289,16 @@ def leftover(job: PackJob) -> NDArray[np.int32]:
     if not size:
         return np.zeros(0, np.int32)
     wanted[: numbers[np.flatnonzero(behind >= size)[-1]]] = False
-    return np.concatenate(list(pieces(job.tokenized.tokens, lengths, wanted, job.trim)))[-size:]
+    return np.concatenate([piece[-size:] for piece in pieces(job.tokenized.tokens, lengths, wanted, job.trim)])[-size:]
 
 
 def pack(job: PackJob) -> None:
     """Write the shards of a part and split, as stock Streaming does."""
     from streaming import MDSWriter
 
+    part = job.tokenized
+    tokens = pieces(part.tokens, part.load('lengths'), np.asarray(part.load(job.split)), job.trim)
     with appearing(Path(job.folder)) as partial:
         with MDSWriter(out=str(partial), columns=columns(job.max_seq_len), **job.writer) as writer:
-            for row in rows(job):
-                writer.write(row)
+            for row in chain.from_iterable(cut(tokens, job.max_seq_len)):
+                writer.write({'tokens': row})

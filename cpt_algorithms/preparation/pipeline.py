@@ -27,13 +27,15 @@ from cpt_algorithms.preparation.manifest import (
     TokenizerRecord,
     versions,
 )
-from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector, cut
-from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, appearing, columns, leftover
+from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector
+from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, columns, leftover, pack, tokenize
 from cpt_algorithms.preparation.reading import MAX_INSTALLED_BYTES, PrepareError, columns_of
 from cpt_algorithms.preparation.sources import MOST_LISTED, Part, Source, part_size, parts_of, read
 from cpt_algorithms.preparation.tokenizer import document_ends, hash_tokenizer, train_tokenizer
 
 __all__ = ['prepare', 'resumable']
+
+MOST_DECODED = 1 << 20  # tokens at once
 
 
 @dataclass
@@ -66,19 +68,16 @@ def prepare(
     tokenizer: Any,
     earlier: list[Earlier],
 ) -> Path:
-    """Do the work of a request, or what is left of it.
+    """Do the work of a request, or what an earlier call has left of it in ``partial``; the finished folder in there.
 
     Args:
         request: What decides the result.
         sources: In order; those of one dataset follow one another.
         files: The files of each source, by ``str(source)``.
-        partial: Folder to work in; may hold what an earlier call left.
+        partial: Folder to work in.
         engine: A :class:`~cpt_algorithms.preparation.engines.LocalEngine` or one like it.
-        tokenizer: The tokenizer; none to train one on the first dataset.
+        tokenizer: None to train one on the first dataset.
         earlier: Data prepared before.
-
-    Returns:
-        The finished folder, in ``partial``.
 
     Raises:
         PrepareError: If the input is not as it should be.
@@ -153,9 +152,7 @@ def resumable(partial: Path) -> Iterator[None]:
 
 
 def _datasets(request: Request, sources: list[Source], files: dict[str, list[str]]) -> list[_Dataset]:
-    """The sources by dataset."""
-    limits = [request.max_train_tokens, request.max_val_tokens]
-    max_tokens = sum(limit or 0 for limit in limits) if limits[0] else None
+    max_tokens = request.max_train_tokens and request.max_train_tokens + (request.max_val_tokens or 0)
     datasets = []
     for name in dict.fromkeys(source.dataset for source in sources):
         own = [source for source in sources if source.dataset == name]
@@ -167,13 +164,10 @@ def _datasets(request: Request, sources: list[Source], files: dict[str, list[str
 
 def _parts(dataset: _Dataset, request: Request, work: Path) -> Iterator[Part]:
     """The parts of a dataset, in order."""
-    number = 0
     for source in dataset.sources:
         key = hashlib.blake2b(json.dumps([str(source), dataset.part_size]).encode(), digest_size=8).hexdigest()
         found = dataset.files[str(source)]
-        for part in parts_of(source, found, request.text_key, dataset.part_size, number, work / 'spool' / key):
-            yield part
-            number += 1
+        yield from parts_of(source, found, request.text_key, dataset.part_size, work / 'spool' / key)
 
 
 def _training_texts(parts: Iterable[Part], val_fraction: float) -> Iterator[str]:
@@ -182,11 +176,13 @@ def _training_texts(parts: Iterable[Part], val_fraction: float) -> Iterator[str]
 
     seen = set()
     for text in chain.from_iterable(map(read, parts)):
+        if not text or text.isspace():
+            continue
         try:
             identity = digests([text])
         except UnicodeEncodeError:
             continue
-        if text.strip() and identity.tobytes() not in seen and not is_held_out(identity, val_fraction)[0]:
+        if identity.tobytes() not in seen and not is_held_out(identity, val_fraction)[0]:
             seen.add(identity.tobytes())
             # memory of a trainer grows with the longest; no shorter than what is installed, which is not cut
             yield from (text[at : at + MAX_INSTALLED_BYTES] for at in range(0, len(text), MAX_INSTALLED_BYTES))
@@ -198,9 +194,8 @@ def _decide(
     """Tokenise a dataset as far as its limits need and decide which documents go where."""
     from tqdm import tqdm
 
-    limits = {split: getattr(request, f'max_{split}_tokens') for split in SPLITS}
-    max_seq_len = request.max_seq_len
-    limits = {split: limit and limit // max_seq_len * max_seq_len for split, limit in limits.items()}
+    size, given = request.max_seq_len, {'train': request.max_train_tokens, 'val': request.max_val_tokens}
+    limits = {split: limit and limit // size * size for split, limit in given.items()}
     parts: list[Part] = []
 
     def noting() -> Iterator[Part]:
@@ -212,7 +207,7 @@ def _decide(
     upper = Selector(limits)  # as if there were no duplicates
     total = dataset.size if limits['train'] is None else None
     with tqdm(desc=f'tokenizing {dataset.name}', total=total, unit='B', unit_scale=True, disable=None) as bar:
-        results = engine.tokenize(jobs(noting()))
+        results = engine.map(tokenize, jobs(noting()))
         for tokenized in results:
             bar.update(parts[len(decision.tokenized)].size)
             decision.tokenized.append(tokenized)
@@ -295,14 +290,10 @@ def _write(
             )
     jobs = _pack_jobs(decision, request, work)
     missing = [job for split in SPLITS for job in jobs[split] if job.samples and not Path(job.folder).exists()]
-    for _ in tqdm(engine.pack(missing), f'packing {dataset.name}', len(missing), unit=' parts', disable=None):
+    for _ in tqdm(engine.map(pack, missing), f'packing {dataset.name}', len(missing), unit=' parts', disable=None):
         pass
-    texts = _validation_texts(decision)
     return DatasetRecord(
-        files=sum(source.files for source in sources.values()),
-        rows=sum(source.rows for source in sources.values()),
-        skipped=sum(source.skipped for source in sources.values()),
-        broken=sum(source.broken for source in sources.values()),
+        **{key: sum(getattr(one, key) for one in sources.values()) for key in ('files', 'rows', 'skipped', 'broken')},
         first_broken=list(chain.from_iterable(source.first_broken for source in sources.values()))[:MOST_LISTED],
         splits={
             split: _assemble(result / dataset.name / split, jobs[split], request, counts[split], tokenizer)
@@ -310,7 +301,7 @@ def _write(
         },
         sources=sources,
         parts=len(decision.parts),
-        lm_eval=write_lm_eval(result / 'lm_eval', dataset.name, texts, request.max_seq_len),
+        lm_eval=write_lm_eval(result / 'lm_eval', dataset.name, _validation_texts(decision), request.max_seq_len),
     )
 
 
@@ -349,43 +340,36 @@ def _assemble(folder: Path, jobs: list[PackJob], request: Request, counts: Count
 
     max_seq_len = request.max_seq_len
     folder.mkdir(parents=True)
-    indexes, rest = [], np.zeros(0, np.int32)
-
-    def leftovers() -> Iterator[Any]:
-        nonlocal rest
-        rest = yield from cut(map(leftover, jobs), max_seq_len)
-
+    indexes = []
+    left_over = np.concatenate([np.zeros(0, np.int32), *map(leftover, jobs)])
+    end = len(left_over) // max_seq_len * max_seq_len
+    rest = left_over[end:]
     for number, job in enumerate(jobs):
         if job.samples:
             write_json(Path(f'{job.folder}.json'), f'{folder.parent.name}/{folder.name}/{number:05}')
             Path(job.folder).rename(folder / f'{number:05}')
             indexes.append(str(folder / f'{number:05}' / 'index.json'))
-    samples = counts.tokens // max_seq_len
-    if samples > sum(job.samples for job in jobs):
-        with (
-            appearing(folder / 'rest') as partial,
-            MDSWriter(out=str(partial), columns=columns(max_seq_len), **jobs[0].writer) as writer,
-        ):
-            for block in leftovers():
-                for row in block:
-                    writer.write({'tokens': row})
+    if end:
+        with MDSWriter(out=str(folder / 'rest'), columns=columns(max_seq_len), **jobs[0].writer) as writer:
+            for row in left_over[:end].reshape(-1, max_seq_len):
+                writer.write({'tokens': row})
         indexes.append(str(folder / 'rest' / 'index.json'))
-    else:
-        for _ in leftovers():
-            pass
     logging.disable(logging.WARNING)  # merge_index warns of the temporary folder it makes
     try:
         merge_index(indexes, str(folder), keep_local=True)
     finally:
         logging.disable(logging.NOTSET)
-    dropped = np.concatenate([rest, *(_trimmed(job) for job in jobs if job.trim)]).tolist()
-    text = tokenizer.decode(dropped, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    dropped = np.concatenate([rest, *(_trimmed(job) for job in jobs if job.trim)])
+    texts = (
+        tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for tokens in np.split(dropped, range(MOST_DECODED, len(dropped), MOST_DECODED))
+    )
     return counts.model_copy(
         update={
-            'samples': samples,
-            'tokens': samples * max_seq_len,
+            'samples': counts.tokens // max_seq_len,
+            'tokens': counts.tokens - len(rest),
             'leftover': counts.leftover + len(rest),
-            'bytes': counts.bytes - len(text.encode()),
+            'bytes': counts.bytes - sum(len(text.encode()) for text in texts),
         }
     )
 
@@ -424,10 +408,5 @@ def _write_keys(file: Path, key: str, decision: _Decision, split: str) -> None:
 
 def _validation_texts(decision: _Decision) -> list[str]:
     """The first validation documents of a dataset, of those that were kept when they were read."""
-    texts: list[str] = []
-    for tokenized in decision.tokenized:
-        chosen = tokenized.load('val')
-        texts += [text for row, text in tokenized.held_out_texts() if chosen[row]]
-        if len(texts) >= DOCUMENTS:
-            break
-    return texts[:DOCUMENTS]
+    parts = ((tokenized.load('val'), tokenized.held_out_texts()) for tokenized in decision.tokenized)
+    return list(islice((text for chosen, held in parts for row, text in held if chosen[row]), DOCUMENTS))

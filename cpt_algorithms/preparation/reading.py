@@ -53,19 +53,14 @@ Rows = Iterator[str | BrokenRow]
 
 
 def rows_of(kind: str, unit: Unit, text_key: str, encoding: str | None) -> Rows:
-    """The rows of a unit in order; blank where there is no text.
-
-    Args:
-        kind: ``installed``, ``text``, ``jsonl``, or ``parquet`` for all else.
-        unit: The file and range.
-        text_key: The column of the text.
-        encoding: Of the text; none for UTF-8.
-    """
+    """The rows of a unit of a kind of source in order; blank where there is no text. No encoding is UTF-8."""
     if kind == 'installed':
         return _read_installed(unit[0])
     if kind == 'text':
         return _read_text(unit[0], encoding)
-    return _read_jsonl(unit, text_key, encoding) if kind == 'jsonl' else _read_parquet(unit, text_key)
+    if kind == 'jsonl':
+        return _read_jsonl(unit, text_key, encoding)
+    return _read_spool(unit[0]) if kind == 'hf' else _read_parquet(unit, text_key)
 
 
 def has_byte_lines(encoding: str | None) -> bool:
@@ -158,9 +153,11 @@ def _read_text(file: str, encoding: str | None) -> Rows:
     with _open(file) as handle:
         data = handle.read()
     try:
-        yield data.decode(encoding or 'utf-8').removeprefix('\ufeff')
+        row = data.decode(encoding or 'utf-8').removeprefix('\ufeff')
     except UnicodeDecodeError as error:
-        yield BrokenRow(f'{file}: {what_is(file) or _decoding_error(file, 0, data, error)}')
+        row = BrokenRow(f'{file}: {what_is(file) or _decoding_error(file, 0, data, error)}')
+    del data  # the caller works on the text meanwhile
+    yield row
 
 
 def _read_jsonl(unit: Unit, text_key: str, encoding: str | None) -> Rows:
@@ -176,14 +173,15 @@ def _read_jsonl(unit: Unit, text_key: str, encoding: str | None) -> Rows:
             begin += len(handle.readline()) - 1  # the rest of a line that began before
         at, number = begin, 0
         while (at < end or not end) and (line := handle.readline()):
-            number += 1
-            if line.strip():
-                row = _parse(file, at, line, text_key, encoding)
-                if isinstance(row, BrokenRow):
-                    first = _lines_before(file, begin) if first is None else first
-                    row = BrokenRow(f'{file}, line {first + number}: {what_is(file) or row}')
-                yield row
-            at += len(line)
+            number, at = number + 1, at + len(line)
+            if line.isspace():
+                continue
+            row = _parse(file, at - len(line), line, text_key, encoding)
+            del line  # may be long, and the caller works on its text meanwhile
+            if isinstance(row, BrokenRow):
+                first = _lines_before(file, begin) if first is None else first
+                row = BrokenRow(f'{file}, line {first + number}: {what_is(file) or row}')
+            yield row
 
 
 def _parse(file: str, at: int, line: bytes | str, text_key: str, encoding: str | None) -> str | BrokenRow:
@@ -207,14 +205,7 @@ def _parse(file: str, at: int, line: bytes | str, text_key: str, encoding: str |
 
 
 def _decoding_error(file: str, start: int, data: bytes, error: UnicodeDecodeError) -> BrokenRow:
-    """Which byte is not of the encoding, and which one the text seems to have.
-
-    Args:
-        file: The file.
-        start: Bytes of it before ``data``.
-        data: What was decoded.
-        error: What came of it.
-    """
+    """Which byte is not of the encoding, and which one the text seems to have; ``start`` bytes come before ``data``."""
     with closing(_open(file)) as handle:
         head = handle.read(64)
     low = max(0, error.start - 512)
@@ -255,3 +246,13 @@ def _read_parquet(unit: Unit, text_key: str) -> Rows:
                 number += 1
                 row = text_of(text_key, {text_key: text})
                 yield BrokenRow(f'{file}, row {number}: {row}') if isinstance(row, BrokenRow) else row
+
+
+def _read_spool(file: str) -> Rows:
+    """The rows that were streamed to a file: each a text, or what is wrong with it."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(BATCH_ROWS):
+            for row in batch.to_pylist():
+                yield BrokenRow(row['problem']) if row['problem'] else row['text']

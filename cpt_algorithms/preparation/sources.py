@@ -103,11 +103,10 @@ class Source:
 class Part:
     """A run of consecutive documents of one source, and the unit of all work: parallel, resumable, bounded.
 
-    Its ``number`` counts over the sources of a dataset; its ``size`` is in bytes of text, about.
+    Its ``size`` is in bytes of text, about.
     """
 
     source: Source
-    number: int
     units: tuple[Unit, ...]
     size: int
     text_key: str
@@ -228,37 +227,29 @@ def find_files(source: Source) -> list[str]:
 def part_size(size: int | None, max_tokens: int | None) -> int:
     """Bytes of text in a part: a ``1 / PARTS`` of what will be read, between ``SMALLEST_PART`` and ``LARGEST_PART``.
 
-    A function of the input and the limits alone, so that any engine cuts alike.
-
-    Args:
-        size: Bytes of a dataset, if they are known.
-        max_tokens: The limits of its splits together, if each that is needed has one.
+    A function of the input and the limits alone, so that any engine cuts alike: the bytes of a dataset, if they are
+    known, and the limits of its splits together, if train has one.
     """
     needed = [number for number in (size, max_tokens and max_tokens * BYTES_PER_TOKEN) if number is not None]
     return min(max(min(needed, default=LARGEST_PART * PARTS) // PARTS, SMALLEST_PART), LARGEST_PART)
 
 
-def parts_of(source: Source, files: list[str], text_key: str, size: int, first: int, spool: Path) -> Iterator[Part]:
-    """Cut a source into parts of about ``size`` bytes of text, in order; those of ``hf`` as they arrive.
+def parts_of(source: Source, files: list[str], text_key: str, size: int, spool: Path) -> Iterator[Part]:
+    """Cut a source into parts of about ``size`` bytes of text, in order.
 
-    Args:
-        source: The source.
-        files: Its files.
-        text_key: The column of the text.
-        size: Bytes.
-        first: The number of the first part.
-        spool: Folder for what ``hf`` streams: it is read from there from then on, and resumed behind it.
+    Those of ``hf`` come as they arrive: what it streams is read from the folder ``spool`` from then on, and resumed
+    behind it.
     """
-    units, total, number = [], 0, first
+    units, total = [], 0
     found = _streamed(source, text_key, size, spool) if source.kind == 'hf' else _units(source, files, text_key, size)
     for unit, weight in found:
         units.append(unit)
         total += weight
         if total >= size:
-            yield Part(source, number, tuple(units), total, text_key)
-            units, total, number = [], 0, number + 1
+            yield Part(source, tuple(units), total, text_key)
+            units, total = [], 0
     if units:
-        yield Part(source, number, tuple(units), total, text_key)
+        yield Part(source, tuple(units), total, text_key)
 
 
 def _units(source: Source, files: list[str], text_key: str, size: int) -> Iterator[tuple[Unit, int]]:
@@ -310,39 +301,43 @@ def _streamed(source: Source, text_key: str, size: int, spool: Path) -> Iterator
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema({text_key: pa.large_string()})
+    schema = pa.schema({'text': pa.large_string(), 'problem': pa.string()})
     spool.mkdir(parents=True, exist_ok=True)
     with _reading(source):
         data: Any = _dataset(source)
-        number, metadata = 0, {}
+        number, before, metadata = 0, 0, {}
         while (file := spool / f'{number:06}.parquet').exists():
-            metadata = pq.read_schema(file).metadata
-            yield (str(file), 0, pq.read_metadata(file).num_row_groups), size
-            number += 1
+            described = pq.read_metadata(file)
+            metadata = described.metadata
+            yield (str(file), 0, described.num_row_groups), size
+            number, before = number + 1, before + described.num_rows
         if b'last' in metadata:
             return
         if b'state' in metadata:
             data.load_state_dict(json.loads(metadata[b'state']))
-        rows: list[str] = []
+        texts: list[str | None] = []
+        problems: list[str | None] = []
         rest = size
 
         def write(last: dict[str, str]) -> tuple[Unit, int]:
             file, partial = spool / f'{number:06}.parquet', spool / '.partial'
-            table = pa.table({text_key: rows}, schema=schema).replace_schema_metadata(last)
+            table = pa.table({'text': texts, 'problem': problems}, schema=schema).replace_schema_metadata(last)
             pq.write_table(table, partial, compression='zstd')
             partial.replace(file)
             return (str(file), 0, pq.read_metadata(file).num_row_groups), size
 
-        for row in data:
-            if isinstance(text := text_of(text_key, row), BrokenRow):
+        for place, row in enumerate(data, before + 1):
+            text, problem = text_of(text_key, row), None
+            if isinstance(text, BrokenRow):
+                text, problem = None, f'row {place}: {text}'
                 if not source.skip_broken or text_key not in row:
-                    raise PrepareError(f'{source.label}: {text}')
-                text = ''
-            rows.append(text)
-            rest -= len(text)
+                    raise BrokenRow(problem)
+            texts.append(text)
+            problems.append(problem)
+            rest -= len(text or problem or '')
             if rest <= 0:
                 yield write({'state': json.dumps(data.state_dict())})
-                rows, rest, number = [], size, number + 1
+                texts, problems, rest, number = [], [], size, number + 1
         yield write({'last': ''})
 
 
@@ -365,16 +360,11 @@ def _reading(source: Source, file: str = '') -> Iterator[None]:
 
 
 def read(part: Part, broken: Broken | None = None) -> Iterator[str]:
-    """The documents of a part in order; blank where there is no text.
-
-    Args:
-        part: The part.
-        broken: Counts what cannot be read and is left out, if the source says so.
-    """
+    """The documents of a part in order, blank where there is no text; ``broken`` counts what the source leaves out."""
     source, broken = part.source, broken or Broken()
     for unit in part.units:
         try:
-            with _reading(source, unit[0]):
+            with _reading(source, '' if source.kind == 'hf' else unit[0]):
                 for row in rows_of(source.kind, unit, part.text_key, source.encoding):
                     if isinstance(row, str):
                         yield row
@@ -392,7 +382,7 @@ def check_documents(source: Source, files: list[str], text_key: str) -> None:
     """Read the first document of a source, so that a wrong column is found before any work."""
     with tempfile.TemporaryDirectory() as folder:
         # a stream is read only as far as its first row
-        for part in parts_of(source, files, text_key, 1 if source.kind == 'hf' else 1 << 26, 0, Path(folder)):
+        for part in parts_of(source, files, text_key, 1 if source.kind == 'hf' else 1 << 26, Path(folder)):
             if next(read(part), None) is not None:
                 return
     raise PrepareError(f'{source.label}: {source.kind}:{source.target} has no rows')

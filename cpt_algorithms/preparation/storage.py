@@ -23,12 +23,7 @@ def work_folder(remote: str) -> Path:
 def check_destination(remote: str, work: Path) -> None:
     """Refuse, before any work, a place in object storage that holds something else.
 
-    Args:
-        remote: Where the output will go.
-        work: The folder it is made in. A record in it says that an earlier call began to upload.
-
-    Raises:
-        PrepareError: If it holds something else.
+    A record in the folder ``work`` says that an earlier call began to upload.
     """
     found = list_names(remote)
     if found and not any(work.glob('uploaded-*')):
@@ -40,10 +35,7 @@ def check_destination(remote: str, work: Path) -> None:
 def upload_folder(folder: Path, remote: str, work: Path) -> None:
     """Upload a folder, its ``manifest.json`` last, so that half of it is never taken for all.
 
-    Args:
-        folder: The files.
-        remote: Where they go.
-        work: Folder for a record of what is uploaded. A call after one that was interrupted goes on from it.
+    A call after one that was interrupted goes on from the record of what is uploaded in the folder ``work``.
     """
     from tqdm import tqdm
 

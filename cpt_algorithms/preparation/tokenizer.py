@@ -43,11 +43,9 @@ def hash_tokenizer(folder: Path) -> str:
     their flags and which of them is EOS count; how and by which release of ``transformers`` the files were written,
     padding and lengths do not.
 
-    Args:
-        folder: Of ``save_pretrained``: holds ``tokenizer.json`` and ``tokenizer_config.json``.
-
     Raises:
-        ValueError: If there is no such file in it, as for tokenizers that have no fast form, or it is none.
+        ValueError: If the folder lacks ``tokenizer.json`` or ``tokenizer_config.json``, as for tokenizers that have no
+            fast form, or one cannot be read.
     """
     try:
         tokenizer = orjson.loads((folder / 'tokenizer.json').read_bytes())
@@ -95,11 +93,8 @@ class Ends:
 def document_ends(tokenizer: HFTokenizer, bos_text: str | None = None, eos_text: str | None = None) -> Ends:
     """The tokens put before and behind each document.
 
-    Args:
-        tokenizer: By default its own decides: what it puts before and behind a text when it is called, and behind that
-            EOS, unless that is there.
-        bos_text: A token to put before each document instead; empty for none.
-        eos_text: A token to put behind each document instead.
+    By default what the tokenizer itself puts before and behind a text when it is called, and behind that EOS, unless
+    that is there; else the token ``bos_text`` (empty for none) or ``eos_text``.
 
     Raises:
         PrepareError: If one is no token, or there is no EOS.
@@ -186,10 +181,7 @@ class Parent:
 
 
 def stop_tokens(path: str) -> dict[str, list[int]]:
-    """The tokens at which a model stops, as ``config.json`` and ``generation_config.json`` say it, by their names.
-
-    Args:
-        path: A Hugging Face name or folder.
+    """The tokens at which a model, a name or folder, stops, by the file that says it.
 
     Raises:
         OSError: If its ``config.json`` cannot be found.
@@ -213,10 +205,7 @@ def _config(path: str, name: str = 'config.json') -> dict[str, Any]:
 
 
 def find_parent(name: str) -> Parent:
-    """Read the configuration of a parent.
-
-    Args:
-        name: A Hugging Face name or folder, or the folder of a run that exports to ``huggingface/ba<N>``.
+    """Read the configuration of a parent: a Hugging Face name or folder, or a run with ``huggingface/ba<N>``.
 
     Raises:
         PrepareError: If there is none.

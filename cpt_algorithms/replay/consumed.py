@@ -47,13 +47,6 @@ def consumed_by(state: Mapping[str, Any], digest: str) -> Consumed:
     return Consumed(counts['new'], seed, mix['shuffle_block_size'])
 
 
-def _state_of(checkpoint: str) -> dict[str, Any]:
-    if not is_remote(checkpoint):
-        return dataset_state_of(checkpoint)
-    with tempfile.TemporaryDirectory() as here:
-        return dataset_state_of(fetch_checkpoint(checkpoint, Path(here)))
-
-
 def _mix_and_counts(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
     if 'consumed' not in state:
         raise ValueError('its train loader was not replay_text, or an older one, so what it read is not known')
@@ -67,15 +60,11 @@ def _contents(mix: Mapping[str, Any], role: str) -> dict[str, str]:
 
 
 def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
-    """The positions from which a run continues the data of the run that saved a dataset state.
-
-    Args:
-        state: That of the run before.
-        mix: The mix of the run that goes on, as that class describes it. Its fraction and weights may be others.
+    """The positions from which a run with this ``mix`` continues the data of the run that saved a dataset state.
 
     Returns:
         Samples read of the new data (``new``) and of each old stream, for streams that both runs read in the same
-        role. The others start at 0 and are left out.
+        role. The others start at 0 and are left out. Fractions and weights may be others.
 
     Raises:
         ValueError: If it is the state of another loader, or the order is not the same.
@@ -114,7 +103,10 @@ def _read(where: str, checkpoint: str, judge: Callable[[dict[str, Any]], Found],
     found: list[Any] = [None]
     if not together or dist.get_global_rank() == 0:
         try:
-            found = [judge(_state_of(checkpoint))]
+            with tempfile.TemporaryDirectory() as here:
+                is_here = not is_remote(checkpoint)
+                place = checkpoint if is_here else fetch_checkpoint(checkpoint, Path(here))
+                found = [judge(dataset_state_of(place))]
         except Exception as error:  # of any kind: the other ranks are waiting
             found = [str(error) if isinstance(error, ValueError | OSError) else f'{type(error).__name__}: {error}']
     if together and dist.is_initialized():

@@ -221,10 +221,10 @@ def check_budget(
     max_seq_len: int,
     read_before: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """Say before training that a budget needs more data than there is.
+    """Say before training that a budget of so many samples, new and old, needs more data than there is.
 
     Args:
-        num_samples: The whole budget, new and old, in samples.
+        num_samples: The budget.
         interleaving: The mix.
         sizes: Samples of the new data (called ``new``) and of each old stream, in the order of the mix.
         max_passes: How many times a dataset may be read.

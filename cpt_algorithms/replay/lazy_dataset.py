@@ -131,19 +131,13 @@ class LazyStreamingDataset(StreamingDataset):
         self.shards_per_stream = np.array([len(index) for index in self.indexes], np.int64)
         self.shard_offset_per_stream = np.cumsum(self.shards_per_stream) - self.shards_per_stream
         self.samples_per_stream = np.array([index.samples.sum() for index in self.indexes], np.int64)
-        self.sample_offset_per_stream = np.cumsum(self.samples_per_stream) - self.samples_per_stream
         self.num_samples = int(self.samples_per_stream.sum())
         self.num_shards = int(self.shards_per_stream.sum())
         self.stream_per_shard = np.repeat(np.arange(self.num_streams, dtype=np.int16), self.shards_per_stream)
         places = [(stream.local, stream.split) for stream in self.streams]
         self.shards = Shards(self.indexes, places)  # pyright: ignore[reportAttributeAccessIssue]
-        ends = np.empty(self.num_shards, np.int64)
-        for index, first, before in zip(
-            self.indexes, self.shard_offset_per_stream, self.sample_offset_per_stream, strict=True
-        ):
-            here = ends[first : first + len(index)]
-            np.cumsum(index.samples, out=here)
-            here += before
+        ends = np.concatenate([index.samples for index in self.indexes])
+        np.cumsum(ends, out=ends)
         self.spanner = ShardOfSample(ends)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _open_shared_memory(self) -> None:
@@ -174,9 +168,8 @@ class LazyStreamingDataset(StreamingDataset):
                 states[first : first + len(index)] = _ShardState.LOCAL
                 continue
             usage += stream.get_index_size()
-            folder = stream.folder
-            listing = {os.path.join(root, leaf) for root, _, leaves in os.walk(folder) for leaf in leaves}
-            for number in index.cached(Path(folder)):
+            listing = {os.path.join(root, leaf) for root, _, leaves in os.walk(stream.folder) for leaf in leaves}
+            for number in index.cached(listing, stream.folder):
                 size = self.shards[int(first) + number].set_up_local(listing, stream.safe_keep_zip)
                 if size:
                     states[first + number] = _ShardState.LOCAL
@@ -189,9 +182,6 @@ class LazyStreamingDataset(StreamingDataset):
         Streaming takes a file lock for every prefetched row, cached or not. At some 10,000 rows per second its prefetch
         falls behind the reader, and with a cache limit it downloads evicted shards again. It also counts a shard only
         after the download, so that each of many workers may exceed the limit by one.
-
-        Raises:
-            StreamError: If the run shuts down meanwhile.
         """
         while (reserved := self._reserve(shard_id)) is None:
             if self._is_readable(shard_id):

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,8 +37,6 @@ LARGE = 16 << 20
 # What shards have in common, for checks that need not look at each.
 KIND = ('format', 'version', 'column_names', 'column_encodings', 'column_sizes', 'compression', 'hashes', 'size_limit')
 FILES = ('raw_data', 'raw_meta', 'zip_data', 'zip_meta')
-# MDS counts samples in 32 bits; no file is as large as this.
-_MOST_SAMPLES, _MOST_BYTES = 1 << 32, 1 << 48
 _MALFORMED = (ValueError, KeyError, IndexError, AttributeError, TypeError)
 
 
@@ -84,23 +82,15 @@ def _scan(file: BinaryIO) -> Iterator[tuple[int, int, dict[str, Any]]]:
         raise ValueError(f'its version is {version}, and Streaming reads 2')
 
 
-def _check_count(what: str, value: Any, below: int) -> int:
-    if type(value) is not int or not 0 <= value < below:
-        raise ValueError(f'{what}={short_repr(value)} must be a whole number of at least 0, below {below}')
-    return value
-
-
 def _files_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Descriptions of a shard's files. A name that leads out of the dataset's folder is refused: we write there."""
     files = [info[key] for key in FILES if info.get(key) is not None]
-    _check_count('samples', info['samples'], _MOST_SAMPLES)
     for file in files:
         name = file['basename']
-        _check_count(f'bytes of {short_repr(name)}', file['bytes'], _MOST_BYTES)
         if not isinstance(name, str) or not name or name[0] == '/' or '\0' in name or '..' in name.split('/'):
             raise ValueError(f'basename={short_repr(name)} does not name a file in the folder of the index')
-        if not all(isinstance(value, str) for value in file['hashes'].values()):
-            raise ValueError(f'hashes of {short_repr(name)} must be text')
+    if any(type(count) is not int or count < 0 for count in (info['samples'], *(file['bytes'] for file in files))):
+        raise ValueError(f'samples and bytes of {short_repr(info)} must be whole numbers of at least 0')
     return files
 
 
@@ -117,7 +107,7 @@ def _key(basename: str) -> int:
     return int.from_bytes(hashlib.blake2b(basename.encode(), digest_size=8).digest(), 'little', signed=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardIndex:
     """An ``index.json`` as columns, 40 bytes per shard.
 
@@ -206,9 +196,9 @@ class ShardIndex:
             file.seek(start)
             return reader_from_json(local, split, json.loads(file.read(length)))
 
-    def cached(self, folder: Path) -> list[int]:
-        """Numbers of the shards of which a file lies in this folder."""
-        names = [os.path.relpath(os.path.join(root, f), folder) for root, _, leaves in os.walk(folder) for f in leaves]
+    def cached(self, files: Iterable[str], folder: str) -> list[int]:
+        """Numbers of the shards that have one of the files in this folder."""
+        names = [os.path.relpath(file, folder) for file in files]
         wanted = {_key(name) for full in names for name in (full, os.path.splitext(full)[0])}  # raw, and compressed
         keys = self.table[4]
         order = np.argsort(keys)
@@ -224,23 +214,6 @@ class Shards(Sequence[Reader]):
         self._indexes = indexes
         self._places = places
         self._ends = np.cumsum([len(index) for index in indexes])
-        self._make_cache()
-
-    def _make_cache(self) -> None:
-        self._reader = lru_cache(maxsize=4096)(self._make_reader)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the cache, which cannot be pickled: DataLoader workers may be spawned."""
-        return {key: value for key, value in self.__dict__.items() if key != '_reader'}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._make_cache()
-
-    def _make_reader(self, number: int) -> Reader:
-        stream = int(np.searchsorted(self._ends, number, side='right'))
-        first = int(self._ends[stream]) - len(self._indexes[stream])
-        return self._indexes[stream].reader(number - first, *self._places[stream])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -248,7 +221,14 @@ class Shards(Sequence[Reader]):
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        return self._reader(int(number))
+        stream = int(np.searchsorted(self._ends, number, side='right'))
+        first = int(self._ends[stream]) - len(self._indexes[stream])
+        return _reader(self._indexes[stream], int(number) - first, *self._places[stream])
+
+
+@lru_cache(maxsize=4096)  # of this process, and not of an object that may be pickled
+def _reader(index: ShardIndex, number: int, local: str, split: str) -> Reader:
+    return index.reader(number, local, split)
 
 
 class ShardOfSample:

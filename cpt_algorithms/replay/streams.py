@@ -233,13 +233,7 @@ def _claim_free_one(local: str, split: str) -> str:
 
 
 def stale_cache(cached: Path, content: bytes, source: str) -> str | None:
-    """What is wrong with a cache that was filled from other data than the remote holds now; None if nothing.
-
-    Args:
-        cached: The ``index.json`` of the cache.
-        content: That of the remote.
-        source: Where that is.
-    """
+    """What is wrong with a cache whose ``index.json`` does not hold the content of the source's; None if nothing."""
     if cached.read_bytes() == content:
         return None
     return (
@@ -327,22 +321,19 @@ class ResilientStream(Stream):
         """Reserve a cache folder for this run, and see that its index is the remote's. All ranks call it at once."""
         if self.is_cache and world.is_local_leader:
             self.local = _claim_free_one(self.local, self.split)
-            self._check_index()
+            index = Path(self.folder, get_index_basename())
+            if not index.exists():
+                self._download_file(index.name)
+            else:
+                now = Path(self._download_file(index.name, f'{index.name}.tmp'))
+                problem = stale_cache(index, now.read_bytes(), os.path.join(self.remote or '', self.split, index.name))
+                now.unlink()
+                if problem:
+                    raise StreamError(problem)
         if dist.is_available() and dist.is_initialized():  # the ranks of a node share its leader's
             of_ranks: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(of_ranks, self.local)
             self.local = of_ranks[world.rank - world.rank_of_node]
-
-    def _check_index(self) -> None:
-        index = Path(self.folder, get_index_basename())
-        if not index.exists():
-            self._download_file(index.name)
-            return
-        now = Path(self._download_file(index.name, f'{index.name}.tmp'))
-        problem = stale_cache(index, now.read_bytes(), os.path.join(self.remote or '', self.split, index.name))
-        now.unlink()
-        if problem:
-            raise StreamError(problem)
 
     def check_hashes(self, offered: Iterable[Sequence[str]]) -> None:
         """Refuse a ``validate_hash`` that the index does not offer for each shard."""
@@ -478,11 +469,10 @@ class ResilientStream(Stream):
         if len(data) != info.bytes:
             return f'it has {len(data):,} bytes, and the index says {info.bytes:,}'
         offered = [*(name for name in HASHES if name in info.hashes), *filter(is_hash, info.hashes)]
-        algorithm = self._wanted_hash or next(iter(offered), None)
-        if algorithm is None:
-            return None
-        found, right = get_hash(str(algorithm), data), info.hashes[str(algorithm)]
-        return None if found == right else f'its {algorithm} is {found}, and the index says {right}'
+        for algorithm in [str(self._wanted_hash)] if self._wanted_hash else offered[:1]:
+            if (found := get_hash(algorithm, data)) != (right := info.hashes[algorithm]):
+                return f'its {algorithm} is {found}, and the index says {right}'
+        return None
 
     def _failure(self, basename: str, error: Exception, attempts: int = 1) -> StreamError:
         """The one line a user gets."""

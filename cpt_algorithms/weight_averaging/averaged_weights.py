@@ -46,14 +46,14 @@ def parse_time(key: str, value: Any, may_be_zero: bool = False) -> Duration:
     return time
 
 
-def _resolved(time: Duration, total: Duration) -> Duration:
+def resolve_time(time: Duration, total: Duration) -> Duration:
     """A ``dur`` in the unit of the whole; at least 1. Others as they are."""
     if time.unit != 'dur':
         return time
     return Duration(max(int(time.value * total.value), 1 if time.value else 0), total.unit)
 
 
-def _total(state: State) -> Duration:
+def total_of(state: State) -> Duration:
     """``max_duration``, in batches if it is in epochs."""
     total = state.max_duration
     assert total is not None, 'fit has begun'
@@ -61,11 +61,6 @@ def _total(state: State) -> Duration:
         assert state.dataloader_len is not None, 'replay_text knows its length'
         total = Time.from_batch(int(total.value) * int(state.dataloader_len.value))
     return Duration(int(total.value), total.unit.value)
-
-
-def resolve_time(time: Duration, state: State) -> Duration:
-    """A ``dur`` in the unit of ``max_duration``, or in batches if that is epochs; at least 1. Others as they are."""
-    return _resolved(time, _total(state)) if time.unit == 'dur' else time
 
 
 class _EvaluatorOfAverage(Evaluator):
@@ -196,12 +191,9 @@ class AveragedWeights(Callback, ABC):
     def first_update(self, total: Duration, global_batch_size: int, max_seq_len: int) -> int:
         """The batch after which :meth:`batch_end` looks at the weights for the first time, in a run that is no branch.
 
-        Args:
-            total: Length of the run, not in epochs.
-            global_batch_size: Samples of a batch over all ranks.
-            max_seq_len: Tokens of a sample.
+        The length of the run is not in epochs.
         """
-        start, interval = (_resolved(time, total) for time in (self.start, self.interval))
+        start, interval = (resolve_time(time, total) for time in (self.start, self.interval))
         begin = start.batches(global_batch_size, max_seq_len)
         per_batch = per_batch_of(interval.unit, global_batch_size, max_seq_len)
         assert begin is not None and per_batch is not None, 'neither is in dur or ep'
@@ -214,7 +206,7 @@ class AveragedWeights(Callback, ABC):
 
     def resolve(self, time: Duration, state: State) -> Duration:
         """A ``dur``, a share of the run or of the trunk of a branch, in a unit that can be counted."""
-        return _resolved(time, self._trunk) if self._trunk else resolve_time(time, state)
+        return resolve_time(time, self._trunk or total_of(state)) if time.unit == 'dur' else time
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Say if there is no average."""
@@ -320,10 +312,7 @@ class AveragedWeights(Callback, ABC):
         planner = config.load_planner or DefaultLoadPlanner()
         set_up = planner.set_up_planner
 
-        def set_up_planner(
-            state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-        ) -> None:
-            assert metadata is not None, 'torch always gives it'
+        def set_up_planner(state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False) -> None:
             self._fit_to(state_dict, metadata)
             set_up(state_dict, metadata, is_coordinator)
 
@@ -366,7 +355,7 @@ class AveragedWeights(Callback, ABC):
         settings['at'] = {unit: self.time(self._state.timestamp, unit) for unit in self._passed}
         total = self._state.max_duration
         known = total is not None and (total.unit != TimeUnit.EPOCH or self._state.dataloader_len is not None)
-        settings['of'] = str(self._trunk or (_total(self._state) if known else '0ba'))
+        settings['of'] = str(self._trunk or (total_of(self._state) if known else '0ba'))
         saved: dict[str, Any] = {'meta': json.dumps(settings)}
         if lists:
             saved[self.state_key] = {name: self.shards.to_saved(tensors, full) for name, tensors in lists.items()}

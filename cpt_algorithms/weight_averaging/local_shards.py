@@ -56,15 +56,10 @@ class LocalShards:
         return [_local(parameter.detach()) for parameter in self.parameters.values()]
 
     def to_saved(self, tensors: Sequence[torch.Tensor], full: bool) -> dict[str, torch.Tensor]:
-        """Tensors shaped like the local shards, as a checkpoint keeps them.
+        """Tensors shaped like the local shards, on any device, as a checkpoint keeps them, by name.
 
-        Args:
-            tensors: One for each parameter, on any device.
-            full: Whole tensors on rank 0 and nothing elsewhere (``state_dict_type: full``; all ranks must call it), or
-                each rank's own shard.
-
-        Returns:
-            ``{name: tensor}``; sharded ones as DTensors, which torch's distributed checkpoints save and reshard.
+        With ``full`` (``state_dict_type: full``; all ranks must call it) whole tensors on rank 0 and nothing elsewhere,
+        else each rank's own shard, as a DTensor, which torch's distributed checkpoints save and reshard.
         """
         saved: dict[str, torch.Tensor] = {}
         for (name, parameter), tensor in zip(self.parameters.items(), tensors, strict=True):
@@ -76,11 +71,7 @@ class LocalShards:
         return saved
 
     def from_saved(self, saved: Mapping[str, torch.Tensor], what: str) -> list[torch.Tensor]:
-        """This rank's part of what :meth:`to_saved` gave, possibly at another number of ranks.
-
-        Args:
-            saved: ``{name: tensor}``.
-            what: Its name, for the error.
+        """This rank's part of what :meth:`to_saved` gave, possibly at another number of ranks; ``what`` is its name.
 
         Raises:
             ValueError: If names or shapes are not the model's.
@@ -105,9 +96,7 @@ class LocalShards:
     def empty(self, dtype: Callable[[str], torch.dtype], device: torch.device | None) -> dict[str, torch.Tensor]:
         """What a sharded checkpoint is loaded into: as :meth:`to_saved` gives it, uninitialised.
 
-        Args:
-            dtype: Of each name.
-            device: ``None`` for each parameter's own.
+        On the device, or that of each parameter; of the dtype of each name.
         """
         made = {}
         for name, parameter in self.parameters.items():

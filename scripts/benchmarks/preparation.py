@@ -46,7 +46,7 @@ def write(root: Path, megabytes: int) -> list[str]:
     source = Source.parse('x=installed:python')
     units = tuple((file, 0, 0) for file in find_files(source))
     texts, size = [], 0
-    for text in filter(str.strip, read(Part(source, 0, units, 0, 'text'))):
+    for text in filter(str.strip, read(Part(source, units, 0, 'text'))):
         size += len(text.encode())
         if size > megabytes * 1e6:
             break

@@ -10,26 +10,21 @@ from cpt_algorithms.preparation.packing import Selector, cut, pieces
 
 
 def cut_all(tokens, max_seq_len, at_once=1 << 20):
-    """The samples and what is left over."""
-    samples = []
-    generator = cut([np.array(part, np.int32) for part in tokens], max_seq_len, at_once)
-    while True:
-        try:
-            samples += next(generator).tolist()
-        except StopIteration as stop:
-            return samples, stop.value.tolist()
+    blocks = cut([np.array(part, np.int32) for part in tokens], max_seq_len, at_once)
+    return [row for block in blocks for row in block.tolist()]
 
 
 def test_cut_by_hand():
-    assert cut_all([[7, 1, 2], [3, 9], [], [4, 5, 9]], 3) == ([[7, 1, 2], [3, 9, 4]], [5, 9])
-    assert cut_all([], 4) == ([], [])
+    assert cut_all([[7, 1, 2], [3, 9], [], [4, 5, 9]], 3) == [[7, 1, 2], [3, 9, 4]]
+    assert cut_all([], 4) == []
+    assert [len(block) for block in cut([np.arange(1000, dtype=np.int32)], 4, at_once=100)] == [25] * 10  # and no more
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=12), max_size=8), st.integers(2, 7), st.integers(1, 20))
 def test_samples_do_not_depend_on_what_is_cut_at_once(parts, max_seq_len, at_once):
-    samples, rest = cut_all(parts, max_seq_len)
-    assert cut_all(parts, max_seq_len, at_once) == (samples, rest)
-    assert [*sum(samples, []), *rest] == sum(parts, []) and len(rest) < max_seq_len
+    samples, tokens = cut_all(parts, max_seq_len), sum(parts, [])
+    assert cut_all(parts, max_seq_len, at_once) == samples
+    assert sum(samples, []) == tokens[: len(tokens) // max_seq_len * max_seq_len]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12), st.integers(0, 4))

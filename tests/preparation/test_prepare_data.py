@@ -55,7 +55,7 @@ def make_texts(seed, count=60):
 def read_all(spec, size=10**6, text_key='text'):
     """Every document of a source cut into parts."""
     source = Source.parse(f'x={spec}')
-    cut = sources.parts_of(source, sources.find_files(source), text_key, size, 0, Path())
+    cut = sources.parts_of(source, sources.find_files(source), text_key, size, Path())
     return [text for part in cut for text in sources.read(part)]
 
 
@@ -239,7 +239,7 @@ def test_limits(tmp_path):
 
 def test_the_same_bytes_again_whatever_the_chunks(two, tmp_path, monkeypatch):
     out, manifest, _, specs = two
-    monkeypatch.setattr(parts, 'CHUNK_CHARACTERS', 500)
+    monkeypatch.setattr(parts, 'CHUNK', 500)
     prepare(tmp_path / 'again', *specs)
     assert every_byte(tmp_path / 'again') == every_byte(out)
 
@@ -352,14 +352,14 @@ def test_streamed_rows_are_read_once_and_resumed(tmp_path):
         write_jsonl(tmp_path / 'data' / f'{number}.jsonl', texts[number::3])
     in_order = [text for number in range(3) for text in texts[number::3]]
     source = Source.parse(f'x=hf:{tmp_path / "data"}')
-    first = sources.parts_of(source, [], 'text', 1000, 0, tmp_path / 'spool')
+    first = sources.parts_of(source, [], 'text', 1000, tmp_path / 'spool')
     begun = [next(first) for _ in range(5)]
     first.close()
     (tmp_path / 'data' / '0.jsonl').write_text(json.dumps({'text': 'read again'}) + '\n')
-    spooled = list(sources.parts_of(source, [], 'text', 1000, 0, tmp_path / 'spool'))
+    spooled = list(sources.parts_of(source, [], 'text', 1000, tmp_path / 'spool'))
     assert spooled[:5] == begun and len(spooled) > 8
     assert [text for part in spooled for text in sources.read(part)] == in_order
-    assert list(sources.parts_of(source, [], 'text', 1000, 0, tmp_path / 'spool')) == spooled
+    assert list(sources.parts_of(source, [], 'text', 1000, tmp_path / 'spool')) == spooled
 
 
 # The same again, something else, and being killed
@@ -490,7 +490,7 @@ def test_processes_make_the_same_bytes(small_parts, three_sources, tmp_path):
 
 @pytest.mark.slow
 def test_spark_makes_the_same_bytes(small_parts, three_sources, tmp_path, monkeypatch):
-    """Streaming's own converter on two processes of Spark; all but the name of the engine is the same."""
+    """Two processes of Spark; all but the name of the engine is the same."""
     specs, _ = three_sources
     session = pytest.importorskip('pyspark.sql').SparkSession
     local = prepare(tmp_path / 'local', *specs, '--compression', 'zstd')
@@ -699,7 +699,7 @@ def test_files_that_are_not_prose_or_code_are_blank(tmp_path):
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
     units = tuple((str(tmp_path / name), 0, 0) for name in contents)
-    texts = list(sources.read(sources.Part(Source.parse('x=installed:python'), 0, units, 0, 'text')))
+    texts = list(sources.read(sources.Part(Source.parse('x=installed:python'), units, 0, 'text')))
     assert texts == ['x = 1\n', '', '', '# Readme\n\nBody: text\n']
 
 

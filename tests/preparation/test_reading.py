@@ -24,7 +24,7 @@ ENCODINGS = ['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be', 'utf-32',
 def read_all(spec, size=10**6, encoding=None, skip_broken=False):
     """Every document of a source cut into parts, and what was left out."""
     (source,), broken = sources.parse_sources([f'x={spec}'], encoding, skip_broken), sources.Broken()
-    cut = sources.parts_of(source, sources.find_files(source), 'text', size, 0, Path())
+    cut = sources.parts_of(source, sources.find_files(source), 'text', size, Path())
     return [text for part in cut for text in sources.read(part, broken)], broken
 
 
@@ -160,7 +160,7 @@ def test_folders_of_save_to_disk_and_other_files_of_datasets(tmp_path):
 
     def read(target):
         (source,) = sources.parse_sources([f'x=hf:{target}'])
-        cut = sources.parts_of(source, [], 'text', 300, 0, Path(tempfile.mkdtemp(dir=tmp_path)))
+        cut = sources.parts_of(source, [], 'text', 300, Path(tempfile.mkdtemp(dir=tmp_path)))
         return [text for part in cut for text in sources.read(part)]
 
     assert read(tmp_path / 'one') == read(tmp_path / 'two') == texts
@@ -168,3 +168,21 @@ def test_folders_of_save_to_disk_and_other_files_of_datasets(tmp_path):
     assert read(f'csv?data_files={tmp_path}/a.csv') == texts
     with pytest.raises(PrepareError, match="'tset'.*did you mean 'test'"):
         read(f'{tmp_path}/two?split=tset')
+
+
+def test_rows_of_datasets_that_hold_no_text(tmp_path):
+    data = datasets.Dataset.from_dict({'text': [['a'], None, ['b']]})
+    data.save_to_disk(str(tmp_path / 'lists'))
+
+    def read(skip_broken, broken=None):
+        (source,) = sources.parse_sources([f'x=hf:{tmp_path}/lists'], skip_broken=skip_broken)
+        cut = sources.parts_of(source, [], 'text', 1, tmp_path / 'spool')
+        return [text for part in cut for text in sources.read(part, broken)]
+
+    refused = f"^dataset x: cannot read hf:{tmp_path}/lists: row 1: column 'text' holds list, not text"
+    with pytest.raises(PrepareError, match=refused):
+        read(False)
+    assert read(True, broken := sources.Broken()) == [''] and broken.count == 2
+    assert broken.first[1] == "row 3: column 'text' holds list, not text"
+    with pytest.raises(PrepareError, match=refused):  # from what was streamed before
+        read(False)

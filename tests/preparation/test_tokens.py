@@ -5,6 +5,8 @@ import copy
 import functools
 import json
 import random
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -94,6 +96,49 @@ def test_windows_are_no_larger_than_they_must():
         windows = list(encode_long(tokenizer, text, 2048))
         assert len(windows) > len(text) / 2048, kind
     assert len(list(encode_long(tokenizers()['bert'], 'a' * 5000, 2048))) == 1  # one word, whatever its length
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama2', 'llama3'])
+@given(
+    seed=st.integers(0, 99), letters=st.sampled_from(['ab', 'lorepay', 'größe', '学習']), size=st.integers(2048, 4000)
+)
+@settings(max_examples=15, deadline=None)
+def test_a_word_of_any_length_is_cut_where_bpe_is_the_same(kind, seed, letters, size):
+    tokenizer, text = tokenizers()[kind], ' ' + ''.join(random.Random(seed).choices(letters, k=20_000)) + ' '
+    windows = list(encode_long(tokenizer, text, size))
+    assert np.concatenate(windows).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(windows) > 2
+
+
+MEASURED = r"""
+import json, random, re, sys
+from cpt_algorithms.preparation import parts
+from cpt_algorithms.preparation.sources import Part, Source
+
+parts.CHUNK = 1 << 15
+folder, between, letters = sys.argv[1], sys.argv[2], random.Random(0)
+words = [''.join(letters.choices('lorepays', k=letters.randint(2, 9))) for _ in range(5000)]
+for number, size in enumerate((200_000, 2_000_000)):
+    file = f'{folder}/{number}.jsonl'
+    with open(file, 'w') as lines:
+        print(json.dumps({'text': between.join(letters.choices(words, k=size // (5 + len(between))))}), file=lines)
+    part = Part(Source('a', 'a', 'jsonl', file), ((file, 0, 0),), size, 'text')
+    near = {'threshold': 0.8, 'num_perm': 128, 'ngram': 5} if between else None
+    parts.tokenize(parts.TokenizeJob(part, f'{folder}/tokenizer.json', '', ([], [0]), 0.1, near, folder))
+    peak = re.search(r'VmHWM:\s+(\d+) kB', open('/proc/self/status').read())[1]  # ru_maxrss is also the parent's
+    print(int(peak) * 1024, size)
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='the peak of memory is read from there')
+@pytest.mark.parametrize('between', ['', ' '], ids=['letters alone', 'words'])
+def test_memory_of_a_long_document(between, tmp_path):
+    """That of its line while JSON is read, or of its text."""
+    tokenizers()['gpt2'].save(str(tmp_path / 'tokenizer.json'))
+    command = [sys.executable, '-c', MEASURED, str(tmp_path), between]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (small, less), (large, more) = (map(int, line.split()) for line in printed.splitlines())
+    assert large - small < 8 * (more - less), f'{(large - small) / (more - less):.1f} bytes of memory for a byte'
 
 
 # What is put around a document

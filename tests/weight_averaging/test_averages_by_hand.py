@@ -17,7 +17,7 @@ from llmfoundry.callbacks import HuggingFaceCheckpointer
 from torch.utils.data import DataLoader
 
 from cpt_algorithms.duration import Duration
-from cpt_algorithms.weight_averaging.averaged_weights import resolve_time
+from cpt_algorithms.weight_averaging.averaged_weights import resolve_time, total_of
 from cpt_algorithms.weight_averaging.ema import EMA
 from cpt_algorithms.weight_averaging.lawa import LAWA
 
@@ -321,7 +321,7 @@ def test_shares_of_the_run_are_whole_in_its_unit():
         ('0dur', {'max_duration': eight}, 0),
         ('0.25dur', {'max_duration': Time.from_epoch(2), 'dataloader_len': Time.from_batch(10)}, 5),
     ):
-        assert resolve_time(Duration.parse('share', share), SimpleNamespace(**state)) == Duration(value, 'ba')
+        assert resolve_time(Duration.parse('share', share), total_of(SimpleNamespace(**state))) == Duration(value, 'ba')
     assert EMA('1ba', start='0dur').start.value == 0
     run = Run(EMA('2ba', start='0.375dur', interval='0.25dur'))
     assert [bool(run.train(1).averages()) for _ in range(5)] == [False, False, False, True, True]

@@ -65,10 +65,9 @@ def saved_files(checkpoint: Checkpoint) -> dict[str, Any]:
         CheckpointError: If a JSON file of them cannot be read.
     """
     if checkpoint.kind != 'hf':
-        saved = checkpoint.integrations.get('huggingface') or {}
-        config = ((saved.get('model') or {}).get('config') or {}).get('content')
-        tokenizer = {name: entry['content'] for name, entry in (saved.get('tokenizer') or {}).items()}
-        return {**tokenizer, **({'config.json': config} if config else {})}
+        config, tokenizer = checkpoint.hugging_face
+        files = {name: entry['content'] for name, entry in tokenizer.items()}
+        return {**files, **({'config.json': config} if config else {})}
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     files: dict[str, Any] = {}
     for file in sorted(folder.iterdir()):

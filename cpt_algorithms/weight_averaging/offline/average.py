@@ -3,7 +3,6 @@
 
 import os
 import resource
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,12 +26,9 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Average:
-    """One tensor to make.
+    """One tensor to make, of parts (weights, and what they weigh) of one dtype and shape, in the dtype of the result.
 
-    Args:
-        parts: Weights, and what they weigh; of one dtype and shape.
-        dtype: Of the result.
-        write: Called with the first byte and the bytes of each block of the result, from several threads.
+    ``write`` is called with the first byte and the bytes of each block of the result, from several threads.
     """
 
     parts: Sequence[tuple[float, TensorOnDisk]]
@@ -80,11 +76,7 @@ def describe(stored: TensorOnDisk) -> str:
 
 
 def view_average(checkpoint: Checkpoint, average: str) -> list[tuple[float, Checkpoint]]:
-    """An average that a callback kept, as parts that look like checkpoints.
-
-    Args:
-        checkpoint: A Composer checkpoint.
-        average: ``lawa``, or the name of one of the EMAs.
+    """An average (``lawa``, or the name of an EMA) that a callback kept, as parts that look like checkpoints.
 
     Returns:
         Weights (with sum 1) and checkpoints. What the average does not hold (buffers, frozen parameters) is the
@@ -122,9 +114,9 @@ def _read_run(files: dict[Path, int], path: Path, offset: int, view: memoryview)
         view, offset = view[count:], offset + count
 
 
-def _read(files: dict[Path, int], stored: TensorOnDisk, begin: int, into: torch.Tensor, view: memoryview) -> None:
-    """Elements from ``begin`` on into a tensor, whose memory is ``view``; all of them unless the chunks are flat."""
-    size = stored.dtype.itemsize
+def _read(files: dict[Path, int], stored: TensorOnDisk, begin: int, into: torch.Tensor) -> None:
+    """Elements from ``begin`` on into a tensor; all of them unless the chunks are flat."""
+    size, view = stored.dtype.itemsize, as_bytes(into)
     if stored.is_flat:
         end, row = begin + into.numel(), prod(stored.shape[1:])
         for chunk in stored.chunks:
@@ -149,26 +141,11 @@ def read_whole(stored: TensorOnDisk) -> bytes:
     files = {path: os.open(path, os.O_RDONLY) for path in {chunk.path for chunk in stored.chunks}}
     try:
         values = torch.empty(prod(stored.shape), dtype=stored.dtype)
-        _read(files, stored, 0, values, view := as_bytes(values))
-        return bytes(view)
+        _read(files, stored, 0, values)
+        return bytes(as_bytes(values))
     finally:
         for descriptor in files.values():
             os.close(descriptor)
-
-
-class _Scratch(threading.local):
-    """Memory of a thread, used again for each block."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, tuple[torch.Tensor, memoryview]] = {}
-
-    def __call__(self, which: int, dtype: torch.dtype, count: int) -> tuple[torch.Tensor, memoryview]:
-        """A tensor, and its bytes."""
-        made = self._made.get(which)
-        if made is None or made[0].dtype != dtype or made[0].numel() != count:
-            tensor = torch.empty(count, dtype=dtype)
-            made = self._made[which] = tensor, as_bytes(tensor)
-        return made
 
 
 def average_tensors(
@@ -201,7 +178,6 @@ def average_tensors(
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads here share the cores already
     files: dict[Path, int] = {}
-    scratch = _Scratch()
     waiting: deque[Future[int]] = deque()
     try:
         with ThreadPoolExecutor(THREADS) as pool:
@@ -213,7 +189,7 @@ def average_tensors(
                     block = BLOCK if all(stored.is_flat for _, stored in average.parts) else max(1, count)
                     for begin in range(0, count, block):
                         size = min(block, count - begin)
-                        waiting.append(pool.submit(_average_block, average, begin, size, accumulate, files, scratch))
+                        waiting.append(pool.submit(_average_block, average, begin, size, accumulate, files))
                         if len(waiting) > 4 * THREADS:
                             progress(waiting.popleft().result())
                 while waiting:
@@ -228,19 +204,17 @@ def average_tensors(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def _average_block(
-    average: Average, begin: int, size: int, accumulate: torch.dtype, files: dict[Path, int], scratch: _Scratch
-) -> int:
+def _average_block(average: Average, begin: int, size: int, accumulate: torch.dtype, files: dict[Path, int]) -> int:
     parts = [(weight, stored) for weight, stored in average.parts if weight]
     dtype = parts[0][1].dtype
-    values, view = scratch(0, dtype, size)
+    result = values = torch.empty(size, dtype=dtype)
     if len(parts) == 1 and parts[0][0] == 1 and dtype == average.dtype:
-        _read(files, parts[0][1], begin, values, view)
+        _read(files, parts[0][1], begin, values)
     else:
-        total, total_view = scratch(1, torch.promote_types(accumulate, dtype), size)
+        total = torch.empty(size, dtype=torch.promote_types(accumulate, dtype))
         scale = min(abs(weight) for weight, _ in parts)
         for index, (weight, stored) in enumerate(parts):
-            _read(files, stored, begin, values, view)
+            _read(files, stored, begin, values)
             factor = weight / scale
             if index:
                 total.add_(values, alpha=factor)
@@ -250,9 +224,6 @@ def _average_block(
                 total.copy_(values).mul_(factor)
         if scale != 1:
             total.mul_(scale)
-        view = total_view
-        if average.dtype != total.dtype:
-            result, view = scratch(2, average.dtype, size)
-            result.copy_(total)
-    average.write(begin * average.dtype.itemsize, view)
+        result = total.to(average.dtype)
+    average.write(begin * average.dtype.itemsize, as_bytes(result))
     return len(parts) * size * dtype.itemsize

@@ -184,15 +184,12 @@ def write_average(
 
 
 def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, bytes]:
-    """What belongs to a Hugging Face model besides its weights: config, tokenizer, code.
+    """What belongs to a Hugging Face model besides its weights, by file name: config, tokenizer, code.
 
     Args:
         checkpoint: The newest.
         config: A folder that has them. Default: the checkpoint's own folder (Hugging Face), the newest export
             ``huggingface/*`` beside it (Composer), or what its state holds.
-
-    Returns:
-        Contents by file name.
 
     Raises:
         CheckpointError: If there is no ``config.json``.
@@ -210,15 +207,14 @@ def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, b
 
 
 def _files_of_state(checkpoint: Checkpoint) -> dict[str, bytes]:
-    saved = checkpoint.integrations.get('huggingface') or {}
-    config = ((saved.get('model') or {}).get('config') or {}).get('content')
+    config, tokenizer = checkpoint.hugging_face
     if not config:
         raise CheckpointError(
             f'{checkpoint.path} holds no config of a Hugging Face model, and there is no export huggingface/* beside '
             'it; give a folder with config.json with --config'
         )
     files = {'config.json': f'{json.dumps(config, indent=2)}\n'.encode()}
-    for name, entry in (saved.get('tokenizer') or {}).items():
+    for name, entry in tokenizer.items():
         content = entry['content']
         if Path(name).name != name:
             raise CheckpointError(f'{checkpoint.path}: its tokenizer has a file {name!r}')
@@ -339,9 +335,8 @@ def _write_sharded(plan: Plan, folder: Path, progress: Progress) -> None:
         newest.prefix + name: torch.empty(newest.tensors[source].shape, dtype=plan.dtypes[source], device='meta')
         for name, source in sources.items()
     }
-    config = (newest.integrations.get('huggingface') or {}).get('model')
     state: dict[str, Any] = {'model': model, 'metadata': newest.metadata}
-    if config:
+    if config := (newest.integrations.get('huggingface') or {}).get('model'):
         state['integrations'] = {'huggingface': {'model': config}}  # a tokenizer is an entry for each of its tokens
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'torch.distributed is ')

@@ -109,10 +109,6 @@ def _of_run(place: _Here | _Bucket, folder: str) -> list[str]:
     return []
 
 
-def _numbers(found: Found) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r'\d+', found.path)))
-
-
 def _in_order(group: Sequence[Found]) -> tuple[list[Found], str]:
     """Checkpoints by the numbers in their names, and why that may not be the order of training: nothing if it is.
 
@@ -124,9 +120,10 @@ def _in_order(group: Sequence[Found]) -> tuple[list[Found], str]:
         return sorted(group, key=lambda one: one.batch or 0), ''
     if len({re.sub(r'\d+', '0', one.path) for one in group}) > 1:
         return sorted(group, key=lambda one: one.path), 'differ in more than numbers'
-    ordered = sorted(group, key=lambda one: (_numbers(one), one.path))
+    numbers = {one.path: [int(number) for number in re.findall(r'\d+', one.path)] for one in group}
+    ordered = sorted(group, key=lambda one: (numbers[one.path], one.path))
     # as whole numbers and, where there is a point between two, as fractions
-    readings = [(*_numbers(one), *map(float, re.findall(r'\d+\.\d+', one.path))) for one in ordered]
+    readings = [(*numbers[one.path], *map(float, re.findall(r'\d+\.\d+', one.path))) for one in ordered]
     rises = all(list(column) == sorted(column) for column in zip(*readings, strict=True))
     return ordered, '' if rises else 'have numbers that say several orders'
 

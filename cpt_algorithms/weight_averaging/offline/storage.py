@@ -63,12 +63,7 @@ def _small_files_beside(checkpoint: str) -> list[str]:
 
 
 def download(found: Sequence[Found], folder: Path, small_files: bool) -> list[Path]:
-    """Bring checkpoints here.
-
-    Args:
-        found: What is wanted; the last is the newest.
-        folder: Where they go.
-        small_files: Also bring the configuration and tokenizer of the newest.
+    """Bring checkpoints here, and the ``small_files`` (configuration, tokenizer) of the last, the newest, if asked for.
 
     Returns:
         Their paths, in the order given; of a checkpoint that is here already, its own.
