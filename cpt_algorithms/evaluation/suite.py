@@ -2,7 +2,6 @@
 """Suites of lm-eval tasks, as YAMLs under ``yamls/eval`` say them. Imports lm-eval only to look up a task's name."""
 
 import glob
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -76,33 +75,13 @@ class SuiteTask(Section):
         given = [Path(each).expanduser() for each in (self._path, self._data_dir) if each]
         return [folder for folder in given if folder.is_dir()]
 
-    def find(self, name: str) -> list[Path]:
-        """Every file that one of ``data_files`` means, where ``datasets`` looks for it.
-
-        Args:
-            name: A file, a folder, for all files below it, or a glob.
-        """
+    def is_there(self, name: str) -> bool:
+        """Whether there is one of ``data_files``, a file, a folder or a glob, where ``datasets`` looks for it."""
         own = Path(name).expanduser()
-        places = {own, *(folder / own for folder in self._folders)}
-        if not any(place.exists() for place in places):
-            places = {place for base in ('', *self._folders) for place in map(Path, _matches(base, own))}
-        found = (place.rglob('*') if place.is_dir() else [place] for place in places)
-        return sorted({file.resolve() for files in found for file in files if file.is_file()})
-
-    def hash_data(self) -> str:
-        """A hash of the names and contents of all local files that it reads; of none if its data lies elsewhere."""
-        names = [*self.data_files, *map(str, self._folders)]
-        content = hashlib.blake2b(digest_size=16)
-        for file in sorted({file for name in names for file in self.find(name)}):
-            content.update(f'{file} {file.stat().st_size} '.encode())
-            with open(file, 'rb') as opened:
-                while block := opened.read(1 << 20):
-                    content.update(block)
-        return content.hexdigest()
-
-
-def _matches(base: str | Path, pattern: Path) -> list[str]:
-    return glob.glob(str(Path(glob.escape(str(base)), pattern)), recursive=True)
+        bases = ('', *map(str, self._folders))
+        return any(
+            Path(base, own).exists() or glob.glob(str(Path(glob.escape(base), own)), recursive=True) for base in bases
+        )
 
 
 class Suite(Section):
@@ -170,7 +149,7 @@ def why_unavailable(entry: SuiteTask) -> str | None:
     """Why a task cannot be run here, as far as that shows without its data; None if it can."""
     if isinstance(entry.task, str) and entry.task not in (known := task_manager(True).all_tasks):
         return f'lm-eval {version("lm_eval")} has no task {entry.task!r}; {nearest(entry.task, known)}'
-    missing = [name for name in entry.data_files if not entry.find(name)]
+    missing = [name for name in entry.data_files if not entry.is_there(name)]
     return f'{missing[0]} does not exist; prepare the data first (scripts/prepare_data.py)' if missing else None
 
 
