@@ -116,20 +116,22 @@ def trials_of(sweep: Mapping[str, Any]) -> list[list[str]]:
     return [list(trial) for trial in dict.fromkeys(itertools.islice(itertools.product(*words), read.run_cap))]
 
 
-def check_metric(sweep: Mapping[str, Any], runs: Sequence[Run]) -> None:
+def check_metric(metric: Any, runs: Sequence[Run]) -> None:
     """Refuse a metric that no trial logs: W&B would compare trials by nothing.
 
     Args:
-        sweep: The sweep file.
+        metric: The section of a sweep; None if it has none.
         runs: Of :func:`expand_trials`.
 
     Raises:
         ValueError: With the nearest metric that a trial logs.
     """
-    metric = parse_section(Sweep, sweep).metric
+    if metric is None:
+        return
+    name = parse_section(Metric, metric, 'metric').name
     logged = {name for run in runs if not any(run.name == other.parent for other in runs) for name in _logged_by(run)}
-    if metric and metric.name not in logged:
-        raise ValueError(f'metric.name={metric.name!r} is logged by no trial; {nearest(metric.name, logged)}')
+    if name not in logged:
+        raise ValueError(f'metric.name={name!r} is logged by no trial; {nearest(name, logged)}')
 
 
 def _logged_by(run: Run) -> Iterator[str]:
