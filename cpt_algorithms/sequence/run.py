@@ -238,7 +238,7 @@ class _Loop:
         self._print('\n'.join(tail))
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, soft_wrap=True)
 
 
 def how_it_ended(returncode: int, lines: Sequence[str]) -> str | None:

@@ -44,7 +44,7 @@ def print_runs(title: str, runs: Sequence[Run], console: Console) -> None:
         stage = run.stage
         if phases := phases_of(stage.scheduler.given, stage.max_duration):
             console.print(f'{run.name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}')
-            console.print(str(phases), highlight=False, markup=False)
+            console.print(str(phases), markup=False)
 
 
 def print_commands(resources: Resources, runs: Sequence[Run], recipes: Path, console: Console) -> None:
@@ -63,4 +63,4 @@ def print_commands(resources: Resources, runs: Sequence[Run], recipes: Path, con
     for run in runs:
         lines.append(f'# {run.name}{f", when {run.parent} is done" if run.parent else ""}')
         lines.append(command(resources, recipes / recipe_of(run), run.folder / 'run.yaml'))
-    console.print('\n'.join(lines), soft_wrap=True, highlight=False, markup=False)
+    console.print('\n'.join(lines), soft_wrap=True, markup=False)
