@@ -33,9 +33,7 @@ __all__ = [
     'PathStr',
     'Section',
     'check_keys',
-    'check_path',
     'check_type',
-    'check_yaml_scalars',
     'fits_on_a_disk',
     'differences',
     'nearest',
@@ -109,7 +107,8 @@ def parse_section(kind: type[Kind], given: Any, where: str = '') -> Kind:
     Raises:
         ConfigError: With everything that is wrong.
     """
-    check_yaml_scalars(given, where)
+    if problems := list(_scalar_problems(given, where)):
+        raise ConfigError(problems)
     given = with_home(given)
     try:
         return kind.model_validate(given)
@@ -183,21 +182,8 @@ def with_home(value: Any) -> Any:
     return _HOME.sub(lambda _: str(Path.home()), value) if isinstance(value, str) else value
 
 
-def check_yaml_scalars(value: Any, where: str = '') -> None:
-    """Refuse what YAML can say and no part of a YAML here means: keys that are no text, and OmegaConf's ``???``.
-
-    Args:
-        value: What was read, mappings and lists in each other.
-        where: Its dotted path. Default: the top.
-
-    Raises:
-        ConfigError: Naming each path.
-    """
-    if problems := list(_scalar_problems(value, where)):
-        raise ConfigError(problems)
-
-
 def _scalar_problems(value: Any, where: str) -> Iterator[str]:
+    """What YAML can say and no part of a YAML here means: keys that are no text, and OmegaConf's ``???``."""
     if value == '???':
         yield f'{where} is missing: {value} stands for it'
     for key in value if isinstance(value, Mapping) else ():
@@ -207,19 +193,6 @@ def _scalar_problems(value: Any, where: str) -> Iterator[str]:
     for key, item in items:
         path = f'[{key}]' if isinstance(value, list) else f'.{key}'
         yield from _scalar_problems(item, f'{where}{path}'.removeprefix('.'))
-
-
-def check_path(key: str, value: Any) -> None:
-    """Refuse what cannot be the path of a file or folder: no text, nothing, or with a zero byte.
-
-    Args:
-        key: What it is called in an error.
-        value: The path or URI.
-
-    Raises:
-        ValueError: If it cannot be.
-    """
-    check_type(key, value, PathStr)
 
 
 def fits_on_a_disk(path: str) -> str:
@@ -285,17 +258,11 @@ def _as_yaml(hint: Any) -> Any:
 _KINDS = {
     'bool_type': 'true or false',
     'string_type': 'text',
-    'int_type': 'a whole number',
-    'int_from_float': 'a whole number',
-    'float_type': 'a number',
-    'finite_number': 'a number',
     'none_required': 'null',
-    'dict_type': 'a mapping',
-    'mapping_type': 'a mapping',
-    'model_type': 'a mapping',
-    'model_attributes_type': 'a mapping',
-    'list_type': 'a list',
-    'tuple_type': 'a list',
+    **dict.fromkeys(('int_type', 'int_from_float'), 'a whole number'),
+    **dict.fromkeys(('float_type', 'finite_number'), 'a number'),
+    **dict.fromkeys(('dict_type', 'mapping_type', 'model_type', 'model_attributes_type'), 'a mapping'),
+    **dict.fromkeys(('list_type', 'tuple_type'), 'a list'),
 }
 _BOUNDS = {
     'greater_than_equal': ('at least', 'ge'),

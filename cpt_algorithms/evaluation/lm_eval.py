@@ -377,12 +377,11 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
     """
     rows: list[Row] = []
     for name, task in result['tasks'].items():
-        theirs = parent['tasks'].get(name) if parent else None
-        pair = (task['values'], theirs['values']) if theirs and has_same_items(task, theirs) else None
-        delta = paired_delta(*pair, task['weights']) if pair else None
-        ours, *parents = [Mean(of['score'], of['stderr'], of['count']) for of in (task, theirs) if of]
-        theirs = parents[0] if parents else None
-        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), ours, theirs, delta, cuts_of(task)))
+        theirs, delta = parent['tasks'].get(name) if parent else None, None
+        if theirs and has_same_items(task, theirs):
+            delta = paired_delta(task['values'], theirs['values'], task['weights'])
+        of_parent = _mean_of(theirs) if theirs else None
+        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), _mean_of(task), of_parent, delta, cuts_of(task)))
     scored = [row for row in rows if row.is_accuracy]
     if len(scored) > 1:
         paired = [(row.parent, row.delta) for row in scored if row.parent and row.delta]
@@ -391,6 +390,10 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
         scores = mean_over_tasks([row.score for row in scored])
         rows.append(Row(f'mean of {len(scored)}', None, True, scores, theirs, delta))
     return rows
+
+
+def _mean_of(task: Mapping[str, Any]) -> Mean:
+    return Mean(task['score'], task['stderr'], task['count'])
 
 
 def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None, console: Console | None = None) -> None:

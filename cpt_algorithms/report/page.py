@@ -119,7 +119,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
     streams = {name: stream for mix in mixes if mix for name, stream in mix.old.items()}
     stand_ins = {name: streams[name].stand_in_for for name in sorted(streams) if streams[name].stand_in_for}
     findings += [f'{name} stands in for {what}: forgetting is measured on it.' for name, what in stand_ins.items()]
-    report = Report(study, findings, rows, scores, missing(study, rows), out / 'report.html')
+    report = Report(study, findings, rows, scores, list(missing(study, rows)), out / 'report.html')
     out.mkdir(parents=True, exist_ok=True)
     plots = list(plots_of(study, rows))
     for plot in plots:

@@ -203,10 +203,8 @@ def _baseline(
         if baseline in ('constant_eta_min', 'constant_eta_max'):
             scheduler = stage.get('scheduler') or {}
             if 't_warmup' not in scheduler:
-                raise ValueError(
-                    f'{where}.baseline={baseline} follows from a schedule with a t_warmup, and that of stage '
-                    f'{name} is {scheduler.get("name")}; give the arm a scheduler instead'
-                )
+                why = f'the schedule of {name}, {scheduler.get("name")}, has no t_warmup'
+                raise ValueError(f'{where}.baseline={baseline}: {why}; give the arm a scheduler instead')
             is_min, warmup = baseline == 'constant_eta_min', scheduler['t_warmup']
             stage['scheduler'] = {
                 'name': 'rewarm_constant',
@@ -278,10 +276,8 @@ def _trunk(given: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str,
             raise ValueError(f'{place}.t_anneal is missing (how much of the stage is annealed), or merge: {{...}}')
         start = stage.batches - stage.batches_of(branch.t_anneal)
         if not 0 < start < stage.batches:
-            raise ValueError(
-                f'{place}.t_anneal={branch.t_anneal} must be longer than 0 and shorter than the stage, '
-                f'{stage.max_duration}: it is its end'
-            )
+            stage_is = f'the stage, {stage.max_duration}, whose end it is'
+            raise ValueError(f'{place}.t_anneal={branch.t_anneal} must be longer than 0 and shorter than {stage_is}')
         starts[name] = (start, branch)
         points.add(start)
     end = max(start for start, _ in starts.values())
@@ -455,15 +451,11 @@ def _replay(
             streams[name]['stand_in_for'] = data.stand_in_for
         elif stage.replay.consumed_only:
             if name not in read_by:
-                raise ValueError(
-                    f'replay.consumed_only=true, and no stage of this sequence learned {name!r} by itself; leave it out'
-                )
+                raise ValueError(f'replay.consumed_only=true: no stage learned {name!r} by itself; leave it out')
             streams[name]['only_seen_by'] = read_by[name]
     if not streams:
-        raise ValueError(
-            f'replay.fraction={stage.replay.fraction} for {", ".join(new)}, and none of the earlier stages has read '
-            'other data: there is nothing to replay'
-        )
+        fraction = stage.replay.fraction
+        raise ValueError(f'replay.fraction={fraction} for {", ".join(new)}: earlier stages read nothing to replay')
     ours = ('weights', 'consumed_only')
     return {**{key: value for key, value in stage.replay.given.items() if key not in ours}, 'streams': streams}
 

@@ -184,9 +184,7 @@ class Dataset(Stream):
 
 def _local_folder(folder: str) -> str:
     if is_remote(folder):
-        raise ValueError(
-            'a sequence keeps its plan, logs and runs in a local folder; only its data may lie in object storage'
-        )
+        raise ValueError('must be a local folder, of plan, logs and runs; only data may lie in object storage')
     if '{' in folder:
         raise ValueError('must be a path without braces')
     return folder

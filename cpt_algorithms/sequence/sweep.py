@@ -167,14 +167,10 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
         for stage, path, _ in leaves:
             if path[0] == 'model' or set(_COMPUTE) & set(path):
                 name = f'{stage}.{".".join(path)}'
-                raise ValueError(
-                    f'{name} would make one trial cost more than another; set it for all trials in the sequence'
-                )
+                raise ValueError(f'{name} would make one trial cost more than another; set it for all in the sequence')
         for run in expand(spec.with_arms({_arm(leaves, stages[-1]): overrides})):
             if runs.setdefault(run.name, run).stage != run.stage:
-                raise ValueError(
-                    f'two trials would both be kept in the folder {run.name}; make their values differ more'
-                )
+                raise ValueError(f'two trials would both be kept in the folder {run.name}; make them differ more')
     return list(runs.values())
 
 
@@ -194,8 +190,7 @@ def _overrides(trial: Sequence[str], stages: Sequence[str]) -> dict[str, Any]:
         section = _with_null(given)['x']
         if not isinstance(section, dict):
             raise ValueError(f'{name} is a stage and no key of it; {name}.optimizer.lr would be one')
-        merged = OmegaConf.merge(OmegaConf.create(overrides.get(stage, {})), OmegaConf.create(section))
-        overrides[stage] = OmegaConf.to_container(merged)
+        overrides[stage] = OmegaConf.to_container(OmegaConf.merge(overrides.get(stage, {}), section))
     return overrides
 
 

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
-import pypdf
 import pytest
 from run_folders import write_sequence
 from test_report import benchmark
@@ -57,6 +56,8 @@ def ends_of_numbers(page):
 @pytest.mark.skipif(CHROMIUM is None, reason='no chromium')
 @pytest.mark.parametrize('size', SIZES)
 def test_every_number_and_name_of_the_tables_is_on_paper(size, tmp_path):
+    import pypdf
+
     small = write_sequence(tmp_path / 'small', seeds=(1, 2), averages=('lawa', 'ema_100ba'))
     large = [write_sequence(tmp_path / str(size), seeds=(1,), parameters=size) for size in (125_000_000, 405_000_000)]
     for name in ('old-s1', 'new-none-s1', 'new-r25-s1'):

@@ -175,9 +175,7 @@ def test_only_what_the_earlier_stage_read_comes_back(spec):
     spec['stages']['python']['new'] = ['python', 'cpp']
     spec['data']['more'] = spec['data']['cpp']
     spec['stages']['cpp']['new'] = 'more'
-    with pytest.raises(
-        ValueError, match="consumed_only=true, and no stage of this sequence learned 'python' by itself"
-    ):
+    with pytest.raises(ValueError, match="consumed_only=true: no stage learned 'python' by itself"):
         runs_of({**spec, 'arms': {'default': {}}})
 
 
@@ -271,7 +269,7 @@ def test_branches_start_where_their_length_says(infinite):
         ({'t_anneal': '2ep'}, r"x\.t_anneal='2ep' .* tok, ba or sp"),
         (
             {'t_anneal': '2ba', 'anneal': 'linear', 'alpha_f': 0.5},
-            r'branches\.x, in the arm only: alpha_f=0.5, and the scheduler of the trunk is at 0.5',
+            r'branches\.x, in the arm only: alpha_f=0.5: nothing to anneal, the trunk is at 0.5',
         ),
         ({'t_anneal': '2ba', 'seed': 3}, r'stages\.cpp\.branches\.x\.seed is set by the sequence'),
         ({'t_anneal': '2ba', 'scheduler': {'alpha_f': 0}}, r"x\.scheduler of a branch is its trunk's"),
@@ -371,9 +369,7 @@ def test_a_baseline_may_be_changed(spec):
     spec['arms'] = {'cold': {'baseline': 'constant_eta_min', 'cpp': {'scheduler': {'alpha': 0.05}}}}
     assert runs_of(spec)[-1].stage.given['scheduler']['alpha'] == 0.05
     spec['common']['scheduler'] = {'name': 'constant_with_warmup', 't_wm': '0ba'}
-    with pytest.raises(
-        ValueError, match=r'arms\.cold\.baseline=constant_eta_min follows from a schedule with a t_warmup'
-    ):
+    with pytest.raises(ValueError, match=r'arms\.cold\.baseline=constant_eta_min: .* no t_warmup'):
         runs_of(spec)
 
 
