@@ -2,6 +2,7 @@
 """Suites of lm-eval tasks, as YAMLs under ``yamls/eval`` say them. Imports lm-eval only to look up a task's name."""
 
 import glob
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -45,43 +46,22 @@ class SuiteTask(Section):
     @property
     def data_files(self) -> list[str]:
         """Local files, folders and globs that it reads, as its config names them, if it has one of its own."""
-        given, is_local = self._kwargs.get('data_files') or [], not self._path or bool(self._folders)
+        if isinstance(self.task, str):
+            return []
+        path, kwargs = str(self.task.get('dataset_path') or ''), self.task.get('dataset_kwargs') or {}
+        given, is_of_files = kwargs.get('data_files') or [], path in ('', *_FILE_BUILDERS)
+        places = [str(kwargs.get('data_dir') or ''), *([] if is_of_files else [path])]
+        folders = [each for each in places if re.match(r'/|\.\.?/|~', each) or each and Path(each).is_dir()]
         groups = given.values() if isinstance(given, Mapping) else [given]
-        named = [file for group in groups for file in ([group] if isinstance(group, str) else group)]
-        paths = [each for each in (self._path, self._data_dir) if each.startswith(('/', './', '../', '~'))]
-        return [*paths, *(file for file in named if is_local and '://' not in file)]
+        files = [file for group in groups for file in ([group] if isinstance(group, str) else group)]
+        # in a folder, datasets looks for them there
+        return folders or [file for file in files if is_of_files and '://' not in file]
 
-    @property
-    def _config(self) -> dict[str, Any]:
-        return self.task if isinstance(self.task, dict) else {'dataset_path': 'of lm-eval'}
-
-    @property
-    def _kwargs(self) -> dict[str, Any]:
-        return self._config.get('dataset_kwargs') or {}
-
-    @property
-    def _path(self) -> str:
-        """A folder or a name on the hub; nothing of a builder, which reads ``data_files``."""
-        path = str(self._config.get('dataset_path') or '')
-        return '' if path in _FILE_BUILDERS else path
-
-    @property
-    def _data_dir(self) -> str:
-        return str(self._kwargs.get('data_dir') or '')
-
-    @property
-    def _folders(self) -> list[Path]:
-        """Local folders of data, in which ``datasets`` looks for files."""
-        given = [Path(each).expanduser() for each in (self._path, self._data_dir) if each]
-        return [folder for folder in given if folder.is_dir()]
-
-    def is_there(self, name: str) -> bool:
-        """Whether there is one of ``data_files``, a file, a folder or a glob, where ``datasets`` looks for it."""
-        own = Path(name).expanduser()
-        bases = ('', *map(str, self._folders))
-        return any(
-            Path(base, own).exists() or glob.glob(str(Path(glob.escape(base), own)), recursive=True) for base in bases
-        )
+    @staticmethod
+    def is_there(name: str) -> bool:
+        """Whether there is one of ``data_files``."""
+        path = Path(name).expanduser()
+        return path.exists() or bool(glob.glob(str(path), recursive=True))
 
 
 class Suite(Section):

@@ -270,7 +270,9 @@ def _tables(report: Report) -> list[_Table]:
         lines = []
         for row in rows:
             cells = [_ranked(row, column, able[row.size, row.other_plan]) for column in every]
-            lines.append(_line(study, row, [*cells, _Cell(_seeds(row))]))
+            finished, every_seed = len(row.runs) * row.is_finished, len(row.runs) + len(row.others)
+            seeds = str(every_seed) if finished == every_seed else f'{finished} of {every_seed}'
+            lines.append(_line(study, row, [*cells, _Cell(seeds)]))
         heads = [(title, _heads(columns.values())) for title, columns in groups.items() if columns]
         first = _Table('Final loss', note, [*heads, ('', _heads(['seeds']))], lines)
     return [first, *_benchmark_tables(report), _cost_table(report)]
@@ -282,13 +284,6 @@ def _heads(names: Iterable[str]) -> list[_Cell]:
 
 def _line(study: RunSet, row: Row, cells: list[_Cell]) -> _Line:
     return _Line(study.label(row.name, row.size), row.note, row.kind, cells)
-
-
-def _seeds(row: Row) -> str:
-    """How many of the row's seeds its numbers are from."""
-    finished = len(row.runs) if row.is_finished else 0
-    every = len(row.runs) + len(row.others)
-    return str(every) if finished == every else f'{finished} of {every}'
 
 
 def _ranked(row: Row, column: str, able: Sequence[Row]) -> _Cell:

@@ -365,9 +365,6 @@ class _RunFactory:
         config = self._judged_as(trunk, _train_yaml(self.spec, self.given, self.earlier, self.read_by))
         kept = ('final_loss', 'forgetting', 'stage_start')
         config['callbacks'] = {name: each for name, each in config['callbacks'].items() if name in kept}
-        if 'forgetting' in config['callbacks']:
-            losses = f'{trunk.folder}/forgetting.json'
-            config['callbacks']['forgetting'] = {'parent_losses': losses, **config['callbacks']['forgetting']}
         how = branch['merge']
         every = trunk.stage.batches_of('every', Duration.parse('every', how['every']))
         average = {'last': how['last'], 'every': f'{every}ba', 'weights': how.get('weights', 'uniform')}
@@ -384,7 +381,7 @@ class _RunFactory:
             config['callbacks']['stage_start'] = dict(callbacks.stage_start.given)
         if callbacks.forgetting is not None:
             kept = {key: value for key, value in callbacks.forgetting.given.items() if key != 'save_folder'}
-            config['callbacks']['forgetting'] = kept
+            config['callbacks']['forgetting'] = {'parent_losses': f'{trunk.folder}/forgetting.json', **kept}
         return config
 
     def _run(self, config: dict[str, Any], parent: Run | None, start: int | None = None) -> Run:
