@@ -28,10 +28,6 @@ def print_table(table: Table, console: Console) -> None:
 
     If there is too little room, names and heads wrap; if that is not enough, the table is printed in parts, one below
     the other, each with the names.
-
-    Args:
-        table: The table.
-        console: Where to print.
     """
     if _width(table, console) <= console.width:
         console.print(table)

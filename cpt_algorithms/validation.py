@@ -97,12 +97,7 @@ Kind = TypeVar('Kind', bound=BaseModel)
 
 
 def parse_section(kind: type[Kind], given: Any, where: str = '') -> Kind:
-    """Read a mapping as a typed section.
-
-    Args:
-        kind: The type.
-        given: What the YAML says.
-        where: Its dotted path, for errors. Default: the top.
+    """Read a mapping as a typed section; ``where`` is its dotted path, for errors, and by default the top.
 
     Raises:
         ConfigError: With everything that is wrong.
@@ -122,25 +117,14 @@ def short_repr(value: Any) -> str:
 
 
 def nearest(word: Any, known: Iterable[str]) -> str:
-    """The end of an error about a word that is not known: the nearest right one, or all of them.
-
-    Args:
-        word: What was given.
-        known: What would be right.
-    """
+    """The end of an error about a word that is not known: the nearest right one, or all of them."""
     known = sorted(known)
     near = get_close_matches(str(word), known, n=1)
     return f'did you mean {near[0]!r}?' if near else f'one of {", ".join(known) or "none"} is possible'
 
 
 def differences(old: Any, new: Any, path: str = '') -> list[str]:
-    """What changed, a line for each leaf: ``optimizer.lr: 0.001 -> 0.01``.
-
-    Args:
-        old: Mappings in each other, as they were.
-        new: As they are now.
-        path: Of both. Default: the top.
-    """
+    """What changed, a line for each leaf: ``optimizer.lr: 0.001 -> 0.01``."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found = (differences(old.get(k), new.get(k), f'{path}.{k}' if path else k) for k in {**old, **new})
         return [line for lines in found for line in lines]
@@ -149,12 +133,7 @@ def differences(old: Any, new: Any, path: str = '') -> list[str]:
 
 
 def check_keys(where: str, given: Iterable[str], allowed: Iterable[str]) -> None:
-    """Refuse unknown keys, naming the nearest right one.
-
-    Args:
-        where: The section they stand in, as a dotted path.
-        given: Keys found there.
-        allowed: Keys that mean something there.
+    """Refuse unknown keys of the section at a dotted path, naming the nearest right one.
 
     Raises:
         ValueError: If a key is unknown.
@@ -170,11 +149,7 @@ def _unknown(path: str, key: Any, allowed: Iterable[str]) -> str:
 
 
 def with_home(value: Any) -> Any:
-    """What was read, with the home folder for a ``~`` or ``$HOME`` that a text begins with, as a shell reads it.
-
-    Args:
-        value: Mappings and lists in each other; stays as it is.
-    """
+    """What was read, with the home folder for a ``~`` or ``$HOME`` that a text begins with, as a shell reads it."""
     if isinstance(value, Mapping):
         return {key: with_home(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -213,11 +188,6 @@ def check_type(where: str, value: Any, hint: Any) -> None:
 
     A list may stand for a tuple or a set, a whole number for a float. Numbers are finite. What YAML cannot say is not
     judged.
-
-    Args:
-        where: Its dotted path.
-        value: What was read.
-        hint: The annotation.
 
     Raises:
         ValueError: Naming the path, the value and the right types.

@@ -369,12 +369,7 @@ class Row:
 
 
 def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list[Row]:
-    """The tasks of a result beside the parent's, if it has one, and the mean over those that measure an accuracy.
-
-    Args:
-        result: Of :func:`evaluate_runs`, or its file.
-        parent: Likewise.
-    """
+    """The tasks of a result beside the parent's, if it has one, and the mean over those that measure an accuracy."""
     rows: list[Row] = []
     for name, task in result['tasks'].items():
         theirs, delta = parent['tasks'].get(name) if parent else None, None

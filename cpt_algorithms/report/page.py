@@ -103,10 +103,6 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
 
     Works at any time: on runs that are finished, half-finished, failed or not begun. Numbers follow from the files of
     the runs alone.
-
-    Args:
-        folders: As of :func:`~cpt_algorithms.report.run_records.read_runs`.
-        out: Where to write; made if need be.
     """
     study = read_runs(folders)
     rows = rows_of(study)

@@ -264,10 +264,8 @@ def read_runs(folders: Sequence[str | Path]) -> RunSet:
     singles: dict[str, RunRecord] = {}
     for each in folders:
         if is_remote(each):
-            raise ValueError(
-                f'{each} lies in object storage; copy its JSON files into a local folder, and name that (aws s3 sync '
-                "URI FOLDER --exclude '*' --include '*.json')"
-            )
+            how = "aws s3 sync URI FOLDER --exclude '*' --include '*.json'"
+            raise ValueError(f'{each} lies in object storage; copy its JSON files into a local folder ({how})')
         folder = os.path.realpath(each)
         sequence = read_json(f'{folder}/sequence.json')
         if sequence:

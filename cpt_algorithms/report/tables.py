@@ -197,13 +197,7 @@ def rows_of(study: RunSet) -> list[Row]:
 
 
 def summary_of(rows: Sequence[Row], data: Sequence[str], arm: str) -> dict[str, float]:
-    """What a sweep compares its trials by: final losses, forgetting and adaptation of the last stage of an arm.
-
-    Args:
-        rows: Of :func:`rows_of`.
-        data: All datasets.
-        arm: Its name.
-    """
+    """What a sweep compares its trials by: final losses, forgetting and adaptation of the last stage of an arm."""
     summary = {}
     for row in (row for row in rows if row.arm == arm and row.is_finished):
         for key, column, mean in (

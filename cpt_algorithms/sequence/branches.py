@@ -35,10 +35,6 @@ def checkpoint_after(stage: Stage, batch: int) -> str:
 def constant_alpha(trunk: Stage, batch: int) -> float:
     """The multiplier of the learning rate after a batch of a run, which must be in a constant phase.
 
-    Args:
-        trunk: The run.
-        batch: Batches that were trained.
-
     Raises:
         ValueError: If the schedule is not constant there, with the phases; or is not one of this library.
     """

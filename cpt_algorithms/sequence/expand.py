@@ -76,11 +76,8 @@ def expand(spec: SequenceSpec, names: Mapping[str, str] = MappingProxyType({})) 
     sequence.
 
     A stage under an ``infinite`` schedule with a ``t_anneal`` is a trunk that stays constant and a branch called
-    ``anneal`` over the last ``t_anneal`` of the stage's budget; the next stage goes on from the trunk.
-
-    Args:
-        spec: The sequence.
-        names: What runs are called in place of the names they would be given. Default: nothing else.
+    ``anneal`` over the last ``t_anneal`` of the stage's budget; the next stage goes on from the trunk. ``names`` are
+    what runs are called in place of the names that they would be given.
 
     Raises:
         ValueError: If an arm, a branch or a run is not right.
@@ -283,10 +280,8 @@ def _trunk(given: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str,
     end = max(start for start, _ in starts.values())
     passes = stage.train_loader.dataset.max_passes
     if float(passes) > 1 and points - {end}:
-        raise ValueError(
-            f'{where}: max_passes={passes}, and after a pass the checkpoint that a branch needs has a name that '
-            'depends on the data; use one branch, or recipes/anneal.py'
-        )
+        # after a pass, the name of the checkpoint that it needs depends on the data
+        raise ValueError(f'{where}: max_passes={passes} allows for one branch alone; recipes/anneal.py trains more')
     assert stage.max_duration and stage.global_train_batch_size and stage.max_seq_len, 'SequenceSpec has looked'
     unit = stage.max_duration.unit
     per_batch = per_batch_of(unit, stage.global_train_batch_size, stage.max_seq_len) or 1

@@ -95,12 +95,7 @@ def _cached_apart(run: Run) -> Run:
 
 
 def with_caches(section: Any, place: Callable[[dict[str, Any]], str]) -> Any:
-    """A part of a YAML whose streams from elsewhere are all cached where ``place`` says.
-
-    Args:
-        section: Any part of it.
-        place: The folder of a stream.
-    """
+    """A part of a YAML whose streams from elsewhere are all cached where ``place`` says."""
     if isinstance(section, list):
         return [with_caches(value, place) for value in section]
     if not isinstance(section, dict):

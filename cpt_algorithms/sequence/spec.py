@@ -43,10 +43,7 @@ OF_THE_TRUNK = (
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], null_removes: bool = False) -> dict[str, Any]:
     """Merge sections in depth; one that gives a ``name`` replaces the old one instead of mixing with its arguments.
 
-    Args:
-        base: The mapping below.
-        over: The mapping that wins.
-        null_removes: Whether ``key: null`` removes the key. Default: ``False``.
+    With ``null_removes``, ``key: null`` removes the key.
     """
     merged = dict(base)
     for key, value in over.items():

@@ -119,10 +119,6 @@ def trials_of(sweep: Mapping[str, Any]) -> list[list[str]]:
 def check_metric(metric: Any, runs: Sequence[Run]) -> None:
     """Refuse a metric that no trial logs: W&B would compare trials by nothing.
 
-    Args:
-        metric: The section of a sweep; None if it has none.
-        runs: Of :func:`expand_trials`.
-
     Raises:
         ValueError: With the nearest metric that a trial logs.
     """
@@ -150,10 +146,6 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
 
     Each trial is planned by itself, so that it means the same runs, in the same folders, whatever other trials there
     are. A first stage that a trial leaves alone is shared; one that it changes is its own.
-
-    Args:
-        spec: The sequence.
-        trials: Of :func:`trials_of`, or one from a command line.
 
     Raises:
         ValueError: If a parameter names no stage, or would make one trial cost more than another; as ``expand`` does.
