@@ -447,7 +447,9 @@ def _replay(
             streams[name]['only_seen_by'] = read_by[name]
     if not streams:
         fraction = stage.replay.fraction
-        raise ValueError(f'replay.fraction={fraction} for {", ".join(new)}: earlier stages read nothing to replay')
+        raise ValueError(
+            f'replay.fraction={fraction} for {", ".join(new)}: no earlier stage has read other data to replay'
+        )
     ours = ('weights', 'consumed_only')
     return {**{key: value for key, value in stage.replay.given.items() if key not in ours}, 'streams': streams}
 

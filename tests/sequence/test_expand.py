@@ -101,7 +101,7 @@ def test_three_stages_replay_everything_earlier(spec):
         ({'stages': {'cpp': {'new': 'german'}}}, "no dataset is called 'german'; data has python, cpp"),
         (
             {'stages': {'python': {'replay': {'fraction': 0.1}}}},
-            'for python, and none of the earlier stages has read other data',
+            'for python: no earlier stage has read other data',
         ),
         ({'common': {'eval_loader': []}}, r'common\.eval_loader=\[\] must be a mapping'),
         ({'data': None}, 'data is missing'),
@@ -276,7 +276,7 @@ def test_branches_start_where_their_length_says(infinite):
         ({'t_anneal': '2ba', 'global_train_batch_size': 64}, r"x\.global_train_batch_size of a branch is its trunk's"),
         (
             {'merge': {'last': 3, 'every': '2ba', 'weights': 'x'}},
-            r"merge\.weights='x' is not possible; use one of uniform",
+            r"merge\.weights='x' is not possible; one of ema",
         ),
         ({'merge': {'last': 3}}, r'x\.merge\.every is missing'),
         ({'merge': {'last': 3, 'evry': '2ba'}}, "did you mean 'every'"),
@@ -395,7 +395,7 @@ def test_the_first_stage_may_update_a_base_model_whose_data_has_a_stand_in(spec)
     assert list(first['train_loader']['dataset']['replay']['streams']) == ['web']
     assert second['callbacks']['forgetting']['old'] == ['web', 'python']
     spec['common']['model']['pretrained'] = False
-    with pytest.raises(ValueError, match='none of the earlier stages has read other data'):
+    with pytest.raises(ValueError, match='no earlier stage has read other data'):
         runs_of({**spec, 'arms': {'only': {}}})
 
 
