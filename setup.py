@@ -43,6 +43,7 @@ TEST = [
     'jsonschema>=4',
     'jsonref>=1',
     'mutmut>=3.8,<4',
+    'pypdf>=5',
     'ruff>=0.9',
     'pyright[nodejs]>=1.1.390',
 ]

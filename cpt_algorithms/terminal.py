@@ -3,6 +3,7 @@
 
 import copy
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,11 +11,16 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-__all__ = ['print_table']
+__all__ = ['make_console', 'print_table']
 
 _NAME = 16  # characters that a name, or a long head, has on each of its lines at least
 _NUMBER = re.compile(r'[-+]?\d[\d.,]*')
 _WIDE = 100_000
+
+
+def make_console() -> Console:
+    """Standard output, as wide as the terminal; rich would take a log file for a narrow one."""
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 def print_table(table: Table, console: Console) -> None:
@@ -22,10 +28,6 @@ def print_table(table: Table, console: Console) -> None:
 
     If there is too little room, names and heads wrap; if that is not enough, the table is printed in parts, one below
     the other, each with the names.
-
-    Args:
-        table: The table.
-        console: Where to print.
     """
     if _width(table, console) <= console.width:
         console.print(table)

@@ -33,9 +33,7 @@ __all__ = [
     'PathStr',
     'Section',
     'check_keys',
-    'check_path',
     'check_type',
-    'check_yaml_scalars',
     'fits_on_a_disk',
     'differences',
     'nearest',
@@ -99,17 +97,13 @@ Kind = TypeVar('Kind', bound=BaseModel)
 
 
 def parse_section(kind: type[Kind], given: Any, where: str = '') -> Kind:
-    """Read a mapping as a typed section.
-
-    Args:
-        kind: The type.
-        given: What the YAML says.
-        where: Its dotted path, for errors. Default: the top.
+    """Read a mapping as a typed section; ``where`` is its dotted path, for errors, and by default the top.
 
     Raises:
         ConfigError: With everything that is wrong.
     """
-    check_yaml_scalars(given, where)
+    if problems := list(_scalar_problems(given, where)):
+        raise ConfigError(problems)
     given = with_home(given)
     try:
         return kind.model_validate(given)
@@ -123,25 +117,14 @@ def short_repr(value: Any) -> str:
 
 
 def nearest(word: Any, known: Iterable[str]) -> str:
-    """The end of an error about a word that is not known: the nearest right one, or all of them.
-
-    Args:
-        word: What was given.
-        known: What would be right.
-    """
+    """The end of an error about a word that is not known: the nearest right one, or all of them."""
     known = sorted(known)
     near = get_close_matches(str(word), known, n=1)
     return f'did you mean {near[0]!r}?' if near else f'one of {", ".join(known) or "none"} is possible'
 
 
 def differences(old: Any, new: Any, path: str = '') -> list[str]:
-    """What changed, a line for each leaf: ``optimizer.lr: 0.001 -> 0.01``.
-
-    Args:
-        old: Mappings in each other, as they were.
-        new: As they are now.
-        path: Of both. Default: the top.
-    """
+    """What changed, a line for each leaf: ``optimizer.lr: 0.001 -> 0.01``."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found = (differences(old.get(k), new.get(k), f'{path}.{k}' if path else k) for k in {**old, **new})
         return [line for lines in found for line in lines]
@@ -150,12 +133,7 @@ def differences(old: Any, new: Any, path: str = '') -> list[str]:
 
 
 def check_keys(where: str, given: Iterable[str], allowed: Iterable[str]) -> None:
-    """Refuse unknown keys, naming the nearest right one.
-
-    Args:
-        where: The section they stand in, as a dotted path.
-        given: Keys found there.
-        allowed: Keys that mean something there.
+    """Refuse unknown keys of the section at a dotted path, naming the nearest right one.
 
     Raises:
         ValueError: If a key is unknown.
@@ -171,11 +149,7 @@ def _unknown(path: str, key: Any, allowed: Iterable[str]) -> str:
 
 
 def with_home(value: Any) -> Any:
-    """What was read, with the home folder for a ``~`` or ``$HOME`` that a text begins with, as a shell reads it.
-
-    Args:
-        value: Mappings and lists in each other; stays as it is.
-    """
+    """What was read, with the home folder for a ``~`` or ``$HOME`` that a text begins with, as a shell reads it."""
     if isinstance(value, Mapping):
         return {key: with_home(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -183,21 +157,8 @@ def with_home(value: Any) -> Any:
     return _HOME.sub(lambda _: str(Path.home()), value) if isinstance(value, str) else value
 
 
-def check_yaml_scalars(value: Any, where: str = '') -> None:
-    """Refuse what YAML can say and no part of a YAML here means: keys that are no text, and OmegaConf's ``???``.
-
-    Args:
-        value: What was read, mappings and lists in each other.
-        where: Its dotted path. Default: the top.
-
-    Raises:
-        ConfigError: Naming each path.
-    """
-    if problems := list(_scalar_problems(value, where)):
-        raise ConfigError(problems)
-
-
 def _scalar_problems(value: Any, where: str) -> Iterator[str]:
+    """What YAML can say and no part of a YAML here means: keys that are no text, and OmegaConf's ``???``."""
     if value == '???':
         yield f'{where} is missing: {value} stands for it'
     for key in value if isinstance(value, Mapping) else ():
@@ -207,19 +168,6 @@ def _scalar_problems(value: Any, where: str) -> Iterator[str]:
     for key, item in items:
         path = f'[{key}]' if isinstance(value, list) else f'.{key}'
         yield from _scalar_problems(item, f'{where}{path}'.removeprefix('.'))
-
-
-def check_path(key: str, value: Any) -> None:
-    """Refuse what cannot be the path of a file or folder: no text, nothing, or with a zero byte.
-
-    Args:
-        key: What it is called in an error.
-        value: The path or URI.
-
-    Raises:
-        ValueError: If it cannot be.
-    """
-    check_type(key, value, PathStr)
 
 
 def fits_on_a_disk(path: str) -> str:
@@ -240,11 +188,6 @@ def check_type(where: str, value: Any, hint: Any) -> None:
 
     A list may stand for a tuple or a set, a whole number for a float. Numbers are finite. What YAML cannot say is not
     judged.
-
-    Args:
-        where: Its dotted path.
-        value: What was read.
-        hint: The annotation.
 
     Raises:
         ValueError: Naming the path, the value and the right types.
@@ -285,17 +228,11 @@ def _as_yaml(hint: Any) -> Any:
 _KINDS = {
     'bool_type': 'true or false',
     'string_type': 'text',
-    'int_type': 'a whole number',
-    'int_from_float': 'a whole number',
-    'float_type': 'a number',
-    'finite_number': 'a number',
     'none_required': 'null',
-    'dict_type': 'a mapping',
-    'mapping_type': 'a mapping',
-    'model_type': 'a mapping',
-    'model_attributes_type': 'a mapping',
-    'list_type': 'a list',
-    'tuple_type': 'a list',
+    **dict.fromkeys(('int_type', 'int_from_float'), 'a whole number'),
+    **dict.fromkeys(('float_type', 'finite_number'), 'a number'),
+    **dict.fromkeys(('dict_type', 'mapping_type', 'model_type', 'model_attributes_type'), 'a mapping'),
+    **dict.fromkeys(('list_type', 'tuple_type'), 'a list'),
 }
 _BOUNDS = {
     'greater_than_equal': ('at least', 'ge'),

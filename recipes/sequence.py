@@ -45,8 +45,6 @@ def main() -> None:
     refuse_launcher('; the ranks of each run are `nproc` in the YAML')
     is_plan = arguments.dry_run or arguments.write
 
-    from rich.console import Console
-
     from cpt_algorithms.cost.tables import print_costs
     from cpt_algorithms.launch.launcher import LaunchError, make_launcher, resources_of
     from cpt_algorithms.launch.wandb_runs import trial_run
@@ -56,11 +54,11 @@ def main() -> None:
     from cpt_algorithms.sequence.read import read_sequence
     from cpt_algorithms.sequence.run import is_done, run_all, write_sequence, write_yaml
     from cpt_algorithms.sequence.show import print_commands, print_runs
+    from cpt_algorithms.terminal import make_console
 
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # rich would take a log file for a narrow terminal
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = make_console()
     try:
         spec, runs = read_sequence(arguments.words, arguments.sweep, arguments.trial)
         resources = resources_of(spec.given)
@@ -70,7 +68,7 @@ def main() -> None:
         sys.exit(f'{arguments.sweep or " ".join(arguments.words[:1])} was refused before training:\n{error}')
     print_runs(spec.name, runs, console)
     for each in unseen:
-        console.print(f'not seen from here: {each}', soft_wrap=True, highlight=False, markup=False)
+        console.print(f'not seen from here: {each}', soft_wrap=True, markup=False)
     if start is None:
         if arguments.write:
             write_sequence(spec, runs, keep=bool(arguments.trial or arguments.sweep))
@@ -78,14 +76,12 @@ def main() -> None:
                 if not is_done(run):
                     write_yaml(run)
         print_commands(resources, runs, RECIPES, console)
-        console.print(
-            '\nat a peak and utilisation that scripts/estimate_cost.py --gpu --mfu can change:', highlight=False
-        )
+        console.print('\nat a peak and utilisation that scripts/estimate_cost.py --gpu --mfu can change:')
         try:
             stages = {run.name: run.stage for run in runs}
             print_costs(stages, console, gpus=resources.ranks, budgets=spec.stage_tokens)
         except ValueError as error:  # mixtures of experts: they can be trained
-            console.print(f'what it will cost is not known: {error}', highlight=False, markup=False)
+            console.print(f'what it will cost is not known: {error}', markup=False)
         return
     with trial_run({'sequence': spec.name, 'arm': runs[-1].arm}) as summary:
         try:

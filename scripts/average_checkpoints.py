@@ -26,7 +26,6 @@ import argparse
 import platform
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -43,7 +42,7 @@ from tqdm import tqdm
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.files import StorageError, is_remote
 from cpt_algorithms.launch.processes import refuse_launcher, run_command
-from cpt_algorithms.terminal import print_table
+from cpt_algorithms.terminal import make_console, print_table
 from cpt_algorithms.weight_averaging.offline.select import AverageError, Found, find, latest, windows_of
 from cpt_algorithms.weight_averaging.offline.storage import download, refuse_existing, require_disk, upload_result
 
@@ -132,7 +131,7 @@ def print_inputs(
     table.add_column('weight', justify='right')
     for one, weight in zip(found, weights, strict=True):
         table.add_row(escape(one.path), '' if one.batch is None else f'{one.batch:,}', f'{weight:.6g}')
-    print_table(table, console or Console(width=None if sys.stdout.isatty() else 120))
+    print_table(table, console or make_console())
 
 
 def output_of(options: argparse.Namespace, window: Sequence[Found]) -> str:

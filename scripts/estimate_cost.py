@@ -62,13 +62,11 @@ def main(argv=None) -> None:
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the numbers there too')
     arguments = parser.parse_intermixed_args(argv)
 
-    from rich.console import Console
-
     from cpt_algorithms.cost.tables import print_costs, print_phases
     from cpt_algorithms.files import StorageError, write_json
+    from cpt_algorithms.terminal import make_console
 
-    # rich would take a log file for a narrow terminal
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = make_console()
     try:
         stages, budgets, gpus = read(arguments.words)
         print_phases(stages, console)

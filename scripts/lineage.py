@@ -35,12 +35,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('folders', nargs='+', metavar='FOLDER', help='folders with runs below them, local or URIs')
     parser.add_argument('--json', action='store_true', help='print the trees as JSON')
     arguments = parser.parse_intermixed_args(argv)
-    from rich.console import Console
     from rich.markup import escape
     from rich.tree import Tree
 
     from cpt_algorithms.files import to_json
     from cpt_algorithms.report.lineage import read_lineage
+    from cpt_algorithms.terminal import make_console
 
     try:
         roots = read_lineage(arguments.folders)
@@ -49,9 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         print(to_json([root.data for root in roots]))
         return
-    # rich would take a log file for a narrow terminal
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(draw(roots, Tree(escape(', '.join(arguments.folders)))), highlight=False)
+    make_console().print(draw(roots, Tree(escape(', '.join(arguments.folders)))))
 
 
 if __name__ == '__main__':

@@ -22,16 +22,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, help='folder to write to (default: the first RUN)')
     arguments = parser.parse_intermixed_args(argv)
     # so that --help answers at once
-    from rich.console import Console
-
     from cpt_algorithms.report.page import print_report, write_report
+    from cpt_algorithms.terminal import make_console
 
     try:
         report = write_report(arguments.runs, arguments.out or arguments.runs[0])
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    # rich would take a log file for a narrow terminal
-    print_report(report, Console(width=None if sys.stdout.isatty() else 140))
+    print_report(report, make_console())
 
 
 if __name__ == '__main__':

@@ -136,10 +136,8 @@ def measure(model: Any) -> ModelSize:
     ffn = max(matrix.shape[1] for matrix in matrices)
     mlp = sum(matrix.numel() for matrix in matrices) - 2 * hidden * head_dim * (heads + kv_heads)
     if mlp not in (2 * hidden * ffn, 3 * hidden * ffn):
-        raise ValueError(
-            f'model: a block of {type(model).__name__} has other matrices than attention and an MLP of two or three '
-            '(mixture of experts?); its cost is not known here'
-        )
+        kind = type(model).__name__
+        raise ValueError(f'model: a block of {kind} is more than attention and an MLP (mixture of experts?)')
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in every.values()),
         embedding=sum(parameter.numel() for parameter in embeddings.values()),

@@ -17,7 +17,7 @@ from cpt_algorithms.formatting import flop, gigabytes, hours, percent, short
 from cpt_algorithms.schedulers.functional import Span
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.stage import Stage
-from cpt_algorithms.terminal import print_table
+from cpt_algorithms.terminal import make_console, print_table
 
 __all__ = ['print_costs', 'print_phases', 'print_stage']
 
@@ -52,7 +52,7 @@ def print_phases(stages: Mapping[str, Stage], console: Console) -> None:
 
 def _show(console: Console, title: str, table: Table) -> None:
     """Not as the table's own title, which is broken to its width."""
-    console.print(f'[bold]{escape(title)}[/bold]', highlight=False)
+    console.print(f'[bold]{escape(title)}[/bold]')
     print_table(table, console)
 
 
@@ -93,15 +93,15 @@ def print_stage(stage: Stage, with_cost: bool) -> None:
     """On the first rank, the schedule as multipliers of ``optimizer.lr`` and, if wanted, the cost on these ranks."""
     if os.environ.get('RANK', '0') != '0':
         return
-    console = Console(width=140)
+    console = make_console()
     if phases := phases_of(stage.scheduler.given, stage.max_duration):
         said = f'{stage.run_name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}\n{phases}'
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        console.print(said, markup=False, soft_wrap=True)
     if with_cost:
         try:
             print_costs({stage.run_name: stage}, console, gpus=int(os.environ.get('WORLD_SIZE', '1')))
         except ValueError as error:  # epochs, mixtures of experts: they can be trained
-            console.print(f'what it will cost is not known: {error}', highlight=False, markup=False, soft_wrap=True)
+            console.print(f'what it will cost is not known: {error}', markup=False, soft_wrap=True)
 
 
 def print_costs(
@@ -134,17 +134,15 @@ def print_costs(
         console.print(
             f'  with what activation checkpointing computes again: up to {most:.2f} times as many FLOP, '
             f'{percent(mfu * most)} of the hardware',
-            highlight=False,
         )
     shares = [training_flops(c.size.parameters, sum(c.tokens.values())) / c.flops for c in costs.values()]
     console.print(
         f'  the report counts 6 x parameters x tokens, without attention: {percent(min(shares))}'
         f'{"" if percent(min(shares)) == percent(max(shares)) else f" to {percent(max(shares))}"} of these FLOP\n',
-        highlight=False,
     )
     holds = f', which holds {gigabytes(chip.memory)}' if chip.memory else ''
     _show(console, f'memory of one GPU{holds}', _memory_table(costs))
-    console.print('  besides, some 10 %: CUDA, NCCL, fragmentation\n', highlight=False)
+    console.print('  besides, some 10 %: CUDA, NCCL, fragmentation\n')
     _show(console, 'checkpoints and disk', _disk_table(costs))
     if budgets and len(budgets) > 1:
         _show(console, 'updating against training from scratch on everything', _saving_table(budgets))

@@ -38,10 +38,8 @@ def loss_of(state: State, metric: str) -> float | None:
     if found is None:
         return None
     if not state.eval_timestamp.batch.value:
-        raise ValueError(
-            f'eval_loader {dataset_of(label)}: nothing was evaluated; the dataset is empty, or has less than a batch '
-            'and drop_last=true'
-        )
+        dataset = dataset_of(label)
+        raise ValueError(f'eval_loader {dataset}: it is empty, or has less than a batch and drop_last=true')
     return float(found.compute())
 
 

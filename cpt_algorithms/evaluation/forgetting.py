@@ -17,6 +17,7 @@ from cpt_algorithms.evaluation.final_loss import FinalLoss, batches_left, datase
 from cpt_algorithms.evaluation.functional import bits_per_byte, by_average, changes
 from cpt_algorithms.files import null_as_nan, read_json, write_json
 from cpt_algorithms.replay.labels import label_every_token_of
+from cpt_algorithms.validation import nearest
 
 __all__ = ['Forgetting', 'token_bytes']
 
@@ -94,9 +95,7 @@ class Forgetting(Callback):
     ) -> None:
         for key, labels in (('new', new), ('old', old)):
             if isinstance(labels, str) or not (labels or key == 'old'):
-                raise ValueError(
-                    f'callbacks.forgetting.{key}={labels!r} must be a list of labels of eval_loaders, such as [german]'
-                )
+                raise ValueError(f'callbacks.forgetting.{key}={labels!r} must be a list of labels, such as [german]')
         if both := [label for label in new if label in old]:
             raise ValueError(f'callbacks.forgetting: {both[0]!r} is both new and old')
         self.new, self.old = list(new), list(old)
@@ -127,7 +126,7 @@ class Forgetting(Callback):
         labels = [dataset_of(evaluator.label) for evaluator in state.evaluators]  # none if nothing will be trained
         if labels and (unknown := [label for label in (*self.old, *self.new) if label not in labels]):
             raise ValueError(
-                f'callbacks.forgetting: {unknown[0]!r} is the label of no eval_loader; there are {", ".join(labels)}'
+                f'callbacks.forgetting: no eval_loader has the label {unknown[0]!r}; {nearest(unknown[0], labels)}'
             )
         path = self.parent_losses or self._path(state)
         found: list[Any] = [None]
@@ -141,9 +140,7 @@ class Forgetting(Callback):
         """Insist on the parent's losses; they are the first point of the run's curves."""
         if missing := [label for label in (*self.old, *self.new) if label not in self.parent]:
             hint = f'look into {self.parent_losses}' if self.parent_losses else 'set eval_first: true'
-            raise ValueError(
-                f'callbacks.forgetting: the parent was not evaluated on {missing[0]!r} when the stage started; {hint}'
-            )
+            raise ValueError(f'callbacks.forgetting: the parent was not evaluated on {missing[0]!r}; {hint}')
         for callback in () if self.parent_losses else state.callbacks:
             if isinstance(callback, FinalLoss) and not callback.losses:
                 callback.losses = {label: [[0, 0, loss, 0.0]] for label, loss in self.parent.items()}

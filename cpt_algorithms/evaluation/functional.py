@@ -133,17 +133,13 @@ def check_labels(labels: Sequence[str]) -> None:
     for label in labels:
         if label == 'mean':
             raise ValueError("eval_loader: 'mean' is the mean over all datasets in results; give it another label")
-        if labels.count(label) > 1:
-            raise ValueError(
-                f'eval_loader: {labels.count(label)} loaders have the label {label!r}; name them differently'
-            )
+        if (count := labels.count(label)) > 1:
+            raise ValueError(f'eval_loader: {count} loaders have the label {label!r}; name them differently')
         others = [other for other in labels if other != label]
         found = [other for other in others if label in (f'{other}_stderr', f'{other} interval')]
         found += [split[0]] if (split := split_label(label, others)) else []
         for other in found[:1]:
-            raise ValueError(
-                f'eval_loader: the label {label!r} is what a result of {other!r} is called; give it another one'
-            )
+            raise ValueError(f'eval_loader: a result of {other!r} is called {label!r}, too; give it another label')
 
 
 def changes(

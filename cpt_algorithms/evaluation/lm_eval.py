@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 import random
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from cpt_algorithms.evaluation.functional import (
 )
 from cpt_algorithms.evaluation.suite import Suite, SuiteTask, read_result, task_manager, why_unavailable
 from cpt_algorithms.files import read_json, write_json
-from cpt_algorithms.terminal import print_table
+from cpt_algorithms.terminal import make_console, print_table
 
 # lm-eval, torch and transformers take 15 s to import, and are imported where they are used.
 
@@ -120,9 +119,9 @@ def evaluate_runs(
 
     Results go to ``lm_eval/<suite>/<model>.json`` beside the model; those of a pretrained model to ``base.json`` beside
     the run's own, and runs whose folders stand side by side share them. The file is written after every task. A task
-    is not run again if suite entry, limit, release of lm-eval (which fixes its task versions), model files and the
-    content of local data (files, folders, globs) are the same, or the data is gone. A task that fails is noted, and the
-    others are run.
+    is not run again if suite entry, limit, release of lm-eval (which fixes its task versions), model files and the rows
+    of its data, wherever ``datasets`` has them from, are the same, or the data cannot be had any more. A task that
+    fails is noted, and the others are run.
 
     Args:
         runs: Folders of runs, whose newest export and averages are evaluated, or of Hugging Face models.
@@ -136,7 +135,7 @@ def evaluate_runs(
         What the file of each model holds: ``{suite, model, tasks: {name: {task, version, num_fewshot, metric,
         higher_is_better, score, stderr, count, values, weights, items, prompts, cut, entry, data}}, missing: {name:
         reason}, settings}``. ``items`` is the identity of the items, ``cut`` how many of the ``prompts`` were too long
-        for the model and lost their beginning, ``entry`` and ``data`` (a hash) are what the task was run with.
+        for the model and lost their beginning, ``entry`` and ``data``, a hash, are what the task was run with.
 
     Raises:
         ValueError: If a model is not there or cannot be loaded.
@@ -174,6 +173,8 @@ def _evaluate(
     limit: int | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
+    import torch
+
     of_suite = Path('lm_eval') / (suite.name if limit is None else f'{suite.name}-limit{limit}')
     if isinstance(model, Path):
         folder, name, path = model, str(model), model.parent / of_suite / f'{model.name}.json'
@@ -182,38 +183,43 @@ def _evaluate(
         folder, name, of_run = folder_of_pretrained(model.name), model.name, 'huggingface' / of_suite / 'base.json'
         path = model.run / of_run
         files = [*sorted(path.parents[3].parent.glob(f'*/{of_run}')), path]
+    files_of_model = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix != '.py']
     same = {
         'lm_eval': version('lm_eval'),
         'limit': limit,
-        'model_files': {f.name: _stat(f) for f in sorted(folder.iterdir()) if f.is_file() and f.suffix != '.py'},
+        'model_files': {f.name: [(stat := f.stat()).st_size, stat.st_mtime_ns] for f in files_of_model},
     }
     known: dict[str, Any] = {}
     for old in filter(None, map(read_result, files)):
         known |= old['tasks'] if same.items() <= old['settings'].items() else {}
 
     entries = {task: entry.model_dump() for task, entry in suite.tasks.items()}
-    reasons = {task: why_unavailable(entry) for task, entry in suite.tasks.items()}
-    data = {task: suite.tasks[task].hash_data() for task, reason in reasons.items() if not reason}
-
-    def is_done(task: str) -> bool:
-        old = known.get(task)  # which outlives its data
-        return bool(old) and old['entry'] == entries[task] and (task not in data or old['data'] == data[task])
-
-    done = {task: known[task] for task in entries if is_done(task)}
+    done = {task: old for task, old in known.items() if task in entries and old['entry'] == entries[task]}
     result = {'suite': of_suite.name, 'model': name, 'tasks': done, 'missing': dict(suite.missing)}
     result |= {'settings': {**same, 'device': device, 'batch_size': batch_size}}
-    loaded = None if data.keys() <= done.keys() else load_model(folder, device, batch_size)
+    loaded_model = None
     for task, entry in suite.tasks.items():
-        if task not in done:
-            reason = reasons[task]
+        reason, loaded, data = why_unavailable(entry), None, ''
+        if not reason:
+            try:
+                loaded = _load_tasks(entry)
+                data = _hash_rows(loaded)
+            except Exception as error:  # one task of many: the others are worth having
+                reason = f'it failed: {_one_line(error)}'
+        if task in done and (reason or done[task]['data'] == data):  # which outlives its data
+            reason = None
+        else:
+            done.pop(task, None)
             if not reason:
+                with torch.random.fork_rng(devices=[]):  # from which samples are drawn
+                    loaded_model = loaded_model or load_model(folder, device, batch_size)
                 try:
-                    done[task] = {**_run(loaded, entry, limit), 'entry': entries[task], 'data': data[task]}
-                except Exception as error:  # one task of many: the others are worth having
+                    done[task] = {**_run(loaded_model, entry, loaded, limit), 'entry': entries[task], 'data': data}
+                except Exception as error:
                     reason = f'it failed: {_one_line(error)}'
-            if reason:
-                result['missing'][task] = reason
-                say(f'{task}: {reason}')
+        if reason:
+            result['missing'][task] = reason
+            say(f'{task}: {reason}')
         result['tasks'] = {each: done[each] for each in entries if each in done}
         write_json(path, result)
     return result
@@ -224,18 +230,16 @@ def _one_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {text[:200]}{"..." if len(text) > 200 else ""}'
 
 
-def _stat(file: Path) -> list[int]:
-    return [file.stat().st_size, file.stat().st_mtime_ns]
-
-
 def _quiet() -> None:
     """Leave lm-eval's progress bars and what goes wrong, and keep offline what is offline."""
     if os.environ.get('HF_HUB_OFFLINE'):
         os.environ.setdefault('HF_DATASETS_OFFLINE', os.environ['HF_HUB_OFFLINE'])
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     warnings.filterwarnings('ignore', module=r'(llmfoundry|composer|transformers|torch|lm_eval)\b')
+    import datasets
     from transformers.utils import logging as of_transformers
 
+    datasets.disable_progress_bars()  # local data is read again for every model
     of_transformers.set_verbosity_error()
     logging.getLogger('lm_eval').setLevel(logging.WARNING)
     logging.getLogger('lm_eval.models').setLevel(logging.ERROR)  # it warns of every model that is loaded already
@@ -251,7 +255,7 @@ def _load_tasks(entry: SuiteTask) -> Any:
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
     task: Any = entry.task
-    if isinstance(task, dict) and any(map(entry.find, entry.data_files)):
+    if isinstance(task, dict) and entry.data_files:
         # datasets knows files by path and time, and would give the rows of others that had these
         task = {**task, 'dataset_kwargs': {**(task.get('dataset_kwargs') or {}), 'download_mode': 'force_redownload'}}
     loaded = task_manager(isinstance(task, str)).load([task])
@@ -261,10 +265,21 @@ def _load_tasks(entry: SuiteTask) -> Any:
     return loaded
 
 
-def _run(model: Any, entry: SuiteTask, limit: int | None) -> dict[str, Any]:
-    """Run a task and keep the value of every item."""
+def _hash_rows(loaded: Any) -> str:
+    """A hash of all rows that tasks have, whether files, folders, the hub or its cache hold them."""
+    content = hashlib.blake2b(digest_size=16)
+    for name, task in loaded['tasks'].items():
+        for split, rows in task.dataset.items():
+            content.update(f'{name} {split} {rows.features} '.encode())
+            for table in rows.with_format('arrow').iter(1000):
+                for batch in table.combine_chunks().to_batches():
+                    content.update(batch.serialize())
+    return content.hexdigest()
+
+
+def _run(model: Any, entry: SuiteTask, loaded: Any, limit: int | None) -> dict[str, Any]:
+    """Run a task that is loaded, and keep the value of every item."""
     lm_eval: Any = import_module('lm_eval')
-    loaded = _load_tasks(entry)
     metric, _, wanted = entry.metric.partition(',')
     for leaf, task in loaded['tasks'].items():
         if metric not in task.aggregation():
@@ -354,20 +369,14 @@ class Row:
 
 
 def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list[Row]:
-    """The tasks of a result beside the parent's, if it has one, and the mean over those that measure an accuracy.
-
-    Args:
-        result: Of :func:`evaluate_runs`, or its file.
-        parent: Likewise.
-    """
+    """The tasks of a result beside the parent's, if it has one, and the mean over those that measure an accuracy."""
     rows: list[Row] = []
     for name, task in result['tasks'].items():
-        theirs = parent['tasks'].get(name) if parent else None
-        pair = (task['values'], theirs['values']) if theirs and has_same_items(task, theirs) else None
-        delta = paired_delta(*pair, task['weights']) if pair else None
-        ours, *parents = [Mean(of['score'], of['stderr'], of['count']) for of in (task, theirs) if of]
-        theirs = parents[0] if parents else None
-        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), ours, theirs, delta, cuts_of(task)))
+        theirs, delta = parent['tasks'].get(name) if parent else None, None
+        if theirs and has_same_items(task, theirs):
+            delta = paired_delta(task['values'], theirs['values'], task['weights'])
+        of_parent = _mean_of(theirs) if theirs else None
+        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), _mean_of(task), of_parent, delta, cuts_of(task)))
     scored = [row for row in rows if row.is_accuracy]
     if len(scored) > 1:
         paired = [(row.parent, row.delta) for row in scored if row.parent and row.delta]
@@ -376,6 +385,10 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
         scores = mean_over_tasks([row.score for row in scored])
         rows.append(Row(f'mean of {len(scored)}', None, True, scores, theirs, delta))
     return rows
+
+
+def _mean_of(task: Mapping[str, Any]) -> Mean:
+    return Mean(task['score'], task['stderr'], task['count'])
 
 
 def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None, console: Console | None = None) -> None:
@@ -394,4 +407,4 @@ def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None, co
         table.add_row(escape(row.name), row.shots, *([row.cut] if is_cut else []), count, row.cell(row.score), *against)
     for name in result['missing']:
         table.add_row(escape(name), *[''] * (heads.index('score')), 'missing')
-    print_table(table, console or Console(width=None if sys.stdout.isatty() else 120))
+    print_table(table, console or make_console())

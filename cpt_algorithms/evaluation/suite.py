@@ -2,7 +2,7 @@
 """Suites of lm-eval tasks, as YAMLs under ``yamls/eval`` say them. Imports lm-eval only to look up a task's name."""
 
 import glob
-import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -46,63 +46,22 @@ class SuiteTask(Section):
     @property
     def data_files(self) -> list[str]:
         """Local files, folders and globs that it reads, as its config names them, if it has one of its own."""
-        given, is_local = self._kwargs.get('data_files') or [], not self._path or bool(self._folders)
+        if isinstance(self.task, str):
+            return []
+        path, kwargs = str(self.task.get('dataset_path') or ''), self.task.get('dataset_kwargs') or {}
+        given, is_of_files = kwargs.get('data_files') or [], path in ('', *_FILE_BUILDERS)
+        places = [str(kwargs.get('data_dir') or ''), *([] if is_of_files else [path])]
+        folders = [each for each in places if re.match(r'/|\.\.?/|~', each) or each and Path(each).is_dir()]
         groups = given.values() if isinstance(given, Mapping) else [given]
-        named = [file for group in groups for file in ([group] if isinstance(group, str) else group)]
-        paths = [each for each in (self._path, self._data_dir) if each.startswith(('/', './', '../', '~'))]
-        return [*paths, *(file for file in named if is_local and '://' not in file)]
+        files = [file for group in groups for file in ([group] if isinstance(group, str) else group)]
+        # in a folder, datasets looks for them there
+        return folders or [file for file in files if is_of_files and '://' not in file]
 
-    @property
-    def _config(self) -> dict[str, Any]:
-        return self.task if isinstance(self.task, dict) else {'dataset_path': 'of lm-eval'}
-
-    @property
-    def _kwargs(self) -> dict[str, Any]:
-        return self._config.get('dataset_kwargs') or {}
-
-    @property
-    def _path(self) -> str:
-        """A folder or a name on the hub; nothing of a builder, which reads ``data_files``."""
-        path = str(self._config.get('dataset_path') or '')
-        return '' if path in _FILE_BUILDERS else path
-
-    @property
-    def _data_dir(self) -> str:
-        return str(self._kwargs.get('data_dir') or '')
-
-    @property
-    def _folders(self) -> list[Path]:
-        """Local folders of data, in which ``datasets`` looks for files."""
-        given = [Path(each).expanduser() for each in (self._path, self._data_dir) if each]
-        return [folder for folder in given if folder.is_dir()]
-
-    def find(self, name: str) -> list[Path]:
-        """Every file that one of ``data_files`` means, where ``datasets`` looks for it.
-
-        Args:
-            name: A file, a folder, for all files below it, or a glob.
-        """
-        own = Path(name).expanduser()
-        places = {own, *(folder / own for folder in self._folders)}
-        if not any(place.exists() for place in places):
-            places = {place for base in ('', *self._folders) for place in map(Path, _matches(base, own))}
-        found = (place.rglob('*') if place.is_dir() else [place] for place in places)
-        return sorted({file.resolve() for files in found for file in files if file.is_file()})
-
-    def hash_data(self) -> str:
-        """A hash of the names and contents of all local files that it reads; of none if its data lies elsewhere."""
-        names = [*self.data_files, *map(str, self._folders)]
-        content = hashlib.blake2b(digest_size=16)
-        for file in sorted({file for name in names for file in self.find(name)}):
-            content.update(f'{file} {file.stat().st_size} '.encode())
-            with open(file, 'rb') as opened:
-                while block := opened.read(1 << 20):
-                    content.update(block)
-        return content.hexdigest()
-
-
-def _matches(base: str | Path, pattern: Path) -> list[str]:
-    return glob.glob(str(Path(glob.escape(str(base)), pattern)), recursive=True)
+    @staticmethod
+    def is_there(name: str) -> bool:
+        """Whether there is one of ``data_files``."""
+        path = Path(name).expanduser()
+        return path.exists() or bool(glob.glob(str(path), recursive=True))
 
 
 class Suite(Section):
@@ -170,7 +129,7 @@ def why_unavailable(entry: SuiteTask) -> str | None:
     """Why a task cannot be run here, as far as that shows without its data; None if it can."""
     if isinstance(entry.task, str) and entry.task not in (known := task_manager(True).all_tasks):
         return f'lm-eval {version("lm_eval")} has no task {entry.task!r}; {nearest(entry.task, known)}'
-    missing = [name for name in entry.data_files if not entry.find(name)]
+    missing = [name for name in entry.data_files if not entry.is_there(name)]
     return f'{missing[0]} does not exist; prepare the data first (scripts/prepare_data.py)' if missing else None
 
 

@@ -129,7 +129,7 @@ def command(resources: Resources, script: Path, yaml: Path) -> str:
     return ' '.join(['composer', *arguments, *(shlex.quote(str(path)) for path in named)])
 
 
-def make_launcher(resources: Resources, jobs: int, cluster: str = 'slurm') -> Start:
+def make_launcher(resources: Resources, jobs: int) -> Start:
     """What starts runs, once each run's ``run.yaml`` lies in its folder.
 
     * On this machine: a process that writes ``log.txt`` and dies with this one; without a GPU, of one rank, forked from
@@ -141,27 +141,22 @@ def make_launcher(resources: Resources, jobs: int, cluster: str = 'slurm') -> St
     Args:
         resources: Where the ranks are.
         jobs: Runs at a time on this machine, which share its cores.
-        cluster: submitit's name of where jobs go; ``local`` needs no Slurm. Default: ``slurm``.
 
     Raises:
         ValueError: If runs cannot be started from here.
     """
     if resources.slurm is None:
         if resources.nodes > 1:
-            raise ValueError(
-                f'nodes={resources.nodes}: without slurm, runs are started on this machine only; --write prints the '
-                'commands for each node'
-            )
+            raise ValueError(f'nodes={resources.nodes}: without slurm, runs start here; --write prints their commands')
         if resources.nproc == 1 and platform.system() == 'Linux' and not torch.cuda.is_available():
             return partial(_fork, _environment(jobs, 1))
         return partial(_start_here, resources.nproc, jobs)
-    if cluster == 'slurm':
-        for tool in ('sbatch', 'srun', 'squeue', 'scontrol'):
-            if shutil.which(tool) is None:
-                raise ValueError(f'slurm: {tool} is not on this machine; start the sequence where Slurm jobs can be')
-        if _QUEUE.ask() is None:
-            raise ValueError(f'slurm: squeue does not answer, so jobs could not be waited for: {_QUEUE.error}')
-    return partial(_submit, resources, cluster)
+    for tool in ('sbatch', 'srun', 'squeue', 'scontrol'):
+        if shutil.which(tool) is None:
+            raise ValueError(f'slurm: {tool} is not on this machine; start the sequence where Slurm jobs can be')
+    if _QUEUE.ask() is None:
+        raise ValueError(f'slurm: squeue does not answer, so jobs could not be waited for: {_QUEUE.error}')
+    return partial(_submit, resources.slurm, resources.nodes, resources.nproc)
 
 
 def _environment(jobs: int, nproc: int) -> dict[str, str]:
@@ -189,21 +184,18 @@ def _fork(environment: Mapping[str, str], script: Path, folder: Path) -> Handle:
     try:
         process = fork(script, folder / 'run.yaml', folder / 'log.txt', environment)
     except (OSError, EOFError):
-        raise LaunchError(
-            f'{folder.name}: the process that imports what training needs has ended; its error is above'
-        ) from None
+        raise LaunchError(f'{folder.name}: the process that runs are forked from has ended; see above') from None
     return Handle(f'process {process.pid}', lambda: process.exitcode)
 
 
-def _submit(resources: Resources, cluster: str, script: Path, folder: Path) -> Handle:
-    assert resources.slurm is not None, 'the caller looks'
+def _submit(slurm: Mapping[str, Any], nodes: int, nproc: int, script: Path, folder: Path) -> Handle:
     folder = folder.resolve()
     jobs = folder / 'slurm'
-    if cluster == 'slurm' and (job := _living(jobs)) is not None:
+    if (job := _living(jobs)) is not None:
         return Handle(f'Slurm job {job.job_id}, found again', _Job(job, folder).poll)
-    of_executor = {key: value for key, value in resources.slurm.items() if key in _OF_THE_EXECUTOR}
-    parameters = {key: value for key, value in resources.slurm.items() if key not in _OF_THE_EXECUTOR}
-    executor = submitit.AutoExecutor(folder=jobs, cluster=cluster, **of_executor)
+    of_executor = {key: value for key, value in slurm.items() if key in _OF_THE_EXECUTOR}
+    parameters = {key: value for key, value in slurm.items() if key not in _OF_THE_EXECUTOR}
+    executor = submitit.AutoExecutor(folder=jobs, cluster='slurm', **of_executor)
     srun = ['--kill-on-bad-exit=1']  # ranks would wait for those of a node that has failed
     if cpus := parameters.get('slurm_cpus_per_task', parameters.get('cpus_per_task')):
         srun.append(f'--cpus-per-task={cpus}')  # since Slurm 22.05, srun does not take it from sbatch
@@ -211,11 +203,11 @@ def _submit(resources: Resources, cluster: str, script: Path, folder: Path) -> H
     executor.update_parameters(
         **{**parameters, 'slurm_srun_args': srun},
         name=f'{folder.parent.name}/{folder.name}',
-        nodes=resources.nodes,
+        nodes=nodes,
         tasks_per_node=1,
     )
     unset = tuple(os.environ.keys() - environment_of_children(os.environ).keys())
-    node = TrainingNode(str(script.resolve()), str(folder), resources.nodes, resources.nproc, unset)
+    node = TrainingNode(str(script.resolve()), str(folder), nodes, nproc, unset)
     try:
         job = executor.submit(node).task(0)
     except (FailedJobError, FailedSubmissionError) as error:
@@ -248,8 +240,6 @@ class _Queue:
 
     def state_of(self, job: submitit.Job[Any]) -> str | None:
         """Of one job, ``gone`` if Slurm has forgotten it; None if that is not known. Asks if the answer is old."""
-        if not isinstance(job, submitit.SlurmJob):
-            return 'gone' if job.done() else 'RUNNING'
         states = self.ask() if time.monotonic() > self._asked + _ASK else self._states
         return None if states is None else states.get(job.job_id, 'gone')
 

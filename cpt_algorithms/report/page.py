@@ -2,8 +2,10 @@
 """The report of runs: one page to look at, the same as PNG, CSV and JSON files, and a table for the terminal."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,27 +82,19 @@ _ON_PAPER = 10  # columns that fit on an upright A4 or letter page, beside the n
 class _Table(NamedTuple):
     title: str
     note: str
-    groups: Sequence[tuple[str, Sequence[_Cell | str]]]
+    heads: Sequence[tuple[str, list[_Cell]]]  # of its columns, in groups with a title
     lines: list[_Line]
-
-    @property
-    def heads(self) -> list[tuple[str, list[_Cell]]]:
-        """The heads of its columns."""
-        return [(title, [_Cell(each) if isinstance(each, str) else each for each in of]) for title, of in self.groups]
 
     @property
     def parts(self) -> list['_Table']:
         """Tables that fit on paper, which cannot be scrolled: one below the other, each with the names."""
-        columns = [(title, each) for title, of in self.groups for each in of]
-        parts = []
+        columns, parts = [(title, head) for title, of in self.heads for head in of], []
         for begin in range(0, len(columns), _ON_PAPER):
-            groups: list[tuple[str, list[_Cell | str]]] = []
-            for title, column in columns[begin : begin + _ON_PAPER]:
-                if not groups or groups[-1][0] != title:
-                    groups.append((title, []))
-                groups[-1][1].append(column)
-            lines = [line._replace(cells=line.cells[begin : begin + _ON_PAPER]) for line in self.lines]
-            parts.append(_Table(self.title, self.note, groups, lines))
+            some = slice(begin, begin + _ON_PAPER)
+            heads = [(title, [head for _, head in of]) for title, of in groupby(columns[some], itemgetter(0))]
+            parts.append(
+                self._replace(heads=heads, lines=[line._replace(cells=line.cells[some]) for line in self.lines])
+            )
         return parts
 
 
@@ -109,10 +103,6 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
 
     Works at any time: on runs that are finished, half-finished, failed or not begun. Numbers follow from the files of
     the runs alone.
-
-    Args:
-        folders: As of :func:`~cpt_algorithms.report.run_records.read_runs`.
-        out: Where to write; made if need be.
     """
     study = read_runs(folders)
     rows = rows_of(study)
@@ -125,7 +115,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Report:
     streams = {name: stream for mix in mixes if mix for name, stream in mix.old.items()}
     stand_ins = {name: streams[name].stand_in_for for name in sorted(streams) if streams[name].stand_in_for}
     findings += [f'{name} stands in for {what}: forgetting is measured on it.' for name, what in stand_ins.items()]
-    report = Report(study, findings, rows, scores, missing(study, rows), out / 'report.html')
+    report = Report(study, findings, rows, scores, list(missing(study, rows)), out / 'report.html')
     out.mkdir(parents=True, exist_ok=True)
     plots = list(plots_of(study, rows))
     for plot in plots:
@@ -174,10 +164,10 @@ def rich_table(report: Report) -> Table:
 def print_report(report: Report, console: Console) -> None:
     """The findings, the table, what is missing, and where the page is."""
     for sentence in report.findings:
-        console.print(sentence, highlight=False, markup=False)
+        console.print(sentence, markup=False)
     print_table(rich_table(report), console)
     for line in (*(f'missing: {line}' for line in report.missing), f'report: {report.path}'):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _as_json(report: Report) -> dict[str, Any]:
@@ -262,7 +252,7 @@ def _tables(report: Report) -> list[_Table]:
             ]
             notes = dict.fromkeys(f'{size_name(size)}: {row.note}' for size, row in by_size.items() if row.note)
             lines.append(_Line(name, '; '.join(notes), next(iter(by_size.values())).kind, cells))
-        heads = [(size_name(size), [*losses.values(), *CHANGES]) for size in study.sizes]
+        heads = [(size_name(size), _heads([*losses.values(), *CHANGES])) for size in study.sizes]
         first = _Table('Final loss by model size', note, heads, lines)
     else:
         known = [name for name in study.data if name in study.bytes_per_token]
@@ -273,28 +263,23 @@ def _tables(report: Report) -> list[_Table]:
             'last stage': {column: column for column in ('tokens', 'compute vs union')},
         }
         every = [column for columns in groups.values() for column in columns]
-        lines = [
-            _line(
-                study,
-                row,
-                [*(_ranked(row, column, able[row.size, row.other_plan]) for column in every), _Cell(_seeds(row))],
-            )
-            for row in rows
-        ]
-        heads = [(title, [*columns.values()]) for title, columns in groups.items() if columns]
-        first = _Table('Final loss', note, [*heads, ('', ['seeds'])], lines)
+        lines = []
+        for row in rows:
+            cells = [_ranked(row, column, able[row.size, row.other_plan]) for column in every]
+            finished, every_seed = len(row.runs) * row.is_finished, len(row.runs) + len(row.others)
+            seeds = str(every_seed) if finished == every_seed else f'{finished} of {every_seed}'
+            lines.append(_line(study, row, [*cells, _Cell(seeds)]))
+        heads = [(title, _heads(columns.values())) for title, columns in groups.items() if columns]
+        first = _Table('Final loss', note, [*heads, ('', _heads(['seeds']))], lines)
     return [first, *_benchmark_tables(report), _cost_table(report)]
+
+
+def _heads(names: Iterable[str]) -> list[_Cell]:
+    return [_Cell(name) for name in names]
 
 
 def _line(study: RunSet, row: Row, cells: list[_Cell]) -> _Line:
     return _Line(study.label(row.name, row.size), row.note, row.kind, cells)
-
-
-def _seeds(row: Row) -> str:
-    """How many of the row's seeds its numbers are from."""
-    finished = len(row.runs) if row.is_finished else 0
-    every = len(row.runs) + len(row.others)
-    return str(every) if finished == every else f'{finished} of {every}'
 
 
 def _ranked(row: Row, column: str, able: Sequence[Row]) -> _Cell:
@@ -322,8 +307,8 @@ def _benchmark_tables(report: Report) -> list[_Table]:
         if any(found):
             means = [_score(s.mean, s.mean_delta) if s else _Cell() for s in found]
             lines.append(_line(report.study, row, [*(_number(row, column) for column in losses), *means]))
-    groups = [('validation loss (nats/token)', list(losses.values())), ('mean of accuracies (%)', suites)]
-    tables = [_Table('Losses and benchmarks', note, groups, lines)]
+    heads = [('validation loss (nats/token)', _heads(losses.values())), ('mean of accuracies (%)', _heads(suites))]
+    tables = [_Table('Losses and benchmarks', note, heads, lines)]
     for suite in suites:
         of_suite = [scores for scores in report.scores if scores.suite == suite]
         tasks = list(dict.fromkeys(task for scores in of_suite for task in scores.tasks))
@@ -331,8 +316,8 @@ def _benchmark_tables(report: Report) -> list[_Table]:
         for scores in of_suite:
             cells = [_score(scores.tasks.get(task), scores.deltas.get(task)) for task in tasks]
             lines.append(_line(report.study, scores.row, [*cells, _score(scores.mean, scores.mean_delta)]))
-        heads = [_task_head(report, suite, task) for task in tasks]
-        tables.append(_Table(f'Benchmarks: {suite}', note, [('scores, accuracies in %', [*heads, 'mean'])], lines))
+        heads = [('scores, accuracies in %', [*(_task_head(report, suite, task) for task in tasks), _Cell('mean')])]
+        tables.append(_Table(f'Benchmarks: {suite}', note, heads, lines))
     return tables
 
 
@@ -372,12 +357,8 @@ def _cost_table(report: Report) -> _Table:
     note = 'Of the last stage of each arm: what came before is paid for already. Compute: 6 × parameters N × tokens T.'
     if is_estimate:
         note += ' ≈: union was not run to its end; estimated from the hours that this run took for a token.'
-    groups = {
-        'tokens': ['new', 'replayed'],
-        'compute': ['6 N T', 'compute vs union'],
-        f'measured {hours}': ['spent', 'saved against union'],
-    }
-    return _Table('Cost', note, [*groups.items()], lines)
+    heads = [('tokens', _heads(['new', 'replayed'])), ('compute', _heads(['6 N T', 'compute vs union']))]
+    return _Table('Cost', note, [*heads, (f'measured {hours}', _heads(['spent', 'saved against union']))], lines)
 
 
 def _versions(study: RunSet) -> list[tuple[str, str]]:

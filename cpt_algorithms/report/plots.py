@@ -263,14 +263,19 @@ def _role(study: RunSet, arms: Sequence[Arm], name: str) -> str:
     return f'{name} (D{study.data.index(name)}{f", {role}" if role else ""})'
 
 
-def _loss(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:
-    lines = _lines(study, arms, lambda run: _from_parent(study, run, name))
-    if not any(len(points) > 1 for line in lines for points in line.seeds):
-        return None
+def _losses(lines: Sequence[_Line], name: str) -> tuple[Figure, Axes]:
     figure, axis = _figure()
     _draw(axis, lines)
     _frame(axis, lines, name)
     axis.set_ylabel('loss (nats/token)')
+    return figure, axis
+
+
+def _loss(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:
+    lines = _lines(study, arms, lambda run: _from_parent(study, run, name))
+    if not any(len(points) > 1 for line in lines for points in line.seeds):
+        return None
+    figure, axis = _losses(lines, name)
     _legend(figure, axis)
     return Plot(f'loss-{_slug(name)}', f'Loss on {_role(study, arms, name)}', figure)
 
@@ -293,12 +298,8 @@ def _averages(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:
     if not lines:
         return None
     drawn = [*lines, *averaged]
-    figure, axis = _figure()
-    _draw(axis, drawn)
-    _frame(axis, drawn, name)
-    first = min(points[0][0] for line in drawn for points in line.seeds)
-    axis.set_xlim(first)
-    axis.set_ylabel('loss (nats/token)')
+    figure, axis = _losses(drawn, name)
+    axis.set_xlim(min(points[0][0] for line in drawn for points in line.seeds))
     looks = [Line2D([], [], color=INK, linestyle=style, label=average) for average, style in styles.items()]
     _legend(figure, axis, looks)
     return Plot(f'averages-{_slug(name)}', f'Averaged weights on {_role(study, arms, name)}', figure)

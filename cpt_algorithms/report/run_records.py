@@ -264,10 +264,8 @@ def read_runs(folders: Sequence[str | Path]) -> RunSet:
     singles: dict[str, RunRecord] = {}
     for each in folders:
         if is_remote(each):
-            raise ValueError(
-                f'{each} lies in object storage; copy its JSON files into a local folder, and name that (aws s3 sync '
-                "URI FOLDER --exclude '*' --include '*.json')"
-            )
+            how = "aws s3 sync URI FOLDER --exclude '*' --include '*.json'"
+            raise ValueError(f'{each} lies in object storage; copy its JSON files into a local folder ({how})')
         folder = os.path.realpath(each)
         sequence = read_json(f'{folder}/sequence.json')
         if sequence:
@@ -294,7 +292,10 @@ def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, Run
     of_plan: dict[Any, list[str]] = {}
     for run in sequence['runs']:
         known, plan = {key: value for key, value in run.items() if key != 'plan'}, run.get('plan', today)
-        other = () if plan == today else tuple(_changes(plans[plan], plans[today]))
+        other: tuple[str, ...] = ()
+        if plan != today:
+            then, now = plans[plan], plans[today]
+            other = tuple(differences(then['stages'], now['stages']) or differences(then, now) or ['its data'])
         parent, name = run['parent'] and f'{folder}/{run["parent"]}', f'{folder}/{run["name"]}'
         read_run(name, runs, {**known, 'parent': parent, 'union_tokens': None, 'other_plan': other})
         of_plan.setdefault(plan, []).append(name)
@@ -310,12 +311,6 @@ def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, Run
             size = next(iter(sizes)) if len(sizes) == 1 else run.parameters
             runs[run.folder] = replace(run, union_tokens=union_tokens, parameters=size)
     return [f'{folder}/{run["name"]}' for run in sequence['runs']]
-
-
-def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two plans of a sequence."""
-    found = differences(then['stages'], now['stages'])
-    return found or differences(then, now) or ['its data']
 
 
 def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, RunRecord]) -> dict[str, Any]:

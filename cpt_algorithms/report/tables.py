@@ -197,13 +197,7 @@ def rows_of(study: RunSet) -> list[Row]:
 
 
 def summary_of(rows: Sequence[Row], data: Sequence[str], arm: str) -> dict[str, float]:
-    """What a sweep compares its trials by: final losses, forgetting and adaptation of the last stage of an arm.
-
-    Args:
-        rows: Of :func:`rows_of`.
-        data: All datasets.
-        arm: Its name.
-    """
+    """What a sweep compares its trials by: final losses, forgetting and adaptation of the last stage of an arm."""
     summary = {}
     for row in (row for row in rows if row.arm == arm and row.is_finished):
         for key, column, mean in (
@@ -340,52 +334,45 @@ def _how_all_failed(rows: Sequence[Row]) -> str:
     return ' or '.join(words)
 
 
-def missing(study: RunSet, rows: Sequence[Row]) -> list[str]:
+def missing(study: RunSet, rows: Sequence[Row]) -> Iterator[str]:
     """What a reader might take for granted and is not there."""
-    said: list[str] = []
     runs = study.given
     for run in runs:
         if run.state == 'not started':
             parent = study.runs[run.parent] if run.parent else None
             why = f' (its parent {parent.name}: {parent.progress})' if parent and parent.state != 'finished' else ''
-            said.append(f'{run.name}: not started{why}')
+            yield f'{run.name}: not started{why}'
         elif run.state == 'failed':
-            said.append(f'{run.name}: {run.progress}: {run.error}')
+            yield f'{run.name}: {run.progress}: {run.error}'
         elif run.state == 'unfinished':
-            said.append(f'{run.name}: unfinished, {run.progress}; its numbers are the latest ones')
-    said += [
-        f'{name}: the folder of its parent ({folder}) is not there, so its own stage is all that is shown'
-        for name, folder in study.missing_parents.items()
-    ]
+            yield f'{run.name}: unfinished, {run.progress}; its numbers are the latest ones'
+    for name, folder in study.missing_parents.items():
+        yield f'{name}: the folder of its parent ({folder}) is not there, so its own stage is all that is shown'
     for plan in dict.fromkeys(run.other_plan for run in runs if run.other_plan):
-        names = [run.name for run in runs if run.other_plan == plan]
-        more = f' and {len(plan) - 3} more' if len(plan) > 3 else ''
-        said.append(
-            f'Trained by another plan of their sequence ({"; ".join(plan[:3])}{more}, in the plan of today), and '
-            f'compared only with each other: {", ".join(names)}'
-        )
+        names = ', '.join(run.name for run in runs if run.other_plan == plan)
+        changed = '; '.join(plan[:3]) + (f' and {len(plan) - 3} more' if len(plan) > 3 else '')
+        how = f'Trained by another plan of their sequence ({changed}, in the plan of today)'
+        yield f'{how}, and compared only with each other: {names}'
     for run in runs:
         if run.has_diverged:
             first, *_, last = (loss for _, _, loss in run.training_loss)
-            said.append(
-                f'{run.name}: diverged: its training loss began at {first:.2f} and ended at {last:.2f}, more than '
-                'ln 2 above its lowest; it is compared with no other'
-            )
+            how = f'its training loss began at {first:.2f} and ended at {last:.2f}, more than ln 2 above its lowest'
+            yield f'{run.name}: diverged: {how}; it is compared with no other'
         if run.losses and (unseen := [name for name in study.data if name not in run.losses]):
-            said.append(f'{run.name}: not evaluated on {", ".join(unseen)}')
+            yield f'{run.name}: not evaluated on {", ".join(unseen)}'
         if lost := [label for label, loss in run.final.items() if not isfinite(loss)]:
-            said.append(f'{run.name}: its loss on {", ".join(lost)} is not a number')
+            yield f'{run.name}: its loss on {", ".join(lost)} is not a number'
         if run.kind == 'update' and run.began_from and run.losses and not run.at_start:
-            said.append(f'{run.name}: no forgetting.json, so neither forgetting nor adaptation is known')
+            yield f'{run.name}: no forgetting.json, so neither forgetting nor adaptation is known'
     if any(row.kind == 'update' for row in rows) and not any(row.kind == 'union' for row in rows):
-        said.append('No union baseline: what training on everything from scratch would have reached is not known')
+        yield 'No union baseline: what training on everything from scratch would have reached is not known'
     single = [row for row in rows if len(row.runs) + len(row.others) == 1]
     if rows and len(single) == len(rows):
-        said.append('Only one seed: no intervals, and small differences between arms may be chance')
+        yield 'Only one seed: no intervals, and small differences between arms may be chance'
     elif single:
         names = dict.fromkeys(study.label(row.arm, row.size) for row in single)
-        said.append(f'Only one seed, so no interval: {", ".join(names)}')
-    return said + list(_missing_benchmarks(runs))
+        yield f'Only one seed, so no interval: {", ".join(names)}'
+    yield from _missing_benchmarks(runs)
 
 
 def _missing_benchmarks(runs: Sequence[RunRecord]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.sequence.spec import ANNEAL_KEYS, OF_THE_TRUNK
 from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import check_type
 
 __all__ = ['annealed', 'branch_of', 'checkpoint_after', 'constant_alpha']
 
@@ -33,10 +34,6 @@ def checkpoint_after(stage: Stage, batch: int) -> str:
 
 def constant_alpha(trunk: Stage, batch: int) -> float:
     """The multiplier of the learning rate after a batch of a run, which must be in a constant phase.
-
-    Args:
-        trunk: The run.
-        batch: Batches that were trained.
 
     Raises:
         ValueError: If the schedule is not constant there, with the phases; or is not one of this library.
@@ -96,14 +93,11 @@ def annealed(
     Source: Ibrahim et al. 2024, section 7.2.
     """
     alpha = constant_alpha(trunk, batch)
-    if not isinstance(alpha_f, (int, float)) or isinstance(alpha_f, bool):
-        raise ValueError(f'alpha_f={alpha_f!r} must be a number')
+    check_type('alpha_f', alpha_f, float)
     if alpha <= alpha_f:
-        raise ValueError(
-            f'alpha_f={alpha_f}, and the scheduler of the trunk is at {alpha:g} times the learning rate: nothing to '
-            'anneal'
-        )
+        raise ValueError(f'alpha_f={alpha_f}: nothing to anneal, the trunk is at {alpha:g} times the learning rate')
     nothing = f'0{Duration.parse("t_anneal", t_anneal, ABSOLUTE).unit}'
+    constant = {'t_warmup': nothing, 't_cooldown': nothing, 'alpha_const': alpha}
     callbacks = {name: dict(each or {}) for name, each in copy.deepcopy(given.get('callbacks') or {}).items()}
     callbacks.pop('branch_points', None)
     for each in callbacks.values():
@@ -125,12 +119,9 @@ def annealed(
         'save_folder': save_folder,
         'load_path': checkpoint,
         'max_duration': t_anneal,
-        'scheduler': {
-            'name': 'infinite', 't_warmup': nothing, 't_cooldown': nothing, 'alpha_const': alpha, 't_anneal': t_anneal,
-            'anneal': anneal, 'alpha_f': alpha_f,
-        },
+        'scheduler': {'name': 'infinite', **constant, 't_anneal': t_anneal, 'anneal': anneal, 'alpha_f': alpha_f},
         'callbacks': callbacks,
-    }  # fmt: skip
+    }
 
 
 def branch_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
@@ -155,16 +146,12 @@ def branch_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
     except (OSError, StorageError, OmegaConfBaseException) as error:
         raise ValueError(f'{checkpoint}: {error}') from None
     if not batch or not record:
-        raise ValueError(
-            f'{checkpoint} is not a checkpoint of a run of continue_pretraining.py (ep...-ba..., or latest)'
-        )
+        raise ValueError(f'{checkpoint} is no checkpoint of continue_pretraining.py (ep...-ba..., or latest)')
     how = {key: given.pop(key) for key in ANNEAL_KEYS if key in given}
     if 't_anneal' not in how:
         raise ValueError('t_anneal is missing: the length of the branch, such as t_anneal=45000000000tok')
     if wrong := [key for key in (*OF_THE_TRUNK, 'load_path') if key in given]:
-        raise ValueError(
-            f'{wrong[0]}: a branch has this from its trunk; {", ".join(ANNEAL_KEYS)} say how it is annealed'
-        )
+        raise ValueError(f'{wrong[0]}: a branch has this from its trunk, but for {", ".join(ANNEAL_KEYS)}')
     how['run_name'] = given.pop('run_name', None) or f'{record.run_name}-anneal-ba{batch}'
     beside = '/'.join(filter(None, [folder.rpartition('/')[0], how['run_name']]))
     how['save_folder'] = given.pop('save_folder', None) or beside
@@ -178,7 +165,5 @@ def branch_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
         del dataset['new']
     if 'streams' in (own.get('replay') or {}):
         (dataset.get('replay') or {}).pop('streams', None)
-    merged: Any = OmegaConf.to_container(
-        OmegaConf.merge(OmegaConf.create(branch), OmegaConf.create(given)), resolve=True
-    )
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(branch, given), resolve=True)
     return Stage.from_yaml(merged)

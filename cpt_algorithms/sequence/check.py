@@ -20,10 +20,7 @@ __all__ = ['adopted', 'check']
 def check(runs: Sequence[Run], ranks: int, is_plan: bool = False) -> list[str]:
     """Refuse, before anything is trained, what preflight can see and what would change a finished run.
 
-    Args:
-        runs: The runs of a sequence.
-        ranks: That each is on.
-        is_plan: Whether they may be trained elsewhere than here. Default: ``False``.
+    Those of a plan may be trained elsewhere than here.
 
     Returns:
         Of a plan: what cannot be reached from here.
@@ -87,9 +84,6 @@ def adopted(expand: Callable[[Mapping[str, str]], list[Run]]) -> list[Run]:
     """The runs of a sequence, those that are there already under the name they have there.
 
     A run that several arms share is called after the first of them, and arms are sorted, removed and renamed.
-
-    Args:
-        expand: :func:`~cpt_algorithms.sequence.expand.expand` of the sequence, with the names of runs.
     """
     names: dict[str, str] = {}
     while True:

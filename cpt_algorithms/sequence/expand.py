@@ -2,7 +2,6 @@
 """From a sequence to the runs it means, each with its :class:`~cpt_algorithms.stage.stage.Stage`."""
 
 import copy
-import hashlib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from cpt_algorithms.sequence.spec import (
     merge,
 )
 from cpt_algorithms.stage.stage import Stage
-from cpt_algorithms.validation import ConfigError, check_keys, check_type, parse_section
+from cpt_algorithms.validation import ConfigError, check_keys, check_type, nearest, parse_section
 from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS
 
 __all__ = ['Run', 'descendants', 'expand']
@@ -77,11 +76,8 @@ def expand(spec: SequenceSpec, names: Mapping[str, str] = MappingProxyType({})) 
     sequence.
 
     A stage under an ``infinite`` schedule with a ``t_anneal`` is a trunk that stays constant and a branch called
-    ``anneal`` over the last ``t_anneal`` of the stage's budget; the next stage goes on from the trunk.
-
-    Args:
-        spec: The sequence.
-        names: What runs are called in place of the names they would be given. Default: nothing else.
+    ``anneal`` over the last ``t_anneal`` of the stage's budget; the next stage goes on from the trunk. ``names`` are
+    what runs are called in place of the names that they would be given.
 
     Raises:
         ValueError: If an arm, a branch or a run is not right.
@@ -121,16 +117,16 @@ def _expand_arm(
         words = [f'{stage}_{list(spec.stages)[-1]}' if is_from_scratch else stage]
         words += [] if is_shared or name == stage else [name]
         label = name if is_last or not is_shared else stage
-        make = _RunFactory(spec, stage, label, seed, 'shared' if is_shared and not is_last else name, names)
+        tracked_as = 'shared' if is_shared and not is_last else name
         given, branches = _trunk(given, f'stages.{stage}')
-        trunk = _added(make.trunk(given, words, earlier, read_by, parent), runs, is_new=is_last and not branches)
+        make = _RunFactory(spec, stage, label, words, seed, tracked_as, names, given, earlier, dict(read_by))
+        trunk = _added(make.trunk(parent), runs, is_new=is_last and not branches)
         new = _names(given['new'])
         for branch, (start, settings) in branches.items():
             label_of_branch = f'{label}, {branch}' + ('' if is_last or is_shared else f' after {stage}')
-            make_branch = replace(make, label=label_of_branch)
+            make_branch = replace(make, label=label_of_branch, words=[*words, branch])
             try:
-                make_it = make_branch.merge if settings.merge else make_branch.anneal
-                run = make_it(trunk, [*words, branch], start, given, settings.given, earlier, read_by)
+                run = (make_branch.merge if settings.merge else make_branch.anneal)(trunk, start, settings.given)
             except ValueError as error:
                 raise ValueError(f'stages.{stage}.branches.{branch}, in the arm {name}: {error}') from None
             _added(run, runs, is_new=is_last)
@@ -143,8 +139,7 @@ def _added(run: Run, runs: dict[str, Run], is_new: bool = False) -> Run:
     """The run, or the same one of another arm."""
     # what it is, whatever it is called and wherever it is logged
     config = {key: value for key, value in run.stage.given.items() if key not in ('run_name', 'save_folder', 'loggers')}
-    identity = json.dumps([_placed(config, ''), run.parent, run.seed], sort_keys=True)
-    known = hashlib.sha256(identity.encode()).hexdigest()
+    known = json.dumps([_placed(config, ''), run.parent, run.seed], sort_keys=True)
     if is_new and known in runs:
         raise ValueError(f'arms.{run.arm} means the same runs as arms.{runs[known].arm}; leave one out')
     return runs.setdefault(known, run)
@@ -177,10 +172,8 @@ def _continued(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         scheduler = stage.get('scheduler') or {}
         schedule = {key: value for key, value in scheduler.items() if key not in ANNEAL_KEYS}
         if scheduler.get('name') == 'infinite' and schedule == before:
-            where = f'stages.{name}.scheduler'
-            nothing = {
-                key: _zero(f'{where}.{key}', scheduler[key]) for key in ('t_warmup', 't_cooldown') if key in scheduler
-            }
+            times = {key: scheduler[key] for key in ('t_warmup', 't_cooldown') if key in scheduler}
+            nothing = {key: _zero(f'stages.{name}.scheduler.{key}', time) for key, time in times.items()}
             stage = {**stage, 'scheduler': {**scheduler, **nothing}}
         continued[name], before = stage, schedule
     return continued
@@ -199,11 +192,7 @@ def _baseline(
         return {'from_scratch': {**{key: value for key, value in first.items() if key != 'replay'}, **kept}}
     if baseline == 'union':
         return {'union': _union(spec, where, stages)}
-    changed = {}
-    for index, (name, stage) in enumerate(stages.items()):
-        changed[name] = stage = dict(stage)
-        if not index:
-            continue
+    for name, stage in list(stages.items())[1:]:
         if baseline in ('no_replay', 'same_data'):
             stage.pop('replay', None)
         if baseline == 'same_data':
@@ -211,17 +200,15 @@ def _baseline(
         if baseline in ('constant_eta_min', 'constant_eta_max'):
             scheduler = stage.get('scheduler') or {}
             if 't_warmup' not in scheduler:
-                raise ValueError(
-                    f'{where}.baseline={baseline} follows from a schedule with a t_warmup, and that of stage '
-                    f'{name} is {scheduler.get("name")}; give the arm a scheduler instead'
-                )
+                why = f'the schedule of {name}, {scheduler.get("name")}, has no t_warmup'
+                raise ValueError(f'{where}.baseline={baseline}: {why}; give the arm a scheduler instead')
             is_min, warmup = baseline == 'constant_eta_min', scheduler['t_warmup']
             stage['scheduler'] = {
                 'name': 'rewarm_constant',
                 't_warmup': _zero(f'stages.{name}.scheduler.t_warmup', warmup) if is_min else warmup,
                 'alpha': _end_of(first, stage) if is_min else 1.0,
             }
-    return changed
+    return stages
 
 
 def _end_of(first: Mapping[str, Any], stage: Mapping[str, Any]) -> float:
@@ -286,19 +273,15 @@ def _trunk(given: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str,
             raise ValueError(f'{place}.t_anneal is missing (how much of the stage is annealed), or merge: {{...}}')
         start = stage.batches - stage.batches_of(branch.t_anneal)
         if not 0 < start < stage.batches:
-            raise ValueError(
-                f'{place}.t_anneal={branch.t_anneal} must be longer than 0 and shorter than the stage, '
-                f'{stage.max_duration}: it is its end'
-            )
+            stage_is = f'the stage, {stage.max_duration}, whose end it is'
+            raise ValueError(f'{place}.t_anneal={branch.t_anneal} must be longer than 0 and shorter than {stage_is}')
         starts[name] = (start, branch)
         points.add(start)
     end = max(start for start, _ in starts.values())
     passes = stage.train_loader.dataset.max_passes
     if float(passes) > 1 and points - {end}:
-        raise ValueError(
-            f'{where}: max_passes={passes}, and after a pass the checkpoint that a branch needs has a name that '
-            'depends on the data; use one branch, or recipes/anneal.py'
-        )
+        # after a pass, the name of the checkpoint that it needs depends on the data
+        raise ValueError(f'{where}: max_passes={passes} allows for one branch alone; recipes/anneal.py trains more')
     assert stage.max_duration and stage.global_train_batch_size and stage.max_seq_len, 'SequenceSpec has looked'
     unit = stage.max_duration.unit
     per_batch = per_batch_of(unit, stage.global_train_batch_size, stage.max_seq_len) or 1
@@ -317,9 +300,8 @@ def _averaged(branch: Branch, stage: StageSettings, where: str) -> list[int]:
         missing = 'last' if last is None else 'every'
         raise ValueError(f'{where}.{missing} is missing: how many checkpoints are averaged, and how far apart')
     if branch.merge.weights not in WINDOW_WEIGHTS:
-        raise ValueError(
-            f'{where}.weights={branch.merge.weights!r} is not possible; use one of {", ".join(WINDOW_WEIGHTS)}'
-        )
+        given = branch.merge.weights
+        raise ValueError(f'{where}.weights={given!r} is not possible; {nearest(given, WINDOW_WEIGHTS)}')
     step, end = stage.batches_of(every), stage.batches
     if step < 1 or (last - 1) * step >= end:
         raise ValueError(f'{where}: last={last} checkpoints, every={every}, must fit into the stage of {end} batches')
@@ -340,67 +322,44 @@ class _RunFactory:
     spec: SequenceSpec
     stage: str
     label: str
+    words: list[str]  # of the run's name
     seed: int
     tracked_as: str
     names: Mapping[str, str]
+    given: dict[str, Any]  # what the stage says
+    earlier: list[str]  # datasets of earlier stages
+    read_by: dict[str, str]  # the checkpoint of who learned each dataset
 
-    def trunk(
-        self,
-        given: dict[str, Any],
-        words: Sequence[str],
-        earlier: list[str],
-        read_by: Mapping[str, str],
-        parent: Run | None,
-    ) -> Run:
+    def trunk(self, parent: Run | None) -> Run:
         """The stage itself."""
-        config = _train_yaml(self.spec, given, earlier, read_by)
+        config = _train_yaml(self.spec, self.given, self.earlier, self.read_by)
         if parent is not None:
             config['load_path'] = f'{parent.folder}/{latest_link(parent.stage.is_sharded)}'
         else:  # there is no state to keep
             config['callbacks']['stage_start'] = {'optimizer_state': 'reset'}
         if self.stage not in FROM_SCRATCH:
             new = list(config['train_loader']['dataset']['new'])
-            if old := [name for name in dict.fromkeys(earlier) if name not in new]:
+            if old := [name for name in dict.fromkeys(self.earlier) if name not in new]:
                 forgetting = config['callbacks'].get('forgetting') or {}
                 config['callbacks']['forgetting'] = {'new': new, 'old': old, **forgetting}
-        return self._run(config, words, parent)
+        return self._run(config, parent)
 
-    def anneal(
-        self,
-        trunk: Run,
-        words: Sequence[str],
-        start: int,
-        given: dict[str, Any],
-        branch: Mapping[str, Any],
-        earlier: list[str],
-        read_by: Mapping[str, str],
-    ) -> Run:
+    def anneal(self, trunk: Run, start: int, branch: Mapping[str, Any]) -> Run:
         """A branch of it that is trained."""
         own = {key: value for key, value in branch.items() if key not in ANNEAL_KEYS}
+        how = {key: value for key, value in branch.items() if key in ANNEAL_KEYS}
         checkpoint = f'{trunk.folder}/{checkpoint_after(trunk.stage, start)}'
-        new = _names(given['new'])
-        read_by = {**read_by, **({new[0]: checkpoint} if len(new) == 1 else {})}
-        config = self._judged_as(trunk, _train_yaml(self.spec, merge(given, own), [*earlier, *new], read_by))
-        how = {key: branch[key] for key in ANNEAL_KEYS if key in branch}
-        return self._run(annealed(trunk.stage, config, checkpoint, start, **how), words, trunk, start)
+        new = _names(self.given['new'])
+        read_by = {**self.read_by, **({new[0]: checkpoint} if len(new) == 1 else {})}
+        config = _train_yaml(self.spec, merge(self.given, own), [*self.earlier, *new], read_by)
+        branch = annealed(trunk.stage, self._judged_as(trunk, config), checkpoint, start, **how)
+        return self._run(branch, trunk, start)
 
-    def merge(
-        self,
-        trunk: Run,
-        words: Sequence[str],
-        end: int,
-        given: dict[str, Any],
-        branch: Mapping[str, Any],
-        earlier: list[str],
-        read_by: Mapping[str, str],
-    ) -> Run:
+    def merge(self, trunk: Run, end: int, branch: Mapping[str, Any]) -> Run:
         """A branch of it that is an average of its checkpoints."""
-        config = self._judged_as(trunk, _train_yaml(self.spec, given, earlier, read_by))
+        config = self._judged_as(trunk, _train_yaml(self.spec, self.given, self.earlier, self.read_by))
         kept = ('final_loss', 'forgetting', 'stage_start')
         config['callbacks'] = {name: each for name, each in config['callbacks'].items() if name in kept}
-        if 'forgetting' in config['callbacks']:
-            losses = f'{trunk.folder}/forgetting.json'
-            config['callbacks']['forgetting'] = {'parent_losses': losses, **config['callbacks']['forgetting']}
         how = branch['merge']
         every = trunk.stage.batches_of('every', Duration.parse('every', how['every']))
         average = {'last': how['last'], 'every': f'{every}ba', 'weights': how.get('weights', 'uniform')}
@@ -408,7 +367,7 @@ class _RunFactory:
         config['variables'] = {**variables, 'merge': {'of': str(trunk.folder), 'batch': end, **average}}
         config['max_duration'] = '0ba'
         config['load_path'] = f'{trunk.folder}/{checkpoint_after(trunk.stage, end)}'
-        return self._run(config, words, trunk, end)
+        return self._run(config, trunk, end)
 
     def _judged_as(self, trunk: Run, config: dict[str, Any]) -> dict[str, Any]:
         """The YAML of a branch, whose forgetting is that of its stage."""
@@ -417,11 +376,11 @@ class _RunFactory:
             config['callbacks']['stage_start'] = dict(callbacks.stage_start.given)
         if callbacks.forgetting is not None:
             kept = {key: value for key, value in callbacks.forgetting.given.items() if key != 'save_folder'}
-            config['callbacks']['forgetting'] = kept
+            config['callbacks']['forgetting'] = {'parent_losses': f'{trunk.folder}/forgetting.json', **kept}
         return config
 
-    def _run(self, config: dict[str, Any], words: Sequence[str], parent: Run | None, start: int | None = None) -> Run:
-        name = f'{"-".join(map(_slug, words))}-s{self.seed}'
+    def _run(self, config: dict[str, Any], parent: Run | None, start: int | None = None) -> Run:
+        name = f'{"-".join(map(_slug, self.words))}-s{self.seed}'
         name = self.names.get(name, name)
         folder = f'{self.spec.folder}/{name}'
         config = {**_placed(config, folder), 'run_name': name, 'save_folder': folder, 'seed': self.seed}
@@ -484,14 +443,12 @@ def _replay(
             streams[name]['stand_in_for'] = data.stand_in_for
         elif stage.replay.consumed_only:
             if name not in read_by:
-                raise ValueError(
-                    f'replay.consumed_only=true, and no stage of this sequence learned {name!r} by itself; leave it out'
-                )
+                raise ValueError(f'replay.consumed_only=true: no stage learned {name!r} by itself; leave it out')
             streams[name]['only_seen_by'] = read_by[name]
     if not streams:
+        fraction = stage.replay.fraction
         raise ValueError(
-            f'replay.fraction={stage.replay.fraction} for {", ".join(new)}, and none of the earlier stages has read '
-            'other data: there is nothing to replay'
+            f'replay.fraction={fraction} for {", ".join(new)}: no earlier stage has read other data to replay'
         )
     ours = ('weights', 'consumed_only')
     return {**{key: value for key, value in stage.replay.given.items() if key not in ours}, 'streams': streams}

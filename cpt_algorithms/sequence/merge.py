@@ -25,12 +25,7 @@ __all__ = ['merge_stage']
 
 
 def merge_stage(stage: Stage, average_script: Path) -> None:
-    """Average, evaluate and export, unless that is done already; exit with one line if it has to stop.
-
-    Args:
-        stage: A stage with a ``merge``.
-        average_script: ``scripts/average_checkpoints.py``.
-    """
+    """Average, evaluate and export, unless that is done already; exit with one line if it has to stop."""
     merge, suite = stage.merge, stage.suite
     if merge is None:
         sys.exit(f'{stage.run_name}: variables.merge is missing: which checkpoints are averaged')

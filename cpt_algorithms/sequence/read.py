@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cpt_algorithms.files import read_yaml
+from cpt_algorithms.launch.wandb_runs import sweep_of_agent
 from cpt_algorithms.sequence.expand import Run, expand
 from cpt_algorithms.sequence.scale import scale_file, scaled
 from cpt_algorithms.sequence.spec import SequenceSpec
@@ -78,8 +79,8 @@ def read_sequence(
         raise ValueError('a sequence YAML is missing, or --sweep FILE')
     spec = SequenceSpec.from_yaml(load_yaml(words))
     runs = expand_trials(spec, trials) if trials else adopted(partial(expand, spec))
-    if given:
-        check_metric(given, runs)
+    if trials:
+        check_metric((given or sweep_of_agent()).get('metric'), runs)
     return spec, [_cached_apart(run) for run in runs] if spec.jobs > 1 else runs
 
 
@@ -94,12 +95,7 @@ def _cached_apart(run: Run) -> Run:
 
 
 def with_caches(section: Any, place: Callable[[dict[str, Any]], str]) -> Any:
-    """A part of a YAML whose streams from elsewhere are all cached where ``place`` says.
-
-    Args:
-        section: Any part of it.
-        place: The folder of a stream.
-    """
+    """A part of a YAML whose streams from elsewhere are all cached where ``place`` says."""
     if isinstance(section, list):
         return [with_caches(value, place) for value in section]
     if not isinstance(section, dict):

@@ -63,11 +63,7 @@ def _plan_of(spec: SequenceSpec) -> dict[str, Any]:
 def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) -> None:
     """Write ``sequence.json``: which runs belong together, and which of them are compared, for the report.
 
-    Args:
-        spec: The sequence.
-        runs: Its runs.
-        keep: Whether to keep those of other trials, which are there, with the plan that they were trained by. Default:
-            ``False``.
+    With ``keep``, those of other trials that are there stay, with the plan that they were trained by.
     """
     path, plan = Path(spec.folder) / 'sequence.json', _plan_of(spec)
     name = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -109,13 +105,6 @@ def write_yaml(run: Run) -> None:
 
 def run_all(runs: Sequence[Run], start: Start, jobs: int, recipes: Path, console: Console) -> list[str]:
     """Train what is not done yet.
-
-    Args:
-        runs: The runs of a sequence.
-        start: Starts a run; see :func:`~cpt_algorithms.launch.launcher.make_launcher`.
-        jobs: How many at a time.
-        recipes: The folder of the scripts that they run.
-        console: Where to print.
 
     Returns:
         The names of runs that failed, or whose parent did.
@@ -238,7 +227,7 @@ class _Loop:
         self._print('\n'.join(tail))
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, soft_wrap=True)
 
 
 def how_it_ended(returncode: int, lines: Sequence[str]) -> str | None:

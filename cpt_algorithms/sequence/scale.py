@@ -50,9 +50,7 @@ def scale_file(name: str, sequence: Path) -> Path:
     found = [path for path in files if path.exists()]
     if not found:
         known = sorted({path.stem for folder in folders for path in folder.glob('*.yaml')})
-        raise ValueError(
-            f'scale={name}: there is no {files[0].name}; use {", ".join(known)}, or the path of a YAML like these'
-        )
+        raise ValueError(f'scale={name}: there is no {files[0].name}; use the path of a YAML, or {", ".join(known)}')
     return found[0]
 
 

@@ -18,13 +18,7 @@ __all__ = ['print_commands', 'print_runs']
 
 
 def print_runs(title: str, runs: Sequence[Run], console: Console) -> None:
-    """What will be trained, on what, for how long, at which learning rate.
-
-    Args:
-        title: What they are.
-        runs: The runs.
-        console: Where to print.
-    """
+    """What will be trained, on what, for how long, at which learning rate."""
     table = Table(title=escape(f'{title}: {len(runs)} runs'), title_justify='left')
     for column in ('run', 'parent', 'tokens'):
         table.add_column(column)
@@ -44,18 +38,11 @@ def print_runs(title: str, runs: Sequence[Run], console: Console) -> None:
         stage = run.stage
         if phases := phases_of(stage.scheduler.given, stage.max_duration):
             console.print(f'{run.name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}')
-            console.print(str(phases), highlight=False, markup=False)
+            console.print(str(phases), markup=False)
 
 
 def print_commands(resources: Resources, runs: Sequence[Run], recipes: Path, console: Console) -> None:
-    """What trains each run, in the shell of each of its nodes, under whatever scheduler starts it there.
-
-    Args:
-        resources: Where the ranks of a run are.
-        runs: The runs.
-        recipes: The folder of the scripts that they run.
-        console: Where to print.
-    """
+    """What trains each run, in the shell of each of its nodes, under whatever scheduler starts it there."""
     lines = []
     if resources.nodes > 1:
         last = resources.nodes - 1
@@ -63,4 +50,4 @@ def print_commands(resources: Resources, runs: Sequence[Run], recipes: Path, con
     for run in runs:
         lines.append(f'# {run.name}{f", when {run.parent} is done" if run.parent else ""}')
         lines.append(command(resources, recipes / recipe_of(run), run.folder / 'run.yaml'))
-    console.print('\n'.join(lines), soft_wrap=True, highlight=False, markup=False)
+    console.print('\n'.join(lines), soft_wrap=True, markup=False)

@@ -43,10 +43,7 @@ OF_THE_TRUNK = (
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], null_removes: bool = False) -> dict[str, Any]:
     """Merge sections in depth; one that gives a ``name`` replaces the old one instead of mixing with its arguments.
 
-    Args:
-        base: The mapping below.
-        over: The mapping that wins.
-        null_removes: Whether ``key: null`` removes the key. Default: ``False``.
+    With ``null_removes``, ``key: null`` removes the key.
     """
     merged = dict(base)
     for key, value in over.items():
@@ -184,9 +181,7 @@ class Dataset(Stream):
 
 def _local_folder(folder: str) -> str:
     if is_remote(folder):
-        raise ValueError(
-            'a sequence keeps its plan, logs and runs in a local folder; only its data may lie in object storage'
-        )
+        raise ValueError('must be a local folder, of plan, logs and runs; only data may lie in object storage')
     if '{' in folder:
         raise ValueError('must be a path without braces')
     return folder

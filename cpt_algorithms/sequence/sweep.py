@@ -116,20 +116,18 @@ def trials_of(sweep: Mapping[str, Any]) -> list[list[str]]:
     return [list(trial) for trial in dict.fromkeys(itertools.islice(itertools.product(*words), read.run_cap))]
 
 
-def check_metric(sweep: Mapping[str, Any], runs: Sequence[Run]) -> None:
+def check_metric(metric: Any, runs: Sequence[Run]) -> None:
     """Refuse a metric that no trial logs: W&B would compare trials by nothing.
-
-    Args:
-        sweep: The sweep file.
-        runs: Of :func:`expand_trials`.
 
     Raises:
         ValueError: With the nearest metric that a trial logs.
     """
-    metric = parse_section(Sweep, sweep).metric
+    if metric is None:
+        return
+    name = parse_section(Metric, metric, 'metric').name
     logged = {name for run in runs if not any(run.name == other.parent for other in runs) for name in _logged_by(run)}
-    if metric and metric.name not in logged:
-        raise ValueError(f'metric.name={metric.name!r} is logged by no trial; {nearest(metric.name, logged)}')
+    if name not in logged:
+        raise ValueError(f'metric.name={name!r} is logged by no trial; {nearest(name, logged)}')
 
 
 def _logged_by(run: Run) -> Iterator[str]:
@@ -149,10 +147,6 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
     Each trial is planned by itself, so that it means the same runs, in the same folders, whatever other trials there
     are. A first stage that a trial leaves alone is shared; one that it changes is its own.
 
-    Args:
-        spec: The sequence.
-        trials: Of :func:`trials_of`, or one from a command line.
-
     Raises:
         ValueError: If a parameter names no stage, or would make one trial cost more than another; as ``expand`` does.
     """
@@ -165,14 +159,10 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
         for stage, path, _ in leaves:
             if path[0] == 'model' or set(_COMPUTE) & set(path):
                 name = f'{stage}.{".".join(path)}'
-                raise ValueError(
-                    f'{name} would make one trial cost more than another; set it for all trials in the sequence'
-                )
+                raise ValueError(f'{name} would make one trial cost more than another; set it for all in the sequence')
         for run in expand(spec.with_arms({_arm(leaves, stages[-1]): overrides})):
             if runs.setdefault(run.name, run).stage != run.stage:
-                raise ValueError(
-                    f'two trials would both be kept in the folder {run.name}; make their values differ more'
-                )
+                raise ValueError(f'two trials would both be kept in the folder {run.name}; make them differ more')
     return list(runs.values())
 
 
@@ -192,8 +182,7 @@ def _overrides(trial: Sequence[str], stages: Sequence[str]) -> dict[str, Any]:
         section = _with_null(given)['x']
         if not isinstance(section, dict):
             raise ValueError(f'{name} is a stage and no key of it; {name}.optimizer.lr would be one')
-        merged = OmegaConf.merge(OmegaConf.create(overrides.get(stage, {})), OmegaConf.create(section))
-        overrides[stage] = OmegaConf.to_container(merged)
+        overrides[stage] = OmegaConf.to_container(OmegaConf.merge(overrides.get(stage, {}), section))
     return overrides
 
 

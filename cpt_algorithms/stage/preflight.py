@@ -58,15 +58,7 @@ from cpt_algorithms.stage.stage import (
     Stage,
     Tokenizer,
 )
-from cpt_algorithms.validation import (
-    ConfigError,
-    Section,
-    check_keys,
-    check_path,
-    check_type,
-    nearest,
-    short_repr,
-)
+from cpt_algorithms.validation import ConfigError, PathStr, Section, check_keys, check_type, nearest, short_repr
 
 __all__ = ['PreflightError', 'preflight']
 
@@ -167,7 +159,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
 
 def _import_code(paths: Sequence[str]) -> None:
     for path in paths:
-        check_path('code_paths', path)
+        check_type('code_paths', path, PathStr)
         if not Path(path).is_file():
             raise PreflightError([f'code_paths: {path} does not exist, or is a folder'])
         try:

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 
 from cpt_algorithms.files import write_atomic
+from cpt_algorithms.terminal import make_console
 
 __all__ = ['FULL', 'QUICK', 'RECOMMENDED', 'SEQUENCES', 'SPACING', 'TREND', 'console', 'stage_times', 'train']
 
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = make_console()
 ROOT = Path(__file__).resolve().parents[2]
 FULL, QUICK = 1_048_576, 131_072
 # How near union an update comes changes with the tokens of its stages and the model: also trained are these, (tokens,

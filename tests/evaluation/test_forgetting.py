@@ -302,7 +302,7 @@ def test_what_cannot_be_judged_is_refused(child, data, write_mds, tmp_path):
         {'eval_loader': [tiny.eval_loader('past', empty)]}
     )
     small = {**tiny.eval_loader('past', data['old']), 'drop_last': True}
-    with pytest.raises(ValueError, match=r'eval_loader past: nothing was evaluated.*less than a batch'):
+    with pytest.raises(ValueError, match=r'eval_loader past: it is empty, or has less than a batch'):
         tiny.run(Stage.from_yaml(tiny.merge(child, {
             'eval_loader': [tiny.eval_loader('fresh', data['new']), small], 'device_eval_batch_size': 64,
         })))  # fmt: skip

@@ -207,6 +207,10 @@ def main(suite_file, capsys):
     return run
 
 
+def run_task(lm, entry, limit=None):
+    return lm_eval._run(lm, entry, lm_eval._load_tasks(entry), limit)
+
+
 def read(run, export='ba4', suite='small'):
     return json.loads((run / 'huggingface' / 'lm_eval' / suite / f'{export}.json').read_text())
 
@@ -219,7 +223,7 @@ def test_the_model_that_is_evaluated_is_the_one_that_was_trained(trained, lm, ta
     assert lm.max_length == tiny.SEQ_LEN and not lm.model.training
 
     # bits per byte from the logits, of the documents that fit into one window after EOS
-    result = lm_eval._run(lm, SuiteTask(**tasks['bits']), ITEMS)
+    result = run_task(lm, SuiteTask(**tasks['bits']), ITEMS)
     tokenizer = AutoTokenizer.from_pretrained(folder / 'child' / 'huggingface' / 'ba4')
     for text, bits, num_bytes in zip(sentences(0, 6), result['values'], result['weights'], strict=True):
         tokens = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)['input_ids']]])
@@ -273,7 +277,7 @@ def test_scores_and_prompts_are_those_of_simple_evaluate(lm, tasks, found):
         task_manager=task_manager(False), bootstrap_iters=0,
     )  # fmt: skip
     for name, entry in entries.items():
-        ours = lm_eval._run(lm, entry, None)
+        ours = run_task(lm, entry)
         assert ours['score'] == pytest.approx(expected['results'][name][f'{entry.metric},none'], rel=1e-9)
         prompts, theirs = ([sample['prompt_hash'] for sample in of['samples'][name]] for of in (found, expected))
         assert prompts == theirs
@@ -283,7 +287,7 @@ def test_scores_and_prompts_are_those_of_simple_evaluate(lm, tasks, found):
 
 def test_prompts_that_are_cut_are_counted_and_shown(model, main, lm, tasks, found):
     for name, shots in (('bits', 0), ('choice', 0), ('choice', 9), ('exact', 9)):
-        ours = lm_eval._run(lm, SuiteTask(**{**tasks[name], 'num_fewshot': shots}), 7)
+        ours = run_task(lm, SuiteTask(**{**tasks[name], 'num_fewshot': shots}), 7)
         requests = [request for sample in found['samples'][name] for request in sample['arguments']]
         room = lm.max_length + 1 if name == 'choice' else lm.max_length - 3  # of which 3 are to be generated
         texts = [''.join(request) if name == 'choice' else request[0] for request in requests]
@@ -310,7 +314,7 @@ def test_groups_are_pooled_as_lm_eval_weights_them(lm, tasks, tmp_path, monkeypa
         (tmp_path / f'{name}.yaml').write_text(yaml.safe_dump(config))
     manager = harness.tasks.TaskManager(include_defaults=False, include_path=tmp_path)
     monkeypatch.setattr(lm_eval, 'task_manager', lambda with_known_tasks: manager)
-    ours = lm_eval._run(lm, SuiteTask(task='both', num_fewshot=0, metric='acc'), None)
+    ours = run_task(lm, SuiteTask(task='both', num_fewshot=0, metric='acc'))
     assert ours['count'] == ITEMS + 5 and str(ours['version']) == '5'
     assert ours['score'] == pytest.approx(found['results']['both']['acc,none'])
 
@@ -326,10 +330,10 @@ def test_a_model_against_itself(runs, model, main):
 def test_what_is_done_is_not_done_again(runs, model, main, tasks, ran, monkeypatch):
     original = lm_eval._run
 
-    def killed(lm, entry, limit):
+    def killed(lm, entry, *more):
         if entry.name == 'exact':
             raise KeyboardInterrupt
-        return original(lm, entry, limit)
+        return original(lm, entry, *more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(lm_eval, '_run', killed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs are started here, as Slurm jobs (of submitit's local executor and of a small Slurm), and by printed commands."""
+"""Runs are started here, as Slurm jobs (of a small Slurm), and by printed commands."""
 
 import json
 import os
@@ -211,19 +211,9 @@ def write(run, data, **over):
 
 
 @pytest.mark.slow
-def test_submitits_local_executor_trains_a_run(run, data, wait):
-    write(run, data)
-    start = make_launcher(resources_of({'slurm': SLURM}), jobs=1, cluster='local')
-    assert wait(start(RECIPE, run)) == 0, (run / 'log.txt').read_text()
-    assert json.loads((run / 'done.json').read_text())['batch'] == 8
-    assert '[batch=8/8]' in (run / 'log.txt').read_text()
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_says_so(run, data, wait):
+def test_a_run_that_fails_says_so(slurm, run, data, wait):
     write(run, data, optimizer={'name': 'decoupled_adamw', 'lr': -1.0})
-    start = make_launcher(resources_of({'slurm': SLURM}), jobs=1, cluster='local')
-    assert wait(start(RECIPE, run)) not in (0, None)
+    assert wait(make_launcher(resources_of({'slurm': SLURM}), jobs=1)(RECIPE, run)) not in (0, None)
     assert 'Invalid learning rate' in (run / 'log.txt').read_text()
     assert not (run / 'done.json').exists()
 

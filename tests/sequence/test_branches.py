@@ -72,9 +72,7 @@ def test_where_it_is_not(stage_of, scheduler, batch, message):
 
 def test_nothing_to_anneal(stage_of):
     trunk = stage_of({'name': 'rewarm_constant', 't_warmup': '0ba', 'alpha': 0.1})
-    with pytest.raises(
-        ValueError, match='alpha_f=0.1, and the scheduler of the trunk is at 0.1 times the learning rate'
-    ):
+    with pytest.raises(ValueError, match='alpha_f=0.1: nothing to anneal, the trunk is at 0.1 times the learning rate'):
         annealed(trunk, trunk.given, 'x.pt', 4, '2ba')
 
 
@@ -230,8 +228,8 @@ def test_a_branch_with_a_mix_of_its_own_is_continued(trunk, streams, data, tmp_p
     ('checkpoint', 'words', 'message'),
     [
         ('ep0-ba4-rank0.pt', [], 't_anneal is missing'),
-        ('stage.json', ['t_anneal=2ba'], 'is not a checkpoint of a run of continue_pretraining.py'),
-        ('nothing/ep0-ba4-rank0.pt', ['t_anneal=2ba'], 'is not a checkpoint of a run'),
+        ('stage.json', ['t_anneal=2ba'], 'is no checkpoint of continue_pretraining.py'),
+        ('nothing/ep0-ba4-rank0.pt', ['t_anneal=2ba'], 'is no checkpoint'),
         ('ep0-ba3-rank0.pt', ['t_anneal=2ba'], "batch 3 is in the phase 'cooldown'"),
         ('ep0-ba6-rank0.pt', ['t_anneal=2ba'], 'ep0-ba6-rank0.pt does not exist'),
         ('ep0-ba4-rank0.pt', ['t_anneal=2ba', 'save_folder=TRUNK'], 'holds the checkpoints of run .trunk.'),

@@ -101,7 +101,7 @@ def test_three_stages_replay_everything_earlier(spec):
         ({'stages': {'cpp': {'new': 'german'}}}, "no dataset is called 'german'; data has python, cpp"),
         (
             {'stages': {'python': {'replay': {'fraction': 0.1}}}},
-            'for python, and none of the earlier stages has read other data',
+            'for python: no earlier stage has read other data',
         ),
         ({'common': {'eval_loader': []}}, r'common\.eval_loader=\[\] must be a mapping'),
         ({'data': None}, 'data is missing'),
@@ -175,9 +175,7 @@ def test_only_what_the_earlier_stage_read_comes_back(spec):
     spec['stages']['python']['new'] = ['python', 'cpp']
     spec['data']['more'] = spec['data']['cpp']
     spec['stages']['cpp']['new'] = 'more'
-    with pytest.raises(
-        ValueError, match="consumed_only=true, and no stage of this sequence learned 'python' by itself"
-    ):
+    with pytest.raises(ValueError, match="consumed_only=true: no stage learned 'python' by itself"):
         runs_of({**spec, 'arms': {'default': {}}})
 
 
@@ -271,14 +269,14 @@ def test_branches_start_where_their_length_says(infinite):
         ({'t_anneal': '2ep'}, r"x\.t_anneal='2ep' .* tok, ba or sp"),
         (
             {'t_anneal': '2ba', 'anneal': 'linear', 'alpha_f': 0.5},
-            r'branches\.x, in the arm only: alpha_f=0.5, and the scheduler of the trunk is at 0.5',
+            r'branches\.x, in the arm only: alpha_f=0.5: nothing to anneal, the trunk is at 0.5',
         ),
         ({'t_anneal': '2ba', 'seed': 3}, r'stages\.cpp\.branches\.x\.seed is set by the sequence'),
         ({'t_anneal': '2ba', 'scheduler': {'alpha_f': 0}}, r"x\.scheduler of a branch is its trunk's"),
         ({'t_anneal': '2ba', 'global_train_batch_size': 64}, r"x\.global_train_batch_size of a branch is its trunk's"),
         (
             {'merge': {'last': 3, 'every': '2ba', 'weights': 'x'}},
-            r"merge\.weights='x' is not possible; use one of uniform",
+            r"merge\.weights='x' is not possible; one of ema",
         ),
         ({'merge': {'last': 3}}, r'x\.merge\.every is missing'),
         ({'merge': {'last': 3, 'evry': '2ba'}}, "did you mean 'every'"),
@@ -371,9 +369,7 @@ def test_a_baseline_may_be_changed(spec):
     spec['arms'] = {'cold': {'baseline': 'constant_eta_min', 'cpp': {'scheduler': {'alpha': 0.05}}}}
     assert runs_of(spec)[-1].stage.given['scheduler']['alpha'] == 0.05
     spec['common']['scheduler'] = {'name': 'constant_with_warmup', 't_wm': '0ba'}
-    with pytest.raises(
-        ValueError, match=r'arms\.cold\.baseline=constant_eta_min follows from a schedule with a t_warmup'
-    ):
+    with pytest.raises(ValueError, match=r'arms\.cold\.baseline=constant_eta_min: .* no t_warmup'):
         runs_of(spec)
 
 
@@ -399,7 +395,7 @@ def test_the_first_stage_may_update_a_base_model_whose_data_has_a_stand_in(spec)
     assert list(first['train_loader']['dataset']['replay']['streams']) == ['web']
     assert second['callbacks']['forgetting']['old'] == ['web', 'python']
     spec['common']['model']['pretrained'] = False
-    with pytest.raises(ValueError, match='none of the earlier stages has read other data'):
+    with pytest.raises(ValueError, match='no earlier stage has read other data'):
         runs_of({**spec, 'arms': {'only': {}}})
 
 
