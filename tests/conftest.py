@@ -54,8 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope='session')
-def one_dataset_at_a_time() -> None:
-    """Tests run in several processes."""
+def runs_share_what_they_can() -> None:
+    """Of one process, and of this machine."""
     import tiny  # noqa: F401 - importing it is what does it
 
 

@@ -2,18 +2,22 @@
 """A stage small enough to run in a second or two, as an llm-foundry YAML in Python."""
 
 import gc
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.metadata import EntryPoints
 from pathlib import Path
 from typing import Any
 
+import catalogue
 import continue_pretraining
 import recorder
 import sequence
+from llmfoundry.callbacks import hf_checkpointer
 from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
 from streaming import StreamingDataset
@@ -47,7 +51,33 @@ def one_dataset_at_a_time() -> None:
         kind.__init__ = init
 
 
+def same_work_once() -> None:
+    """What every run in this process would do again, and takes longer than its training, is done once."""
+    # LLM Foundry looks for each part of a model among the entry points of all installed packages
+    points = catalogue.AVAILABLE_ENTRY_POINTS
+    groups = [points.select(group=group) for group in sorted(points.groups) if group.startswith('llmfoundry')]
+    catalogue.AVAILABLE_ENTRY_POINTS = EntryPoints(point for group in groups for point in group)
+    # it rewrites its own sources for each export
+    edit, edited = hf_checkpointer.edit_files_for_hf_compatibility, {}
+
+    def edit_once(folder: str, *arguments: Any) -> None:
+        sources = [(path.name, path.read_text()) for path in sorted(Path(folder).glob('*.py'))]
+        auto_map = json.loads((Path(folder) / 'config.json').read_text()).get('auto_map')
+        key = json.dumps([auto_map, arguments, sources])
+        if key not in edited:
+            edit(folder, *arguments)
+            edited[key] = {path.name: path.read_text() for path in Path(folder).glob('*.py')}
+        for name, text in edited[key].items():
+            (Path(folder) / name).write_text(text)
+
+    hf_checkpointer.edit_files_for_hf_compatibility = edit_once
+    # garbage is not looked for among what was imported
+    gc.collect()
+    gc.freeze()
+
+
 one_dataset_at_a_time()
+same_work_once()
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
