@@ -42,7 +42,7 @@ def test_killed_and_moved_from_two_ranks_to_one_and_to_four(bucket, data, tmp_pa
         )  # fmt: skip
         path = tmp_path / f'{run_name}.yaml'
         OmegaConf.save(OmegaConf.create(tiny.merge(cfg, {})), path)
-        tiny.launch(RECIPE, path, ranks=ranks, expect=0 if kill_at is None else 'killed')
+        tiny.launch(RECIPE, path, ranks=ranks, expect=0 if kill_at is None else tiny.KILLED)
         return batches_of(tmp_path / f'{run_name}-{part}.jsonl', ranks)
 
     straight = train('straight', 2, 0)

@@ -470,7 +470,7 @@ def test_two_ranks_update_a_base_and_go_on_after_a_kill(kind, device, bases, dat
 
     train(stage(tmp_path, data, 'straight', bases[kind], variables={'lm_eval': offline}, **sharded))
     killed = stage(tmp_path, data, 'killed', bases[kind], callbacks={'recorder': {'kill_at': 5}}, **sharded)
-    train(killed, expect='killed')
+    train(killed, expect=tiny.KILLED)
     assert (tmp_path / 'killed' / 'ep0-ba3' / '.metadata').exists()
     train(tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}))
     for rank in (0, 1):
@@ -502,7 +502,7 @@ def test_two_ranks_update_a_base_and_go_on_after_a_kill(kind, device, bases, dat
 def test_one_process_goes_on_after_a_kill(kill_at, bases, data, tmp_path):
     tiny.recipe(stage(tmp_path, data, 'straight', bases['llama']), tmp_path)
     killed = stage(tmp_path, data, 'killed', bases['llama'], callbacks={'recorder': {'kill_at': kill_at}})
-    tiny.recipe(killed, tmp_path, expect=-9)
+    tiny.recipe(killed, tmp_path, expect=tiny.KILLED)
     tiny.recipe(tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}), tmp_path)
     straight, resumed = (recorder.read(tmp_path / f'{run}.jsonl') for run in ('straight', 'killed'))
     assert sorted(straight) == list(range(8)) and resumed == straight

@@ -459,7 +459,7 @@ def test_sigkill(scratch, data, tmp_path):
         tmp_path, data, 'run', save_interval='2ba', callbacks={'recorder': {'kill_at': 5}}, save_folder=RUN
     )
     # returns when its upload workers are gone too
-    tiny.recipe(cfg, tmp_path, expect=-signal.SIGKILL)
+    tiny.recipe(cfg, tmp_path, expect=tiny.KILLED)
     there = newest_complete(RUN)[0]
     assert there < 6
     lose(tmp_path)

@@ -4,6 +4,8 @@
 import gc
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +35,7 @@ SEQ_LEN = 16
 VOCAB = 256
 BATCH = 8
 TOKENS_PER_BATCH = SEQ_LEN * BATCH
+KILLED = -signal.SIGKILL
 ROOT = Path(__file__).parents[1]
 
 
@@ -229,8 +232,11 @@ def recipe_here(cfg: dict[str, Any], folder: Path) -> None:
         gc.collect()  # the run's lock
 
 
-def launch(script: Path, *arguments: object, expect: object = 0, ranks: int = 2) -> str:
-    """``composer -n <ranks> script arguments`` with FSDP2; returns what it printed."""
+def launch(script: Path, *arguments: object, expect: int = 0, ranks: int = 2) -> str:
+    """``composer -n <ranks> script arguments`` with FSDP2; returns what it printed.
+
+    ``expect``: how the rank that ends first must end, such as ``KILLED``.
+    """
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -245,5 +251,7 @@ def launch(script: Path, *arguments: object, expect: object = 0, ranks: int = 2)
         check=False,
     )
     printed = done.stdout + done.stderr
+    crashed = re.findall(r'Rank \d+ crashed with exit code (-?\d+)', printed)
+    assert [int(code) for code in crashed] == [expect] * (expect != 0), printed[-6000:]
     assert (done.returncode == 0) == (expect == 0), printed[-6000:]
     return printed

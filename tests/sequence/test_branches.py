@@ -286,7 +286,7 @@ def test_two_ranks_branch_off_a_sharded_trunk_and_are_killed(data, streams, tmp_
         trunk / 'ep0-ba4', 't_anneal=4ba', 'anneal=linear', 'alpha_f=0.0', f'save_folder={tmp_path / "branch"}',
         'save_interval=2ba', f'callbacks.recorder.path={tmp_path / "branch.jsonl"}',
     ]  # fmt: skip
-    tiny.launch(recipes / 'anneal.py', *words, 'callbacks.recorder.kill_at=3', expect='killed')
+    tiny.launch(recipes / 'anneal.py', *words, 'callbacks.recorder.kill_at=3', expect=tiny.KILLED)
     tiny.launch(recipes / 'anneal.py', *words)
     whole = tiny.config(
         tmp_path, data, 'whole', scheduler={**INFINITE, 't_anneal': '4ba', 'anneal': 'linear', 'alpha_f': 0.0}, **mix

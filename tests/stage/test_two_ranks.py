@@ -67,7 +67,7 @@ def test_a_killed_stage_resumes_identically_from_a_sharded_parent(data, tmp_path
     evaluated = {'variables': {'lm_eval': suite(tmp_path)}}
     train(tmp_path, stage(tmp_path, data, 'straight', **tiny.merge(judged(data), evaluated)))
     killed = tiny.merge(stage(tmp_path, data, 'killed', **judged(data)), {'callbacks': {'recorder': {'kill_at': 5}}})
-    train(tmp_path, killed, expect='killed')
+    train(tmp_path, killed, expect=tiny.KILLED)
     assert (tmp_path / 'killed' / 'ep0-ba3' / '.metadata').exists()
     printed = train(tmp_path, tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}))
     assert 'huggingface' in os.listdir(tmp_path / 'killed'), printed[-3000:]

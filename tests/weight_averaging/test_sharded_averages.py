@@ -59,7 +59,7 @@ def runs(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('runs')
     straight = config(folder, data, 'straight')
     killed = config(folder, data, 'killed', callbacks={'recorder': {'kill_at': 5}})
-    train(straight, killed, expect='killed')
+    train(straight, killed, expect=tiny.KILLED)
     assert (folder / 'straight' / 'done.json').exists() and not (folder / 'killed' / 'done.json').exists()
     shutil.copytree(folder / 'killed', folder / 'elastic', symlinks=True)
     return folder, straight, killed
