@@ -6,7 +6,6 @@ import multiprocessing
 import re
 import secrets
 import shutil
-import signal
 import tempfile
 import time
 from functools import cache

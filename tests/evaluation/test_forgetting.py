@@ -202,7 +202,7 @@ def test_without_old_data_only_adaptation_is_measured(child, data, tmp_path):
 def test_a_real_stage_against_its_parent(child, parent, data, tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
     cfg = tiny.merge(child, {'loggers': {'wandb': {'project': 'p'}}})
-    tiny.recipe(cfg, tmp_path)
+    tiny.recipe_here(cfg, tmp_path)
     judged = json.loads((tmp_path / 'child' / 'forgetting.json').read_text())
     losses = json.loads((tmp_path / 'child' / 'losses.json').read_text())
     assert (judged['new'], judged['old']) == (['fresh'], ['past'])

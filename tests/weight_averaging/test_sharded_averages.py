@@ -12,8 +12,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
-
 
 def config(folder, data, name, **over):
     folder = folder / name
@@ -33,8 +31,7 @@ def train(*cfgs, expect=0, ranks=2):
     paths = [tiny.Path(cfg['save_folder']).with_suffix('.yaml') for cfg in cfgs]
     for cfg, path in zip(cfgs, paths, strict=True):
         OmegaConf.save(OmegaConf.create(cfg), path)
-    script = RECIPE if len(cfgs) == 1 else tiny.ROOT / 'tests' / 'stages_in_turn.py'
-    return tiny.launch(script, *paths, expect=expect, ranks=ranks)
+    return tiny.launch(tiny.ROOT / 'tests' / 'stages_in_turn.py', *paths, expect=expect, ranks=ranks)
 
 
 def weights(cfg, batch):
