@@ -21,7 +21,6 @@ import torch
 from composer.core import Callback
 from composer.utils import S3ObjectStore
 from llmfoundry import registry
-from omegaconf import OmegaConf
 from torch.distributed import checkpoint as dcp
 
 from cpt_algorithms import files
@@ -33,7 +32,6 @@ from cpt_algorithms.sequence.run import write_yaml
 from cpt_algorithms.stage import run as stage_run
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Stage
-from cpt_algorithms.validation import ConfigError
 
 RUN = 's3://bucket/runs/run'
 
@@ -288,9 +286,7 @@ def test_checkpoints_of_a_run_are_averaged_from_there(finished, tmp_path):
 
 
 def problems(cfg):
-    with pytest.raises(ConfigError) as caught:
-        preflight(Stage.from_yaml(cfg))
-    return '\n'.join(caught.value.problems)
+    return '\n'.join(tiny.problems(cfg))
 
 
 def test_somebody_elses_folder(finished, data, tmp_path):
@@ -387,22 +383,12 @@ def test_what_needs_a_local_copy_says_so(data, tmp_path):
 
 
 def sequence_on(data, tmp_path, **over):
-    common = tiny.config(tmp_path, data, 'unused')
-    for key in ('run_name', 'save_folder', 'seed', 'autoresume', 'code_paths', 'max_duration', 'callbacks'):
-        del common[key]
-    loader = {**tiny.eval_loader('', data['new']), 'dataset': {'max_seq_len': tiny.SEQ_LEN}}
-    del loader['label']
-    common |= {'eval_loader': loader, 'train_loader': {'num_workers': 0, 'dataset': {'max_seq_len': tiny.SEQ_LEN}}}
     caches = {
         name: {'remote': f's3://bucket/{name}', 'local': str(tmp_path / 'cache' / name)} for name in ('old', 'new')
     }
-    spec = {
-        'name': 'test', 'folder': str(tmp_path / 'runs'), 'data': caches, 'jobs': 2,
-        'stages': {'old': {'max_duration': '8ba'}, 'new': {'max_duration': '8ba'}},
-        'arms': {'none': {}, 'some': {'new': {'replay': {'fraction': 0.25}}}}, 'common': common,
-    }  # fmt: skip
-    OmegaConf.save(OmegaConf.create({**spec, **over}), tmp_path / 'sequence.yaml')
-    return str(tmp_path / 'sequence.yaml')
+    arms = {'none': {}, 'some': {'new': {'replay': {'fraction': 0.25}}}}
+    spec = tiny.sequence_spec(tmp_path, data, '8ba', **{'data': caches, 'arms': arms, **over})
+    return str(tiny.save(spec, tmp_path / 'sequence.yaml'))
 
 
 def test_runs_at_the_same_time_have_caches_of_their_own(bucket, data, tmp_path):
@@ -475,12 +461,8 @@ def test_sigkill(scratch, data, tmp_path):
 
 @pytest.mark.slow
 def test_two_sharded_ranks_killed_in_the_middle_of_an_upload(scratch, data, tmp_path):
-    recipe = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
-
-    def launch(cfg, expect=0):
-        path = tmp_path / f'{cfg["run_name"]}.yaml'
-        OmegaConf.save(OmegaConf.create(cfg), path)
-        tiny.launch(recipe, path, expect=expect)
+    def launch(cfg):
+        tiny.launch(tiny.RECIPE, tiny.save(cfg, tmp_path / f'{cfg["run_name"]}.yaml'))
 
     cfg = tiny.config(
         tmp_path, data, 'run', save_interval='2ba', save_folder=RUN, fsdp_config={'state_dict_type': 'sharded'}

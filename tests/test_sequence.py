@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from multiprocessing import forkserver
@@ -18,13 +17,10 @@ import sequence
 import tiny
 import wandb_files
 from filelock import FileLock
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from cpt_algorithms.files import write_json
 from cpt_algorithms.sequence import run as sequence_run
-
-RECIPE = tiny.ROOT / 'recipes' / 'sequence.py'
 
 
 @pytest.fixture
@@ -33,30 +29,12 @@ def spec(data, tmp_path):
         'scheduler': {'name': 'rewarm_cosine', 't_warmup': '0.1dur'},
         'callbacks': {'lawa': {'k': 3, 'interval': '3ba'}},
     }
-    return {
-        'name': 'test',
-        'folder': str(tmp_path / 'runs'),
-        'jobs': 2,
-        'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
-        'stages': {'old': {'max_duration': '16ba'}, 'new': {'max_duration': '16ba'}},
-        'arms': {'none': {}, 'replay 25 %': {'new': {'replay': {'fraction': 0.25}}}},
-        'common': tiny.sequence_common(tmp_path, data, **over),
-    }
+    arms = {'none': {}, 'replay 25 %': {'new': {'replay': {'fraction': 0.25}}}}
+    return tiny.sequence_spec(tmp_path, data, arms=arms, common=tiny.sequence_common(tmp_path, data, **over))
 
 
 def write(spec, folder, name='sequence.yaml'):
-    OmegaConf.save(OmegaConf.create(spec), folder / name)
-    return folder / name
-
-
-def start(path):
-    return subprocess.Popen(
-        [sys.executable, str(RECIPE), str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
+    return tiny.save(spec, folder / name)
 
 
 @pytest.fixture
@@ -68,7 +46,6 @@ def run(monkeypatch, capsys):
 
     def run(path, *arguments):
         monkeypatch.setattr(sys, 'argv', ['sequence.py', str(path), *arguments])
-        monkeypatch.setenv('OMP_NUM_THREADS', '1')
         error = ''
         try:
             sequence.main()
@@ -208,7 +185,7 @@ def test_killed_it_ends_with_the_same_numbers(spec, tmp_path, run):
     assert set(results(straight)) == set(expected)
 
     path, runs = write(spec, tmp_path), tmp_path / 'runs'
-    process = start(path)
+    process = tiny.start(tiny.SEQUENCE, path)
     deadline = time.monotonic() + 200
     while not [*runs.glob('new-*/ep0-ba*')] and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -11,7 +11,6 @@ import pytest
 import recorder
 import tiny
 import torch
-from omegaconf import OmegaConf
 
 from cpt_algorithms.checkpoints.open import entry_of
 from cpt_algorithms.replay.consumed import positions_behind
@@ -277,8 +276,7 @@ def test_two_ranks_branch_off_a_sharded_trunk_and_are_killed(data, streams, tmp_
         tmp_path, data, 'trunk', scheduler=INFINITE, save_num_checkpoints_to_keep=1, save_interval='8ba', **mix, **sharded,
         callbacks={'branch_points': {'at': [4, 6]}, **judged, **AVERAGES}, eval_loader=[tiny.eval_loader('new', data['new'])],
     )  # fmt: skip
-    OmegaConf.save(OmegaConf.create(cfg), tmp_path / 'trunk.yaml')
-    tiny.launch(recipes / 'continue_pretraining.py', tmp_path / 'trunk.yaml')
+    tiny.launch(tiny.RECIPE, tiny.save(cfg, tmp_path / 'trunk.yaml'))
     trunk = tmp_path / 'trunk'
     assert sorted(path.name for path in trunk.glob('ep0-*')) == ['ep0-ba4', 'ep0-ba6', 'ep0-ba8']
     before = contents(trunk)
@@ -310,8 +308,7 @@ def test_two_ranks_branch_off_a_sharded_trunk_and_are_killed(data, streams, tmp_
         **cfg, 'run_name': 'merged', 'save_folder': str(tmp_path / 'merged'), 'max_duration': '0ba',
         'variables': {'merge': merge}, 'callbacks': {'stage_start': {}, **judged},
     }  # fmt: skip
-    OmegaConf.save(OmegaConf.create(merged), tmp_path / 'merged.yaml')
-    tiny.launch(recipes / 'merge.py', tmp_path / 'merged.yaml')
+    tiny.launch(recipes / 'merge.py', tiny.save(merged, tmp_path / 'merged.yaml'))
     losses = json.loads((tmp_path / 'merged' / 'losses.json').read_text())['losses']
     (point,), *_ = [rows for label, rows in losses.items() if label == 'new']
     assert point[:2] == [0, 0]

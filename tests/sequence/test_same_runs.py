@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from omegaconf import OmegaConf
 
 from cpt_algorithms.checkpoints.save_folder import checkpoint_name, latest_link
 from cpt_algorithms.files import write_json
@@ -36,8 +35,7 @@ def as_trained(run):
 
 
 def planned(spec, path='sequence.yaml'):
-    OmegaConf.save(OmegaConf.create(spec), path)
-    return tiny.planned(path)[1]
+    return tiny.planned(tiny.save(spec, path))[1]
 
 
 def refused(runs):

@@ -20,7 +20,6 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from spoilt_checkpoints import Evil, evil_metadata, put_entry, rewrite, saved, write_metadata
 from torch.distributed import checkpoint as dist_cp
@@ -360,8 +359,7 @@ def test_sharded_result_as_parent_of_a_stage_of_two_ranks(run, data, tmp_path):
         model=llama(run.parent), optimizer=NOTHING_LEARNED,
         fsdp_config={'state_dict_type': 'sharded'}, save_interval='1ba',
     )  # fmt: skip
-    OmegaConf.save(OmegaConf.create(cfg), tmp_path / 'next.yaml')
-    tiny.launch(tiny.ROOT / 'recipes' / 'continue_pretraining.py', tmp_path / 'next.yaml')
+    tiny.launch(tiny.RECIPE, tiny.save(cfg, tmp_path / 'next.yaml'))
     assert len(list((tmp_path / 'next' / 'ep0-ba2').glob('*.distcp'))) == 2
     again = average(tmp_path / 'again', tmp_path / 'next')
     expected = load_file(average(tmp_path / 'hf', run) / 'model.safetensors')

@@ -8,7 +8,6 @@ import pytest
 import recorder
 import tiny
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -28,9 +27,7 @@ def config(folder, data, name, **over):
 
 def train(*cfgs, expect=0, ranks=2):
     """One launch; the last may end in another way than the others."""
-    paths = [tiny.Path(cfg['save_folder']).with_suffix('.yaml') for cfg in cfgs]
-    for cfg, path in zip(cfgs, paths, strict=True):
-        OmegaConf.save(OmegaConf.create(cfg), path)
+    paths = [tiny.save(cfg, tiny.Path(cfg['save_folder']).with_suffix('.yaml')) for cfg in cfgs]
     return tiny.launch(tiny.ROOT / 'tests' / 'stages_in_turn.py', *paths, expect=expect, ranks=ranks)
 
 
@@ -122,7 +119,7 @@ def test_resumed_on_four_ranks_the_averages_go_on_from_what_they_were(runs, data
 @pytest.mark.slow
 def test_mistakes_of_sharded_averaging_cannot_happen(data, tmp_path):
     """Several runs in one launch; averages_cases.py asserts on both ranks and prints a line for each case."""
-    OmegaConf.save(OmegaConf.create(config(tmp_path, data, 'case')), tmp_path / 'case.yaml')
-    printed = tiny.launch(tiny.ROOT / 'tests' / 'weight_averaging' / 'averages_cases.py', tmp_path / 'case.yaml')
+    path = tiny.save(config(tmp_path, data, 'case'), tmp_path / 'case.yaml')
+    printed = tiny.launch(tiny.ROOT / 'tests' / 'weight_averaging' / 'averages_cases.py', path)
     for case in ('local shards', 'no averages saved', 'full', 'gathered parameters', "Composer's EMA", 'DDP'):
         assert f'{case}: ok' in printed, printed[-6000:]
