@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.metadata import EntryPoints
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,14 @@ def one_dataset_at_a_time() -> None:
 def same_work_once() -> None:
     """What every run in this process would do again, and takes longer than its training, is done once."""
     # LLM Foundry looks for each part of a model among the entry points of all installed packages
-    points = catalogue.AVAILABLE_ENTRY_POINTS
-    groups = [points.select(group=group) for group in sorted(points.groups) if group.startswith('llmfoundry')]
-    catalogue.AVAILABLE_ENTRY_POINTS = EntryPoints(point for group in groups for point in group)
+    find, found = catalogue.Registry._get_entry_points, {}
+
+    def find_once(registry: catalogue.Registry) -> list[EntryPoint]:
+        if registry.entry_point_namespace not in found:
+            found[registry.entry_point_namespace] = list(find(registry))
+        return found[registry.entry_point_namespace]
+
+    catalogue.Registry._get_entry_points = find_once
     # it rewrites its own sources for each export
     edit, edited = hf_checkpointer.edit_files_for_hf_compatibility, {}
 
