@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import continue_pretraining
 import pytest
 import recorder
 import sequence
+from composer.utils import collect_env
 from llmfoundry.callbacks import hf_checkpointer
 from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
@@ -70,6 +72,7 @@ def same_work_once() -> None:
         return found[registry.entry_point_namespace]
 
     catalogue.Registry._get_entry_points = find_once
+    collect_env.get_composer_commit_hash = cache(collect_env.get_composer_commit_hash)
     # it rewrites its own sources for each export
     edit, edited = hf_checkpointer.edit_files_for_hf_compatibility, {}
 
