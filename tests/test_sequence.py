@@ -12,7 +12,6 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
-import report
 import sequence
 import tiny
 import wandb_files
@@ -168,39 +167,6 @@ def test_a_crashing_arm_does_not_stop_the_others_and_the_next_run_trains_what_is
     shorter = {**spec, 'stages': {'old': {'max_duration': '12ba'}, 'new': {'max_duration': '16ba'}}}
     error, _ = run(write(shorter, tmp_path, 'changed.yaml'))
     assert 'old-s17 holds a run with other settings (max_duration: 16ba -> 12ba)' in error
-
-
-@pytest.mark.slow  # a stage that is killed, and a sequence of which a part is done, are tested by default
-def test_killed_it_ends_with_the_same_numbers(spec, tmp_path, run):
-    straight = {**spec, 'folder': str(tmp_path / 'straight')}
-    error, printed = run(write(straight, tmp_path, 'straight.yaml'))
-    assert not error, printed
-    updates = ['new-s17', 'new-replay_25pct-s17']
-    names = [*updates, 'old-s17']
-    expected = [
-        'report.json',
-        *(f'{name}/losses.json' for name in names),
-        *(f'{name}/forgetting.json' for name in updates),
-    ]
-    assert set(results(straight)) == set(expected)
-
-    path, runs = write(spec, tmp_path), tmp_path / 'runs'
-    process = tiny.start(tiny.SEQUENCE, path)
-    deadline = time.monotonic() + 200
-    while not [*runs.glob('new-*/ep0-ba*')] and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    wait_until_gone(str(runs))
-    done_before = {p: p.stat().st_mtime_ns for p in runs.glob('*/done.json')}
-    report.main([str(runs)])  # half-finished
-    assert ' of 16' in (runs / 'report.html').read_text()
-    error, printed = run(path)
-    assert not error, printed
-    assert results(spec) == results(straight)
-    assert done_before, 'the kill came after the first stage was done'
-    for path_done, when in done_before.items():
-        assert path_done.stat().st_mtime_ns == when, 'finished work was done again'
 
 
 def test_a_run_that_another_process_trains_is_waited_for(spec, tmp_path, monkeypatch, capsys):
