@@ -239,14 +239,11 @@ def test_names(path, name, batch):
     assert (Found(path).name, Found(path).batch) == (name, batch)
 
 
-def test_help_answers_at_once_and_names_all_weights():
-    code = (
-        'import sys; sys.path.insert(0, sys.argv[1]); import average_checkpoints\n'
-        'try: average_checkpoints.main(["--help"])\n'
-        'finally: assert not {"torch", "composer"} & set(sys.modules)\n'
-    )
-    done = subprocess.run([sys.executable, '-c', code, str(SCRIPT.parent)], check=True, capture_output=True, text=True)
-    assert all(name in done.stdout for name in WINDOW_WEIGHTS)
+def test_help_names_all_weights(capsys):
+    with pytest.raises(SystemExit):
+        average_checkpoints.main(['--help'])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in WINDOW_WEIGHTS)
 
 
 # A real run: tied embeddings, both callbacks, exports
