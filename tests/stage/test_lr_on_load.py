@@ -69,19 +69,20 @@ def test_stock_scheduler_also_obeys_at_the_first_step(parents, data, tmp_path):
     assert [line['lr'] for line in tiny.run(cfg).values()] == [[5e-4]] * 8
 
 
-@pytest.mark.parametrize('parent', PARENTS)
+TAKES_TIME_OVER = {
+    'full load': {},  # everything: the parent's learning rate, time and data position
+    'ignores optimizers': {'load_ignore_keys': ['state/optimizers*']},  # the old base LR comes back after one batch
+    'ignores schedulers*': {'load_ignore_keys': ['state/schedulers*']},  # frozen for the whole run if sharded
+    'ignores both': {'load_ignore_keys': ['state/optimizers*', 'state/schedulers*', 'state/dataset_state']},
+}
+
+
 @pytest.mark.parametrize(
-    'load',
-    [
-        {},  # everything: the parent's learning rate, time and data position
-        {'load_ignore_keys': ['state/optimizers*']},  # the old base LR comes back after one batch
-        {'load_ignore_keys': ['state/schedulers*']},  # frozen for the whole run if sharded
-        {'load_ignore_keys': ['state/optimizers*', 'state/schedulers*', 'state/dataset_state']},
-    ],
-    ids=['full load', 'ignores optimizers', 'ignores schedulers*', 'ignores both'],
+    ('parent', 'load'),
+    [*((parent, 'full load') for parent in PARENTS), *(('same', load) for load in [*TAKES_TIME_OVER][1:])],
 )
 def test_a_load_that_takes_over_the_parents_time_is_refused(parents, parent, load, data, tmp_path):
-    cfg = tiny.config(tmp_path, data, 'child', load_path=str(parents[parent]), **load)
+    cfg = tiny.config(tmp_path, data, 'child', load_path=str(parents[parent]), **TAKES_TIME_OVER[load])
     with pytest.raises(ValueError, match='To start a stage from it, set load_weights_only: true'):
         tiny.run(cfg)
     assert not (tmp_path / 'child.jsonl.rank0').exists(), 'it must not train'
@@ -162,12 +163,3 @@ def test_too_little_data_is_said_before_the_first_batch(data, tmp_path):
     with pytest.raises(ValueError, match='too little data: a budget of 6,528 tokens'):
         tiny.run(cfg)
     assert not (tmp_path / 'run.jsonl.rank0').exists()
-
-
-def test_unknown_optimizer_option_is_named():
-    from cpt_algorithms.stage.stage_start import StageStart
-
-    with pytest.raises(
-        ValueError, match=r"stage_start\.optimizer_state='fresh' is not possible; use 'reset' or 'keep'"
-    ):
-        StageStart(optimizer_state='fresh')
