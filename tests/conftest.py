@@ -28,14 +28,22 @@ settings.register_profile('on any machine', deadline=None)
 settings.load_profile('on any machine')
 # Files that launch ranks or sequences come first: one left to the end would have a process of pytest-xdist to itself.
 LONGEST_FIRST = (
-    'test_sequence',
     'test_sharded_averages',
+    'test_sequence',
     'test_two_ranks',
+    'test_lr_on_load',
+    'test_streams',
+    'test_fuzz',
+    'test_hf_models',
+    'test_lm_eval',
+    'test_average_checkpoints',
+    'test_ema_and_lawa',
+    'test_object_storage',
     'test_replay_text',
     'test_forgetting',
-    'test_ema_and_lawa',
+    'test_done',
+    'test_consumed',
     'test_continue_pretraining',
-    'test_average_checkpoints',
 )
 # Ends with its parent, which holds the other end of stdin.
 S3_SERVER = """
