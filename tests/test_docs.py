@@ -113,9 +113,8 @@ def test_registered_names_are_those_the_readme_lists():
         if point.value.startswith('cpt_algorithms')
     }
     table = PAGES[0].read_text().split('| part | YAML name |')[1].split('\n\n')[0]
-    assert ours == set(
-        re.findall(r'`(\w+)`', ' '.join(line.split('|')[2] for line in table.splitlines() if '](' in line))
-    )
+    cells = ' '.join(line.split('|')[2] for line in table.splitlines() if '](' in line)
+    assert ours == set(re.findall(r'`(\w+)`', cells))
     for kind in (registry.schedulers, registry.callbacks, registry.dataloaders):
         built_in = {name for name in kind.get_all() if name not in kind.get_entry_points()}
         assert not ours & built_in, 'an entry point would silently replace a built-in of LLM Foundry'

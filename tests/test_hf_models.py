@@ -153,9 +153,8 @@ def test_the_untouched_base_is_the_parent(updated, bases, data):
     judged, lineage = read(folder / 'update' / 'forgetting.json'), read(folder / 'update' / 'stage.json')
     tokenizer = AutoTokenizer.from_pretrained(bases[kind])
     for label, name in (('fresh', 'new'), ('past', 'old')):
-        assert judged['parent'][label] == pytest.approx(
-            loss_by_hand(load(bases[kind]), data[name], tokenizer), rel=1e-5
-        )
+        by_hand = loss_by_hand(load(bases[kind]), data[name], tokenizer)
+        assert judged['parent'][label] == pytest.approx(by_hand, rel=1e-5)
     losses = read(folder / 'update' / 'losses.json')
     assert losses['losses']['past'][0] == [0, 0, judged['parent']['past']]
     assert losses['final']['fresh']['mean'] != judged['parent']['fresh']
@@ -189,9 +188,7 @@ def test_checkpoints_average_to_what_transformers_loads(updated, bases, tmp_path
     run = folder / 'update'
     average_checkpoints.main([str(run), '--last', '3', '--to', 'hf', '--out', str(tmp_path / 'hf')])
     average_checkpoints.main([str(run), '--last', '3', '--to', 'pt', '--out', str(tmp_path / 'mean.pt')])
-    average_checkpoints.main(
-        [str(run / 'ep0-ba8-rank0.pt'), '--average', 'lawa', '--to', 'hf', '--out', str(tmp_path / 'lawa')]
-    )
+    average_checkpoints.main([str(run / 'ep0-ba8-rank0.pt'), '--average', 'lawa', '--out', str(tmp_path / 'lawa')])
     states = [of_checkpoint(run / f'ep0-ba{batch}-rank0.pt', bases[kind]).state_dict() for batch in (4, 6, 8)]
     by_hand = of_checkpoint(run / 'ep0-ba8-rank0.pt', bases[kind])
     by_hand.load_state_dict({name: sum(state[name] for state in states) / 3 for name in states[0]})

@@ -65,14 +65,14 @@ def weights_in(path):
 
 
 @pytest.mark.parametrize(
-    ('nan_at', 'what'), [(4, 'the weights after batch 4 are not finite'), (5, 'the loss of batch 6 is nan')]
+    ('nan_at', 'what'), [(4, 'weights after batch 4 are not finite'), (5, 'loss of batch 6 is nan')]
 )
 def test_no_checkpoint_holds_what_is_no_number(nan_at, what, stage, tmp_path):
     cfg = stage('spoilt', nan_at=nan_at)
     last = 2 if nan_at == 4 else 4
     for _ in range(2):  # the same command goes on from there, and comes to the same end
         line = stopped(cfg, tmp_path)
-        assert f'spoilt stopped: {what}. The latest checkpoint is that of batch {last}. ' in line
+        assert f'spoilt stopped: the {what}. The latest checkpoint is that of batch {last}. ' in line
         names = [f'ep0-ba{batch}-rank0.pt' for batch in range(2, last + 1, 2)]
         assert checkpoints(cfg) == (names, names[-1])
         for name in names:

@@ -71,9 +71,7 @@ def test_where_it_is_not(stage_of, scheduler, batch, message):
 
 def test_nothing_to_anneal(stage_of):
     trunk = stage_of({'name': 'rewarm_constant', 't_warmup': '0ba', 'alpha': 0.1})
-    with pytest.raises(
-        ValueError, match='alpha_f=0.1, and the scheduler of the trunk is at 0.1 times the learning rate'
-    ):
+    with pytest.raises(ValueError, match='alpha_f=0.1, .*trunk is at 0.1 times'):
         annealed(trunk, trunk.given, 'x.pt', 4, '2ba')
 
 
@@ -87,9 +85,7 @@ def test_streams_go_on_each_by_itself():
     rest, again = orders[1].one_pass(0)(np.arange(5, 10)), orders[1].one_pass(1)(np.arange(5))
     assert [i - 40 for i in found if i >= 40] == [*rest, *again]
     check_budget(20, mixes[1], {'new': 25, 'old': 15}, 1, 16, {'new': 15, 'old': 5})
-    with pytest.raises(
-        ValueError, match=r'reads 400 tokens of the new data \(240 of them before it begins\), which has 384'
-    ):
+    with pytest.raises(ValueError, match=r'reads 400 tokens .*\(240 of them .*384'):
         check_budget(20, mixes[1], {'new': 24, 'old': 15}, 1, 16, {'new': 15, 'old': 5})
 
 

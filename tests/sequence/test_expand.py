@@ -93,16 +93,10 @@ def test_three_stages_replay_everything_earlier(spec):
     [
         ({'armz': {}}, "armz is not a key that anything reads; did you mean 'arms'"),
         ({'arms': {'x': {'ccp': {}}}}, r"arms\.x\.ccp is not a key that anything reads; did you mean 'cpp'"),
-        (
-            {'arms': {'x': {'baseline': 'onion'}}},
-            r"arms\.x\.baseline='onion'.* 'union'",
-        ),
+        ({'arms': {'x': {'baseline': 'onion'}}}, r"arms\.x\.baseline='onion'.* 'union'"),
         ({'stages': {'cpp': {'seed': 5}}}, r'stages\.cpp\.seed is set by the sequence'),
         ({'stages': {'cpp': {'new': 'german'}}}, "no dataset is called 'german'; data has python, cpp"),
-        (
-            {'stages': {'python': {'replay': {'fraction': 0.1}}}},
-            'for python, and none of the earlier stages has read other data',
-        ),
+        ({'stages': {'python': {'replay': {'fraction': 0.1}}}}, 'for python, and none of the earlier stages has read'),
         ({'common': {'eval_loader': []}}, r'common\.eval_loader=\[\] must be a mapping'),
         ({'data': None}, 'data is missing'),
         ({'arms': {'x': {'cpp': {'seed': 3}}}}, r'arms\.x\.cpp\.seed is set by the sequence'),
@@ -175,9 +169,7 @@ def test_only_what_the_earlier_stage_read_comes_back(spec):
     spec['stages']['python']['new'] = ['python', 'cpp']
     spec['data']['more'] = spec['data']['cpp']
     spec['stages']['cpp']['new'] = 'more'
-    with pytest.raises(
-        ValueError, match="consumed_only=true, and no stage of this sequence learned 'python' by itself"
-    ):
+    with pytest.raises(ValueError, match="consumed_only=true, .*'python' by itself"):
         runs_of({**spec, 'arms': {'default': {}}})
 
 
@@ -212,14 +204,7 @@ def test_a_trunk_stays_constant_and_each_stage_leaves_an_annealed_model(infinite
     constant = {'name': 'infinite', 'alpha_const': 0.5, 't_anneal': '0ba'}
     assert python['scheduler'] == {**constant, 't_warmup': '2ba', 't_cooldown': '6ba'}
     assert cpp['scheduler'] == {**constant, 't_warmup': '0ba', 't_cooldown': '0ba'}
-    branch = {
-        **constant,
-        't_warmup': '0ba',
-        't_cooldown': '0ba',
-        't_anneal': '26ba',
-        'anneal': 'linear',
-        'alpha_f': 0.0,
-    }
+    branch = {**cpp['scheduler'], 't_anneal': '26ba', 'anneal': 'linear', 'alpha_f': 0.0}
     assert annealed['scheduler'] == last['scheduler'] == branch
     durations = ['194ba', '26ba', '104ba', '26ba']
     assert [config['max_duration'] for config in (python, annealed, cpp, last)] == durations
@@ -271,15 +256,12 @@ def test_branches_start_where_their_length_says(infinite):
         ({'t_anneal': '2ep'}, r"x\.t_anneal='2ep' .* tok, ba or sp"),
         (
             {'t_anneal': '2ba', 'anneal': 'linear', 'alpha_f': 0.5},
-            r'branches\.x, in the arm only: alpha_f=0.5, and the scheduler of the trunk is at 0.5',
+            r'branches\.x, in the arm only: alpha_f=0.5, .*at 0.5',
         ),
         ({'t_anneal': '2ba', 'seed': 3}, r'stages\.cpp\.branches\.x\.seed is set by the sequence'),
         ({'t_anneal': '2ba', 'scheduler': {'alpha_f': 0}}, r"x\.scheduler of a branch is its trunk's"),
         ({'t_anneal': '2ba', 'global_train_batch_size': 64}, r"x\.global_train_batch_size of a branch is its trunk's"),
-        (
-            {'merge': {'last': 3, 'every': '2ba', 'weights': 'x'}},
-            r"merge\.weights='x' is not possible; use one of uniform",
-        ),
+        ({'merge': {'last': 3, 'every': '2ba', 'weights': 'x'}}, r"merge\.weights='x' is not possible; use .*uniform"),
         ({'merge': {'last': 3}}, r'x\.merge\.every is missing'),
         ({'merge': {'last': 3, 'evry': '2ba'}}, "did you mean 'every'"),
         ({'merge': {'last': 1, 'every': '2ba'}}, r'x\.merge\.last=1 must be at least 2'),
@@ -371,9 +353,7 @@ def test_a_baseline_may_be_changed(spec):
     spec['arms'] = {'cold': {'baseline': 'constant_eta_min', 'cpp': {'scheduler': {'alpha': 0.05}}}}
     assert runs_of(spec)[-1].stage.given['scheduler']['alpha'] == 0.05
     spec['common']['scheduler'] = {'name': 'constant_with_warmup', 't_wm': '0ba'}
-    with pytest.raises(
-        ValueError, match=r'arms\.cold\.baseline=constant_eta_min follows from a schedule with a t_warmup'
-    ):
+    with pytest.raises(ValueError, match=r'arms\.cold\.baseline=constant_eta_min .*t_warmup'):
         runs_of(spec)
 
 
@@ -391,11 +371,8 @@ def test_the_first_stage_may_update_a_base_model_whose_data_has_a_stand_in(spec)
         'cpp': {'max_duration': '130ba', 'replay': {'fraction': 0.1, 'weights': {'web': 2, 'python': 1}}},
     }
     first, second = (run.stage.given for run in runs_of({**spec, 'arms': {'only': {}}}))
-    assert {**first['callbacks']['forgetting'], 'save_folder': ''} == {
-        'new': ['python'],
-        'old': ['web'],
-        'save_folder': '',
-    }
+    judged = first['callbacks']['forgetting']
+    assert (judged['new'], judged['old']) == (['python'], ['web'])
     assert list(first['train_loader']['dataset']['replay']['streams']) == ['web']
     assert second['callbacks']['forgetting']['old'] == ['web', 'python']
     spec['common']['model']['pretrained'] = False
@@ -417,11 +394,8 @@ def test_a_baseline_shares_a_first_stage_that_has_branches(infinite):
     infinite['stages']['python']['branches'] = {'long': {'t_anneal': '60ba'}}
     infinite['arms'] = {'main': {}, 'none': {'baseline': 'no_replay'}}
     names = [run.name for run in runs_of(infinite)]
-    assert [name for name in names if name.startswith('python')] == [
-        'python-s17',
-        'python-anneal-s17',
-        'python-long-s17',
-    ]
+    assert names[:3] == ['python-s17', 'python-anneal-s17', 'python-long-s17']
+    assert not [name for name in names[3:] if name.startswith('python')]
 
 
 def test_constant_eta_min_is_where_the_first_stage_ended(spec, infinite):
@@ -446,10 +420,8 @@ def test_a_first_stage_has_no_optimizer_to_keep(infinite):
 
 
 def test_branches_within_several_passes_are_refused(infinite):
-    infinite['stages']['cpp'] |= {
-        'train_loader': {'dataset': {'max_passes': 2}},
-        'branches': {'x': {'t_anneal': '40ba'}},
-    }
+    passes = {'dataset': {'max_passes': 2}}
+    infinite['stages']['cpp'] |= {'train_loader': passes, 'branches': {'x': {'t_anneal': '40ba'}}}
     with pytest.raises(ValueError, match=r'stages\.cpp: max_passes=2'):
         runs_of(infinite)
 
