@@ -192,7 +192,7 @@ def sequence_common(folder: Path, data: dict[str, Path], **over: Any) -> dict[st
     return merge(base, over)
 
 
-def sequence_spec(folder: Path, data: dict[str, Path], duration: str = '16ba', **over: Any) -> dict[str, Any]:
+def sequence_spec(folder: Path, data: dict[str, Path], duration: str = '16ba', /, **over: Any) -> dict[str, Any]:
     """A sequence of two stages, ``old`` and ``new``; keyword arguments replace its sections."""
     return {
         'name': 'test',

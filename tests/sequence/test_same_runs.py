@@ -50,14 +50,11 @@ def spec(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ('old', 'new'):
         shutil.copytree(data[name], f'data/{name}')
-    spec = {
-        'name': 'test',
-        'folder': 'runs',
-        'data': {name: {'local': f'data/{name}'} for name in ('old', 'new')},
-        'stages': {'old': {'max_duration': '8ba'}, 'new': {'max_duration': '8ba'}},
-        'arms': {'A': {'old': LR, 'new': {'replay': {'fraction': 0.25}}}, 'B': {'old': LR}},
-        'common': tiny.sequence_common(tmp_path, data, scheduler={'name': 'rewarm_cosine', 't_warmup': '0.1dur'}),
-    }
+    spec = tiny.sequence_spec(
+        tmp_path, data, '8ba', folder='runs', data={name: {'local': f'data/{name}'} for name in ('old', 'new')},
+        arms={'A': {'old': LR, 'new': {'replay': {'fraction': 0.25}}}, 'B': {'old': LR}},
+        common=tiny.sequence_common(tmp_path, data, scheduler={'name': 'rewarm_cosine', 't_warmup': '0.1dur'}),
+    )  # fmt: skip
     for run in planned(spec):
         as_trained(run)
     return spec
