@@ -366,13 +366,9 @@ def test_between_stages(data, tmp_path, tally, rounds=4):
         'scheduler': {'name': 'rewarm_cosine', 't_warmup': '0.1dur'},
         'callbacks': {'lawa': {'k': 3, 'interval': '1ba'}},
     }
-    spec = {
-        'name': 'test',
-        'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
-        'stages': {'old': {'max_duration': '8ba'}, 'new': {'max_duration': '8ba', 'replay': {'fraction': 0.25}}},
-        'arms': {'replay': {}},
-        'common': tiny.sequence_common(tmp_path, data, **over),
-    }
+    stages = {'old': {'max_duration': '8ba'}, 'new': {'max_duration': '8ba', 'replay': {'fraction': 0.25}}}
+    common = tiny.sequence_common(tmp_path, data, **over)
+    spec = tiny.sequence_spec(tmp_path, data, stages=stages, arms={'replay': {}}, common=common)
     chance = seeded('between stages')
 
     def sequence(name):
