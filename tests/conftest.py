@@ -15,6 +15,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,22 @@ settings.register_profile('on any machine', deadline=None)
 settings.load_profile('on any machine')
 # Files that launch ranks or sequences come first: one left to the end would have a process of pytest-xdist to itself.
 LONGEST_FIRST = (
-    'test_sequence',
     'test_sharded_averages',
+    'test_sequence',
     'test_two_ranks',
+    'test_lr_on_load',
+    'test_streams',
+    'test_fuzz',
+    'test_hf_models',
+    'test_lm_eval',
+    'test_average_checkpoints',
+    'test_ema_and_lawa',
+    'test_object_storage',
     'test_replay_text',
     'test_forgetting',
-    'test_ema_and_lawa',
+    'test_done',
+    'test_consumed',
     'test_continue_pretraining',
-    'test_average_checkpoints',
 )
 # Ends with its parent, which holds the other end of stdin.
 S3_SERVER = """
@@ -54,9 +63,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope='session')
-def one_dataset_at_a_time() -> None:
-    """Tests run in several processes."""
+def runs_share_what_they_can() -> None:
+    """Of one process, and of this machine."""
     import tiny  # noqa: F401 - importing it is what does it
+
+
+@cache
+def freeze_once() -> None:
+    """Garbage is not looked for among what the first run has imported."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +90,7 @@ def free_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if made:
         gc.collect()
+        freeze_once()
     for memory in made:
         try:
             memory.cleanup()

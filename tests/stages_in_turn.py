@@ -4,6 +4,7 @@
 import sys
 
 import continue_pretraining
+import tiny  # noqa: F401 - what the stages would do again each is done once
 
 if __name__ == '__main__':
     for yaml in sys.argv[1:]:

@@ -2,32 +2,16 @@
 """What a kill in the middle of saving or exporting leaves behind is mended, and nothing half-written is taken for whole."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 
 import continue_pretraining
 import pytest
+import recorder
 import tiny
-from omegaconf import OmegaConf
 
 from cpt_algorithms.checkpoints.exports import exports
-
-RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
-
-
-def run(folder, cfg, *arguments, expect=0):
-    path = folder / f'{cfg["run_name"]}.yaml'
-    OmegaConf.save(OmegaConf.create(cfg), path)
-    done = subprocess.run(
-        [sys.executable, str(RECIPE), str(path), *arguments],
-        capture_output=True, text=True, check=False, env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )  # fmt: skip
-    assert (done.returncode == 0) == (expect == 0), done.stdout + done.stderr
-    return done.stdout + done.stderr
-
 
 AVERAGES = {'ema': {'half_life': '2ba'}, 'lawa': {'k': 2, 'interval': '2ba'}}
 
@@ -36,7 +20,7 @@ AVERAGES = {'ema': {'half_life': '2ba'}, 'lawa': {'k': 2, 'interval': '2ba'}}
 def original(data, tmp_path_factory):
     """A run of 8 batches with every other checkpoint kept."""
     folder = tmp_path_factory.mktemp('original')
-    printed = run(folder, tiny.config(folder, data, 'run', save_num_checkpoints_to_keep=-1, callbacks=AVERAGES))
+    printed = tiny.recipe(tiny.config(folder, data, 'run', save_num_checkpoints_to_keep=-1, callbacks=AVERAGES), folder)
     assert 'Warning' not in printed, 'of other packages, that nobody can do anything about'
     return folder
 
@@ -97,8 +81,6 @@ def test_killed_while_saving(case, finished, tmp_path):
     assert sorted(exported) == ['ba8', 'ba8-ema_2ba', 'ba8-lawa']
     state_of(case, folder)
     tiny.recipe_here(cfg, tmp_path)
-    import recorder
-
     lines = recorder.read(tmp_path / 'run.jsonl')  # refuses a batch that was trained again and differently
     assert sorted(lines) == list(range(8))
     assert (tmp_path / 'run.jsonl.rank0').read_text().startswith(recorded)
@@ -147,7 +129,7 @@ def test_an_extended_stage_says_so(data, tmp_path):
 
 def test_bad_files_are_named(data, tmp_path, monkeypatch):
     cfg = tiny.config(tmp_path, data, 'bad', optimizer={'name': '${variables.nothing}'})
-    OmegaConf.save(OmegaConf.create(cfg), tmp_path / 'bad.yaml')
+    tiny.save(cfg, tmp_path / 'bad.yaml')
     (tmp_path / 'text.yaml').write_text("'5'")  # OmegaConf takes it for a YAML of its own
     (tmp_path / 'list.yaml').write_text('- a')
     (tmp_path / 'syntax.yaml').write_text('a: [')
@@ -155,7 +137,7 @@ def test_bad_files_are_named(data, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, 'argv', ['continue_pretraining.py', path])
         with pytest.raises(SystemExit, match=re.escape(path)):
             continue_pretraining.main()
-    OmegaConf.save(OmegaConf.create(tiny.config(tmp_path, data, 'good')), tmp_path / 'good.yaml')
-    monkeypatch.setattr(sys, 'argv', ['continue_pretraining.py', str(tmp_path / 'good.yaml'), 'seed=['])
+    good = tiny.save(tiny.config(tmp_path, data, 'good'), tmp_path / 'good.yaml')
+    monkeypatch.setattr(sys, 'argv', ['continue_pretraining.py', str(good), 'seed=['])
     with pytest.raises(SystemExit, match=r'good\.yaml'):
         continue_pretraining.main()

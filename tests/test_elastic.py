@@ -4,9 +4,7 @@
 import pytest
 import recorder
 import tiny
-from omegaconf import OmegaConf
 
-RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
 BATCHES, BATCH = 14, 16
 
 
@@ -40,9 +38,8 @@ def test_killed_and_moved_from_two_ranks_to_one_and_to_four(bucket, data, tmp_pa
             save_folder=f's3://bucket/runs/{run_name}', fsdp_config={'state_dict_type': 'full'},
             train_loader={'num_workers': 1, 'dataset': dataset}, callbacks={'recorder': witness},
         )  # fmt: skip
-        path = tmp_path / f'{run_name}.yaml'
-        OmegaConf.save(OmegaConf.create(tiny.merge(cfg, {})), path)
-        tiny.launch(RECIPE, path, ranks=ranks, expect=0 if kill_at is None else 'killed')
+        path = tiny.save(tiny.merge(cfg, {}), tmp_path / f'{run_name}.yaml')
+        tiny.launch(tiny.RECIPE, path, ranks=ranks, expect=0 if kill_at is None else tiny.KILLED)
         return batches_of(tmp_path / f'{run_name}-{part}.jsonl', ranks)
 
     straight = train('straight', 2, 0)

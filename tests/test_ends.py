@@ -9,14 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import tiny
 from filelock import FileLock, Timeout
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from cpt_algorithms import files
 from cpt_algorithms.launch.processes import run_command
@@ -52,9 +50,7 @@ def test_what_the_first_rank_said_is_repeated():
 @pytest.mark.slow
 def test_composers_launcher_says_it_so(tmp_path):
     script = tmp_path / 'rank.py'
-    script.write_text(
-        "import os, signal, time\nos.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(99)"
-    )
+    script.write_text("import os, time\nos.environ['RANK'] == '1' and os.kill(os.getpid(), 9)\ntime.sleep(99)")
     command = [sys.executable, '-m', 'composer.cli.launcher', '-n', '2', str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     said = how_it_ended(done.returncode, (done.stdout + done.stderr).splitlines())
@@ -95,15 +91,8 @@ def test_what_ends_a_write_leaves_nothing_hidden(error, tmp_path, monkeypatch):
 
 
 def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
-    kept = [
-        '.lock',
-        '.lock.json',
-        '.ba8',
-        '.losses.json',
-        '.losses.json.0123456',
-        'losses.json.01234567',
-        '.young.01234567',
-    ]
+    kept = ['.lock', '.lock.json', '.ba8', '.losses.json', '.losses.json.0123456', 'losses.json.01234567']
+    kept.append('.young.01234567')
     for name in ['.losses.json.01234567', '.run.yaml.89abcdef', *kept]:
         (tmp_path / name).touch()
         if 'young' not in name:
@@ -131,12 +120,9 @@ def test_who_waits_for_a_lock_says_for_whom(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.slow
 def test_a_sequence_is_interrupted_and_goes_on(data, tmp_path):
-    spec = {
-        'name': 'test', 'folder': str(tmp_path / 'runs'), 'data': {'old': {'local': str(data['old'])}},
-        'stages': {'old': {'max_duration': '32ba'}}, 'common': tiny.sequence_common(tmp_path, data),
-    }  # fmt: skip
-    OmegaConf.save(OmegaConf.create(spec), tmp_path / 'sequence.yaml')
-    command = [sys.executable, str(tiny.ROOT / 'recipes' / 'sequence.py'), str(tmp_path / 'sequence.yaml')]
+    stages = {'old': {'max_duration': '32ba'}}
+    path = tiny.save(tiny.sequence_spec(tmp_path, data, stages=stages), tmp_path / 'sequence.yaml')
+    command = [sys.executable, str(tiny.SEQUENCE), str(path)]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -148,11 +134,7 @@ def test_a_sequence_is_interrupted_and_goes_on(data, tmp_path):
     printed = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert 'Traceback' not in printed and printed.count('sequence.py: interrupted') == 1
-    assert {path.name for path in Path(log.parent).glob('.*')} <= {
-        '.lock',
-        '.lock.json',
-        '.sequence.lock',
-        '.sequence.lock.json',
-    }
+    locks = {f'{lock}{end}' for lock in ('.lock', '.sequence.lock') for end in ('', '.json')}
+    assert {path.name for path in log.parent.glob('.*')} <= locks
     assert subprocess.run(command, capture_output=True, check=False, timeout=300).returncode == 0
     assert json.loads((log.parent / 'done.json').read_text())['batch'] == 32

@@ -464,12 +464,7 @@ def test_indices_of_a_broken_disk(index, root, many, slow):
 
 
 MANIFEST = {
-    'request': {
-        'format': 4,
-        'eos_text': None,
-        'val_fraction': 0.1,
-        'datasets': {'old': ['text:a'], 'new': ['text:b']},
-    },
+    'request': {'format': 4, 'eos_text': None, 'val_fraction': 0.1, 'datasets': {'old': ['text:a'], 'new': ['text:b']}},
     'tokenizer': {'hash': 'abc', 'document_start': [], 'document_end': ['x']},
     'datasets': {'old': {}, 'new': {}},
     'earlier': {'before': {'old': ['text:c']}},

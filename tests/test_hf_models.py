@@ -13,7 +13,6 @@ import pytest
 import recorder
 import tiny
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from streaming import StreamingDataset
 from transformers import (
@@ -32,7 +31,6 @@ from cpt_algorithms.report.tables import rows_of
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.restart_checks import write_record
 from cpt_algorithms.stage.stage import Stage
-from cpt_algorithms.validation import ConfigError
 
 SIZES = {
     'vocab_size': tiny.VOCAB, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
@@ -99,12 +97,6 @@ def read(path):
     return json.loads(Path(path).read_text())
 
 
-def problems(cfg, world_size=1):
-    with pytest.raises(ConfigError) as caught:
-        preflight(Stage.from_yaml(cfg), world_size)
-    return caught.value.problems
-
-
 def load(folder):
     """As its users load it; nothing may be missing."""
     model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -161,9 +153,8 @@ def test_the_untouched_base_is_the_parent(updated, bases, data):
     judged, lineage = read(folder / 'update' / 'forgetting.json'), read(folder / 'update' / 'stage.json')
     tokenizer = AutoTokenizer.from_pretrained(bases[kind])
     for label, name in (('fresh', 'new'), ('past', 'old')):
-        assert judged['parent'][label] == pytest.approx(
-            loss_by_hand(load(bases[kind]), data[name], tokenizer), rel=1e-5
-        )
+        by_hand = loss_by_hand(load(bases[kind]), data[name], tokenizer)
+        assert judged['parent'][label] == pytest.approx(by_hand, rel=1e-5)
     losses = read(folder / 'update' / 'losses.json')
     assert losses['losses']['past'][0] == [0, 0, judged['parent']['past']]
     assert losses['final']['fresh']['mean'] != judged['parent']['fresh']
@@ -197,9 +188,7 @@ def test_checkpoints_average_to_what_transformers_loads(updated, bases, tmp_path
     run = folder / 'update'
     average_checkpoints.main([str(run), '--last', '3', '--to', 'hf', '--out', str(tmp_path / 'hf')])
     average_checkpoints.main([str(run), '--last', '3', '--to', 'pt', '--out', str(tmp_path / 'mean.pt')])
-    average_checkpoints.main(
-        [str(run / 'ep0-ba8-rank0.pt'), '--average', 'lawa', '--to', 'hf', '--out', str(tmp_path / 'lawa')]
-    )
+    average_checkpoints.main([str(run / 'ep0-ba8-rank0.pt'), '--average', 'lawa', '--out', str(tmp_path / 'lawa')])
     states = [of_checkpoint(run / f'ep0-ba{batch}-rank0.pt', bases[kind]).state_dict() for batch in (4, 6, 8)]
     by_hand = of_checkpoint(run / 'ep0-ba8-rank0.pt', bases[kind])
     by_hand.load_state_dict({name: sum(state[name] for state in states) / 3 for name in states[0]})
@@ -321,12 +310,12 @@ def test_bases_as_they_are_published_pass(bases, data, tmp_path):
     """With the buffers that Pythia's files hold, without the prefix as GPT-2's, in several files, or as pickles."""
     whole = load_file(bases['neox'] / 'model.safetensors')
     mask = torch.ones(1, 1, tiny.SEQ_LEN, tiny.SEQ_LEN, dtype=torch.bool)
-    of_layer = {
-        'attention.bias': mask,
-        'attention.masked_bias': torch.tensor(-1e9),
-        'attention.rotary_emb.inv_freq': torch.ones(1),
+    of_layer = {'bias': mask, 'masked_bias': torch.tensor(-1e9), 'rotary_emb.inv_freq': torch.ones(1)}
+    buffers = {
+        f'gpt_neox.layers.{layer}.attention.{name}': value.clone()
+        for layer in (0, 1)
+        for name, value in of_layer.items()
     }
-    buffers = {f'gpt_neox.layers.{layer}.{name}': value.clone() for layer in (0, 1) for name, value in of_layer.items()}
     published = {name: tmp_path / 'published' / name for name in ('pythia', 'without_prefix', 'in_parts', 'pickled')}
     for name, folder in published.items():
         shutil.copytree(bases['tied_llama' if name == 'without_prefix' else 'neox'], folder)
@@ -357,7 +346,7 @@ BAD = {
 @pytest.mark.parametrize('case', BAD)
 def test_what_would_not_be_the_base_is_refused(case, bases, data, tmp_path):
     change, message = BAD[case]
-    found = problems(tiny.merge(stage(tmp_path, data, 'bad', bases['tied_llama']), {'model': change}))
+    found = tiny.problems(tiny.merge(stage(tmp_path, data, 'bad', bases['tied_llama']), {'model': change}))
     assert any(message in problem for problem in found), found
     assert len(found) == 1, found
 
@@ -368,14 +357,14 @@ def test_a_base_that_is_not_whole_is_refused(bases, data, tmp_path):
     cfg = stage(tmp_path, data, 'run', base)
     config = read(base / 'config.json')
     (base / 'config.json').write_text(json.dumps({**config, 'num_hidden_layers': 3}))
-    [found] = problems(cfg)
+    [found] = tiny.problems(cfg)
     assert f'{base}' in found and 'gpt_neox.layers.2.' in found and 'would be left at random' in found
     (base / 'config.json').write_text(json.dumps({**config, 'num_hidden_layers': 1}))
-    [found] = problems(cfg)
+    [found] = tiny.problems(cfg)
     assert 'gpt_neox.layers.1.' in found and 'would be dropped' in found
     (base / 'config.json').write_text(json.dumps(config))
     (base / 'model.safetensors').unlink()
-    [found] = problems(cfg)
+    [found] = tiny.problems(cfg)
     assert f'{base} is no checkpoint' in found
     later = Stage.from_yaml({**cfg, 'load_path': 'later.pt'})
     preflight(later, parent_is_there=False)  # which reads no base
@@ -389,14 +378,14 @@ def test_a_tokenizer_that_is_not_the_bases_is_refused(bases, data, tmp_path):
     tokenizer = read(base / 'tokenizer.json')
     tokenizer['model']['merges'].pop()
     (base / 'tokenizer.json').write_text(json.dumps(tokenizer))
-    [found] = problems(cfg)
+    [found] = tiny.problems(cfg)
     assert 'is not the tokenizer of the parent, model.pretrained_model_name_or_path' in found
     for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
         (base / name).unlink()
-    [found] = problems(cfg)
+    [found] = tiny.problems(cfg)
     assert f'{base} has no tokenizer that can be loaded' in found
     small = make('llama', tmp_path / 'small', data['tokenizer'], vocab_size=250)
-    [found] = problems(stage(tmp_path, data, 'run', small))
+    [found] = tiny.problems(stage(tmp_path, data, 'run', small))
     assert 'has 256 tokens, more than the 250 of the model: name the tokenizer of the model' in found
 
 
@@ -404,7 +393,7 @@ def test_several_ranks_cannot_begin_on_the_meta_device(bases, data, tmp_path):
     cfg = stage(
         tmp_path, data, 'run', bases['neox'], model={'init_device': 'meta'}, fsdp_config={'state_dict_type': 'full'}
     )
-    [found] = problems(cfg)
+    [found] = tiny.problems(cfg)
     assert 'model.init_device=meta, and the weights of' in found and 'use mixed' in found
 
 
@@ -464,13 +453,11 @@ def test_two_ranks_update_a_base_and_go_on_after_a_kill(kind, device, bases, dat
     sharded = {'fsdp_config': {'state_dict_type': 'sharded'}, 'model': {'init_device': device}, 'save_interval': '3ba'}
 
     def train(cfg, expect=0):
-        path = tmp_path / f'{cfg["run_name"]}.yaml'
-        OmegaConf.save(OmegaConf.create(cfg), path)
-        return tiny.launch(tiny.ROOT / 'recipes' / 'continue_pretraining.py', path, expect=expect)
+        return tiny.launch(tiny.RECIPE, tiny.save(cfg, tmp_path / f'{cfg["run_name"]}.yaml'), expect=expect)
 
     train(stage(tmp_path, data, 'straight', bases[kind], variables={'lm_eval': offline}, **sharded))
     killed = stage(tmp_path, data, 'killed', bases[kind], callbacks={'recorder': {'kill_at': 5}}, **sharded)
-    train(killed, expect='killed')
+    train(killed, expect=tiny.KILLED)
     assert (tmp_path / 'killed' / 'ep0-ba3' / '.metadata').exists()
     train(tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}))
     for rank in (0, 1):
@@ -502,7 +489,7 @@ def test_two_ranks_update_a_base_and_go_on_after_a_kill(kind, device, bases, dat
 def test_one_process_goes_on_after_a_kill(kill_at, bases, data, tmp_path):
     tiny.recipe(stage(tmp_path, data, 'straight', bases['llama']), tmp_path)
     killed = stage(tmp_path, data, 'killed', bases['llama'], callbacks={'recorder': {'kill_at': kill_at}})
-    tiny.recipe(killed, tmp_path, expect=-9)
+    tiny.recipe(killed, tmp_path, expect=tiny.KILLED)
     tiny.recipe(tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}), tmp_path)
     straight, resumed = (recorder.read(tmp_path / f'{run}.jsonl') for run in ('straight', 'killed'))
     assert sorted(straight) == list(range(8)) and resumed == straight
@@ -530,17 +517,9 @@ def test_from_scratch_to_a_base_to_its_update_on_real_text(data, tmp_path, capsy
     def on_text(name, base, root, **over):
         dataset = {'max_seq_len': LONG, 'new': {'local': str(tmp_path / root), 'split': 'train'}}
         cfg = stage(
-            tmp_path,
-            data,
-            name,
-            base,
-            max_seq_len=LONG,
-            max_duration='60ba',
-            save_interval='20ba',
-            eval_interval='1000ba',
-            device_train_microbatch_size=8,
-            **over,
-        )
+            tmp_path, data, name, base, max_seq_len=LONG, max_duration='60ba', save_interval='20ba',
+            eval_interval='1000ba', device_train_microbatch_size=8, **over,
+        )  # fmt: skip
         cfg['tokenizer'] = {'name': str(base), 'kwargs': {'model_max_length': LONG}}
         cfg['train_loader']['dataset'] = dataset
         cfg['eval_loader'] = [

@@ -20,7 +20,6 @@ import pytest
 import recorder
 import tiny
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -196,9 +195,7 @@ class Stage:
 
     def __init__(self, folder, cfg, ranks=1):
         self.folder, self.name, self.run = folder, cfg['run_name'], folder / cfg['run_name']
-        yaml = folder / f'{self.name}.yaml'
-        OmegaConf.save(OmegaConf.create(cfg), yaml)
-        words = [tiny.ROOT / 'recipes' / 'continue_pretraining.py', yaml]
+        words = [tiny.RECIPE, tiny.save(cfg, folder / f'{self.name}.yaml')]
         self.ranks = [Process(folder / f'{self.name}-rank{rank}', words) for rank in range(ranks)]
 
     def start(self):
@@ -369,20 +366,15 @@ def test_between_stages(data, tmp_path, tally, rounds=4):
         'scheduler': {'name': 'rewarm_cosine', 't_warmup': '0.1dur'},
         'callbacks': {'lawa': {'k': 3, 'interval': '1ba'}},
     }
-    spec = {
-        'name': 'test',
-        'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
-        'stages': {'old': {'max_duration': '8ba'}, 'new': {'max_duration': '8ba', 'replay': {'fraction': 0.25}}},
-        'arms': {'replay': {}},
-        'common': tiny.sequence_common(tmp_path, data, **over),
-    }
+    stages = {'old': {'max_duration': '8ba'}, 'new': {'max_duration': '8ba', 'replay': {'fraction': 0.25}}}
+    common = tiny.sequence_common(tmp_path, data, **over)
+    spec = tiny.sequence_spec(tmp_path, data, stages=stages, arms={'replay': {}}, common=common)
     chance = seeded('between stages')
 
     def sequence(name):
         runs = tmp_path / f'{name}-runs'
         own = {**spec, 'folder': str(runs)}
-        OmegaConf.save(OmegaConf.create(own), tmp_path / f'{name}.yaml')
-        words = [tiny.ROOT / 'recipes' / 'sequence.py', tmp_path / f'{name}.yaml']
+        words = [tiny.SEQUENCE, tiny.save(own, tmp_path / f'{name}.yaml')]
         return own, runs, Process(tmp_path / name, words)
 
     def exported(runs):
@@ -490,8 +482,7 @@ def test_merge(kept, data, tmp_path, tally, rounds=2):
             **cfg, 'run_name': 'merged', 'save_folder': str(tmp_path / name), 'max_duration': '0ba',
             'variables': {'merge': merge}, 'callbacks': {'stage_start': {}, 'final_loss': cfg['callbacks']['final_loss']},
         }  # fmt: skip
-        OmegaConf.save(OmegaConf.create(merged), tmp_path / f'{name}.yaml')
-        words = [tiny.ROOT / 'recipes' / 'merge.py', tmp_path / f'{name}.yaml']
+        words = [tiny.ROOT / 'recipes' / 'merge.py', tiny.save(merged, tmp_path / f'{name}.yaml')]
         return tmp_path / name, Process(tmp_path / f'{name}-process', words)
 
     def results(folder):

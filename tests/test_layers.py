@@ -66,3 +66,16 @@ print('imported', sorted({HEAVY} & set(sys.modules)))
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert 'usage: ' in done.stdout
     assert done.stdout.splitlines()[-1] == 'imported []'
+
+
+@pytest.mark.parametrize(
+    'code',
+    [
+        'import cpt_algorithms.stage.record',  # a report reads what it writes
+        'import cpt_algorithms.launch.slurm_node',  # waits beside the training processes, whose memory is wanted
+        f'import runpy; runpy.run_path({str(LIBRARY / "schedulers" / "functional.py")!r}); HEAVY.add("numpy")',
+    ],
+)
+def test_what_needs_nothing_heavy_imports_nothing_heavy(code):
+    code = f'import sys; HEAVY = {HEAVY}; {code}; print(*HEAVY & sys.modules.keys())'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''

@@ -68,13 +68,9 @@ def test_wandb_settings_of_the_shell_hold_where_the_yaml_is_silent(in_yaml, in_s
     said = {key: f'{key} of the yaml' for key in in_yaml}
     init = {'job_type': said.pop('job_type')} if 'job_type' in said else {}
     wandb = {**said, **({'tags': [said['tags']]} if 'tags' in said else {}), **({'init_kwargs': init} if init else {})}
-    (run,) = tiny.runs_of(
-        {
-            'name': 'mine', 'folder': str(tmp_path), 'data': {'old': {'local': str(data['old'])}},
-            'stages': {'old': {'max_duration': '8ba'}},
-            'common': tiny.sequence_common(tmp_path, data, loggers={'wandb': wandb}),
-        }
-    )  # fmt: skip
+    common = tiny.sequence_common(tmp_path, data, loggers={'wandb': wandb})
+    stages = {'old': {'max_duration': '8ba'}}
+    (run,) = tiny.runs_of(tiny.sequence_spec(tmp_path, data, name='mine', stages=stages, common=common))
     given = run.stage.given['loggers']['wandb']
     found = {**given, 'job_type': given['init_kwargs']['job_type'], 'tags': ', '.join(given['tags'])}
     ours = {'project': 'mine', 'group': 'mine', 'job_type': 'old', 'tags': 'old, shared, seed 17'}

@@ -57,15 +57,8 @@ def of_costs(console):
 def of_the_report(console):
     data = ['pile', 'slimpajama', 'german', 'a-dataset-with-a-long-name-of-its-own']
     run = SimpleNamespace(state='finished', has_diverged=False, other_plan=())
-    columns = [
-        *(f'loss {name}' for name in data),
-        'loss mean',
-        'forgetting',
-        'adaptation',
-        'tokens',
-        'flops',
-        'compute vs union',
-    ]
+    columns = [f'loss {name}' for name in [*data, 'mean']]
+    columns += ['forgetting', 'adaptation', 'tokens', 'flops', 'compute vs union']
     values = [3.1234, 2.4567, 1.9876, 4.4321, 2.9876, 0.1234, -1.2345, 3e11, 7.3e20, 0.6]
     of = {c: OverSeeds(v, abs(v) / 100, (v, v)) for c, v in zip(columns, values, strict=True)}
     rows = [Row(name, '', None, 'update', [run, run], [], of) for name in names(3)]

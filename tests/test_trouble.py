@@ -13,7 +13,6 @@ import pytest
 import recorder
 import tiny
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from cpt_algorithms.stage.preflight import preflight
@@ -66,14 +65,14 @@ def weights_in(path):
 
 
 @pytest.mark.parametrize(
-    ('nan_at', 'what'), [(4, 'the weights after batch 4 are not finite'), (5, 'the loss of batch 6 is nan')]
+    ('nan_at', 'what'), [(4, 'weights after batch 4 are not finite'), (5, 'loss of batch 6 is nan')]
 )
 def test_no_checkpoint_holds_what_is_no_number(nan_at, what, stage, tmp_path):
     cfg = stage('spoilt', nan_at=nan_at)
     last = 2 if nan_at == 4 else 4
     for _ in range(2):  # the same command goes on from there, and comes to the same end
         line = stopped(cfg, tmp_path)
-        assert f'spoilt stopped: {what}. The latest checkpoint is that of batch {last}. ' in line
+        assert f'spoilt stopped: the {what}. The latest checkpoint is that of batch {last}. ' in line
         names = [f'ep0-ba{batch}-rank0.pt' for batch in range(2, last + 1, 2)]
         assert checkpoints(cfg) == (names, names[-1])
         for name in names:
@@ -150,7 +149,6 @@ def test_data_on_a_read_only_disk(data, stage, tmp_path):
     disk = tmp_path / 'disk'
     for name in ('new', 'old'):
         shutil.copytree(data[name], disk / name)
-    recipe = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
     here, cached = (
         {'local': str(disk / 'new'), 'split': 'train', **each} for each in ({}, {'remote': str(data['new'])})
     )
@@ -159,8 +157,8 @@ def test_data_on_a_read_only_disk(data, stage, tmp_path):
             'eval_loader': [tiny.eval_loader('old', disk / 'old')], 'train_loader': {'dataset': {'new': new}},
             'save_folder': str(tmp_path / 'runs' / name),
         }  # fmt: skip
-        OmegaConf.save(OmegaConf.create(stage(name, over=over)), tmp_path / f'{name}.yaml')
-        printed = read_only(disk, recipe, tmp_path / f'{name}.yaml', expect=status)
+        path = tiny.save(stage(name, over=over), tmp_path / f'{name}.yaml')
+        printed = read_only(disk, tiny.RECIPE, path, expect=status)
         assert (tmp_path / 'runs' / name / 'done.json').exists() == (status == 0)
     assert f'1. train_loader.dataset.new.new.local: {disk}/new/train cannot be written to; ' in printed
     assert 'Traceback' not in printed
@@ -169,7 +167,7 @@ def test_data_on_a_read_only_disk(data, stage, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_stop_together(stage, tmp_path):
     """What only one of them has met."""
-    recipe, sharded = tiny.ROOT / 'recipes' / 'continue_pretraining.py', {'fsdp_config': {'state_dict_type': 'sharded'}}
+    sharded = {'fsdp_config': {'state_dict_type': 'sharded'}}
     cases = {
         'straight': ({}, None, 0),
         'weights': ({'nan_at': 4}, 'the weights after batch 4 are not finite. The latest checkpoint is that of ', 2),
@@ -177,11 +175,11 @@ def test_two_ranks_stop_together(stage, tmp_path):
         'disk': ({'full_at': 5, 'largest_file': LARGEST}, 'File too large. The latest checkpoint is that of ', 4),
     }
     cfgs = {name: stage(name, over=sharded, **trouble) for name, (trouble, *_) in cases.items()}
+    paths = {name: tiny.save(cfg, tmp_path / f'{name}.yaml') for name, cfg in cfgs.items()}
     for name, (_, said, last) in cases.items():
-        OmegaConf.save(OmegaConf.create(cfgs[name]), tmp_path / f'{name}.yaml')
         if said is None:
             continue
-        printed = tiny.launch(recipe, tmp_path / f'{name}.yaml', expect=1)
+        printed = tiny.launch(tiny.RECIPE, paths[name], expect=1)
         stopped = [line for line in printed.splitlines() if line.startswith(f'{name} stopped: ')]
         assert len(stopped) == 2 and all(f'{said}batch {last}. ' in line for line in stopped), printed
         assert 'Traceback' not in printed
@@ -191,20 +189,17 @@ def test_two_ranks_stop_together(stage, tmp_path):
     (tmp_path / 'trouble').unlink()  # it was the machine
     found = {}
     for name, cfg in cfgs.items():
-        tiny.launch(recipe, tmp_path / f'{name}.yaml')
+        tiny.launch(tiny.RECIPE, paths[name])
         found[name] = results(cfg, tmp_path, 2)
         assert found[name] == found['straight'], name
 
 
 def sequence(spec, folder):
     """``recipes/sequence.py`` in a process of its own: its exit status, what it printed, and its report."""
-    OmegaConf.save(OmegaConf.create(spec), folder / 'sequence.yaml')
-    done = subprocess.run(
-        [sys.executable, str(tiny.ROOT / 'recipes' / 'sequence.py'), str(folder / 'sequence.yaml')],
-        capture_output=True, text=True, timeout=1200, check=False,
-    )  # fmt: skip
+    process = tiny.start(tiny.SEQUENCE, tiny.save(spec, folder / 'sequence.yaml'))
+    printed, _ = process.communicate(timeout=1200)
     page = Path(spec['folder']) / 'report.json'
-    return done.returncode, done.stdout + done.stderr, json.loads(page.read_text()) if page.exists() else None
+    return process.returncode, printed, json.loads(page.read_text()) if page.exists() else None
 
 
 @pytest.mark.slow
@@ -212,21 +207,13 @@ def test_a_sequence_goes_on_with_the_other_arms_and_says_so(data, tmp_path):
     def trouble(**what):
         return {'new': {'callbacks': {'trouble': {'file': str(tmp_path / 'trouble'), **what}}}}
 
-    spec = {
-        'name': 'test',
-        'folder': str(tmp_path / 'runs'),
-        'jobs': 2,
-        'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
-        'stages': {'old': {'max_duration': '16ba'}, 'new': {'max_duration': '16ba'}},
-        'arms': {
-            'nan': trouble(nan_at=9),
-            'full': trouble(full_at=7, largest_file=LARGEST),
-            'clock': trouble(clock={'4': 7, '9': -30}),
-            'wild': {'new': {'optimizer': {'name': 'decoupled_adamw', 'lr': 30.0}}},
-            'good': {},
-        },
-        'common': tiny.sequence_common(tmp_path, data, callbacks=AVERAGES, code_paths=PATHS),
-    }
+    arms = {
+        'nan': trouble(nan_at=9), 'full': trouble(full_at=7, largest_file=LARGEST),
+        'clock': trouble(clock={'4': 7, '9': -30}),
+        'wild': {'new': {'optimizer': {'name': 'decoupled_adamw', 'lr': 30.0}}}, 'good': {},
+    }  # fmt: skip
+    common = tiny.sequence_common(tmp_path, data, callbacks=AVERAGES, code_paths=PATHS)
+    spec = tiny.sequence_spec(tmp_path, data, arms=arms, common=common)
     folder = tmp_path / 'runs'
     (tmp_path / 'trouble').touch()
     status, printed, report = sequence(spec, tmp_path)

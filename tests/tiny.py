@@ -2,18 +2,27 @@
 """A stage small enough to run in a second or two, as an llm-foundry YAML in Python."""
 
 import gc
+import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import catalogue
 import continue_pretraining
+import pytest
 import recorder
 import sequence
+from composer.utils import collect_env
+from llmfoundry.callbacks import hf_checkpointer
 from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
 from streaming import StreamingDataset
@@ -22,14 +31,19 @@ from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
 from cpt_algorithms.sequence.expand import Run, expand
 from cpt_algorithms.sequence.read import read_sequence
 from cpt_algorithms.sequence.spec import SequenceSpec
+from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.run import DATASETS_LOCK
 from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import ConfigError
 
 SEQ_LEN = 16
 VOCAB = 256
 BATCH = 8
 TOKENS_PER_BATCH = SEQ_LEN * BATCH
+KILLED = -signal.SIGKILL
 ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / 'recipes' / 'continue_pretraining.py'
+SEQUENCE = ROOT / 'recipes' / 'sequence.py'
 
 
 def one_dataset_at_a_time() -> None:
@@ -47,7 +61,39 @@ def one_dataset_at_a_time() -> None:
         kind.__init__ = init
 
 
+def same_work_once() -> None:
+    """What every run in this process would do again, and takes longer than its training, is done once."""
+    # LLM Foundry looks for each part of a model among the entry points of all installed packages
+    find, found = catalogue.Registry._get_entry_points, {}
+
+    def find_once(registry: catalogue.Registry) -> list[EntryPoint]:
+        if registry.entry_point_namespace not in found:
+            found[registry.entry_point_namespace] = list(find(registry))
+        return found[registry.entry_point_namespace]
+
+    catalogue.Registry._get_entry_points = find_once
+    collect_env.get_composer_commit_hash = cache(collect_env.get_composer_commit_hash)
+    # it rewrites its own sources for each export
+    edit, edited = hf_checkpointer.edit_files_for_hf_compatibility, {}
+
+    def edit_once(folder: str, *arguments: Any) -> None:
+        sources = [(path.name, path.read_text()) for path in sorted(Path(folder).glob('*.py'))]
+        auto_map = json.loads((Path(folder) / 'config.json').read_text()).get('auto_map')
+        key = json.dumps([auto_map, arguments, sources])
+        if key not in edited:
+            edit(folder, *arguments)
+            edited[key] = {path.name: path.read_text() for path in Path(folder).glob('*.py')}
+        for name, text in edited[key].items():
+            (Path(folder) / name).write_text(text)
+
+    hf_checkpointer.edit_files_for_hf_compatibility = edit_once
+    # garbage is not looked for among what was imported
+    gc.collect()
+    gc.freeze()
+
+
 one_dataset_at_a_time()
+same_work_once()
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -146,9 +192,35 @@ def sequence_common(folder: Path, data: dict[str, Path], **over: Any) -> dict[st
     return merge(base, over)
 
 
+def sequence_spec(folder: Path, data: dict[str, Path], duration: str = '16ba', /, **over: Any) -> dict[str, Any]:
+    """A sequence of two stages, ``old`` and ``new``; keyword arguments replace its sections."""
+    return {
+        'name': 'test',
+        'folder': str(folder / 'runs'),
+        'jobs': 2,
+        'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
+        'stages': {'old': {'max_duration': duration}, 'new': {'max_duration': duration}},
+        'common': over.pop('common', None) or sequence_common(folder, data),
+        **over,
+    }
+
+
 def runs_of(spec: dict[str, Any]) -> list[Run]:
     """The runs of a sequence YAML."""
     return expand(SequenceSpec.from_yaml(spec))
+
+
+def save(cfg: dict[str, Any], path: Path) -> Path:
+    """Write a YAML."""
+    OmegaConf.save(OmegaConf.create(cfg), path)
+    return path
+
+
+def problems(cfg: dict[str, Any], *arguments: int, **how: Any) -> list[str]:
+    """What preflight refuses a stage for."""
+    with pytest.raises(ConfigError) as refused:
+        preflight(Stage.from_yaml(cfg), *arguments, **how)
+    return refused.value.problems
 
 
 def planned(*words: object) -> tuple[SequenceSpec, list[Run]]:
@@ -173,24 +245,18 @@ def run(cfg: dict[str, Any] | Stage) -> dict[int, dict]:
 
 def recipe(cfg: dict[str, Any], folder: Path, *arguments: object, expect: int = 0) -> str:
     """``python recipes/continue_pretraining.py`` in a process of its own; returns what it printed."""
-    path = folder / f'{cfg["run_name"]}.yaml'
-    OmegaConf.save(OmegaConf.create(cfg), path)
+    path = save(cfg, folder / f'{cfg["run_name"]}.yaml')
     done = subprocess.run(
-        [sys.executable, str(ROOT / 'recipes' / 'continue_pretraining.py'), str(path), *map(str, arguments)],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+        [sys.executable, str(RECIPE), str(path), *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def recipe_here(cfg: dict[str, Any], folder: Path) -> None:
     """The recipe in this process, which has imported everything already."""
-    path = folder / f'{cfg["run_name"]}.yaml'
-    OmegaConf.save(OmegaConf.create(cfg), path)
+    path = save(cfg, folder / f'{cfg["run_name"]}.yaml')
     words, sys.argv = sys.argv, ['continue_pretraining.py', str(path)]
     try:
         continue_pretraining.main()
@@ -199,8 +265,17 @@ def recipe_here(cfg: dict[str, Any], folder: Path) -> None:
         gc.collect()  # the run's lock
 
 
-def launch(script: Path, *arguments: object, expect: object = 0, ranks: int = 2) -> str:
-    """``composer -n <ranks> script arguments`` with FSDP2; returns what it printed."""
+def start(script: Path, *arguments: object) -> subprocess.Popen[str]:
+    """``python script arguments``, whose output can be read."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def launch(script: Path, *arguments: object, expect: int = 0, ranks: int = 2) -> str:
+    """``composer -n <ranks> script arguments`` with FSDP2; returns what it printed.
+
+    ``expect``: how the rank that ends first must end, such as ``KILLED``.
+    """
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -208,12 +283,11 @@ def launch(script: Path, *arguments: object, expect: object = 0, ranks: int = 2)
     path = [str(ROOT / 'tests'), str(ROOT / 'recipes'), *filter(None, [os.environ.get('PYTHONPATH')])]
     done = subprocess.run(
         [*command, str(script), *map(str, arguments)],
-        env={**os.environ, 'FSDP_VERSION': '2', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+        env={**os.environ, 'FSDP_VERSION': '2', 'PYTHONPATH': os.pathsep.join(path)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     printed = done.stdout + done.stderr
+    crashed = re.findall(r'Rank \d+ crashed with exit code (-?\d+)', printed)
+    assert [int(code) for code in crashed] == [expect] * (expect != 0), printed[-6000:]
     assert (done.returncode == 0) == (expect == 0), printed[-6000:]
     return printed

@@ -25,12 +25,7 @@ class Trouble(Callback):
     """
 
     def __init__(
-        self,
-        file: str,
-        nan_at: int = 0,
-        largest_file: int = 0,
-        full_at: int = 0,
-        clock: dict[str, float] | None = None,
+        self, file: str, nan_at: int = 0, largest_file: int = 0, full_at: int = 0, clock: dict[str, float] | None = None
     ) -> None:
         self.file, self.nan_at, self.largest_file, self.full_at = Path(file), nan_at, largest_file, full_at
         self.clock = {int(batch): hours for batch, hours in (clock or {}).items()}

@@ -18,7 +18,6 @@ import torch.distributed.checkpoint as dcp
 from composer.core import State
 from composer.utils import checkpoint
 from composer.utils.checkpoint import FileSystemReaderWithValidation, dist_cp_load
-from omegaconf import OmegaConf
 from spoilt_checkpoints import Evil, evil_algorithm, evil_metadata, put_entry, rewrite, saved
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -329,8 +328,8 @@ def test_a_pretrained_model_that_brings_code_along(data, tmp_path):
 def test_sharded_checkpoints_of_two_ranks(data, tmp_path):
     """Several runs in one launch; untrusted_cases.py asserts on both ranks and prints a line for each case."""
     sharded = {'fsdp_config': {'state_dict_type': 'sharded'}, 'max_duration': '3ba', 'scheduler': {'t_max': '8ba'}}
-    OmegaConf.save(OmegaConf.create(tiny.config(tmp_path, data, 'run', **sharded)), tmp_path / 'case.yaml')
-    printed = tiny.launch(tiny.ROOT / 'tests' / 'untrusted_cases.py', tmp_path / 'case.yaml')
+    path = tiny.save(tiny.config(tmp_path, data, 'run', **sharded), tmp_path / 'case.yaml')
+    printed = tiny.launch(tiny.ROOT / 'tests' / 'checkpoints' / 'untrusted_cases.py', path)
     cases = ['load_path metadata', 'load_path entry', *(f'resume {kind}' for kind in SPOIL), 'cut off']
     for case in cases:
         assert f'{case}: ok' in printed, printed[-6000:]

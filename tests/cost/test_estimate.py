@@ -447,8 +447,7 @@ def test_the_command_plans_a_stage_and_knows_its_parents(tmp_path, data, capsys)
     write_json(tmp_path / 'base' / 'stage.json', {'run_name': 'base', 'config': parent})
     stage = paper_yaml(max_duration='50ba', load_path=str(tmp_path / 'base' / 'latest-rank0.pt'))
     stage['model'] = 'yamls/models/mpt_tiny.yaml'
-    OmegaConf.save(OmegaConf.create(stage), tmp_path / 'next.yaml')
-    plan_script.main([str(tmp_path / 'next.yaml'), '--gpu', 'h200'])
+    plan_script.main([str(tiny.save(stage, tmp_path / 'next.yaml')), '--gpu', 'h200'])
     text = capsys.readouterr().out
     assert 'next: rewarm_cosine, 50 batches' in text
     assert rows_of(text)['next'][-3:] == ['M', '60', '%']

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from cpt_algorithms.launch.launcher import LaunchError, Resources, command, make_launcher, resources_of
 from cpt_algorithms.launch.slurm_node import TrainingNode
 
-RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
+RECIPE = tiny.RECIPE
 SLURM = {'slurm_partition': 'debug', 'timeout_min': 60}
 
 
@@ -195,19 +195,13 @@ def test_a_job_that_slurm_refuses_is_one_line(slurm, run):
     assert fake_slurm.states(slurm) == {}
 
 
-def test_a_node_brings_nothing_that_takes_seconds_to_import():
-    """It waits beside the training processes, whose memory is wanted."""
-    check = (
-        'import sys, cpt_algorithms.launch.slurm_node; '
-        'sys.exit(bool({"torch", "composer", "llmfoundry"} & sys.modules.keys()))'
-    )
-    subprocess.run([sys.executable, '-c', check], check=True)
+def test_a_node_is_found_by_its_pickle():
     assert TrainingNode.__module__ == 'cpt_algorithms.launch.slurm_node'
 
 
 def write(run, data, **over):
     cfg = tiny.config(run.parent, data, run.name, log_to_console=True, **over)
-    OmegaConf.save(OmegaConf.create(cfg), run / 'run.yaml')
+    tiny.save(cfg, run / 'run.yaml')
 
 
 @pytest.mark.slow
@@ -274,18 +268,11 @@ def test_a_requeued_job_goes_on_from_its_latest_checkpoint(slurm, run, data, num
 
 @pytest.fixture
 def spec(data, tmp_path):
-    return {
-        'name': 'test',
-        'folder': str(tmp_path / 'runs'),
-        'data': {name: {'local': str(data[name])} for name in ('old', 'new')},
-        'stages': {'old': {'max_duration': '8ba'}, 'new': {'max_duration': '8ba'}},
-        'common': tiny.sequence_common(tmp_path, data),
-    }
+    return tiny.sequence_spec(tmp_path, data, '8ba', jobs=1)
 
 
 def save(spec, folder):
-    OmegaConf.save(OmegaConf.create(spec), folder / 'sequence.yaml')
-    return str(folder / 'sequence.yaml')
+    return str(tiny.save(spec, folder / 'sequence.yaml'))
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -338,9 +325,7 @@ def test_a_killed_sequence_finds_its_jobs_again(spec, tmp_path, slurm, monkeypat
     spec['slurm'] = SLURM
     path = save(spec, tmp_path)
     (slurm / 'hold').touch()
-    process = subprocess.Popen(
-        [sys.executable, str(tiny.ROOT / 'recipes' / 'sequence.py'), path], stdout=subprocess.PIPE, text=True
-    )
+    process = tiny.start(tiny.SEQUENCE, path)
     deadline = time.monotonic() + 120
     while not list((tmp_path / 'runs').glob('*/slurm/*_submitted.pkl')):
         assert process.poll() is None and time.monotonic() < deadline

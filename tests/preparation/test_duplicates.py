@@ -79,9 +79,8 @@ def test_a_digest_is_blake2b_of_the_text_and_decides_the_split():
     texts = ['', 'a', 'Grüße', *map(str, range(2000))]
     found = digests(texts)
     for text, row in zip(texts, found, strict=True):
-        assert b''.join(int(number).to_bytes(8, 'big') for number in row) == (
-            hashlib.blake2b(text.encode(), digest_size=16).digest()
-        )
+        expected = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        assert b''.join(int(number).to_bytes(8, 'big') for number in row) == expected
     held_out = is_held_out(found, 0.1)
     assert held_out.tolist() == [int(row[0]) < 0.1 * 2**64 for row in found]
     assert 0.08 < held_out.mean() < 0.12

@@ -21,7 +21,6 @@ import pytest
 import recorder
 import tiny
 from faults import Faults, Proxy
-from omegaconf import OmegaConf
 from streaming import StreamingDataset
 
 from cpt_algorithms.replay.streams import _stale_shared_memory
@@ -81,8 +80,7 @@ def stage(folder: Path, data: dict[str, Path], cache: Path, name: str, **over) -
 
 
 def start(cfg: dict, folder: Path) -> subprocess.Popen:
-    path = folder / f'{cfg["run_name"]}.yaml'
-    OmegaConf.save(OmegaConf.create(cfg), path)
+    path = tiny.save(cfg, folder / f'{cfg["run_name"]}.yaml')
     return subprocess.Popen(
         [sys.executable, str(tiny.ROOT / 'recipes/continue_pretraining.py'), str(path)],
         env={**os.environ, 'OMP_NUM_THREADS': '1'},

@@ -8,12 +8,7 @@ from composer.core import State, Time, Timestamp
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from llmfoundry import registry
 
-from cpt_algorithms.schedulers import (
-    InfiniteScheduler,
-    RewarmConstantScheduler,
-    RewarmCosineScheduler,
-    WSDScheduler,
-)
+from cpt_algorithms.schedulers import InfiniteScheduler, RewarmConstantScheduler, RewarmCosineScheduler, WSDScheduler
 from cpt_algorithms.schedulers.functional import infinite, rewarm_cosine, wsd
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.schedulers.phases import Phases, phases_of

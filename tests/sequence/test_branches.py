@@ -11,7 +11,6 @@ import pytest
 import recorder
 import tiny
 import torch
-from omegaconf import OmegaConf
 
 from cpt_algorithms.checkpoints.open import entry_of
 from cpt_algorithms.replay.consumed import positions_behind
@@ -86,9 +85,7 @@ def test_streams_go_on_each_by_itself():
     rest, again = orders[1].one_pass(0)(np.arange(5, 10)), orders[1].one_pass(1)(np.arange(5))
     assert [i - 40 for i in found if i >= 40] == [*rest, *again]
     check_budget(20, mixes[1], {'new': 25, 'old': 15}, 1, 16, {'new': 15, 'old': 5})
-    with pytest.raises(
-        ValueError, match=r'reads 400 tokens of the new data \(240 of them before it begins\), which has 384'
-    ):
+    with pytest.raises(ValueError, match=r'reads 400 tokens .*\(240 of them .*384'):
         check_budget(20, mixes[1], {'new': 24, 'old': 15}, 1, 16, {'new': 15, 'old': 5})
 
 
@@ -275,8 +272,7 @@ def test_two_ranks_branch_off_a_sharded_trunk_and_are_killed(data, streams, tmp_
         tmp_path, data, 'trunk', scheduler=INFINITE, save_num_checkpoints_to_keep=1, save_interval='8ba', **mix, **sharded,
         callbacks={'branch_points': {'at': [4, 6]}, **judged, **AVERAGES}, eval_loader=[tiny.eval_loader('new', data['new'])],
     )  # fmt: skip
-    OmegaConf.save(OmegaConf.create(cfg), tmp_path / 'trunk.yaml')
-    tiny.launch(recipes / 'continue_pretraining.py', tmp_path / 'trunk.yaml')
+    tiny.launch(tiny.RECIPE, tiny.save(cfg, tmp_path / 'trunk.yaml'))
     trunk = tmp_path / 'trunk'
     assert sorted(path.name for path in trunk.glob('ep0-*')) == ['ep0-ba4', 'ep0-ba6', 'ep0-ba8']
     before = contents(trunk)
@@ -284,7 +280,7 @@ def test_two_ranks_branch_off_a_sharded_trunk_and_are_killed(data, streams, tmp_
         trunk / 'ep0-ba4', 't_anneal=4ba', 'anneal=linear', 'alpha_f=0.0', f'save_folder={tmp_path / "branch"}',
         'save_interval=2ba', f'callbacks.recorder.path={tmp_path / "branch.jsonl"}',
     ]  # fmt: skip
-    tiny.launch(recipes / 'anneal.py', *words, 'callbacks.recorder.kill_at=3', expect='killed')
+    tiny.launch(recipes / 'anneal.py', *words, 'callbacks.recorder.kill_at=3', expect=tiny.KILLED)
     tiny.launch(recipes / 'anneal.py', *words)
     whole = tiny.config(
         tmp_path, data, 'whole', scheduler={**INFINITE, 't_anneal': '4ba', 'anneal': 'linear', 'alpha_f': 0.0}, **mix
@@ -308,8 +304,7 @@ def test_two_ranks_branch_off_a_sharded_trunk_and_are_killed(data, streams, tmp_
         **cfg, 'run_name': 'merged', 'save_folder': str(tmp_path / 'merged'), 'max_duration': '0ba',
         'variables': {'merge': merge}, 'callbacks': {'stage_start': {}, **judged},
     }  # fmt: skip
-    OmegaConf.save(OmegaConf.create(merged), tmp_path / 'merged.yaml')
-    tiny.launch(recipes / 'merge.py', tmp_path / 'merged.yaml')
+    tiny.launch(recipes / 'merge.py', tiny.save(merged, tmp_path / 'merged.yaml'))
     losses = json.loads((tmp_path / 'merged' / 'losses.json').read_text())['losses']
     (point,), *_ = [rows for label, rows in losses.items() if label == 'new']
     assert point[:2] == [0, 0]

@@ -93,10 +93,7 @@ def test_three_stages_replay_everything_earlier(spec):
     [
         ({'armz': {}}, "armz is not a key that anything reads; did you mean 'arms'"),
         ({'arms': {'x': {'ccp': {}}}}, r"arms\.x\.ccp is not a key that anything reads; did you mean 'cpp'"),
-        (
-            {'arms': {'x': {'baseline': 'onion'}}},
-            r"arms\.x\.baseline='onion'.* 'union'",
-        ),
+        ({'arms': {'x': {'baseline': 'onion'}}}, r"arms\.x\.baseline='onion'.* 'union'"),
         ({'stages': {'cpp': {'seed': 5}}}, r'stages\.cpp\.seed is set by the sequence'),
         ({'stages': {'cpp': {'new': 'german'}}}, "no dataset is called 'german'; data has python, cpp"),
         (
@@ -210,14 +207,7 @@ def test_a_trunk_stays_constant_and_each_stage_leaves_an_annealed_model(infinite
     constant = {'name': 'infinite', 'alpha_const': 0.5, 't_anneal': '0ba'}
     assert python['scheduler'] == {**constant, 't_warmup': '2ba', 't_cooldown': '6ba'}
     assert cpp['scheduler'] == {**constant, 't_warmup': '0ba', 't_cooldown': '0ba'}
-    branch = {
-        **constant,
-        't_warmup': '0ba',
-        't_cooldown': '0ba',
-        't_anneal': '26ba',
-        'anneal': 'linear',
-        'alpha_f': 0.0,
-    }
+    branch = {**cpp['scheduler'], 't_anneal': '26ba', 'anneal': 'linear', 'alpha_f': 0.0}
     assert annealed['scheduler'] == last['scheduler'] == branch
     durations = ['194ba', '26ba', '104ba', '26ba']
     assert [config['max_duration'] for config in (python, annealed, cpp, last)] == durations
@@ -387,11 +377,8 @@ def test_the_first_stage_may_update_a_base_model_whose_data_has_a_stand_in(spec)
         'cpp': {'max_duration': '130ba', 'replay': {'fraction': 0.1, 'weights': {'web': 2, 'python': 1}}},
     }
     first, second = (run.stage.given for run in runs_of({**spec, 'arms': {'only': {}}}))
-    assert {**first['callbacks']['forgetting'], 'save_folder': ''} == {
-        'new': ['python'],
-        'old': ['web'],
-        'save_folder': '',
-    }
+    judged = first['callbacks']['forgetting']
+    assert (judged['new'], judged['old']) == (['python'], ['web'])
     assert list(first['train_loader']['dataset']['replay']['streams']) == ['web']
     assert second['callbacks']['forgetting']['old'] == ['web', 'python']
     spec['common']['model']['pretrained'] = False
@@ -413,11 +400,8 @@ def test_a_baseline_shares_a_first_stage_that_has_branches(infinite):
     infinite['stages']['python']['branches'] = {'long': {'t_anneal': '60ba'}}
     infinite['arms'] = {'main': {}, 'none': {'baseline': 'no_replay'}}
     names = [run.name for run in runs_of(infinite)]
-    assert [name for name in names if name.startswith('python')] == [
-        'python-s17',
-        'python-anneal-s17',
-        'python-long-s17',
-    ]
+    assert names[:3] == ['python-s17', 'python-anneal-s17', 'python-long-s17']
+    assert not [name for name in names[3:] if name.startswith('python')]
 
 
 def test_constant_eta_min_is_where_the_first_stage_ended(spec, infinite):
@@ -442,10 +426,8 @@ def test_a_first_stage_has_no_optimizer_to_keep(infinite):
 
 
 def test_branches_within_several_passes_are_refused(infinite):
-    infinite['stages']['cpp'] |= {
-        'train_loader': {'dataset': {'max_passes': 2}},
-        'branches': {'x': {'t_anneal': '40ba'}},
-    }
+    passes = {'dataset': {'max_passes': 2}}
+    infinite['stages']['cpp'] |= {'train_loader': passes, 'branches': {'x': {'t_anneal': '40ba'}}}
     with pytest.raises(ValueError, match=r'stages\.cpp: max_passes=2'):
         runs_of(infinite)
 

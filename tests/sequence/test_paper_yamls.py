@@ -72,9 +72,7 @@ def test_a_dry_run_does_not_hide_what_is_wrong(monkeypatch, capsys):
 
 def test_training_does_not_start_with_what_is_not_seen(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['sequence.py', str(PAPERS['lawa_770m']), 'nproc=1'])
-    with pytest.raises(
-        SystemExit, match='was refused before training:.*openwebtext.*cannot be reached'.replace('.*', '(.|\n)*')
-    ):
+    with pytest.raises(SystemExit, match='refused before training:.*openwebtext.*cannot be'.replace('.*', '(.|\n)*')):
         sequence.main()
 
 

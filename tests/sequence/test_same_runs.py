@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from omegaconf import OmegaConf
 
 from cpt_algorithms.checkpoints.save_folder import checkpoint_name, latest_link
 from cpt_algorithms.files import write_json
@@ -36,8 +35,7 @@ def as_trained(run):
 
 
 def planned(spec, path='sequence.yaml'):
-    OmegaConf.save(OmegaConf.create(spec), path)
-    return tiny.planned(path)[1]
+    return tiny.planned(tiny.save(spec, path))[1]
 
 
 def refused(runs):
@@ -52,14 +50,11 @@ def spec(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ('old', 'new'):
         shutil.copytree(data[name], f'data/{name}')
-    spec = {
-        'name': 'test',
-        'folder': 'runs',
-        'data': {name: {'local': f'data/{name}'} for name in ('old', 'new')},
-        'stages': {'old': {'max_duration': '8ba'}, 'new': {'max_duration': '8ba'}},
-        'arms': {'A': {'old': LR, 'new': {'replay': {'fraction': 0.25}}}, 'B': {'old': LR}},
-        'common': tiny.sequence_common(tmp_path, data, scheduler={'name': 'rewarm_cosine', 't_warmup': '0.1dur'}),
-    }
+    spec = tiny.sequence_spec(
+        tmp_path, data, '8ba', folder='runs', data={name: {'local': f'data/{name}'} for name in ('old', 'new')},
+        arms={'A': {'old': LR, 'new': {'replay': {'fraction': 0.25}}}, 'B': {'old': LR}},
+        common=tiny.sequence_common(tmp_path, data, scheduler={'name': 'rewarm_cosine', 't_warmup': '0.1dur'}),
+    )  # fmt: skip
     for run in planned(spec):
         as_trained(run)
     return spec

@@ -17,7 +17,6 @@ from cpt_algorithms.replay import ReplayTextDataset
 from cpt_algorithms.replay.streams import StreamError
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Stage
-from cpt_algorithms.validation import ConfigError
 
 VOCAB = 280
 LONG = 10**30  # transformers' own value for no limit
@@ -73,14 +72,8 @@ def config(folder, roots, *evaluated, new='new', old=(), **over):
     return tiny.merge(tiny.config(folder, data, 'run', **base), over)
 
 
-def problems(cfg, **how):
-    with pytest.raises(ConfigError) as caught:
-        preflight(Stage.from_yaml(cfg), **how)
-    return caught.value.problems
-
-
 def only_problem(cfg, *said, **how):
-    found = problems(cfg, **how)
+    found = tiny.problems(cfg, **how)
     assert len(found) == 1, found
     assert '\n' not in found[0]
     for words in said:
@@ -150,7 +143,7 @@ def with_parent(cfg, parent, **how):
 
 
 def said_of_the_tokenizer(cfg):
-    return [problem for problem in problems(cfg) if 'the tokenizer of the parent' in problem]
+    return [problem for problem in tiny.problems(cfg) if 'the tokenizer of the parent' in problem]
 
 
 def test_a_tokenizer_that_is_not_the_parents(roots, tmp_path):
@@ -228,7 +221,7 @@ def test_hugging_face_models_too(roots, tmp_path):
     for name in ('neox', 'gpt2'):
         model = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(tmp_path / name), 'pretrained': False}
         cfg = {**config(tmp_path, roots), 'model': model}
-        found = problems(cfg)
+        found = tiny.problems(cfg)
         assert len(found) == 2, found
         assert 'more than the 279 of the model: set model.config_overrides.vocab_size to at least 280' in found[0]
         assert 'model.config_overrides.max_position_embeddings is 8; set it to 16' in found[1]
@@ -409,7 +402,7 @@ def test_held_out_by_another_fraction(roots, tmp_path):
 
 def test_all_at_once_and_a_manifest_that_is_cut_short(roots, tmp_path):
     cfg = config(tmp_path, roots, evaluator(roots['half']), evaluator(roots['new'], 'train'), old=['other'])
-    found = problems(tiny.merge(cfg, {'model': {'vocab_size': 100, 'max_seq_len': 8}}))
+    found = tiny.problems(tiny.merge(cfg, {'model': {'vocab_size': 100, 'max_seq_len': 8}}))
     assert len(found) == 6, found
     shutil.copytree(roots['new'] / 'new', tmp_path / 'new')
     (tmp_path / 'manifest.json').write_text('{"request": ')

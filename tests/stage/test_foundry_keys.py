@@ -272,19 +272,15 @@ def test_keys_that_are_taken_change_the_model(section, key, value):
     except ValueError as error:
         assert key in str(error)
     else:
-        assert (
-            key in ComposerMPTCausalLM(**{k: v for k, v in MPT.items() if k != 'name'}, tokenizer=None).config.to_dict()
-        )
+        model = ComposerMPTCausalLM(**{k: v for k, v in MPT.items() if k != 'name'}, tokenizer=None)
+        assert key in model.config.to_dict()
 
 
 @pytest.mark.parametrize(
     ('overrides', 'said'),
     [
         ({'rope_scaling': {'rope_type': 'linear', 'factr': 2.0}}, 'config_overrides.rope_scaling.factr'),
-        (
-            {'rope_scaling': {'type': 'dynamic', 'factor': 2.0, 'beta_fast': 32}},
-            'config_overrides.rope_scaling.beta_fast',
-        ),
+        ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0, 'beta_fast': 32}}, 'rope_scaling.beta_fast'),
         ({'sep_token_id': {'a': 1}}, 'config_overrides.sep_token_id'),
         ({'id2label': {'a': {'b': 1}}}, 'config_overrides.id2label.a'),
     ],

@@ -11,18 +11,11 @@ from cpt_algorithms.checkpoints.save_folder import repair
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.restart_checks import write_record
 from cpt_algorithms.stage.stage import KEEP_OPTIMIZER_IGNORE_KEYS, Stage
-from cpt_algorithms.validation import ConfigError
 
 
 def replay(data, fraction=0.05, **over):
     streams = {'old': {'local': str(data['old']), 'split': 'train'}}
     return {'dataset': {'replay': {'fraction': fraction, 'streams': streams, **over}}}
-
-
-def problems(cfg, world_size=1):
-    with pytest.raises(ConfigError) as caught:
-        preflight(Stage.from_yaml(cfg), world_size)
-    return caught.value.problems
 
 
 def test_a_good_yaml_passes(data, tmp_path):
@@ -96,7 +89,7 @@ BAD = {
 def test_bad_input_is_named(case, data, tmp_path):
     change, *named = BAD[case]
     cfg = tiny.merge(tiny.config(tmp_path, data, 'bad'), change)
-    found = problems(cfg, world_size=2)
+    found = tiny.problems(cfg, world_size=2)
     assert any(all(word in problem for word in named) for problem in found), found
     # one mistake is said once; of these YAMLs, two have a second: no parent, and rows that the model cannot read
     is_second = cfg.get('load_path') is not None and 'does not exist' not in found[0]
@@ -129,11 +122,11 @@ def test_a_model_that_is_no_folder_of_one(name, words, relative, folders, data, 
     monkeypatch.chdir(folders.parent)
     named = f'{folders.name}/{name}' if relative else str(folders / name)
     cfg = tiny.config(tmp_path, data, 'x', model={'name': 'hf_causal_lm', 'pretrained_model_name_or_path': named})
-    (found,) = problems(cfg)
+    (found,) = tiny.problems(cfg)
     assert found.startswith(f'model.pretrained_model_name_or_path={named}')
     assert all(word in found for word in words), found
     if name != 'empty':  # a tokenizer needs no configuration of a model
-        (found,) = problems(tiny.config(tmp_path, data, 'x', tokenizer={'name': named}))
+        (found,) = tiny.problems(tiny.config(tmp_path, data, 'x', tokenizer={'name': named}))
         assert found.startswith(f'tokenizer.name={named}'), found
 
 
@@ -142,7 +135,7 @@ def test_labels_by_which_results_cannot_be_told_apart_are_refused(labels, data, 
     loaders = [tiny.eval_loader(label, data['new']) for label in labels]
     assert any(
         'eval_loader' in each and 'label' in each
-        for each in problems(tiny.config(tmp_path, data, 'x', eval_loader=loaders))
+        for each in tiny.problems(tiny.config(tmp_path, data, 'x', eval_loader=loaders))
     )
 
 
@@ -156,11 +149,11 @@ def test_labels_by_which_results_cannot_be_told_apart_are_refused(labels, data, 
 )  # fmt: skip
 def test_bad_replay_is_named(loader, message, data, tmp_path):
     cfg = tiny.config(tmp_path, data, 'bad', max_duration='50ba', train_loader=replay(data, **loader))
-    assert any(message in problem for problem in problems(cfg))
+    assert any(message in problem for problem in tiny.problems(cfg))
 
 
 def test_several_problems_are_said_at_once(data, tmp_path):
-    found = problems(
+    found = tiny.problems(
         tiny.config(tmp_path, data, 'bad', callbacks={'stage_strat': {}}, optimizer={'lrr': 1}, save_overwrite=True)
     )
     assert len(found) == 3
@@ -169,7 +162,7 @@ def test_several_problems_are_said_at_once(data, tmp_path):
 def test_stock_loader_with_several_streams_is_refused(data, tmp_path):
     streams = {name: {'local': str(data[name]), 'split': 'train', 'proportion': 0.5} for name in ('new', 'old')}
     loader = {'name': 'text', 'drop_last': True, 'num_workers': 0, 'dataset': {'streams': streams, 'max_seq_len': 16}}
-    assert 'use name: replay_text' in problems(tiny.config(tmp_path, data, 'bad', train_loader=loader))[0]
+    assert 'use name: replay_text' in tiny.problems(tiny.config(tmp_path, data, 'bad', train_loader=loader))[0]
 
 
 def test_a_parent_of_another_shape_is_named(data, tmp_path):
@@ -178,9 +171,9 @@ def test_a_parent_of_another_shape_is_named(data, tmp_path):
     cfg = tiny.config(tmp_path, data, 'child', load_path=parent)
     preflight(Stage.from_yaml(cfg))
     wider = tiny.merge(cfg, {'model': {'d_model': 32}})
-    assert 'wte.weight is (256, 16) there and (256, 32) here' in problems(wider)[0]
+    assert 'wte.weight is (256, 16) there and (256, 32) here' in tiny.problems(wider)[0]
     deeper = tiny.merge(cfg, {'model': {'n_layers': 2}})
-    assert 'is missing there' in problems(deeper)[0]
+    assert 'is missing there' in tiny.problems(deeper)[0]
 
 
 def test_a_parent_with_a_malicious_pickle_is_refused(data, tmp_path):
@@ -189,7 +182,7 @@ def test_a_parent_with_a_malicious_pickle_is_refused(data, tmp_path):
             return (open, (str(tmp_path / 'owned'), 'w'))
 
     torch.save({'state': {'model': Evil()}}, tmp_path / 'evil.pt')
-    found = problems(tiny.config(tmp_path, data, 'child', load_path=str(tmp_path / 'evil.pt')))
+    found = tiny.problems(tiny.config(tmp_path, data, 'child', load_path=str(tmp_path / 'evil.pt')))
     assert 'evil.pt is not safe to read: it asks to import' in found[0]
     assert 'trust_checkpoint: true' in found[0]
     assert not (tmp_path / 'owned').exists()
@@ -199,12 +192,12 @@ def test_somebody_elses_checkpoints_are_not_taken_over(data, tmp_path):
     one = tiny.config(tmp_path, data, 'one', max_duration='2ba', scheduler={'t_max': '8ba'})
     tiny.run(one)
     cfg = tiny.config(tmp_path, data, 'two', save_folder=str(tmp_path / 'one'))
-    assert "holds the checkpoints of run 'one'" in problems(cfg)[0]
+    assert "holds the checkpoints of run 'one'" in tiny.problems(cfg)[0]
     write_record(Stage.from_yaml({**cfg, 'run_name': 'one', 'max_duration': '2ba', 'scheduler': one['scheduler']}))
-    assert "holds the checkpoints of run 'one', and run_name is 'two'" in problems(cfg)[0]
+    assert "holds the checkpoints of run 'one', and run_name is 'two'" in tiny.problems(cfg)[0]
     preflight(Stage.from_yaml(one))
     (tmp_path / 'one' / 'stage.json').write_text('{"run_name": "one"}')
-    assert 'stage.json' in problems(one)[0], 'it cannot be seen whether this is that run'
+    assert 'stage.json' in tiny.problems(one)[0], 'it cannot be seen whether this is that run'
 
 
 # what llm-foundry takes and a restart could not live with
@@ -223,7 +216,7 @@ NOT_TAKEN = {
 @pytest.mark.parametrize('case', NOT_TAKEN)
 def test_what_a_restart_could_not_live_with(case, data, tmp_path):
     change, *expected = NOT_TAKEN[case]
-    found = problems(tiny.config(tmp_path, data, 'run', **change))
+    found = tiny.problems(tiny.config(tmp_path, data, 'run', **change))
     assert len(found) == 1, found
     assert all(words in found[0] for words in expected), found
 
@@ -239,8 +232,8 @@ def test_epochs_are_as_long_as_the_data(data, tmp_path):
     for scheduler in ({'name': 'rewarm_cosine', 't_warmup': '49ba'}, infinite):
         preflight(Stage.from_yaml(tiny.config(tmp_path, data, 'run', max_duration='1ep', scheduler=scheduler)))
     too_long = tiny.config(tmp_path, data, 'run', max_duration='1ep', scheduler={**infinite, 't_warmup': '21ba'})
-    assert '51' in problems(too_long)[0]
-    assert '50' in problems(too_long)[0]
+    assert '51' in tiny.problems(too_long)[0]
+    assert '50' in tiny.problems(too_long)[0]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +244,7 @@ def test_a_parent_with_other_settings_of_the_same_shapes(changed, data, tmp_path
     cfg = tiny.config(tmp_path, data, 'child', load_path=str(tmp_path / 'parent' / 'latest-rank0.pt'))
     preflight(Stage.from_yaml(cfg))
     other = tiny.merge(cfg, {'model': {**changed, 'resid_pdrop': 0.1, 'init_config': {'name': 'neox_init_'}}})
-    (found,) = problems(other)
+    (found,) = tiny.problems(other)
     name = next(key if key != 'attn_config' else 'attn_config.clip_qkv' for key in changed)
     assert f'{name}: ' in found
     assert found.count(' -> ') == 1, 'dropout and initialisation are settings of training'
@@ -264,9 +257,9 @@ def test_a_folder_with_weights_of_any_name_is_not_begun_in(data, tmp_path):
     for name in ('step3', 'ba4/rank0.pt', 'ep0-ba4/rank0.pt', 'ep0-ba2-rank0.pt.old', 'model.safetensors'):
         (folder / name).parent.mkdir(parents=True)
         torch.save({'state': {}}, folder / name)
-        assert 'holds the checkpoints of a run that this recipe did not start' in problems(cfg)[0], name
+        assert 'holds the checkpoints of a run that this recipe did not start' in tiny.problems(cfg)[0], name
         write_record(Stage.from_yaml(cfg))
-        assert 'no whole checkpoint to go on from' in problems(cfg)[0], name
+        assert 'no whole checkpoint to go on from' in tiny.problems(cfg)[0], name
         repair(folder)
         assert (folder / name).exists(), 'nothing is deleted'
         shutil.rmtree(folder)

@@ -3,15 +3,12 @@
 
 import pytest
 import tiny
-from omegaconf import OmegaConf
 
 
 @pytest.mark.slow
 def test_fsdp2_on_cpu_averages_gradients(data, tmp_path):
-    OmegaConf.save(
-        OmegaConf.create(tiny.config(tmp_path, data, 'case', scheduler={'t_max': '8ba'})), tmp_path / 'case.yaml'
-    )
-    printed = tiny.launch(tiny.ROOT / 'tests' / 'stage' / 'silent_cases.py', tmp_path / 'case.yaml')
+    path = tiny.save(tiny.config(tmp_path, data, 'case', scheduler={'t_max': '8ba'}), tmp_path / 'case.yaml')
+    printed = tiny.launch(tiny.ROOT / 'tests' / 'stage' / 'silent_cases.py', path)
     assert 'gradients: ok' in printed, printed[-6000:]
 
 

@@ -7,18 +7,14 @@ import os
 import pytest
 import recorder
 import tiny
-from omegaconf import OmegaConf
 from streaming import StreamingDataset
 from transformers import AutoTokenizer
 
-RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
 SHARDED = {'fsdp_config': {'state_dict_type': 'sharded'}}
 
 
 def train(folder, cfg, expect=0):
-    path = folder / f'{cfg["run_name"]}.yaml'
-    OmegaConf.save(OmegaConf.create(cfg), path)
-    return tiny.launch(RECIPE, path, expect=expect)
+    return tiny.launch(tiny.RECIPE, tiny.save(cfg, folder / f'{cfg["run_name"]}.yaml'), expect=expect)
 
 
 def parent(folder, data):
@@ -54,8 +50,7 @@ def suite(folder):
         'metric_list': [{'metric': 'bits_per_byte', 'aggregation': 'bits_per_byte', 'higher_is_better': False}],
     }  # fmt: skip
     tasks = {'texts': {'task': task, 'num_fewshot': 0, 'metric': 'bits_per_byte'}}
-    OmegaConf.save(OmegaConf.create({'name': 'texts', 'tasks': tasks}), folder / 'suite.yaml')
-    return str(folder / 'suite.yaml')
+    return str(tiny.save({'name': 'texts', 'tasks': tasks}, folder / 'suite.yaml'))
 
 
 @pytest.mark.slow  # test_sharded_averages.py kills two ranks by default
@@ -67,7 +62,7 @@ def test_a_killed_stage_resumes_identically_from_a_sharded_parent(data, tmp_path
     evaluated = {'variables': {'lm_eval': suite(tmp_path)}}
     train(tmp_path, stage(tmp_path, data, 'straight', **tiny.merge(judged(data), evaluated)))
     killed = tiny.merge(stage(tmp_path, data, 'killed', **judged(data)), {'callbacks': {'recorder': {'kill_at': 5}}})
-    train(tmp_path, killed, expect='killed')
+    train(tmp_path, killed, expect=tiny.KILLED)
     assert (tmp_path / 'killed' / 'ep0-ba3' / '.metadata').exists()
     printed = train(tmp_path, tiny.merge(killed, {'callbacks': {'recorder': {'kill_at': None}}}))
     assert 'huggingface' in os.listdir(tmp_path / 'killed'), printed[-3000:]
@@ -110,9 +105,8 @@ def test_a_killed_stage_resumes_identically_from_a_sharded_parent(data, tmp_path
 
 def test_silent_failures_of_sharded_loads_cannot_happen(data, tmp_path):
     """Several runs in one launch; sharded_cases.py asserts on both ranks and prints a line for each case."""
-    for name, cfg in {'parent': parent(tmp_path, data), 'case': stage(tmp_path, data, 'case')}.items():
-        OmegaConf.save(OmegaConf.create(cfg), tmp_path / f'{name}.yaml')
-    cases = tiny.ROOT / 'tests' / 'stage' / 'sharded_cases.py'
-    printed = tiny.launch(cases, tmp_path / 'parent.yaml', tmp_path / 'case.yaml')
+    cfgs = {'parent': parent(tmp_path, data), 'case': stage(tmp_path, data, 'case')}
+    paths = [tiny.save(cfg, tmp_path / f'{name}.yaml') for name, cfg in cfgs.items()]
+    printed = tiny.launch(tiny.ROOT / 'tests' / 'stage' / 'sharded_cases.py', *paths)
     for case in ('kept optimizer', 'starred ignore', 'ignored optimizer', 'no autoresume', 'tensors in an algorithm'):
         assert f'{case}: ok' in printed, printed[-6000:]

@@ -25,11 +25,7 @@ def test_weights_one_half_life_apart():
     assert ema_weight(1, 4, 1e12) == pytest.approx(1 / 4, rel=1e-9)
 
 
-@given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=30),
-    st.floats(0.5, 200),
-    st.integers(0, 2**32 - 1),
-)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.floats(0.5, 200), st.integers(0, 2**32 - 1))
 def test_updates_add_up_to_the_definition(steps, half_life, seed):
     # a_n = sum_i (1 - 2^(-step_i/h)) 2^(-(time since i)/h) p_i / (1 - 2^(-total/h)), steps of any length
     values = torch.randn(len(steps), 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -23,10 +23,7 @@ from cpt_algorithms.weight_averaging.functional import window_weights
 from cpt_algorithms.weight_averaging.lawa import LAWA
 from cpt_algorithms.weight_averaging.local_shards import LocalShards
 
-AVERAGES = {
-    'ema': {'half_life': ['2ba', '192tok', '0.25dur'], 'interval': '1ba'},
-    'lawa': {'k': 3, 'interval': '2ba'},
-}
+AVERAGES = {'ema': {'half_life': ['2ba', '192tok', '0.25dur'], 'interval': '1ba'}, 'lawa': {'k': 3, 'interval': '2ba'}}
 # resolved: a batch has 128 tokens; a run has 8 batches
 HALF_LIVES = {'ema_2ba': 2.0, 'ema_192tok': 1.5, 'ema_0.25dur': 2.0}
 DROPOUT = {'resid_pdrop': 0.1, 'emb_pdrop': 0.1}

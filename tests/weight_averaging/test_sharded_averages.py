@@ -8,11 +8,8 @@ import pytest
 import recorder
 import tiny
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-RECIPE = tiny.ROOT / 'recipes' / 'continue_pretraining.py'
 
 
 def config(folder, data, name, **over):
@@ -30,11 +27,8 @@ def config(folder, data, name, **over):
 
 def train(*cfgs, expect=0, ranks=2):
     """One launch; the last may end in another way than the others."""
-    paths = [tiny.Path(cfg['save_folder']).with_suffix('.yaml') for cfg in cfgs]
-    for cfg, path in zip(cfgs, paths, strict=True):
-        OmegaConf.save(OmegaConf.create(cfg), path)
-    script = RECIPE if len(cfgs) == 1 else tiny.ROOT / 'tests' / 'stages_in_turn.py'
-    return tiny.launch(script, *paths, expect=expect, ranks=ranks)
+    paths = [tiny.save(cfg, tiny.Path(cfg['save_folder']).with_suffix('.yaml')) for cfg in cfgs]
+    return tiny.launch(tiny.ROOT / 'tests' / 'stages_in_turn.py', *paths, expect=expect, ranks=ranks)
 
 
 def weights(cfg, batch):
@@ -59,7 +53,7 @@ def runs(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('runs')
     straight = config(folder, data, 'straight')
     killed = config(folder, data, 'killed', callbacks={'recorder': {'kill_at': 5}})
-    train(straight, killed, expect='killed')
+    train(straight, killed, expect=tiny.KILLED)
     assert (folder / 'straight' / 'done.json').exists() and not (folder / 'killed' / 'done.json').exists()
     shutil.copytree(folder / 'killed', folder / 'elastic', symlinks=True)
     return folder, straight, killed
@@ -125,7 +119,7 @@ def test_resumed_on_four_ranks_the_averages_go_on_from_what_they_were(runs, data
 @pytest.mark.slow
 def test_mistakes_of_sharded_averaging_cannot_happen(data, tmp_path):
     """Several runs in one launch; averages_cases.py asserts on both ranks and prints a line for each case."""
-    OmegaConf.save(OmegaConf.create(config(tmp_path, data, 'case')), tmp_path / 'case.yaml')
-    printed = tiny.launch(tiny.ROOT / 'tests' / 'weight_averaging' / 'averages_cases.py', tmp_path / 'case.yaml')
+    path = tiny.save(config(tmp_path, data, 'case'), tmp_path / 'case.yaml')
+    printed = tiny.launch(tiny.ROOT / 'tests' / 'weight_averaging' / 'averages_cases.py', path)
     for case in ('local shards', 'no averages saved', 'full', 'gathered parameters', "Composer's EMA", 'DDP'):
         assert f'{case}: ok' in printed, printed[-6000:]
