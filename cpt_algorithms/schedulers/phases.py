@@ -67,11 +67,9 @@ def phases_of(
     Raises:
         ValueError: If the scheduler cannot be built, or its phases do not fit into the run.
     """
-    from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
-
-    scheduler = build(section)
+    scheduler: Any = build(section)
     in_unknown_epochs = dataloader_len is None and str(max_duration).endswith('ep')
-    if not isinstance(scheduler, PhaseScheduler) or in_unknown_epochs:
+    if not hasattr(scheduler, 'phases') or in_unknown_epochs:
         return None
     return scheduler.phases(max_duration, dataloader_len)
 
