@@ -308,9 +308,8 @@ def _train(stage: Stage) -> None:
     cfg['callbacks']['datasets_built'] = {}
     if os.environ.get('LOCAL_RANK', '0') == '0':
         take(DATASETS_LOCK, f'{stage.run_name}, building model and datasets')
-    logging.getLogger('cpt_algorithms.stage').setLevel(
-        logging.INFO
-    )  # what the first step used, at any python_log_level
+    # what the first step used, at any python_log_level
+    logging.getLogger('cpt_algorithms.stage').setLevel(logging.INFO)
     try:
         trainer = train(OmegaConf.create(cfg))
     finally:
@@ -321,6 +320,7 @@ def _train(stage: Stage) -> None:
         time = {'ep': now.epoch.value, 'ba': now.batch.value, 'sp': now.sample.value, 'tok': now.token.value}
         done = {'batch': time['ba'], 'time': time, 'max_duration': str(stage.max_duration), 'lm_eval': None}
         write_json(f'{folder}/done.json', done)
+        print(f'{stage.run_name}: finished at batch {time["ba"]}; checkpoints and export lie in {folder}')
         if suite:
             # their memory is wanted for the exported models
             for optimizer in trainer.state.optimizers:
