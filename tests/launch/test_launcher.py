@@ -208,7 +208,7 @@ def write(run, data, **over):
 def test_a_run_that_fails_says_so(slurm, run, data, wait):
     write(run, data, optimizer={'name': 'decoupled_adamw', 'lr': -1.0})
     assert wait(make_launcher(resources_of({'slurm': SLURM}), jobs=1)(RECIPE, run)) not in (0, None)
-    assert 'Invalid learning rate' in (run / 'log.txt').read_text()
+    assert 'was refused before training' in (run / 'log.txt').read_text()
     assert not (run / 'done.json').exists()
 
 
