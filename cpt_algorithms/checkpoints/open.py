@@ -192,7 +192,11 @@ def _read_hugging_face(path: Path) -> dict[str, TensorOnDisk]:
         raise CheckpointError(f'{path} is no safetensors index: {error!r}') from None
     if wrong := [name for name in places.values() if not isinstance(name, str) or Path(name).name != name]:
         raise CheckpointError(f'{path} names the file {wrong[0]!r}, which is not beside it')
-    files = {name: _read_safetensors(path.parent / name) for name in sorted(set(places.values()))}
+    files = {}
+    for name in sorted(set(places.values())):
+        if not os.path.isfile(path.parent / name):
+            raise CheckpointError(f'{path} names {name}, which is missing')
+        files[name] = _read_safetensors(path.parent / name)
     there = {(key, name) for name in files for key in files[name]}
     if unlike := sorted(there ^ set(places.items())):
         raise CheckpointError(f'{path} and {unlike[0][1]} do not agree on where {unlike[0][0]} is')
@@ -282,8 +286,9 @@ def _place_of(tensor: torch.Tensor) -> int | None:
 
 
 def _open_monolithic(path: Path) -> Checkpoint:
-    state = load_structure(path)['state']
-    if not isinstance(model := state.get('model'), dict):
+    loaded = _load_without_data(path, str(path))
+    state = loaded.get('state') if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not isinstance(model := state.get('model'), dict):
         raise CheckpointError(f'{path} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
     prefix = _prefix_of(model)
 

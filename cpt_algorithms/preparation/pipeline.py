@@ -98,7 +98,7 @@ def prepare(
     backend.write_text(tokenizer.backend_tokenizer.to_str(), encoding='utf-8')
 
     def jobs(parts: Iterable[Part]) -> Iterator[TokenizeJob]:
-        around, val_fraction, near = (ends.start, ends.end), request.val_fraction, request.near_duplicates
+        around, val_fraction, near = ends, request.val_fraction, request.near_duplicates
         for part in parts:
             yield TokenizeJob(part, str(backend), tokenizer_hash, around, val_fraction, near, str(work / 'parts'))
 
@@ -117,8 +117,8 @@ def prepare(
         vocab_size=len(tokenizer),
         eos_token=tokenizer.eos_token,
         eos_token_id=tokenizer.eos_token_id,
-        document_start=tokenizer.convert_ids_to_tokens(ends.start),
-        document_end=tokenizer.convert_ids_to_tokens(ends.end),
+        document_start=tokenizer.convert_ids_to_tokens(ends[0]),
+        document_end=tokenizer.convert_ids_to_tokens(ends[1]),
         hash=tokenizer_hash,
         files=sorted(file.name for file in (result / 'tokenizer').iterdir()),
     )

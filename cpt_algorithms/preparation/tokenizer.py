@@ -19,7 +19,6 @@ from cpt_algorithms.validation import nearest
 
 __all__ = [
     'EOS',
-    'Ends',
     'Parent',
     'document_ends',
     'find_parent',
@@ -82,15 +81,9 @@ def _around(post_processor: Any) -> tuple[list[int], list[int]]:
     return encoding.ids[:text], encoding.ids[text + 1 :]
 
 
-@dataclass(frozen=True)
-class Ends:
-    """The tokens put before and behind each document."""
-
-    start: list[int]
-    end: list[int]
-
-
-def document_ends(tokenizer: HFTokenizer, bos_text: str | None = None, eos_text: str | None = None) -> Ends:
+def document_ends(
+    tokenizer: HFTokenizer, bos_text: str | None = None, eos_text: str | None = None
+) -> tuple[list[int], list[int]]:
     """The tokens put before and behind each document.
 
     By default what the tokenizer itself puts before and behind a text when it is called, and behind that EOS, unless
@@ -109,7 +102,7 @@ def document_ends(tokenizer: HFTokenizer, bos_text: str | None = None, eos_text:
         end = [*end, tokenizer.eos_token_id]
     if not end:
         raise PrepareError('the tokenizer has no EOS token to put between documents; name one with --eos-text')
-    return Ends(start, end)
+    return start, end
 
 
 def _token(tokenizer: HFTokenizer, flag: str, text: str) -> list[int]:
@@ -249,31 +242,24 @@ def find_tokenizer(
             hashes[label] = hash_tokenizer(saved)
     if not given:
         return None
-    first = next(iter(given))
+    first, tokenizer = next(iter(given.items()))
     for label, found in hashes.items():
         if found != hashes[first]:
             raise PrepareError(
                 f'{first} and {label} have different tokenizers (hashes {hashes[first]}, {found}); tokens of one mean '
                 "nothing to a model trained with the other: use the parent model's"
             )
-    if parent and len(given[first]) > parent.vocab_size:
+    if parent and len(tokenizer) > parent.vocab_size:
         raise PrepareError(
-            f'{first}: its vocabulary of {len(given[first])} is larger than that of --parent {parent.name}, '
+            f'{first}: its vocabulary of {len(tokenizer)} is larger than that of --parent {parent.name}, '
             f'{parent.vocab_size}'
         )
-    _check_ends(given[first], document_ends(given[first], bos_text, eos_text), parent, earlier, eos_text is None)
-    return given[first]
-
-
-def _check_ends(
-    tokenizer: HFTokenizer, ends: Ends, parent: Parent | None, earlier: Sequence[Earlier], check_parent: bool
-) -> None:
-    start, end = (tokenizer.convert_ids_to_tokens(ids) for ids in (ends.start, ends.end))
-    stops = parent.stops if parent and check_parent else {}
-    if stops and not any(ends.end[-1] in ids for ids in stops.values()):
-        said = ' and '.join(f'{tokenizer.convert_ids_to_tokens(ids)} ({file})' for file, ids in stops.items())
+    ends = document_ends(tokenizer, bos_text, eos_text)
+    start, end = map(tokenizer.convert_ids_to_tokens, ends)
+    if parent and parent.stops and eos_text is None and not any(ends[1][-1] in ids for ids in parent.stops.values()):
+        said = ' and '.join(f'{tokenizer.convert_ids_to_tokens(ids)} ({file})' for file, ids in parent.stops.items())
         raise PrepareError(
-            f'documents would end with {end[-1]!r}, the EOS of the tokenizer, and --parent {parent and parent.name} '
+            f'documents would end with {end[-1]!r}, the EOS of the tokenizer, and --parent {parent.name} '
             f'stops at {said}: it would unlearn to stop; choose one of these tokens with --eos-text'
         )
     for data in earlier:
@@ -284,3 +270,4 @@ def _check_ends(
                 f'with {record.document_start} and end with {record.document_end}: choose the same with --bos-text, '
                 '--eos-text'
             )
+    return tokenizer

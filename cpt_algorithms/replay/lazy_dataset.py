@@ -51,9 +51,7 @@ class LazyStreamingDataset(StreamingDataset):
     Args:
         streams: Where the data lies.
         batch_size: Samples per rank and batch.
-        shuffle: Only said in the state dict, as are its seed and block size.
-        shuffle_seed: See there.
-        shuffle_block_size: See there.
+        shuffle: Only said in the state dict, as are ``shuffle_seed`` and ``shuffle_block_size``.
         cache_limit: Most bytes of the cache; least recently used shards are evicted first. Data without a ``remote``
             is never evicted and does not count. Default: ``None``, nothing is evicted.
         predownload: Samples each worker downloads ahead. Default: ``None``, 8 batches.

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpt_algorithms.preparation import duplicates
 from cpt_algorithms.preparation.duplicates import (
     NearDuplicates,
     digests,
@@ -53,6 +54,14 @@ def saved(folder, name, tables):
 
 def parts_of(table, cuts):
     return [table[start:stop] for start, stop in pairwise([0, *sorted(cuts), len(table)])]
+
+
+@given(st.text(st.sampled_from(' \n\raΣσe\u0301\u200b漢'), max_size=40), st.integers(1, 5))
+def test_windows_of_a_text_do_not_matter(text, size):
+    expected = digests([text]).tolist(), list(shingles(text, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, '_WINDOW', size)
+        assert (digests([text]).tolist(), list(shingles(text, 2))) == expected
 
 
 def find_first(folder, parts, earlier=(), max_bytes=1 << 29):
