@@ -32,8 +32,11 @@ LONGEST_FIRST = (
     'test_sequence',
     'test_two_ranks',
     'test_lr_on_load',
+    'test_estimate',
     'test_streams',
     'test_fuzz',
+    'test_report',
+    'test_continue_pretraining',
     'test_hf_models',
     'test_lm_eval',
     'test_average_checkpoints',
@@ -43,7 +46,8 @@ LONGEST_FIRST = (
     'test_forgetting',
     'test_done',
     'test_consumed',
-    'test_continue_pretraining',
+    'test_fork_server',
+    'test_comparable',
 )
 # Ends with its parent, which holds the other end of stdin.
 S3_SERVER = """
