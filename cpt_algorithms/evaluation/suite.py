@@ -59,9 +59,9 @@ class SuiteTask(Section):
 
     @staticmethod
     def is_there(name: str) -> bool:
-        """Whether there is one of ``data_files``."""
+        """Whether one of ``data_files`` is there: a file, what a pattern matches, or a folder that holds something."""
         path = Path(name).expanduser()
-        return path.exists() or bool(glob.glob(str(path), recursive=True))
+        return any(path.iterdir()) if path.is_dir() else bool(glob.glob(str(path), recursive=True))
 
 
 class Suite(Section):
