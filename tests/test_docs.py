@@ -108,14 +108,14 @@ def test_speeds_are_those_of_the_kept_results(monkeypatch):
 def test_registered_names_are_those_the_readme_lists():
     ours = {
         point.name
-        for group in ('schedulers', 'callbacks', 'dataloaders')
+        for group in ('schedulers', 'callbacks', 'callbacks_with_config', 'dataloaders')
         for point in entry_points(group=f'llmfoundry_{group}')
         if point.value.startswith('cpt_algorithms')
     }
     table = PAGES[0].read_text().split('| part | YAML name |')[1].split('\n\n')[0]
     cells = ' '.join(line.split('|')[2] for line in table.splitlines() if '](' in line)
     assert ours == set(re.findall(r'`(\w+)`', cells))
-    for kind in (registry.schedulers, registry.callbacks, registry.dataloaders):
+    for kind in (registry.schedulers, registry.callbacks, registry.callbacks_with_config, registry.dataloaders):
         built_in = {name for name in kind.get_all() if name not in kind.get_entry_points()}
         assert not ours & built_in, 'an entry point would silently replace a built-in of LLM Foundry'
 
