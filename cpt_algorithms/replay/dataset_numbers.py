@@ -2,6 +2,7 @@
 """The numbers by which Streaming tells the datasets of a machine apart in shared memory."""
 
 import os
+import time
 from collections.abc import Iterator
 from itertools import count
 from multiprocessing import resource_tracker
@@ -11,10 +12,12 @@ from typing import Any
 
 from composer.utils import dist
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
-from streaming.base.shared import prefix
+from streaming.base.shared import memory, prefix
 
 __all__ = ['unique_shm_prefixes']
 
+# until when a rank that is creating shared memory must have given it a size
+PATIENCE = 60.0
 LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
 
 
@@ -26,7 +29,10 @@ def unique_shm_prefixes() -> None:
     * A number is free only when no memory under it exists. Streaming checks each kind of memory by itself: while the
       memory of a killed run is being removed, its number can be reused before its position is gone. The new dataset
       then starts at that position, and silently evaluates a part of the data.
+    * Memory that another rank is creating has a name before it has a size. Streaming waits 7 ms for that; on a busy
+      machine, "cannot mmap an empty file" ends the run. Here it is waited for.
     """
+    memory.BuiltinSharedMemory = _SizedMemory  # pyright: ignore[reportPrivateImportUsage]
     if prefix._each_prefix_int is not _free_numbers:
         prefix._each_prefix_int = _free_numbers
         find = prefix._check_and_find_retrying
@@ -38,6 +44,20 @@ def unique_shm_prefixes() -> None:
             return dist.all_gather_object(found)[dist.get_global_rank() - dist.get_local_rank()]
 
         prefix._check_and_find_retrying = find_the_leaders
+
+
+class _SizedMemory(SharedMemory):
+    def __init__(self, name: str | None = None, create: bool = False, size: int = 0) -> None:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                super().__init__(name, create, size)
+                return
+            except ValueError:
+                self.close()
+                if create or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
 
 
 def _free_numbers() -> Iterator[int]:

@@ -254,13 +254,14 @@ class LazyStreamingDataset(StreamingDataset):
         it.on_exit()
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Resume where a state was saved. Called on every rank, before workers start."""
+        """Resume where a state was saved. Called on every rank, before workers start.
+
+        Streaming keeps it in shared memory, under a name that an earlier dataset may have used: when that one is
+        cleaned up, the epoch would silently restart at its first sample.
+        """
         self._resume_state = obj
-        super().load_state_dict(obj)
 
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:
-        # Streaming keeps the state in shared memory under a name that an earlier dataset may have used. When that one
-        # is cleaned up, the state is lost, and the epoch would silently restart at its first sample.
         state = self._resume_state
         if state is None:
             return super()._resume(world, epoch)

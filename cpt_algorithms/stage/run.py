@@ -309,7 +309,8 @@ def _train(stage: Stage) -> None:
     if os.environ.get('LOCAL_RANK', '0') == '0':
         take(DATASETS_LOCK, f'{stage.run_name}, building model and datasets')
     # what the first step used, at any python_log_level
-    logging.getLogger('cpt_algorithms.stage').setLevel(logging.INFO)
+    logging.getLogger('cpt_algorithms').setLevel(logging.INFO)
+    logging.getLogger('cpt_algorithms.schedulers').setLevel(logging.WARNING)  # the phases have been printed
     try:
         trainer = train(OmegaConf.create(cfg))
     finally:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.checkpoints.guard import guard_loading
-from cpt_algorithms.checkpoints.save_folder import newest_complete, weights_in
+from cpt_algorithms.checkpoints.save_folder import weights_in
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.replay.labels import label_every_token_of
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
@@ -97,6 +97,7 @@ class StageStart(Callback):
         self.trust_checkpoint = trust_checkpoint
         self._hyperparameters: list[list[dict[str, Any]]] = []
         self._yaml = train_config
+        self._stage: Stage | None = None
         self._loaded: str | None = None
         self._state: State | None = None
         self._checked = False
@@ -122,9 +123,9 @@ class StageStart(Callback):
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Compare this run with the one in its folder; note what the YAML says of every parameter group."""
-        stage = self._stage()
-        if stage is not None:
-            _on_rank_zero(partial(_keep_record, stage))
+        self._stage = self._read_yaml()
+        if self._stage is not None:
+            _on_rank_zero(partial(_refuse_another_run, self._stage))
         label_every_token_of(state)
         self._hyperparameters = [
             [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
@@ -142,12 +143,14 @@ class StageStart(Callback):
             raise ValueError(
                 'callbacks.stage_start.optimizer_state is keep, but there is no load_path to keep one from'
             )
+        if self._stage is not None:
+            _on_rank_zero(partial(_keep_record, self._stage, state.timestamp.batch.value > 0))
         for scheduler in state.schedulers:
             # torch's LambdaLR; a sharded load with the wrong load_ignore_keys leaves this list empty
             scheduler.base_lrs = [group['initial_lr'] for group in scheduler.optimizer.param_groups]
 
-    def _stage(self) -> Stage | None:
-        """The YAML, read; None under the recipe, which has compared it before and wrote the record."""
+    def _read_yaml(self) -> Stage | None:
+        """The YAML as a stage; None under the recipe, which has compared it before and wrote the record."""
         if self._yaml is None or 'datasets_built' in self._yaml['callbacks']:
             return None
         given = {key: value for key, value in self._yaml.items() if key in YAML_KEYS and value is not None}
@@ -257,15 +260,19 @@ def _train_dataset(state: State) -> Any:
     return getattr(state.train_dataloader, 'dataset', None)
 
 
-def _keep_record(stage: Stage) -> None:
-    """Refuse a restart of another run than was begun in the folder; otherwise write what this one is."""
+def _refuse_another_run(stage: Stage) -> None:
     before = read_record(stage.folder)
     if before is not None and None in (before.config.fsdp_config, stage.fsdp_config):
         # which llm-foundry drops on one process
         stage = stage.but(fsdp_config=before.config.given.get('fsdp_config'))
     if problem := restart_problem(stage):
         raise ValueError(problem)
-    write_record(stage, resumes=newest_complete(stage.folder)[0] > 0)
+
+
+def _keep_record(stage: Stage, resumes: bool) -> None:
+    before = read_record(stage.folder)
+    if before is None or not resumes or before.config.max_duration != stage.max_duration:  # which may be extended
+        write_record(stage, resumes)
 
 
 def _on_rank_zero(do: Callable[[], object]) -> None:

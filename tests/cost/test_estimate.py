@@ -366,7 +366,6 @@ def test_an_automatic_microbatch_is_the_largest_that_fits():
     [
         ({}, 7, 'global_train_batch_size=1104'),
         ({'max_duration': '1ep'}, 8, 'max_duration=1ep'),
-        ({'save_interval': '0ba'}, 8, 'save_interval=0ba'),
         ({'tp_config': {'strategy': 'ffn'}}, 8, 'tp_config'),
         ({'optimizer': {'name': 'adamw_of_mine'}}, 8, "optimizer='adamw_of_mine'"),
         ({'model': {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': 'nowhere'}}, 8, 'model'),

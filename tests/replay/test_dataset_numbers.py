@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets have no part in what a killed run has left in shared memory under their number."""
 
+import _posixshmem
 import json
 import mmap
+import os
+import threading
 from itertools import count
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
@@ -11,7 +14,7 @@ from secrets import randbelow
 import pytest
 from streaming import StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, RESUME
-from streaming.base.shared import prefix
+from streaming.base.shared import memory, prefix
 
 from cpt_algorithms.replay import dataset_numbers
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
@@ -36,12 +39,12 @@ def leftover(monkeypatch):
         ).encode(),
     }
     made = [SharedMemory(name, create=True, size=mmap.PAGESIZE) for name in shared]
-    for memory, value in zip(made, shared.values(), strict=True):
-        memory.buf[: len(value)] = value
+    for shared_memory, value in zip(made, shared.values(), strict=True):
+        shared_memory.buf[: len(value)] = value
     yield number
-    for memory in made:
-        memory.close()
-        memory.unlink()
+    for shared_memory in made:
+        shared_memory.close()
+        shared_memory.unlink()
 
 
 def test_stock_evaluates_a_part_of_the_data_without_an_error(data, leftover):
@@ -76,3 +79,20 @@ def test_what_a_thousand_killed_runs_left_costs_nothing(tmp_path, monkeypatch):
         (tmp_path / prefix._get_path(number, BARRIER_FILELOCK if number % 2 else CACHE_FILELOCK)).touch()
     assert next(dataset_numbers._free_numbers()) == 1000
     assert set(asked) == {1000}
+
+
+def test_memory_that_another_rank_has_not_sized_yet_is_waited_for():
+    unique_shm_prefixes()
+    name = f'sized_later_{os.getpid()}'
+    file = _posixshmem.shm_open(f'/{name}', os.O_CREAT | os.O_RDWR, mode=0o600)
+    later = threading.Timer(0.3, os.ftruncate, (file, 4096))
+    later.start()
+    try:
+        found = memory.SharedMemory(name=name, size=4096)  # at once, stock: cannot mmap an empty file
+        found.buf[:2] = b'ok'
+        assert os.pread(file, 2, 0) == b'ok'
+        found.shm.close()
+    finally:
+        later.join()
+        _posixshmem.shm_unlink(f'/{name}')
+        os.close(file)

@@ -193,10 +193,14 @@ def test_real_ranks_read_the_same_global_batches_with_replay_spread_over_them(da
     ]
     for process in ranks:
         process.start()
-    by_rank = dict(queue.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
+    try:
+        by_rank = dict(queue.get(timeout=120) for _ in ranks)
+        for process in ranks:
+            process.join(60)
+            assert process.exitcode == 0
+    finally:
+        for process in ranks:
+            process.kill()
     merged = [[row for rank in range(num_ranks) for row in by_rank[rank][b]] for b in range(len(by_rank[0]))]
     assert merged == expected
     replayed = [sum(d == OLD for batch in by_rank[rank] for d, _ in batch) for rank in range(num_ranks)]

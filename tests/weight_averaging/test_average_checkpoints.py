@@ -254,7 +254,7 @@ def llama(folder: Path) -> dict:
             'init_device': 'cpu', 'use_flash_attention_2': False, 'use_train_metrics': False}  # fmt: skip
 
 
-NOTHING_LEARNED = {'name': 'decoupled_adamw', 'lr': 0.0, 'betas': [0.9, 0.95], 'weight_decay': 0.0}
+NOTHING_LEARNED = {'name': 'decoupled_adamw', 'lr': 1e-30, 'betas': [0.9, 0.95], 'weight_decay': 0.0}
 
 
 @pytest.fixture(scope='module')
