@@ -40,7 +40,7 @@ def write(spec, folder, name='sequence.yaml'):
 def run(monkeypatch, capsys):
     """The recipe in this process, which has imported everything already; its runs have processes of their own."""
     before, preload = signal.getsignal(signal.SIGTERM), forkserver.set_forkserver_preload
-    forkserver._forkserver._stop()  # of another test file
+    tiny.stop_fork_server()  # of another test file
     monkeypatch.setattr(BaseContext, 'set_forkserver_preload', lambda self, names: preload([*names, 'tiny']))
 
     def run(path, *arguments):

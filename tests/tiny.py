@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import EntryPoint
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +292,11 @@ def launch(script: Path, *arguments: object, expect: int = 0, ranks: int = 2) ->
     assert [int(code) for code in crashed] == [expect] * (expect != 0), printed[-6000:]
     assert (done.returncode == 0) == (expect == 0), printed[-6000:]
     return printed
+
+
+def stop_fork_server() -> None:
+    """End this process's fork server, whoever else holds its pipe: processes that other tests have forked may."""
+    pid = forkserver._forkserver._forkserver_pid
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+    forkserver._forkserver._stop()

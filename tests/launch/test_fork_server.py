@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 
 import pytest
 import tiny
@@ -42,16 +41,9 @@ pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere every
 @pytest.fixture(autouse=True)
 def server_of_its_own():
     """A process has one fork server, whose environment is that of its start."""
-    stop_the_server()
+    tiny.stop_fork_server()
     yield
-    stop_the_server()
-
-
-def stop_the_server():
-    pid = forkserver._forkserver._forkserver_pid
-    if pid is not None:  # it ends when its pipe is closed, of which processes that other tests forked may hold a copy
-        os.kill(pid, signal.SIGKILL)
-    forkserver._forkserver._stop()
+    tiny.stop_fork_server()
 
 
 @pytest.fixture
