@@ -179,8 +179,10 @@ def _read_jsonl(unit: Unit, text_key: str, encoding: str | None) -> Rows:
             row = _parse(file, at - len(line), line, text_key, encoding)
             del line  # may be long, and the caller works on its text meanwhile
             if isinstance(row, BrokenRow):
+                if what := what_is(file):  # no line of it is text
+                    raise BrokenRow(what)
                 first = _lines_before(file, begin) if first is None else first
-                row = BrokenRow(f'{file}, line {first + number}: {what_is(file) or row}')
+                row = BrokenRow(f'{file}, line {first + number}: {row}')
             yield row
 
 

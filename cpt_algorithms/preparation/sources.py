@@ -155,9 +155,9 @@ def in_chunks(texts: Iterable[str], num_characters: int) -> Iterator[list[str]]:
         yield chunk
 
 
-def hash_order(names: Iterable[str]) -> list[str]:
-    """Sort file names by the hash of the name: fixed, and the first few come from everywhere."""
-    return sorted(names, key=lambda name: (hashlib.blake2b(os.fsencode(name)).digest(), name))
+def hash_order(root: str, names: Iterable[str]) -> list[str]:
+    """Sort files by the hash of their path below a folder: fixed wherever that is; the first come from everywhere."""
+    return sorted(names, key=lambda name: hashlib.blake2b(os.fsencode(os.path.relpath(name, root))).digest())
 
 
 def hf_arguments(target: str) -> dict[str, str]:
@@ -210,12 +210,12 @@ def find_files(source: Source) -> list[str]:
             names = []
             for folder, subfolders, leaves in os.walk(root):
                 subfolders[:] = [name for name in subfolders if name not in PRUNED]
-                prefix = os.path.relpath(folder, root)
-                names += [name for leaf in leaves if wanted(name := os.path.join(prefix, leaf))]
-            files += [os.path.join(root, name) for name in hash_order(names)]
+                names += [name for leaf in leaves if wanted(name := os.path.join(folder, leaf))]
+            files += hash_order(root, names)
     else:
         names = [name for name in glob.glob(source.target, recursive=True) if os.path.isfile(name)]
-        files = hash_order(names) if source.kind == 'text' else sorted(names)
+        root = os.path.dirname(re.split(r'[*?[]', source.target)[0])
+        files = hash_order(root or '.', names) if source.kind == 'text' else sorted(names)
     if not files:
         raise PrepareError(f'{source.label}: no file found for {source.kind}:{source.target}')
     return files

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions of a preparation that need no file: packing, selection, chunks, items of tasks."""
 
+from pathlib import Path
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,9 +92,22 @@ def test_chunks_keep_every_text_in_order(texts, size):
     assert all(sum(map(len, chunk[:-1])) < size for chunk in chunks)
 
 
-def test_hash_order_depends_on_names_only():
+def test_hash_order_depends_on_names_below_the_folder_only():
     names = [f'package/{number}.py' for number in range(50)]
-    assert sources.hash_order(names) == sources.hash_order(reversed(names)) != names
+    ordered = sources.hash_order('', names)
+    assert ordered == sources.hash_order('.', reversed(names)) != names
+    assert [f'/a/{name}' for name in ordered] == sources.hash_order('/a', [f'/a/{name}' for name in names])
+
+
+def test_the_order_of_texts_is_the_same_wherever_they_lie(tmp_path):
+    found = []
+    for folder in (tmp_path / 'here', tmp_path / 'moved' / 'there'):
+        (folder / 'sub').mkdir(parents=True)
+        for number in range(40):
+            (folder / ('sub' if number % 3 else '.') / f'{number}.txt').write_text('a')
+        (source,) = sources.parse_sources([f'x=text:{folder}/**/*.txt'])
+        found.append([Path(file).relative_to(folder) for file in sources.find_files(source)])
+    assert found[0] == found[1] != sorted(found[0]) and len(found[0]) == 40
 
 
 def test_hf_arguments():

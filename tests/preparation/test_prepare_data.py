@@ -437,12 +437,16 @@ def kill_at(moment, patched, arguments):
 def test_killed_at_any_moment_it_goes_on(small_parts, three_sources, tmp_path, monkeypatch):
     """Kills the script before and after things get their names: parts, shards, their places."""
     specs, _ = three_sources
-    manifest = prepare(tmp_path / 'whole', *specs)
+    rename, renamed = Path.rename, []
+    with monkeypatch.context() as counting:
+        counting.setattr(Path, 'rename', lambda file, target: renamed.append(file) or rename(file, target))
+        manifest = prepare(tmp_path / 'whole', *specs)
     num_parts = sum(dataset['parts'] for dataset in manifest['datasets'].values())
     expected = every_byte(tmp_path / 'whole')
     read, reads = sources.read, []
     options = [*SMALL, *specs]
-    for moment in (3, 75, 201, 230):
+    last = 2 * len(renamed)
+    for moment in (3, last // 3, last - 29, last):
         out = tmp_path / f'killed-{moment}'
         partial = tmp_path / f'.killed-{moment}.partial'
         kill_at(moment, (Path, 'rename'), ['--out', str(out), *options])

@@ -207,7 +207,7 @@ def test_callback_order_survives_llm_foundry(caplog: pytest.LogCaptureFixture) -
     _sort_callbacks(run)
     others: Iterator[Callback] = (c for c in run.state.callbacks if isinstance(c, (LRMonitor, Steps)))
     assert all(run.state.callbacks.index(scheduler) < run.state.callbacks.index(c) for c in others)
-    with caplog.at_level(logging.INFO, logger='cpt_algorithms'):
+    with caplog.at_level(logging.INFO, logger='cpt_algorithms.schedulers'):
         run.fit()
     assert len(steps.lrs) == 4
     assert 'RewarmCosineScheduler, multipliers of the learning rate:' in caplog.text
