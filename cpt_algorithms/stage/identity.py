@@ -10,17 +10,21 @@ import hashlib
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmfoundry import registry
+from llmfoundry.data.text_data import StreamingTextDataset
+from llmfoundry.models import ComposerMPTCausalLM, MPTConfig
+from llmfoundry.models.utils.config_defaults import attn_config_defaults, ffn_config_defaults, init_config_defaults
 from llmfoundry.utils.config_utils import TrainConfig
 
 from cpt_algorithms.checkpoints.exports import folder_of_pretrained
 from cpt_algorithms.checkpoints.save_folder import resolve_latest
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.files import StorageError, fetch, is_remote, read_json
+from cpt_algorithms.preparation.tokenizer import hash_tokenizer
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
@@ -29,7 +33,7 @@ from cpt_algorithms.stage.record import StageRecord
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import differences
 
-__all__ = ['MAY_DIFFER', 'OBSERVERS', 'changes', 'contents_of', 'digest_of', 'places_of', 'results_of']
+__all__ = ['MAY_DIFFER', 'OBSERVERS', 'changes', 'contents_of', 'places_of', 'results_of']
 
 MAY_DIFFER = {
     # names and places
@@ -57,11 +61,13 @@ _DOWNLOADS = {
     'local', 'remote', 'download_retry', 'download_timeout', 'validate_hash', 'keep_zip', 'cache_limit', 'predownload',
     'allow_unsafe_types',
 }  # fmt: skip
+_OF_THE_MACHINE = ('init_device', 'attn_impl', 'attn_implementation', 'use_flash_attention_2')
 _PARENTS = ('load_path', 'only_seen_by', 'resume_after')
 _CALLBACKS = (registry.callbacks, registry.callbacks_with_config)
 _PACKAGES = ('composer', 'llmfoundry', 'cpt_algorithms')
 _ENDS = 2**16
 INDEX = 'index.json'
+MODEL = 'model.pretrained_model_name_or_path'
 
 
 def changes(record: StageRecord, stage: Stage) -> list[str]:
@@ -95,29 +101,56 @@ def _said(place: str | None, content: str | None) -> str:
 def contents_of(stage: Stage) -> dict[str, str]:
     """What lies behind the paths of a YAML that its results follow from, by key; what cannot be read is left out.
 
-    Cost: 128 KiB of each file of a parent, the index of each stream.
+    Of a dataset, the digest of its index. Of a tokenizer, what it makes of text. Of a Hugging Face model, its
+    configuration and code, and its weights if they are read. Of other files here, their sizes, beginnings and ends (a
+    checkpoint of Composer ends with the checksums of everything in it); in object storage, the run that wrote it and
+    its name.
+
+    Cost: 128 KiB of each file of a parent, a tokenizer's ``tokenizer.json``, the index of each stream.
     """
-    found = {key: digest_of(place) for key, place in places_of(stage).items()}
-    return {key: digest for key, digest in found.items() if digest}
+    found = {}
+    for key, place in places_of(stage).items():
+        try:
+            if key == 'tokenizer.name':
+                digest = _tokenizer_digest(folder_of_pretrained(place))
+            elif key == MODEL:
+                digest = _model_digest(folder_of_pretrained(place), stage.pretrained_model is not None)
+            else:
+                digest = _remote_digest(place.rstrip('/')) if is_remote(place) else _local_digest(Path(place))
+        except (OSError, ValueError, StorageError, AttributeError):
+            continue
+        if digest:
+            found[key] = digest
+    return found
 
 
-def digest_of(place: str) -> str | None:
-    """What tells a checkpoint, model, tokenizer or dataset from another of the same name; None if it is not there.
-
-    Of a dataset, the digest of its index. Of other files here, their sizes, beginnings and ends (a checkpoint of
-    Composer ends with the checksums of everything in it); in object storage, the run that wrote it and its name.
-    """
+def _tokenizer_digest(folder: Path) -> str | None:
     try:
-        if is_remote(place):
-            return _remote_digest(place.rstrip('/'))
-        path = Path(place)
-        if path.name == INDEX:
-            return ShardIndex.read(path).digest
-        path = path if path.exists() else folder_of_pretrained(place)
-        files = {file.name: file for file in path.iterdir() if file.is_file()} if path.is_dir() else {'': path}
-        return _digest(dict(sorted(files.items())))
-    except (OSError, ValueError, StorageError, AttributeError):
-        return None
+        pad = (read_json(folder / 'tokenizer_config.json') or {}).get('pad_token')  # is no label where rows are padded
+        return f'{hash_tokenizer(folder)} {pad}'
+    except ValueError:  # it has no fast form
+        files = sorted(file for kind in ('*.json', '*.model', '*.txt') for file in folder.glob(kind))
+        return _digest({file.name: file for file in files})
+
+
+def _model_digest(folder: Path, with_weights: bool) -> str | None:
+    files = [folder / 'config.json', *folder.glob('*.py')]
+    if with_weights:
+        # transformers reads the others only where there are none of the first
+        weights = list(folder.glob('model*.safetensors')) or list(folder.glob('pytorch_model*.bin'))
+        indexes = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
+        index = next((index for name in indexes if (index := read_json(folder / name))), {'weight_map': {}})
+        if not weights or not all((folder / name).exists() for name in index['weight_map'].values()):
+            return None  # not downloaded yet
+        files += weights
+    return _digest({file.name: file for file in sorted(files)})
+
+
+def _local_digest(path: Path) -> str | None:
+    if path.name == INDEX:
+        return ShardIndex.read(path).digest
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    return _digest({file.name if path.is_dir() else '': file for file in files})
 
 
 def _remote_digest(uri: str) -> str | None:
@@ -145,7 +178,7 @@ def _digest(files: Mapping[str, Path]) -> str | None:
 def places_of(stage: Stage) -> dict[str, str]:
     """The paths of a YAML that its results follow from, by key."""
     found = {'tokenizer.name': stage.tokenizer.name, 'load_path': stage.load_path}
-    found['model.pretrained_model_name_or_path'] = stage.pretrained_model
+    found[MODEL] = stage.model.pretrained_model_name_or_path
     found['train_loader.dataset.resume_after'] = stage.train_loader.dataset.resume_after
     for key, stream in stage.train_loader.streams('train_loader').items():
         both = [
@@ -173,19 +206,48 @@ def results_of(stage: Stage) -> dict[str, Any]:
         kept['callbacks'].get('stage_start', {}).pop(permission, None)
     for section, kind in {'optimizer': registry.optimizers, 'scheduler': registry.schedulers}.items():
         kept[section] = _with_defaults(stage.given[section].get('name', ''), stage.given[section], kind)
-    loader, dataset = stage.train_loader, dict(stage.train_loader.dataset.given)
-    if loader.name == 'replay_text':
-        dataset = {**_defaults_of(ReplayTextDataset), **dataset}
-    whole = {**_with_defaults(loader.name, loader.given, registry.dataloaders), 'dataset': dataset}
-    kept['train_loader'] = {key: value for key, value in whole.items() if key not in _WORKERS}
+    loader = stage.train_loader
+    kinds = {'replay_text': ReplayTextDataset, 'text': StreamingTextDataset}
+    defaults = _defaults_of(kinds[loader.name]) if loader.name in kinds else {}
+    whole = _with_defaults(loader.name, loader.given, registry.dataloaders)
+    whole['dataset'] = {**defaults, **loader.dataset.given}
+    kept['train_loader'] = _without({key: value for key, value in whole.items() if key not in _WORKERS}, _DOWNLOADS)
     kept['merge'] = stage.merge and {**stage.merge.given, 'of': None}
     kept['fsdp_config'] = {'mixed_precision': (stage.given.get('fsdp_config') or {}).get('mixed_precision')}
     kept['tokenizer'] = {**stage.tokenizer.given, 'name': None}
-    unread = {'init_device': None, 'pretrained_model_name_or_path': None, 'pretrained': None}
-    kept['model'] = {**stage.model.given, **unread}
+    kept['model'] = _model(stage)
     if not _takes_dur(stage):  # nothing that was trained changes if the end moves
         kept['max_duration'] = None
     return _plain({key: value for key, value in kept.items() if value not in ({}, [])})  # the same as none
+
+
+def _model(stage: Stage) -> dict[str, Any]:
+    given = _with_defaults(stage.model.name, stage.model.given, registry.models)
+    if registry.models.get(stage.model.name) is ComposerMPTCausalLM:
+        nested = {
+            'attn_config': attn_config_defaults, 'ffn_config': ffn_config_defaults, 'init_config': init_config_defaults,
+        }  # fmt: skip
+        given = _over({**_defaults_of(MPTConfig), **nested}, given)
+    read = {'pretrained_model_name_or_path': None, 'pretrained': stage.pretrained_model is not None}
+    return _without({**given, **read}, _OF_THE_MACHINE)
+
+
+def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A section with the defaults of what it leaves out, nested ones, too."""
+    whole = {**defaults, **given}
+    for key, value in given.items():
+        if isinstance(value, Mapping) and isinstance(inside := defaults.get(key), Mapping):
+            whole[key] = _over(inside, value)
+    return whole
+
+
+def _without(section: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """A section without keys, at any depth."""
+    return {
+        key: _without(value, keys) if isinstance(value, Mapping) else value
+        for key, value in section.items()
+        if key not in keys
+    }
 
 
 def _with_defaults(name: str, arguments: Mapping[str, Any], *kinds: Any) -> dict[str, Any]:
@@ -216,10 +278,9 @@ def _takes_dur(stage: Stage) -> bool:
 
 
 def _plain(value: Any, key: str = '') -> Any:
-    """A part of a YAML, without paths and what is only about downloads; times written in one way."""
+    """A part of a YAML, without the paths of parents; times written in one way."""
     if isinstance(value, Mapping):
-        inside = {name: each for name, each in value.items() if name not in _DOWNLOADS and name not in _PARENTS}
-        return {name: _plain(each, name) for name, each in inside.items()}
+        return {name: _plain(each, name) for name, each in value.items() if name not in _PARENTS}
     if isinstance(value, tuple):  # a default
         return list(value)
     if isinstance(value, str):

@@ -7,6 +7,7 @@ import secrets
 from importlib.metadata import version
 from pathlib import Path
 
+from cpt_algorithms.checkpoints.open import time_of
 from cpt_algorithms.checkpoints.save_folder import (
     half_written,
     latest_link,
@@ -116,12 +117,29 @@ def restart_problem(stage: Stage) -> str | None:
     except StorageError:  # which is said of save_folder
         return None
     # of another run's folder another check speaks
-    if record is None or record.run_name != stage.run_name or not (changed := changes(record, stage)):
+    if record is None or record.run_name != stage.run_name:
         return None
-    return (
-        f'save_folder={stage.folder} holds a run with other settings ({first_of(changed)}). A restart changes nothing: '
-        'put them back, or choose another save_folder'
-    )
+    if changed := changes(record, stage):
+        return (
+            f'save_folder={stage.folder} holds a run with other settings ({first_of(changed)}). A restart changes '
+            'nothing: put them back, or choose another save_folder'
+        )
+    before, now = record.config.max_duration, stage.max_duration
+    trained = _trained(stage.folder).get(now.unit, 0)
+    if trained > now.value and before != now:  # the last batch may end behind it
+        return (
+            f'max_duration={now}: the run in save_folder={stage.folder} was trained beyond it, to {trained}{now.unit}; '
+            f'put {before} back, or choose another save_folder'
+        )
+    return None
+
+
+def _trained(folder: str) -> dict[str, int]:
+    """How far the run in a folder was trained, in each unit; of a checkpoint in object storage, in batches."""
+    if done := read_json(f'{folder}/done.json'):
+        return done['time']
+    batch, newest = newest_complete(folder)
+    return time_of(newest) if newest and not is_remote(newest) else {'ba': batch}
 
 
 def check_restart(stage: Stage) -> None:

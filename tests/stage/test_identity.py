@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from cpt_algorithms.files import write_json
 from cpt_algorithms.stage import identity
 from cpt_algorithms.stage.identity import MAY_DIFFER, OBSERVERS, changes, contents_of
 from cpt_algorithms.stage.record import StageRecord
+from cpt_algorithms.stage.restart_checks import restart_problem
 from cpt_algorithms.stage.stage import Stage
 
 CARD = tiny.ROOT / 'cpt_algorithms' / 'stage' / 'README.md'
@@ -46,9 +48,9 @@ def test_the_card_says_the_list():
         'mixed_precision',
         'stage_start.trust_checkpoint',
         'stage_start.model_changes',
-        'model.init_device',
+        'model',
     }
-    assert top - elsewhere == MAY_DIFFER
+    assert top - elsewhere == MAY_DIFFER | set(identity._OF_THE_MACHINE)
     assert rows['callbacks that observe'] == OBSERVERS
     assert rows['workers of `train_loader`'] == identity._WORKERS
     assert rows['downloads'] == identity._DOWNLOADS
@@ -82,7 +84,8 @@ def may_differ(path):
         or (where == 'train_loader' and len(path) == 2 and key in identity._WORKERS)
         or (where == 'train_loader' and key in identity._DOWNLOADS)
         or (where == 'fsdp_config' and key != 'mixed_precision')
-        or path in {('model', 'init_device'), ('tokenizer', 'name')}
+        or path[-1] in identity._OF_THE_MACHINE
+        or path == ('tokenizer', 'name')
         or path[1:] in {('stage_start', 'trust_checkpoint'), ('stage_start', 'model_changes')}
     )
 
@@ -156,7 +159,7 @@ def test_a_path_is_what_lies_behind_it(stage, tmp_path, monkeypatch):
         if name == 'parent.pt':
             torch.save({'state': {'model': {'weight': torch.ones(3) * 2}}}, tmp_path / name)
         else:
-            (tmp_path / name).write_bytes(re.sub(rb'"samples": ?', b'"samples":1', kept, count=1) + b' ')
+            (tmp_path / name).write_bytes(re.sub(rb'("samples": ?|"!": ?)', rb'\g<1>1', kept, count=1))
         assert len(changes(record, Stage.from_yaml(stage))) == 1, name
         whole = tmp_path / name.split('/')[0]
         whole.rename(tmp_path / 'gone')
@@ -177,6 +180,9 @@ SPELLED = {
     ('optimizer', 'eps'): [None, 1e-8],
     ('scheduler', 't_max'): [None, '1dur', '1.0dur'],
     ('train_loader', 'drop_last'): [True],
+    ('model', 'resid_pdrop'): [None, 0.0],
+    ('model', 'init_config'): [None, {'name': 'kaiming_normal_'}],
+    ('model', 'attn_config', 'softmax_scale'): [None],
 }
 
 
@@ -201,3 +207,102 @@ def test_the_end_may_move_where_the_schedule_lets_it(data, tmp_path):
         cfg = tiny.config(tmp_path, data, 'run', scheduler=scheduler)
         found = changes(record_of(Stage.from_yaml(cfg)), Stage.from_yaml({**cfg, 'max_duration': '16ba'}))
         assert found == ([] if may else ['max_duration: 8ba -> 16ba']), scheduler
+
+
+def test_an_end_before_what_was_trained_is_refused(data, tmp_path):
+    infinite = {'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '2ba', 't_anneal': '0ba', 'alpha_const': 0.5}
+    cfg = tiny.config(tmp_path, data, 'run', scheduler=infinite)
+    stage = Stage.from_yaml(cfg)
+    folder = Path(stage.folder)
+    write_json(folder / 'stage.json', {'run_name': 'run', 'config': stage.to_train_yaml(), 'contents': {}})
+    write_json(
+        folder / 'done.json', {'batch': 8, 'max_duration': '8ba', 'time': {'ep': 0, 'ba': 8, 'sp': 64, 'tok': 1024}}
+    )
+    for end, beyond in {
+        '4ba': '8ba',
+        '1023tok': '1024tok',
+        '8ba': '',
+        '1024tok': '',
+        '9ba': '',
+        '63sp': '64sp',
+    }.items():
+        found = restart_problem(Stage.from_yaml({**cfg, 'max_duration': end}))
+        assert (f'max_duration={end}' in found and f'to {beyond};' in found) if beyond else found is None, end
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A cache of the hub in which a model's configuration is, and not yet its weights."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    snapshot = tmp_path / 'hub' / 'models--a--b' / 'snapshots' / ('c' * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / 'refs').mkdir()
+    (snapshot.parents[1] / 'refs' / 'main').write_text('c' * 40)
+    (snapshot / 'config.json').write_text('{"rope_theta": 10000}')
+    return snapshot
+
+
+def hugging_face(data, tmp_path, **model):
+    cfg = tiny.config(tmp_path, data, 'run')
+    return Stage.from_yaml({**cfg, 'model': {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': 'a/b', **model}})
+
+
+def test_a_model_is_what_is_read_of_it(data, tmp_path, hub):
+    stage = hugging_face(data, tmp_path)
+    record = record_of(stage)  # as the run began, before its weights were downloaded
+    (hub / 'model.safetensors').write_bytes(b'weights')
+    assert changes(record, stage) == []
+    record = record_of(stage)
+    (hub / 'README.md').write_text('read me')
+    (hub / 'generation_config.json').write_text('{}')
+    shutil.copytree(hub, tmp_path / 'copy')
+    assert (
+        changes(record, stage)
+        == []
+        == changes(record, hugging_face(data, tmp_path, pretrained_model_name_or_path=str(tmp_path / 'copy')))
+    )
+    for file, content in {'model.safetensors': 'other', 'config.json': '{"rope_theta": 1}', 'modeling.py': ''}.items():
+        kept = (hub / file).read_bytes() if (hub / file).exists() else None
+        (hub / file).write_text(content)
+        (line,) = changes(record, stage)
+        assert line.startswith('model.pretrained_model_name_or_path: a/b ('), file
+        if kept is None:
+            (hub / file).unlink()
+        else:
+            (hub / file).write_bytes(kept)
+    (hub / 'model.safetensors.index.json').write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    assert 'model.pretrained_model_name_or_path' not in contents_of(stage), 'half downloaded'
+
+
+@pytest.mark.parametrize('how', [{'pretrained': False}, {'load_path': 'parent.pt'}])
+def test_a_model_of_which_only_the_configuration_is_read(how, data, tmp_path, hub):
+    parent = {key: how[key] for key in how if key == 'load_path'}
+
+    def stage(name='a/b'):
+        model = {key: value for key, value in how.items() if key == 'pretrained'}
+        found = hugging_face(data, tmp_path, pretrained_model_name_or_path=name, **model)
+        return Stage.from_yaml({**found.given, **parent})
+
+    record = record_of(stage())
+    (hub / 'model.safetensors').write_bytes(b'weights')
+    assert changes(record, stage()) == []
+    (other := tmp_path / 'other').mkdir()
+    (other / 'config.json').write_text('{"rope_theta": 1}')
+    for changed in (stage(str(other)), stage('a/unknown')):
+        assert any('pretrained_model_name_or_path' in line for line in changes(record, changed))
+    (hub / 'config.json').write_text('{"rope_theta": 1}')
+    assert any('pretrained_model_name_or_path' in line for line in changes(record, stage()))
+    assert any('pretrained' in line for line in changes(record, hugging_face(data, tmp_path)))
+
+
+def test_files_beside_a_tokenizer_mean_nothing(stage, tmp_path):
+    record = record_of(Stage.from_yaml(stage))
+    (tmp_path / 'tokenizer' / 'README.md').write_text('read me')
+    (tmp_path / 'tokenizer' / '.DS_Store').write_bytes(b'0')
+    assert changes(record, Stage.from_yaml(stage)) == []
+    config = tmp_path / 'tokenizer' / 'tokenizer_config.json'
+    config.write_text(config.read_text().replace('"pad_token": "<|endoftext|>"', '"pad_token": "!"'))
+    assert len(changes(record, Stage.from_yaml(stage))) == 1
