@@ -67,6 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope='session')
+def no_power_cuts() -> Iterator[None]:
+    """Tests kill processes, whose files are read again on a machine that stays on: nothing needs to be on the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, 'fsync', lambda file: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope='session')
 def runs_share_what_they_can() -> None:
     """Of one process, and of this machine."""
     import tiny  # noqa: F401 - importing it is what does it

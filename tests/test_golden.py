@@ -12,7 +12,6 @@ import re
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from cpt_algorithms.sequence.read import read_sequence
 from cpt_algorithms.stage.stage import Stage
@@ -23,7 +22,7 @@ KNOWN = json.loads(GOLDEN.read_text(encoding='utf-8'))
 
 
 def hash_of(config):
-    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(config)).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]
 
 
 def runs_of(words, sweep=None):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims are judged by intervals over seeds; what they ask for is what the sequences train."""
 
+import shutil
+
 import evidence
 import numpy as np
 import papers
@@ -136,18 +138,43 @@ def plans():
     return found
 
 
-def world(folder, plans, monkeypatch, run='', losses=None, kept=Kept):
-    """All claims hold in it, but for what a changed run shows."""
-    for name, table in zip(training.SEQUENCES, (WEAK, STRONG, INFINITE, AVERAGING), strict=True):
-        spec, runs = plans[name]
+TABLES = dict(zip(training.SEQUENCES, (WEAK, STRONG, INFINITE, AVERAGING), strict=True))
+
+
+def kind_of(run):
+    return run.name.removesuffix(f'-s{run.seed}')
+
+
+@pytest.fixture(scope='module')
+def true_world(tmp_path_factory, plans):
+    """All claims hold in it."""
+    folder = tmp_path_factory.mktemp('world')
+    for name, (spec, runs) in plans.items():
         write_sequence(SequenceSpec.from_yaml({**spec.given, 'folder': str(folder / name)}), runs)
-        assert {each.name.removesuffix(f'-s{each.seed}') for each in runs} == set(table)
+        assert {kind_of(each) for each in runs} == set(TABLES[name])
         for each in runs:
-            kind = each.name.removesuffix(f'-s{each.seed}')
-            made_up = losses if (name, kind) == tuple(run.split('/')) else table[kind]
-            write(folder / name / each.name, list(spec.data), made_up, each)
-    monkeypatch.setattr(evidence.Evidence, 'kept', [kept(seed) for seed in SEEDS])
-    return evidence.Evidence(folder)
+            write(folder / name / each.name, list(spec.data), TABLES[name][kind_of(each)], each)
+    return folder
+
+
+@pytest.fixture
+def world(true_world, plans, monkeypatch):
+    """The same, but for what a changed run shows."""
+    changed = []
+
+    def make(run='', losses=None, kept=Kept):
+        for name, (spec, runs) in plans.items():
+            for each in runs:
+                if f'{name}/{kind_of(each)}' == run:
+                    write(folder := true_world / name / each.name, list(spec.data), losses, each)
+                    changed.append((folder, list(spec.data), TABLES[name][kind_of(each)], each))
+        assert len(changed) == (len(SEEDS) if run else 0)
+        monkeypatch.setattr(evidence.Evidence, 'kept', [kept(seed) for seed in SEEDS])
+        return evidence.Evidence(true_world)
+
+    yield make
+    for each in changed:
+        write(*each)
 
 
 def write(folder, data, made_up, run):
@@ -172,8 +199,8 @@ def write(folder, data, made_up, run):
     )
 
 
-def test_every_claim_is_reproduced_where_it_holds(tmp_path, plans, monkeypatch):
-    found = judge(papers.CLAIMS, world(tmp_path, plans, monkeypatch))
+def test_every_claim_is_reproduced_where_it_holds(world):
+    found = judge(papers.CLAIMS, world())
     names = [*(f'C{i}' for i in range(1, 12)), *(f'W{i}' for i in range(1, 11))]
     assert [finding.claim.name for finding in found] == names
     assert {finding.claim.name: finding.conditions for finding in found if finding.verdict != 'reproduced'} == {}
@@ -208,23 +235,25 @@ KEPT = {'W3': BestAtOnce, 'W10': UniformFirst}
 
 
 @pytest.mark.parametrize('name', [*FALSE, *KEPT])
-def test_a_claim_is_not_reproduced_where_it_does_not_hold(name, tmp_path, plans, monkeypatch):
-    made_up = world(tmp_path, plans, monkeypatch, *FALSE.get(name, ()), kept=KEPT.get(name, Kept))
+def test_a_claim_is_not_reproduced_where_it_does_not_hold(name, world):
+    made_up = world(*FALSE.get(name, ()), kept=KEPT.get(name, Kept))
     (found,) = judge([claim for claim in papers.CLAIMS if claim.name == name], made_up)
     assert found.verdict in ('not reproduced', *(['inconclusive at this scale'] if name in KEPT else []))
 
 
-def test_a_run_that_is_missing_or_unfinished_is_named(tmp_path, plans, monkeypatch):
-    assert world(tmp_path, plans, monkeypatch).strong.seeds == list(SEEDS)
-    (tmp_path / 'strong_shift' / 'cpp-same_data-s18' / 'done.json').unlink()
-    found = {finding.claim.name: finding for finding in judge(papers.CLAIMS, evidence.Evidence(tmp_path))}
+def test_a_run_that_is_missing_or_unfinished_is_named(world, true_world, tmp_path):
+    assert world().strong.seeds == list(SEEDS)
+    folder = tmp_path / 'world'
+    shutil.copytree(true_world / 'strong_shift', folder / 'strong_shift')
+    (folder / 'strong_shift' / 'cpp-same_data-s18' / 'done.json').unlink()
+    found = {finding.claim.name: finding for finding in judge(papers.CLAIMS, evidence.Evidence(folder))}
     assert found['C10'].verdict == 'not run'
     assert 'cpp-same_data-s18' in found['C10'].missing
     assert found['C7'].verdict == 'reproduced'
 
 
-def test_the_trend_with_tokens(tmp_path, plans, monkeypatch):
-    smaller, larger = (world(tmp_path / name, plans, monkeypatch) for name in ('one', 'larger'))
+def test_the_trend_with_tokens(world, tmp_path, monkeypatch):
+    smaller, larger = world(), world()
     nothing_yet = evidence.Evidence(tmp_path / 'nowhere')
     monkeypatch.setattr(larger, 'parameters', lambda shift: 2)
     points = results.trend({8000: [larger, smaller], 1000: [smaller], 32000: [nothing_yet]})
