@@ -103,6 +103,7 @@ def test_a_killed_stage_resumes_identically_from_a_sharded_parent(data, tmp_path
     assert results['tasks']['texts']['count'] == 2
 
 
+@pytest.mark.slow
 def test_silent_failures_of_sharded_loads_cannot_happen(data, tmp_path):
     """Several runs in one launch; sharded_cases.py asserts on both ranks and prints a line for each case."""
     cfgs = {'parent': parent(tmp_path, data), 'case': stage(tmp_path, data, 'case')}
