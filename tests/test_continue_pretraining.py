@@ -141,3 +141,23 @@ def test_bad_files_are_named(data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['continue_pretraining.py', str(good), 'seed=['])
     with pytest.raises(SystemExit, match=r'good\.yaml'):
         continue_pretraining.main()
+
+
+def test_a_run_that_was_renamed_and_moved_goes_on(finished, tmp_path, capsys):
+    """By the recipe and by stage_start alone; and as somebody else's, with other settings, it is refused."""
+    cfg, folder, recorded = finished
+    for case in ('before the link was replaced', 'between a checkpoint and its link'):
+        state_of(case, folder)
+        if case.startswith('before'):
+            (folder / 'ep0-ba8-rank0.pt').unlink()
+        name = f'{folder.name}-2'
+        folder = folder.rename(folder.with_name(name))
+        cfg |= {'run_name': name, 'save_folder': f'{tmp_path}/{{run_name}}'}
+        tiny.recipe_here(cfg, tmp_path)
+        assert 'finished already' not in capsys.readouterr().out
+    tiny.recipe_here({**cfg, 'run_name': 'third', 'save_folder': str(folder)}, tmp_path)
+    assert 'finished already, at batch 8' in capsys.readouterr().out
+    assert (tmp_path / 'run.jsonl.rank0').read_text().startswith(recorded)
+    assert sorted(recorder.read(tmp_path / 'run.jsonl')) == list(range(8))
+    with pytest.raises(SystemExit, match="holds the checkpoints of run 'run-2-2', and run_name is 'third', with other"):
+        tiny.recipe_here({**cfg, 'run_name': 'third', 'save_folder': str(folder), 'seed': 18}, tmp_path)

@@ -293,7 +293,10 @@ def problems(cfg):
 def test_somebody_elses_folder(finished, data, tmp_path):
     cfg = settings(tmp_path, data)
     preflight(Stage.from_yaml(cfg))
-    assert f"save_folder={RUN} holds the checkpoints of run 'run', " in problems({**cfg, 'run_name': 'mine'})
+    preflight(Stage.from_yaml({**cfg, 'run_name': 'mine'}))
+    assert f"save_folder={RUN} holds the checkpoints of run 'run', " in problems(
+        {**cfg, 'run_name': 'mine', 'seed': 18}
+    )
     finished.delete_object(Bucket='bucket', Key='runs/run/stage.json')
     assert 'holds the checkpoints of a run that this recipe did not start' in problems(cfg)
 

@@ -108,9 +108,9 @@ def annealed(
         if name in callbacks and getattr(trunk.callbacks, name):
             callbacks[name]['resume_after'] = checkpoint
     if 'forgetting' in callbacks:
-        # of the stage as a whole: against what its trunk started from
-        losses = f'{trunk.save_folder}/forgetting.json'
-        callbacks['forgetting'] = {'parent_losses': losses, **callbacks['forgetting']}
+        # of the stage as a whole: against what its trunk started from, wherever that lies now
+        losses = f'{checkpoint.rpartition("/")[0] or "."}/forgetting.json'
+        callbacks['forgetting'] = {**callbacks['forgetting'], 'parent_losses': losses}
     branch = {key: copy.deepcopy(value) for key, value in given.items() if key not in _PLACES}
     branch['train_loader']['dataset']['resume_after'] = checkpoint
     return {

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from cpt_algorithms.checkpoints.save_folder import batch_of, newest_complete
+from cpt_algorithms.checkpoints.save_folder import batch_of, checkpoint_name, newest_complete
 from cpt_algorithms.sequence.expand import Run, descendants
-from cpt_algorithms.sequence.run import is_done
 from cpt_algorithms.stage.identity import changes, results_of
 from cpt_algorithms.stage.preflight import PreflightError, preflight
-from cpt_algorithms.stage.record import StageRecord, read_record
+from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.restart_checks import restart_problem
 
 __all__ = ['adopted', 'check']
@@ -51,33 +50,43 @@ def check(runs: Sequence[Run], ranks: int, is_plan: bool = False) -> list[str]:
 
 
 def _cannot_go_on(run: Run, runs: Sequence[Run], problem: str | None) -> str | None:
-    """What was begun as another run, from another parent, or cannot be begun because its parent's end is gone."""
+    """What was begun as another run, or from what would be trained again, or cannot begin as a checkpoint is gone."""
     if problem:
-        begun = [name for name in descendants(runs, run.name) if (run.folder.parent / name / 'stage.json').exists()]
-        return f'{run.name}: {problem}' + (f'. From it started: {", ".join(begun)}' if begun else '')
-    parent = next((each for each in runs if each.name == run.parent), None)
-    if parent is None:
-        return None
-    places = (
-        run.stage.load_path,
-        *(each.only_seen_by for each in (run.stage.mix.old if run.stage.mix else {}).values()),
-    )
-    gone = [place for place in places if place and not Path(place).exists() and Path(place).parent == parent.folder]
-    if not gone or is_done(run) and is_done(parent):
-        return None
-    if newest_complete(run.folder)[0]:
-        if is_done(parent):
-            return None
-        return (
-            f'{run.name} was started from {parent.name}, which is gone and would be trained again, to another end: put '
-            f'{parent.folder} back, or train both in another folder'
-        )
-    if is_done(parent) or (batch_of(gone[0]) or math.inf) <= newest_complete(parent.folder)[0]:
-        return (
-            f'{run.name} starts from {gone[0]}, which is gone, and {parent.name} has trained past it: put the '
-            f'checkpoint back, or train both in another folder'
-        )
-    return None
+        problem = f'{run.name}: {problem}'
+    folders = {each.folder: each for each in runs}
+    for place in () if problem else _checkpoints_of(run):
+        owner = folders.get(Path(place).parent)
+        if owner is None:
+            continue
+        newest = newest_complete(owner.folder)[0]
+        is_to_come = done_with(owner.stage) is None and (batch_of(place) or math.inf) > newest
+        # checkpoints of a finished run may have been removed
+        has_begun = newest_complete(run.folder)[0] or (run.folder / 'done.json').exists()
+        if has_begun and is_to_come:
+            would_be = 'would be trained on' if newest else 'is gone and would be trained again'
+            problem = (
+                f'{run.name} was started from {owner.name}, which {would_be}, to another end: put {owner.folder} back '
+                'as it was, or train both in another folder'
+            )
+            break
+        if not (has_begun or is_to_come or Path(place).exists()):
+            return (
+                f'{run.name} starts from {place}, which is gone, and {owner.name} has trained past it: put the '
+                f'checkpoint back, or train both in another folder'
+            )
+    begun = [name for name in descendants(runs, run.name) if (run.folder.parent / name / 'stage.json').exists()]
+    return problem and problem + (f'. From it started: {", ".join(begun)}' if begun else '')
+
+
+def _checkpoints_of(run: Run) -> list[str]:
+    """The checkpoints that a run begins with."""
+    merge, mix = run.stage.merge, run.stage.mix
+    places = [run.stage.load_path, *(each.only_seen_by for each in (mix.old if mix else {}).values())]
+    if merge:
+        step = run.stage.batches_of('every', merge.every)
+        before = (checkpoint_name(merge.batch - number * step, run.stage.is_sharded) for number in range(1, merge.last))
+        places += [f'{merge.of}/{name}' for name in before]
+    return [place for place in places if place]
 
 
 def adopted(expand: Callable[[Mapping[str, str]], list[Run]]) -> list[Run]:

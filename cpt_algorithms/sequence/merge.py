@@ -2,6 +2,7 @@
 """A merge: a run's last checkpoints averaged, then evaluated and exported like a run that was trained."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ from llmfoundry.utils.config_utils import EVAL_CONFIG_KEYS
 from omegaconf import OmegaConf
 
 from cpt_algorithms.checkpoints.guard import guard_loading
+from cpt_algorithms.checkpoints.save_folder import weights_in
 from cpt_algorithms.files import holder_of, remove_partials, take, write_json
 from cpt_algorithms.launch.processes import die_with_parent
 from cpt_algorithms.launch.wandb_runs import environment_of_children
-from cpt_algorithms.stage.record import done_with
-from cpt_algorithms.stage.restart_checks import write_record
+from cpt_algorithms.stage.identity import changes
+from cpt_algorithms.stage.parent_checks import first_of
+from cpt_algorithms.stage.record import done_with, read_record
+from cpt_algorithms.stage.restart_checks import check_restart, write_record
 from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate
 from cpt_algorithms.stage.stage import Merge, Stage
 
@@ -30,8 +34,12 @@ def merge_stage(stage: Stage, average_script: Path) -> None:
     if merge is None:
         sys.exit(f'{stage.run_name}: variables.merge is missing: which checkpoints are averaged')
     folder = Path(stage.folder)
-    checkpoint = folder / 'merged.pt'
+    checkpoint, exported = _made(folder, merge)
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        check_restart(stage)
+    except ValueError as error:
+        sys.exit(f'{stage.run_name} stopped: {error}')
     done = done_with(stage)
     if done and (not suite or done['lm_eval'] == suite):
         print(f'{stage.run_name}: finished already')
@@ -46,9 +54,10 @@ def merge_stage(stage: Stage, average_script: Path) -> None:
         except Timeout:
             sys.exit(f'save_folder={folder}: {holder_of(lock)} is at work there; wait for it or stop it')
         remove_partials(folder)
+        _keep_what_is_the_same(stage, folder)
         write_record(stage)
         _average(merge, checkpoint, 'pt', average_script)
-        _average(merge, folder / 'huggingface' / f'ba{merge.batch}', 'hf', average_script)
+        _average(merge, exported, 'hf', average_script)
     dist.barrier()
     guard_loading()
     if not done:
@@ -58,6 +67,31 @@ def merge_stage(stage: Stage, average_script: Path) -> None:
         write_json(folder / 'done.json', done)
         if suite and evaluate(folder, suite)[1]:
             write_json(folder / 'done.json', {**done, 'lm_eval': suite})
+
+
+def _made(folder: Path, merge: Merge) -> tuple[Path, Path]:
+    """The average, as a checkpoint and as an export."""
+    return folder / 'merged.pt', folder / 'huggingface' / f'ba{merge.batch}'
+
+
+def _keep_what_is_the_same(stage: Stage, folder: Path) -> None:
+    """Remove what an unfinished merge has made of another trunk, or otherwise; exit if weights are of no merge."""
+    try:
+        before = read_record(folder)
+    except ValueError as error:
+        sys.exit(f'{stage.run_name} stopped: {error}')
+    merge = before.config.merge if before is not None else None
+    if before is None or merge is None:
+        if found := weights_in(folder):
+            sys.exit(
+                f'{stage.run_name} stopped: save_folder={folder} holds weights ({first_of(found)}), and no stage.json '
+                'that says of what they were averaged; choose another save_folder'
+            )
+    elif changes(before, stage):
+        checkpoint, exported = _made(folder, merge)
+        checkpoint.unlink(missing_ok=True)
+        if exported.exists():
+            shutil.rmtree(exported)
 
 
 def _average(merge: Merge, out: Path, kind: str, script: Path) -> None:

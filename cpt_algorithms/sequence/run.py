@@ -23,6 +23,7 @@ from cpt_algorithms.sequence.expand import Run
 from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.stage.identity import MAY_DIFFER
 from cpt_algorithms.stage.record import done_with
+from cpt_algorithms.stage.restart_checks import restart_problem
 
 __all__ = ['how_it_ended', 'is_done', 'recipe_of', 'run_all', 'write_sequence', 'write_yaml']
 
@@ -146,7 +147,10 @@ class _Loop:
         # of those that can start, the one with the longest way to go behind it goes first
         self.runs = sorted(runs, key=lambda run: -_batches_to_go(run, runs))
         self.start, self.jobs, self.recipes, self.console = start, jobs, recipes, console
-        self.done = {run.name for run in runs if is_done(run)}
+        self.done: set[str] = set()
+        for run in runs:  # parents first: what started from one that is not done is asked when that is
+            if run.parent in (None, *self.done) and is_done(run):
+                self.done.add(run.name)
         self.failed: list[str] = []
         self.elsewhere: set[str] = set()
         self.running: list[_Running] = []
@@ -160,9 +164,11 @@ class _Loop:
             if run.parent in self.failed:
                 self.failed.append(run.name)
                 self._print(f'{run.name}: skipped, its parent {run.parent} failed')
-            elif is_done(run):  # by another sequence
+            elif run.parent is not None and run.parent not in self.done:
+                continue
+            elif is_done(run) and restart_problem(run.stage) is None:  # by another sequence
                 self._finish(run)
-            elif len(self.running) < self.jobs and (run.parent is None or run.parent in self.done):
+            elif len(self.running) < self.jobs:  # what is done and from another parent says so, and fails
                 self._launch(run, bars)
         return bool(self.running) or any(run.name not in {*self.done, *self.failed} for run in self.runs)
 

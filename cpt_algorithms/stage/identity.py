@@ -21,7 +21,7 @@ from llmfoundry.models.utils.config_defaults import attn_config_defaults, ffn_co
 from llmfoundry.utils.config_utils import TrainConfig
 
 from cpt_algorithms.checkpoints.exports import folder_of_pretrained
-from cpt_algorithms.checkpoints.save_folder import resolve_latest
+from cpt_algorithms.checkpoints.save_folder import latest_link, resolve_latest
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.files import StorageError, fetch, is_remote, read_json
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer
@@ -177,7 +177,8 @@ def _digest(files: Mapping[str, Path]) -> str | None:
 
 def places_of(stage: Stage) -> dict[str, str]:
     """The paths of a YAML that its results follow from, by key."""
-    found = {'tokenizer.name': stage.tokenizer.name, 'load_path': stage.load_path}
+    parent = f'{stage.merge.of}/{latest_link(stage.is_sharded)}' if stage.merge else stage.load_path
+    found = {'tokenizer.name': stage.tokenizer.name, 'load_path': parent}
     found[MODEL] = stage.model.pretrained_model_name_or_path
     found['train_loader.dataset.resume_after'] = stage.train_loader.dataset.resume_after
     for key, stream in stage.train_loader.streams('train_loader').items():

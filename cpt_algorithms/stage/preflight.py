@@ -23,11 +23,13 @@ from pydantic import Field
 from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 
+from cpt_algorithms.checkpoints.save_folder import newest_complete
 from cpt_algorithms.evaluation.suite import check_suite, load_suite
 from cpt_algorithms.files import (
     NoStoreError,
     StorageError,
     is_remote,
+    read_json,
 )
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, ReplayTextDataset
 from cpt_algorithms.schedulers.phases import phases_of
@@ -122,7 +124,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         lambda: lost or tokenizer_of(stage.tokenizer),
         lambda: _check_batch_size(stage, world_size),
         lambda: _check_averages(stage, world_size),
-        lambda: _check_forgetting(stage),
+        lambda: _check_forgetting(stage, parent_is_there),
         lambda: _check_lm_eval(stage),
         lambda: _check_loading(stage),
         lambda: check_saving(stage),
@@ -347,7 +349,7 @@ def _check_averages(stage: Stage, world_size: int) -> None:
         )
 
 
-def _check_forgetting(stage: Stage) -> None:
+def _check_forgetting(stage: Stage, parent_is_there: bool) -> None:
     given = stage.callbacks.forgetting
     if given is None:
         return
@@ -365,6 +367,26 @@ def _check_forgetting(stage: Stage) -> None:
         if unknown := [label for label in getattr(given, key) if label not in labels]:
             where, hint = f'callbacks.forgetting.{key}', nearest(unknown[0], labels)
             raise ValueError(f'{where}: no eval_loader has the label {unknown[0]!r}; {hint}')
+    # a restart has them in its checkpoint
+    if given.parent_losses and parent_is_there and not newest_complete(stage.folder)[0]:
+        _check_parent_losses(given.parent_losses, [*given.old, *given.new])
+
+
+def _check_parent_losses(place: str, labels: Sequence[str]) -> None:
+    where = 'callbacks.forgetting.parent_losses'
+    try:
+        losses = read_json(place)
+    except StorageError as error:
+        raise type(error)(f'{where}: {error}') from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{where}: {error}') from None
+    known = losses.get('parent') if isinstance(losses, dict) else None
+    if not isinstance(known, dict):
+        what = 'does not exist' if losses is None else 'is no forgetting.json'
+        raise ValueError(f'{where}={place} {what}; name that of the run whose parent the stage is compared with')
+    if lacking := [label for label in labels if label not in known]:
+        hint = nearest(lacking[0], known)
+        raise ValueError(f'{where}={place}: the parent was not evaluated on {lacking[0]!r}; {hint}')
 
 
 def _check_lm_eval(stage: Stage) -> None:

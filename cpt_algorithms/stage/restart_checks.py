@@ -19,7 +19,6 @@ from cpt_algorithms.files import (
     check_writable,
     exists,
     is_remote,
-    read_json,
     write_json,
 )
 from cpt_algorithms.stage.identity import changes, contents_of, places_of
@@ -86,22 +85,19 @@ def check_saving(stage: Stage) -> None:
         )
     if not there:
         return
-    try:
-        owner = (read_json(f'{folder}/stage.json') or {}).get('run_name')
-    except (TypeError, ValueError, AttributeError):
-        owner = None
-    if owner != stage.run_name:
-        held_by = f'run {owner!r}' if owner else 'a run that this recipe did not start'
+    record = read_record(folder)
+    if record is None:
         raise ValueError(
-            f'save_folder={folder} holds the checkpoints of {held_by}, and run_name is {stage.run_name!r}: '
-            'they would be resumed from or overwritten; choose another save_folder'
+            f'save_folder={folder} holds the checkpoints of a run that this recipe did not start: they would be '
+            'resumed from or overwritten; choose another save_folder'
         )
-    broken = [] if is_remote(folder) else [path.name for path in half_written(Path(folder))]
+    # of whole checkpoints, check_restart says whose they are; in object storage half of one is replaced
+    if newest is not None or is_remote(folder) or done_with(stage) is not None:
+        return
     # exports are whole or not there, and of a run that ended once, all there is
-    known = [*broken, *([] if exists(f'{folder}/done.json') else ['huggingface'])]
-    unknown = [name for name in there if name.split('/')[0] not in known]
-    # in object storage half of a checkpoint may be there, and is replaced
-    if newest is None and unknown and not is_remote(folder) and done_with(stage) is None:
+    is_begun_again = not exists(f'{folder}/done.json') and not changes(record, stage)
+    known = [*(path.name for path in half_written(Path(folder))), *(['huggingface'] if is_begun_again else [])]
+    if unknown := [name for name in there if name.split('/')[0] not in known]:
         raise ValueError(
             f'save_folder={folder} holds weights ({first_of(unknown)}) and no whole checkpoint to go on from: the run '
             'would begin at batch 0 beside them. Put the checkpoints back, or choose another save_folder'
@@ -116,10 +112,15 @@ def restart_problem(stage: Stage) -> str | None:
         record = read_record(stage.folder)
     except StorageError:  # which is said of save_folder
         return None
-    # of another run's folder another check speaks
-    if record is None or record.run_name != stage.run_name:
+    if record is None:
         return None
     if changed := changes(record, stage):
+        if record.run_name != stage.run_name:
+            return (
+                f'save_folder={stage.folder} holds the checkpoints of run {record.run_name!r}, and run_name is '
+                f'{stage.run_name!r}, with other settings ({first_of(changed)}): they would be resumed from or '
+                'overwritten; choose another save_folder'
+            )
         return (
             f'save_folder={stage.folder} holds a run with other settings ({first_of(changed)}). A restart changes '
             'nothing: put them back, or choose another save_folder'

@@ -195,10 +195,11 @@ class StageStartArguments(Section):
 
 
 class ForgettingArguments(Section):
-    """Labels of what was learned before, and now."""
+    """Labels of what was learned before, and now; of a branch, the file with the losses of its stage's parent."""
 
     old: list[str] = []
     new: list[str] = []
+    parent_losses: PathStr | None = None
 
 
 class EMAArguments(Section):

@@ -2,6 +2,7 @@
 """``stage_start``: a stage obeys its own YAML from its first optimizer step; a restart inside it changes nothing."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.checkpoints.save_folder import weights_in
 from cpt_algorithms.duration import Duration
+from cpt_algorithms.files import exists
 from cpt_algorithms.replay.labels import label_every_token_of
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
@@ -173,7 +175,7 @@ class StageStart(Callback):
                 group.update(values)
 
     def _check_restart(self, state: State) -> None:
-        if self._loaded != state.run_name:
+        if self._loaded != state.run_name and not self._is_renamed(state):
             parent = 'a run without stage_start' if self._loaded is None else f'run {self._loaded!r}'
             raise ValueError(
                 f'{state.load_path} was loaded whole, at batch {state.timestamp.batch.value} of {parent}: its learning '
@@ -200,6 +202,16 @@ class StageStart(Callback):
                 'A restart changes nothing: restore them, or start a new stage from the checkpoint, with a run_name '
                 'and save_folder of its own'
             )
+
+    def _is_renamed(self, state: State) -> bool:
+        """Whether what was loaded lies in the run's own folder, whose ``stage.json`` was compared with the YAML."""
+        if self._yaml is None:
+            return False
+        folder = format_name_with_dist(str(self._yaml.get('save_folder')), state.run_name)
+        is_own = [os.path.abspath(os.path.dirname(state.load_path or '')) == os.path.abspath(folder)]
+        is_own[0] = is_own[0] and exists(f'{folder}/stage.json')
+        dist.broadcast_object_list(is_own)
+        return is_own[0]
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse what would only show after hours."""

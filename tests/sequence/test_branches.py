@@ -251,6 +251,46 @@ def test_other_data_takes_the_place_of_the_trunks(trunk):
     assert list(dataset['new']) == ['local', 'split']
 
 
+@pytest.fixture
+def judged(data, streams, tmp_path):
+    """A trunk with ``forgetting``, saved as llm-foundry's published YAMLs do, and moved since."""
+    tiny.recipe_here(tiny.config(tmp_path, data, 'base', max_duration='2ba', scheduler={'t_max': '8ba'}), tmp_path)
+    cfg = tiny.config(
+        tmp_path, data, 'judged', scheduler=INFINITE, save_folder=f'{tmp_path}/{{run_name}}', save_interval='4ba',
+        load_path=str(tmp_path / 'base' / 'latest-rank0.pt'), eval_loader=[tiny.eval_loader('new', data['new'])],
+        train_loader={'dataset': streams}, callbacks={'forgetting': {'new': ['new']}},
+    )  # fmt: skip
+    tiny.recipe_here(cfg, tmp_path)
+    moved = tmp_path / 'elsewhere' / 'trunk'
+    moved.parent.mkdir()
+    (tmp_path / 'judged').rename(moved)
+    return moved
+
+
+def test_a_branch_is_judged_against_the_parent_of_its_trunk_wherever_that_lies(judged, tmp_path):
+    losses = judged / 'forgetting.json'
+    theirs = json.loads(losses.read_text())
+    (tmp_path / 'judged').mkdir()  # another run lies there now
+    (tmp_path / 'judged' / 'forgetting.json').write_text(json.dumps({**theirs, 'parent': {'new': 99.0}}))
+    words = ['t_anneal=2ba', f'callbacks.recorder.path={tmp_path / "branch.jsonl"}']
+    spoilt = {
+        'does not exist; name that of the run whose parent': None,
+        'is no forgetting.json; name': '[1]',
+        'cannot be read: ': '{',
+        "the parent was not evaluated on 'new'": '{"parent": {"old": 1.0}}',
+    }
+    for message, content in spoilt.items():
+        losses.unlink() if content is None else losses.write_text(content)
+        with pytest.raises(SystemExit, match=rf'callbacks.forgetting.parent_losses(=|: ){losses}.* ?{message}'):
+            run(judged / 'ep0-ba4-rank0.pt', *words)
+    losses.write_text(json.dumps(theirs))
+    run(judged / 'ep0-ba4-rank0.pt', *words)
+    ours = json.loads((judged.parent / 'judged-anneal-ba4' / 'forgetting.json').read_text())
+    assert ours['parent'] == theirs['parent']
+    losses.unlink()
+    run(judged / 'ep0-ba4-rank0.pt', *words)  # which has its own
+
+
 def test_what_was_read_before_counts(trunk, streams):
     dataset = ReplayTextDataset(
         tokenizer=None, max_seq_len=tiny.SEQ_LEN, batch_size=8, shuffle=True, shuffle_seed=9176, **streams,

@@ -5,15 +5,17 @@ import copy
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from rich.console import Console
 
 from cpt_algorithms.checkpoints.save_folder import checkpoint_name, latest_link
-from cpt_algorithms.files import write_json
+from cpt_algorithms.files import read_json, write_json
 from cpt_algorithms.sequence.check import check
-from cpt_algorithms.sequence.run import is_done
+from cpt_algorithms.sequence.run import is_done, run_all
 from cpt_algorithms.stage.preflight import PreflightError
 from cpt_algorithms.stage.restart_checks import write_record
 
@@ -160,4 +162,94 @@ def test_a_branch_is_added_where_a_checkpoint_was_kept(spec):
     torch.save({'state': {}}, 'branches/new-s17/ep0-ba10-rank0.pt')
     check(planned(spec), 1)
     del spec['stages']['new']['branches']['long']
+    check(planned(spec), 1)
+
+
+@pytest.fixture
+def branched(spec):
+    """A sequence whose last stage is a trunk with an anneal and a merge, planned."""
+    schedule = {'name': 'infinite', 't_warmup': '2ba', 't_cooldown': '2ba', 'alpha_const': 0.5, 't_anneal': '0ba'}
+    branches = {'short': {'t_anneal': '4ba'}, 'merge': {'merge': {'last': 2, 'every': '2ba'}}}
+    spec['common']['scheduler'] = schedule
+    spec['stages']['new'] = {'max_duration': '16ba', 'branches': branches}
+    spec |= {'arms': {'only': {}}, 'folder': 'branches'}
+    return spec
+
+
+def trained(spec):
+    """Its runs, all finished, and the trunk with the checkpoints of its branches."""
+    runs = planned(spec)
+    as_trained(runs[0])
+    as_trained(runs[1])
+    for batch in (12, 14):
+        torch.save({'state': {}}, runs[1].folder / checkpoint_name(batch, sharded=False))
+    for run in runs[2:]:
+        as_trained(run)
+    check(planned(spec), 1)
+    return runs
+
+
+def test_what_started_from_a_trunk_that_is_gone_is_not_done_whatever_was_cleaned_up(branched):
+    _, trunk, *others = trained(branched)
+    assert {run.name for run in others} == {'new-short-s17', 'new-merge-s17'}
+    for run in others:  # a merge has none, and of others they may be removed
+        for path in run.folder.glob('*.pt'):
+            path.unlink()
+    check(planned(branched), 1)
+    shutil.rmtree(trunk.folder)
+    problems = refused(planned(branched))
+    assert len(problems) == 2, problems
+    assert all(' was started from new-s17, which is gone and would be trained again' in each for each in problems)
+
+
+def test_what_started_from_the_end_of_a_trunk_that_would_be_trained_on_is_not_done(branched):
+    del branched['stages']['new']['branches']['merge']  # the trunk ends where the other branch begins
+    for run in planned(branched):
+        as_trained(run)
+    longer = copy.deepcopy(branched)
+    longer['stages']['new']['max_duration'] = '18ba'
+    (problem,) = refused(planned(longer))
+    assert problem.startswith('new-short-s17 was started from new-s17, which would be trained on, to another end')
+    branched['stages']['old']['max_duration'] = '12ba'
+    (problem,) = refused(planned(branched))
+    assert problem.startswith('new-s17 was started from old-s17, which would be trained on, to another end')
+    assert problem.endswith('From it started: new-short-s17')
+
+
+@pytest.mark.parametrize('gone', ['latest-rank0.pt', 'ep0-ba14-rank0.pt'])
+def test_a_checkpoint_that_a_merge_averages_and_that_is_gone_is_said(branched, gone):
+    runs = trained(branched)
+    (merge,) = [run for run in runs if run.stage.merge]
+    (runs[1].folder / gone).unlink()
+    check(planned(branched), 1)
+    shutil.rmtree(merge.folder)
+    (problem,) = refused(planned(branched))
+    assert problem.startswith(f'new-merge-s17 starts from branches/new-s17/{gone}, which is gone')
+
+
+def test_a_child_is_asked_again_when_its_parent_has_ended(spec):
+    """It is done, and so is its parent but for lm-eval; then that is another."""
+    spec['arms'] = {'B': {'old': LR}}
+    parent, child = planned(spec)
+    done = read_json(parent.folder / 'done.json')
+    (parent.folder / 'done.json').unlink()
+    launched = []
+
+    def start(recipe, folder):
+        launched.append(folder.name)
+        (folder / 'log.txt').touch()
+        if folder.name == parent.name:
+            torch.save({'state': {'model': {'weight': torch.rand(9)}}}, folder / 'latest-rank0.pt')
+            write_json(folder / 'done.json', done)
+        return SimpleNamespace(name='here', poll=lambda: int(folder.name == child.name))
+
+    assert run_all([parent, child], start, 1, Path(), Console()) == [child.name]
+    assert launched == [parent.name, child.name], 'which refuses to go on'
+
+
+def test_a_run_whose_folder_was_renamed_is_the_same_and_goes_on(spec):
+    Path('runs/new-B-s17').rename('runs/put aside')
+    runs = all_done(spec)
+    assert [run.name for run in runs] == ['old-A-s17', 'new-A-s17', 'put aside']
+    Path('runs/put aside/done.json').unlink()
     check(planned(spec), 1)

@@ -136,8 +136,23 @@ def test_the_end_of_an_infinite_schedule_may_move_and_no_other_may(data, tmp_pat
 def test_another_runs_folder_is_not_resumed_from(data, tmp_path):
     tiny.run(tiny.config(tmp_path, data, 'one', max_duration='2ba', scheduler={'t_max': '8ba'}))
     cfg = tiny.config(tmp_path, data, 'two', save_folder=str(tmp_path / 'one'))
-    with pytest.raises(ValueError, match="batch 2 of run 'one'"):
+    with pytest.raises(ValueError, match="holds the checkpoints of run 'one', and run_name is 'two', with other"):
         tiny.run(cfg)
+
+
+def test_a_run_is_known_by_its_folder_and_not_by_its_name(data, tmp_path):
+    cfg = tiny.config(tmp_path, data, 'one', max_duration='4ba', scheduler={'t_max': '8ba'}, save_interval='1ba')
+    lines = tiny.run(cfg)
+    (tmp_path / 'one').rename(tmp_path / 'two')
+    for batch in (3, 4):
+        (tmp_path / 'two' / f'ep0-ba{batch}-rank0.pt').unlink()
+    (tmp_path / 'two' / 'latest-rank0.pt').unlink()
+    (tmp_path / 'two' / 'latest-rank0.pt').symlink_to('ep0-ba2-rank0.pt')
+    renamed = {**cfg, 'run_name': 'two', 'save_folder': str(tmp_path / '{run_name}')}
+    assert tiny.run(renamed) == lines, 'the recorder refuses other batches'
+    whole = {'load_path': str(tmp_path / 'two' / 'ep0-ba2-rank0.pt'), 'load_weights_only': False}
+    with pytest.raises(ValueError, match="ep0-ba2-rank0.pt was loaded whole, at batch 2 of run 'one'"):
+        tiny.run({**cfg, **whole, 'run_name': 'three', 'save_folder': str(tmp_path / 'three')})
 
 
 def test_a_changed_stock_mix_is_refused(data, tmp_path):
