@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cpt_algorithms.checkpoints.save_folder import (
+    check_links,
     half_written,
     latest_link,
     newest_complete,
@@ -95,6 +96,8 @@ def check_saving(stage: Stage) -> None:
             f'save_folder={folder} holds the checkpoints of {held_by}, and run_name is {stage.run_name!r}: '
             'they would be resumed from or overwritten; choose another save_folder'
         )
+    if not is_remote(folder) and done_with(stage) is None:
+        check_links(Path(folder))
     broken = [] if is_remote(folder) else [path.name for path in half_written(Path(folder))]
     # exports are whole or not there, and of a run that ended once, all there is
     known = [*broken, *([] if exists(f'{folder}/done.json') else ['huggingface'])]
