@@ -231,7 +231,10 @@ def test_of_two_processes_the_first_stops_before_its_next_checkpoint(bucket, dat
     quick_uploads(monkeypatch)
     registry.callbacks.register('intruder', func=Intruder)
     cfg = tiny.config(tmp_path, data, 'run', max_duration='4ba', save_folder=RUN, callbacks={'intruder': {}})
-    with pytest.raises(RuntimeError, match=r'another process has started to train there \(elsewhere, process 1\)'):
+    with pytest.raises(
+        SystemExit,
+        match=r'^run stopped: save_folder=.*another process has started to train there \(elsewhere, process 1\)',
+    ):
         tiny.recipe_here({**cfg, 'save_interval': '3ba'}, tmp_path)
     names = {name.removeprefix('runs/run/') for name in objects(bucket)}
     assert names == {'.credentials_validated_successfully', 'stage.json', 'writer.json'}

@@ -5,14 +5,16 @@ import os
 import re
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.files import fetch, is_remote, list_names, read_or_none
 
 __all__ = [
     'batch_of',
+    'check_links',
     'checkpoint_name',
     'fetch_checkpoint',
     'half_written',
@@ -24,7 +26,7 @@ __all__ = [
     'weights_in',
 ]
 
-# torch is imported where .metadata is read: names are asked for by commands that answer at once
+# torch is imported where checkpoints are read: names are asked for by commands that answer at once
 
 # Composer's own names, which stages do not change.
 _CHECKPOINT = re.compile(r'ep\d+-ba(\d+)(-rank0\.pt)?')
@@ -48,6 +50,18 @@ def latest_link(sharded: bool) -> str:
     return 'latest-sharded-rank0' if sharded else 'latest-rank0.pt'
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What cannot be read is an error, and says nothing of what is there."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f'{error.filename or path} cannot be read ({error.strerror}), so nobody knows which checkpoints are whole; '
+            'nothing was changed: run the same command when it can be'
+        ) from None
+
+
 def is_complete(path: str | Path) -> bool:
     """Whether a local Composer checkpoint was written to its end, and its deletion has not begun.
 
@@ -55,15 +69,27 @@ def is_complete(path: str | Path) -> bool:
     files are, some of which may be deleted before it.
 
     Raises:
-        CheckpointError: If ``.metadata``, which is there whole or not at all, cannot be read.
+        CheckpointError: If it cannot be read, or ``.metadata``, which is there whole or not at all, is damaged.
     """
     path = Path(path)
-    if not path.is_dir():
-        return zipfile.is_zipfile(path)
-    if not (path / '.metadata').exists():
-        return False
-    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    with _reading(path):
+        try:
+            if not path.is_dir():
+                return _is_zip(path)
+            if not (path / '.metadata').exists():
+                return False
+            sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+        except FileNotFoundError:  # deleted since
+            return False
     return all(sizes.get(name, -1) >= end for name, end in _ends(path).items())
+
+
+def _is_zip(path: Path) -> bool:
+    """``zipfile.is_zipfile``, which also says no where a file cannot be read."""
+    with open(path, 'rb') as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16 - 22))
+        tail = file.read()
+    return 0 <= tail.rfind(b'PK\5\6') <= len(tail) - 22
 
 
 def _ends(folder: str | Path) -> dict[str, int]:
@@ -88,7 +114,7 @@ def newest_complete(folder: str | Path) -> tuple[int, str | None]:
 
     Raises:
         StorageError: If object storage cannot be reached.
-        CheckpointError: If ``.metadata`` cannot be read.
+        CheckpointError: If a checkpoint cannot be read.
     """
     if is_remote(folder):
         return next(_complete_objects(str(folder).rstrip('/')), (0, None))
@@ -97,7 +123,9 @@ def newest_complete(folder: str | Path) -> tuple[int, str | None]:
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """What has the name of a checkpoint, and its batch, the newest first."""
-    found = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob('ep*-ba*'))
+    with _reading(folder):
+        paths = list(folder.iterdir()) if folder.is_dir() else []
+    found = ((_CHECKPOINT.fullmatch(path.name), path) for path in paths)
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
@@ -118,12 +146,15 @@ def _complete_objects(folder: str) -> Iterator[tuple[int, str]]:
 def half_written(folder: Path) -> list[Path]:
     """What a kill has left of checkpoints: Composer's name, the beginning of its content, and not the end.
 
-    Nothing between two complete checkpoints: Composer writes the newest and deletes the oldest.
+    Composer writes the newest, and deletes the oldest once a newer one is whole: nothing else can be of a kill.
+
+    Raises:
+        CheckpointError: If a checkpoint cannot be read.
     """
-    found = [(batch, path, is_complete(path)) for batch, path in _checkpoints(folder)]
-    whole = [batch for batch, _, complete in found if complete]
-    between = range(min(whole), max(whole)) if whole else ()
-    return [path for batch, path, complete in found if not complete and batch not in between and _is_begun(path)]
+    found = [path for _, path in _checkpoints(folder)]
+    whole = [path for path in found if is_complete(path)]
+    ends = {*found[:1], *(found[-1:] if whole else [])}
+    return [path for path in ends if path not in whole and _is_begun(path)]
 
 
 def _is_begun(path: Path) -> bool:
@@ -142,12 +173,38 @@ def weights_in(folder: str | Path) -> list[str]:
 
     Raises:
         StorageError: If object storage cannot be reached.
+        CheckpointError: If a file or folder cannot be read.
     """
     if is_remote(folder):
         return sorted(name for name in list_names(str(folder)) if name.endswith(_WEIGHTS))
-    files = (Path(where, name) for where, _, names in os.walk(folder) for name in names)
-    found = (path for path in files if path.is_file() and (path.name.endswith(_WEIGHTS) or zipfile.is_zipfile(path)))
-    return sorted(str(path.relative_to(folder)) for path in found)
+    with _reading(Path(folder)):
+        files = (Path(where, name) for where, _, names in os.walk(folder, onerror=_not_gone) for name in names)
+        found = (path for path in files if path.is_file() and (path.name.endswith(_WEIGHTS) or _is_zip(path)))
+        return sorted(str(path.relative_to(folder)) for path in found)
+
+
+def _not_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a ``latest`` that is no link: a copy that follows links makes it a checkpoint, perhaps the only one left.
+
+    Raises:
+        CheckpointError: With what to do about it.
+    """
+    for sharded in (True, False):
+        path = folder / latest_link(sharded)
+        if path.exists() and not path.is_symlink():
+            from cpt_algorithms.checkpoints.open import time_of
+
+            time = time_of(path)
+            name = checkpoint_name(time['ba'], sharded).replace('ep0', f'ep{time["ep"]}')
+            raise CheckpointError(
+                f'{path} is no link but the checkpoint of batch {time["ba"]} itself, as copies that follow links make '
+                f'it: rename it to {name}, or remove it if that is there'
+            )
 
 
 def repair(folder: Path) -> None:
@@ -155,10 +212,19 @@ def repair(folder: Path) -> None:
 
     Composer writes a checkpoint under its final name, then replaces the ``latest`` link by removing it, then deletes
     the oldest checkpoint. No other process may write to the folder.
+
+    Raises:
+        CheckpointError: If a checkpoint cannot be read, or something is there that no kill can have left.
     """
-    for path in half_written(folder):
+    check_links(folder)
+    (latest, newest), left = newest_complete(folder), half_written(folder)
+    for batch, path in _checkpoints(folder) if newest is not None else ():
+        if batch > latest and path not in left:
+            raise CheckpointError(
+                f'{path} is not whole, and no kill has left it so: move it away, and the run goes on from {latest}'
+            )
+    for path in left:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _, newest = newest_complete(folder)
     if newest is None:
         return
     target = Path(newest)

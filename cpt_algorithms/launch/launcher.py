@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from cpt_algorithms.launch.slurm_node import TrainingNode, launcher_arguments, r
 from cpt_algorithms.launch.wandb_runs import environment_of_children
 from cpt_algorithms.validation import Section, check_keys, check_type, parse_section
 
-__all__ = ['Handle', 'LaunchError', 'Resources', 'Start', 'command', 'resources_of', 'make_launcher']
+__all__ = ['Handle', 'LaunchError', 'Resources', 'Start', 'command', 'gpu_shares', 'make_launcher', 'resources_of']
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +132,8 @@ def command(resources: Resources, script: Path, yaml: Path) -> str:
 def make_launcher(resources: Resources, jobs: int) -> Start:
     """What starts runs, once each run's ``run.yaml`` lies in its folder.
 
-    * On this machine: a process that writes ``log.txt`` and dies with this one; without a GPU, of one rank, forked from
-      one that has made the imports.
+    * On this machine: a process that writes ``log.txt`` and dies with this one, on GPUs of its own; without a GPU, of
+      one rank, forked from one that has made the imports.
     * With ``slurm``: a job of its own, whose files are in ``slurm/``. It lives on if this process ends; started again,
       a run whose job is queued, running or suspended is not submitted twice but waited for. While Slurm does not
       answer, no run fails and none is submitted.
@@ -148,9 +148,10 @@ def make_launcher(resources: Resources, jobs: int) -> Start:
     if resources.slurm is None:
         if resources.nodes > 1:
             raise ValueError(f'nodes={resources.nodes}: without slurm, runs start here; --write prints their commands')
-        if resources.nproc == 1 and platform.system() == 'Linux' and not torch.cuda.is_available():
+        shares = gpu_shares(_visible_gpus(), jobs, resources.nproc)
+        if resources.nproc == 1 and platform.system() == 'Linux' and not shares:
             return partial(_fork, _environment(jobs, 1))
-        return partial(_start_here, resources.nproc, jobs)
+        return partial(_start_here, resources.nproc, jobs, dict.fromkeys(shares))
     for tool in ('sbatch', 'srun', 'squeue', 'scontrol'):
         if shutil.which(tool) is None:
             raise ValueError(f'slurm: {tool} is not on this machine; start the sequence where Slurm jobs can be')
@@ -165,19 +166,43 @@ def _environment(jobs: int, nproc: int) -> dict[str, str]:
     return {'OMP_NUM_THREADS': str(threads), **given, 'TOKENIZERS_PARALLELISM': 'false'}
 
 
-def _start_here(nproc: int, jobs: int, script: Path, folder: Path) -> Handle:
+def _visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names those that this process may use."""
+    count, given = torch.cuda.device_count(), os.environ.get('CUDA_VISIBLE_DEVICES')
+    return ([name.strip() for name in given.split(',')] if given else [str(number) for number in range(count)])[:count]
+
+
+def gpu_shares(visible: Sequence[str], jobs: int, nproc: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each of the runs that go on at the same time; empty without a GPU.
+
+    Raises:
+        ValueError: If there are too few for each rank to have its own.
+    """
+    if visible and jobs * nproc > len(visible):
+        raise ValueError(
+            f'jobs={jobs} with nproc={nproc} wants {jobs * nproc} GPUs, one for each rank, and {len(visible)} can be '
+            f'seen ({",".join(visible)}); choose fewer jobs'
+        )
+    return [','.join(visible[job * nproc :][:nproc]) for job in range(jobs)] if visible else []
+
+
+def _start_here(nproc: int, jobs: int, users: dict[str, Handle | None], script: Path, folder: Path) -> Handle:
     # one rank needs no launcher, whose start costs seconds
     arguments = launcher_arguments(1, nproc, '0', '127.0.0.1', '')
     launcher = ['-m', 'composer.cli.launcher', *arguments] if nproc > 1 else []
+    free = next((share for share, user in users.items() if user is None or user.poll() is not None), None)
     with open(folder / 'log.txt', 'ab') as file:
         process = subprocess.Popen(
             [sys.executable, *launcher, str(script), str(folder / 'run.yaml')],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=_environment(jobs, nproc),
+            env=_environment(jobs, nproc) | ({} if free is None else {'CUDA_VISIBLE_DEVICES': free}),
             preexec_fn=die_with_parent if platform.system() == 'Linux' else None,
         )
-    return Handle(f'process {process.pid}', process.poll)
+    handle = Handle(f'process {process.pid}', process.poll)
+    if free is not None:
+        users[free] = handle
+    return handle
 
 
 def _fork(environment: Mapping[str, str], script: Path, folder: Path) -> Handle:

@@ -122,7 +122,7 @@ def sizes_of(streams: Mapping[str, Stream], where: str, max_seq_len: int | None 
 
 
 def check_data(stage: Stage, parent_is_there: bool) -> None:
-    """Refuse a budget that ``replay_text`` could not be read for.
+    """Refuse a pass that is cut short, and a budget that ``replay_text`` could not be read for.
 
     Args:
         stage: The stage.
@@ -132,13 +132,13 @@ def check_data(stage: Stage, parent_is_there: bool) -> None:
         ValueError: If data is missing, of another form, or too little.
     """
     mix, dataset = stage.mix, stage.train_loader.dataset
-    if mix is None:
-        return
     if stage.train_subset_num_batches != -1:
         raise ValueError(
             f'train_subset_num_batches={stage.train_subset_num_batches}: of a pass that is cut short nobody knows what '
             'was read; leave it out, and say how much is trained in max_duration'
         )
+    if mix is None:
+        return
     length = dataset.max_seq_len
     if length != stage.max_seq_len:
         raise ValueError(f'train_loader.dataset.max_seq_len={length} and max_seq_len={stage.max_seq_len} must be equal')

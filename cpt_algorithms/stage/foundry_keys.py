@@ -7,6 +7,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +23,14 @@ from llmfoundry.models.mpt import ComposerMPTCausalLM, MPTConfig
 from llmfoundry.models.utils.config_defaults import attn_config_defaults, init_config_defaults
 from llmfoundry.utils.builders import _extract_param_groups, build_eval_loaders, build_optimizer
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_VALIDATION_FUNCTIONS
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from cpt_algorithms.evaluation.functional import check_labels as check_names
+from cpt_algorithms.files import read_yaml
 from cpt_algorithms.keys_read import keys_read
 from cpt_algorithms.stage.stage import Model, Optimizer, Stage
 from cpt_algorithms.validation import check_keys, check_type, nearest, short_repr
@@ -211,11 +215,23 @@ def check_labels(stage: Stage) -> None:
     labels = [str(loader.label) for loader in stage.eval_loader]
     if len(labels) > 1 and 'None' in labels:
         raise ValueError(f'eval_loader[{labels.index("None")}].label is missing')
-    tasks = stage.given.get('icl_tasks')
-    for task in tasks if isinstance(tasks, list) else ():
+    for task in _icl_tasks(stage.given.get('icl_tasks')):
         if isinstance(task, Mapping) and isinstance(task.get('num_fewshot'), list):
             labels += [f'{task.get("label")}/{shots}-shot' for shots in task['num_fewshot']]
     check_names(labels)
+
+
+def _icl_tasks(given: Any) -> list[Any]:
+    """The tasks of a list, or of the file that a path names, as llm-foundry reads it."""
+    if isinstance(given, str) and Path(given).is_file():  # of another, a check of its own speaks
+        path = given
+        try:
+            tasks: Any = OmegaConf.to_container(read_yaml(path), resolve=True)
+        except (OSError, ValueError, OmegaConfBaseException) as error:
+            raise ValueError(f'icl_tasks={path} cannot be read: {error}') from None
+        given = tasks.get('icl_tasks')
+        check_type(f'icl_tasks={path}: icl_tasks', given, list[dict[str, Any]])
+    return given if isinstance(given, list) else []
 
 
 def check_documents(stage: Stage) -> None:

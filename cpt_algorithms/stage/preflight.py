@@ -286,6 +286,12 @@ def _check_callbacks(callbacks: Callbacks) -> None:
             except ValueError as error:
                 where = '' if f'callbacks.{name}' in str(error) else f'callbacks.{name}: '
                 raise ValueError(f'{where}{error}') from None
+    if (callbacks.given.get('kill_loss_spike') or {}).get('log_only') is False:
+        raise ValueError(
+            'callbacks.kill_loss_spike.log_only=false: the losses that it judges by are those of each rank and in no '
+            'checkpoint, so that a restart would end elsewhere; leave log_only out: losses that are not finite stop a '
+            'run anyway'
+        )
 
 
 def _check_model(stage: Stage) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cpt_algorithms.checkpoints.open import time_of
 from cpt_algorithms.checkpoints.save_folder import (
+    check_links,
     half_written,
     latest_link,
     newest_complete,
@@ -19,6 +20,7 @@ from cpt_algorithms.files import (
     check_writable,
     exists,
     is_remote,
+    read_json,
     write_json,
 )
 from cpt_algorithms.stage.identity import changes, contents_of, places_of
@@ -91,6 +93,8 @@ def check_saving(stage: Stage) -> None:
             f'save_folder={folder} holds the checkpoints of a run that this recipe did not start: they would be '
             'resumed from or overwritten; choose another save_folder'
         )
+    if not is_remote(folder) and done_with(stage) is None:
+        check_links(Path(folder))
     # of whole checkpoints, check_restart says whose they are; in object storage half of one is replaced
     if newest is not None or is_remote(folder) or done_with(stage) is not None:
         return

@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.guard import guard_loading
-from cpt_algorithms.checkpoints.open import time_of
 from cpt_algorithms.checkpoints.save_folder import (
     batch_of,
     fetch_checkpoint,
@@ -52,8 +51,9 @@ from cpt_algorithms.files import (
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.streams import StreamError
 from cpt_algorithms.stage.console_line import ConsoleLine
+from cpt_algorithms.stage.ending import Ending, has_ended
 from cpt_algorithms.stage.preflight import PreflightError, preflight
-from cpt_algorithms.stage.record import done_with, has_reached
+from cpt_algorithms.stage.record import done_with
 from cpt_algorithms.stage.restart_checks import format_problem, write_record
 from cpt_algorithms.stage.saving import StoppedError, disk_problem, savers
 from cpt_algorithms.stage.stage import Stage
@@ -99,7 +99,7 @@ class OneWriter(Callback):
             dist.broadcast_object_list(there)
             writer = there[0] or {}
             if writer.get('token') != self.token:
-                raise RuntimeError(
+                raise StoppedError(
                     f'save_folder={self.folder}: another process has started to train there '
                     f'({writer.get("host")}, process {writer.get("pid")}), and goes on; this one stops'
                 )
@@ -193,14 +193,16 @@ def take_remote(folder: str) -> tuple[str, str | None]:
 def is_at_end(stage: Stage, checkpoint: str) -> bool:
     """Whether a checkpoint of a stage is its last, by what it says itself.
 
-    Cost: of one in object storage, a download, unless its batches could not have been enough.
+    Cost: of one in object storage, a download, unless its batches could not have been enough and nothing stops early.
     """
     if not is_remote(checkpoint):
-        return has_reached(time_of(checkpoint), stage.max_duration)
-    if stage.batches is not None and (batch_of(checkpoint) or 0) < stage.batches:  # of rows as long as they can be
+        return has_ended(checkpoint, stage.max_duration)
+    can_stop = 'early_stopper' in stage.callbacks.given
+    # of rows as long as they can be
+    if not can_stop and stage.batches is not None and (batch_of(checkpoint) or 0) < stage.batches:
         return False
     with tempfile.TemporaryDirectory() as here:
-        return has_reached(time_of(fetch_checkpoint(checkpoint, Path(here))), stage.max_duration)
+        return has_ended(fetch_checkpoint(checkpoint, Path(here)), stage.max_duration)
 
 
 def check_or_exit(stage: Stage, what: str) -> None:
@@ -306,6 +308,8 @@ def _train(stage: Stage) -> None:
     cfg['only_hf_checkpoint'] = is_trained
     registry.callbacks.register('datasets_built', func=DatasetsBuilt)
     cfg['callbacks']['datasets_built'] = {}
+    registry.callbacks.register('ending', func=Ending)
+    cfg['callbacks']['ending'] = {'max_duration': str(stage.max_duration)}
     if os.environ.get('LOCAL_RANK', '0') == '0':
         take(DATASETS_LOCK, f'{stage.run_name}, building model and datasets')
     # what the first step used, at any python_log_level

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Composer's names, and which checkpoint of a save folder is the newest complete one. In a bucket: test_object_storage."""
 
+import builtins
+import errno
+import io
 import os
 import warnings
 from pathlib import Path
@@ -9,7 +12,16 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from cpt_algorithms.checkpoints.save_folder import batch_of, checkpoint_name, latest_link, newest_complete, repair
+from cpt_algorithms.checkpoints.errors import CheckpointError
+from cpt_algorithms.checkpoints.save_folder import (
+    batch_of,
+    checkpoint_name,
+    half_written,
+    latest_link,
+    newest_complete,
+    repair,
+    weights_in,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +62,13 @@ def test_sharded_folders_that_are_not_complete(tmp_path):
     (checkpoints[8] / '.metadata').unlink()
     os.truncate(data[10], data[10].stat().st_size // 2)
     assert newest_complete(tmp_path) == (6, str(checkpoints[6]))
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(CheckpointError, match=r'ep0-ba8 is not whole.* move it away, .* goes on from 6'):
+        repair(tmp_path)
+    assert sorted(tmp_path.rglob('*')) == before, 'one kill leaves one checkpoint half-written'
+    checkpoints[8].rename(tmp_path / 'elsewhere')
     repair(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['ep0-ba4', 'ep0-ba6', latest_link(True)]
+    assert sorted(path.name for path in tmp_path.glob('*[!e]')) == ['ep0-ba4', 'ep0-ba6', latest_link(True)]
     assert (tmp_path / latest_link(True)).resolve() == checkpoints[6]
 
 
@@ -66,3 +83,78 @@ def test_files_that_are_not_complete(tmp_path):
     repair(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint_name(9, False), latest_link(False)]
     assert (tmp_path / latest_link(False)).resolve().name == checkpoint_name(9, False)
+
+
+def saved(folder: Path, batch: int) -> Path:
+    path = folder / checkpoint_name(batch, False)
+    torch.save(
+        {'state': {'timestamp': {'Timestamp': dict.fromkeys(('epoch', 'sample', 'token'), 0) | {'batch': batch}}}}, path
+    )
+    return path
+
+
+def test_without_a_whole_checkpoint_only_the_newest_is_half_written(tmp_path):
+    for batch in (2, 4, 6):
+        os.truncate(saved(tmp_path, batch), 100)
+    assert [path.name for path in half_written(tmp_path)] == [checkpoint_name(6, False)]
+
+
+def test_a_copy_that_followed_links_is_never_written_over(tmp_path):
+    """``cp -rL``, ``rsync -L`` and ``aws s3 sync`` make a file of the link; its target was deleted to save room."""
+    saved(tmp_path, 4)
+    latest = saved(tmp_path, 8).rename(tmp_path / latest_link(False))
+    there = latest.read_bytes()
+    with pytest.raises(
+        CheckpointError, match=r'no link but the checkpoint of batch 8 .*rename it to ep0-ba8-rank0\.pt'
+    ):
+        repair(tmp_path)
+    assert latest.read_bytes() == there
+    latest.rename(tmp_path / checkpoint_name(8, False))
+    repair(tmp_path)
+    assert latest.resolve().name == checkpoint_name(8, False)
+
+
+def test_a_sharded_copy_that_followed_links_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr('cpt_algorithms.checkpoints.open.time_of', lambda path: {'ep': 1, 'ba': 8})
+    sharded(tmp_path, 4)
+    sharded(tmp_path, 8).rename(tmp_path / latest_link(True))
+    with pytest.raises(CheckpointError, match='rename it to ep1-ba8, or'):
+        repair(tmp_path)
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize('ask', [repair, newest_complete, half_written, weights_in])
+def test_what_cannot_be_read_for_a_moment_is_not_taken_for_half_written(ask, number, tmp_path, monkeypatch):
+    paths, usual = [saved(tmp_path, batch) for batch in (4, 8)], io.open
+    paths.append(paths[1].rename(tmp_path / 'ep0-ba8-rank0.pt.old')) if ask is weights_in else None
+    fails = [paths[-1]]
+
+    def fail_once(file, *args, **kwargs):
+        if file in fails:
+            fails.remove(file)
+            raise OSError(number, os.strerror(number), str(file))
+        return usual(file, *args, **kwargs)
+
+    there = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patched:
+        for module in (builtins, io):
+            patched.setattr(module, 'open', fail_once)
+        with pytest.raises(
+            CheckpointError, match=f'{paths[-1].name} cannot be read .{os.strerror(number)}.*same command'
+        ):
+            ask(tmp_path)
+    assert sorted(tmp_path.iterdir()) == there
+    ask(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
+    saved(tmp_path, 4)
+
+    def fail(path, *args):
+        raise OSError(errno.EIO, 'Input/output error', str(path))
+
+    for name in ('scandir', 'listdir'):
+        monkeypatch.setattr(os, name, fail)
+    for ask in (newest_complete, weights_in):
+        with pytest.raises(CheckpointError, match='cannot be read .Input/output error'):
+            ask(tmp_path)

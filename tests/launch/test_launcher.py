@@ -18,7 +18,8 @@ import tiny
 from composer.cli import launcher
 from omegaconf import OmegaConf
 
-from cpt_algorithms.launch.launcher import LaunchError, Resources, command, make_launcher, resources_of
+from cpt_algorithms.launch import launcher as launcher_module
+from cpt_algorithms.launch.launcher import LaunchError, Resources, command, gpu_shares, make_launcher, resources_of
 from cpt_algorithms.launch.slurm_node import TrainingNode
 
 RECIPE = tiny.RECIPE
@@ -93,6 +94,53 @@ def test_runs_are_refused_where_they_cannot_be_started(monkeypatch, tmp_path):
             make_launcher(resources_of({'slurm': SLURM}), jobs=1)
         (tmp_path / tool).write_text('#!/bin/sh')
         (tmp_path / tool).chmod(0o755)
+
+
+# GPUs
+
+
+def test_runs_at_the_same_time_have_gpus_of_their_own():
+    assert gpu_shares(['0', '1', '2', '3'], jobs=4, nproc=1) == ['0', '1', '2', '3']
+    assert gpu_shares(['4', 'GPU-5', '6', '7', '8'], jobs=2, nproc=2) == ['4,GPU-5', '6,7']
+    assert gpu_shares([], jobs=4, nproc=2) == []
+    with pytest.raises(
+        ValueError, match='^jobs=2 with nproc=2 wants 4 GPUs, .* 3 can be seen .0,1,2.; choose fewer jobs'
+    ):
+        gpu_shares(['0', '1', '2'], jobs=2, nproc=2)
+
+
+@pytest.mark.parametrize(
+    ('given', 'count', 'visible'),
+    [(None, 2, ['0', '1']), ('3, 1', 2, ['3', '1']), ('0,9', 1, ['0']), ('', 0, []), (None, 0, [])],
+)
+def test_gpus_that_can_be_seen(given, count, visible, monkeypatch):
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if given is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', given)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: count)
+    assert launcher_module._visible_gpus() == visible
+
+
+def test_a_run_takes_gpus_that_no_other_has(tmp_path, monkeypatch, wait):
+    monkeypatch.setattr(launcher_module, '_visible_gpus', lambda: ['2', '5'])
+    script = tmp_path / 'says.py'
+    script.write_text(
+        'import os, pathlib, sys, time\n'
+        "print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n"
+        "while not (pathlib.Path(sys.argv[1]).parent / 'end').exists(): time.sleep(0.05)\n"
+    )
+    folders = [tmp_path / name for name in 'abc']
+    for folder in folders:
+        folder.mkdir()
+    start = make_launcher(Resources(), jobs=2)
+    first, second = start(script, folders[0]), start(script, folders[1])
+    (folders[1] / 'end').touch()
+    assert wait(second) == 0
+    third = start(script, folders[2])
+    for folder in folders:
+        (folder / 'end').touch()
+    assert (wait(first), wait(third)) == (0, 0)
+    assert [(folder / 'log.txt').read_text().strip() for folder in folders] == ['2', '5', '5']
 
 
 # A small Slurm

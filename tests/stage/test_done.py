@@ -101,6 +101,43 @@ def test_a_run_that_was_stopped_early_is_done(scheduler, data, tmp_path, capsys)
     assert len(recorder.read(tmp_path / 'run.jsonl')) == batch
 
 
+STOPPER = {'monitor': 'LanguageCrossEntropy', 'dataloader_label': 'eval/new', 'comp': 'greater'}
+
+
+def stopped_early(tmp_path, data, **over):
+    """The loss falls, so the first is the best: after a patience of 3 batches the run is over at batch 5."""
+    stopper = {'early_stopper': {**STOPPER, 'patience': '3ba'}}
+    loaders = {'eval_interval': '1ba', 'eval_loader': tiny.eval_loader('new', data['new'])}
+    return tiny.config(tmp_path, data, 'run', callbacks=stopper, **loaders, **over)
+
+
+def test_patience_goes_on_where_a_kill_found_it(data, tmp_path):
+    cfg = stopped_early(tmp_path, data)
+    tiny.recipe_here(cfg, tmp_path)
+    straight, lines = done(cfg), recorder.read(tmp_path / 'run.jsonl')
+    assert straight['batch'] == 5
+    assert killed_after(cfg, tmp_path, 4) == 4
+    tiny.recipe_here(cfg, tmp_path)
+    assert done(cfg) == straight
+    assert recorder.read(tmp_path / 'run.jsonl') == lines
+    assert [path.name for path in (tmp_path / 'run' / 'huggingface').iterdir()] == ['ba5']
+
+
+def test_a_run_that_was_stopped_and_killed_before_its_export_is_exported(data, tmp_path):
+    schedule = {'name': 'infinite', 't_warmup': '1ba', 't_cooldown': '2ba', 'alpha_const': 0.5, 't_anneal': '0ba'}
+    cfg = stopped_early(tmp_path, data, scheduler=schedule)
+    tiny.recipe_here(cfg, tmp_path)
+    straight, trained = done(cfg), (tmp_path / 'run.jsonl.rank0').read_text()
+    assert killed_after(cfg, tmp_path, 5) == 5
+    tiny.recipe_here(cfg, tmp_path)
+    assert (tmp_path / 'run.jsonl.rank0').read_text() == trained, 'nothing more'
+    assert done(cfg) == straight
+    assert [path.name for path in (tmp_path / 'run' / 'huggingface').iterdir()] == ['ba5']
+    # it was over at the end that it had, and not at another; its patience is over at once
+    tiny.recipe_here({**cfg, 'max_duration': '16ba'}, tmp_path)
+    assert done(cfg)['batch'] == 6
+
+
 FROZEN = {'optimizer': {'disable_grad': ['transformer.wte']}}
 
 

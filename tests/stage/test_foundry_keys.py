@@ -199,6 +199,24 @@ def test_labels_are_of_one_evaluator(labels, icl, said, data, tmp_path):
         assert re.search(said, found[0])
 
 
+@pytest.mark.parametrize(
+    ('labels', 'icl', 'said'),
+    [(['a'], ['q', 'q'], "'q/0-shot'"), (['q/1-shot'], ['q'], "'q/1-shot'"), (['a'], ['b'], None)],
+)
+def test_labels_of_tasks_in_a_file(labels, icl, said, data, tmp_path):
+    loaders = [tiny.eval_loader(label, data['new']) for label in labels]
+    path = tiny.save({'icl_tasks': tasks(*icl)}, tmp_path / 'tasks.yaml')
+    cfg = tiny.config(tmp_path, data, 'labels', eval_loader=loaders, icl_tasks=str(path))
+    found = problems(cfg)
+    assert len(found) == (said is not None), found
+    if said:
+        assert re.search(said, found[0])
+    for content in ('tasks: []', 'icl_tasks: a', '- a', 'a: ['):
+        path.write_text(content)
+        (found,) = problems(cfg)
+        assert found.startswith(f'icl_tasks={path}') and '\n' not in found, found
+
+
 # What Composer drops, looks for at the first evaluation, or refuses on several ranks only.
 LATE = {
     'a key of FSDP': ({'fsdp_config': {'sharding_strateg': 'FULL_SHARD'}}, "fsdp_config.sharding_strateg .* 'sharding_strategy'"),
@@ -212,6 +230,7 @@ LATE = {
     'no interval': ({'save_interval': '0ba'}, "save_interval='0ba'"),
     'a unit': ({'console_log_interval': '10tok'}, "console_log_interval='10tok' .* in ba or ep"),
     'weights from elsewhere': ({'callbacks': {'load_checkpoint': {'load_path': 'x'}}}, 'callbacks.load_checkpoint .* load_path'),
+    'a memory': ({'callbacks': {'kill_loss_spike': {'log_only': False}}}, 'kill_loss_spike.log_only=false: .* leave log_only out'),
     'a file': ({'icl_tasks': 'no/tasks.yaml'}, "icl_tasks='no/tasks.yaml'"),
 }  # fmt: skip
 

@@ -221,6 +221,28 @@ def test_what_a_restart_could_not_live_with(case, data, tmp_path):
     assert all(words in found[0] for words in expected), found
 
 
+def test_a_pass_that_is_cut_short_is_refused_of_any_loader(data, tmp_path):
+    loader = {key: value for key, value in tiny.eval_loader('', data['new']).items() if key != 'label'}
+    cfg = tiny.config(tmp_path, data, 'run', train_loader=loader | {'dataset': loader['dataset'] | {'split': 'train'}})
+    preflight(Stage.from_yaml(cfg))
+    (found,) = tiny.problems({**cfg, 'train_subset_num_batches': 3})
+    assert found.startswith('train_subset_num_batches=3: ')
+
+
+def test_a_copied_folder_is_refused_by_name_and_left_as_it_is(data, tmp_path):
+    cfg = tiny.config(tmp_path, data, 'run')
+    tiny.recipe_here(cfg, tmp_path)
+    folder = tmp_path / 'run'
+    latest, newest = folder / 'latest-rank0.pt', folder / 'ep0-ba8-rank0.pt'
+    latest.unlink()
+    newest.rename(latest)
+    preflight(Stage.from_yaml(cfg))  # it is done, whatever lies there
+    (folder / 'done.json').unlink()
+    assert 'rename it to ep0-ba8-rank0.pt' in tiny.problems(cfg)[0]
+    latest.rename(newest)
+    preflight(Stage.from_yaml(cfg))
+
+
 def test_composers_own_names_are_taken(data, tmp_path):
     names = {'save_filename': 'ep{epoch}-ba{batch}-rank{rank}.pt', 'save_latest_filename': 'latest-rank{rank}.pt'}
     preflight(Stage.from_yaml(tiny.config(tmp_path, data, 'run', **names)))
