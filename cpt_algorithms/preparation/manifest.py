@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was asked for and what was done, as ``manifest.json`` says it, here and of data prepared before."""
+"""``manifest.json``: the request and the result, of this preparation and of earlier ones."""
 
 import json
 import os

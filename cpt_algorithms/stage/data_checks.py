@@ -7,7 +7,6 @@ Of all data, whoever made it, a row is looked at.
 
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,17 +16,17 @@ from typing import Any
 
 import numpy as np
 from llmfoundry.models.mpt import MPTConfig
-from llmfoundry.utils.builders import build_tokenizer
 from streaming import Stream as StreamingStream
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.checkpoints.exports import exports, folder_of_pretrained
-from cpt_algorithms.files import StorageError, fetch, is_remote, list_names
+from cpt_algorithms.checkpoints.exports import folder_of_pretrained, newest_export
+from cpt_algorithms.files import StorageError, fetch, is_remote
 from cpt_algorithms.preparation.manifest import Manifest, read_manifest
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer, stop_tokens
-from cpt_algorithms.replay.mix import Stream, row_length
+from cpt_algorithms.replay.mix import Stream
 from cpt_algorithms.replay.shard_index import ShardIndex
+from cpt_algorithms.stage.on_meta import tokenizer_of
 from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.stage import Loader, Model, Stage, Tokenizer
 
@@ -100,13 +99,13 @@ def find_data_problems(stage: Stage, parent_is_there: bool, model_is_there: bool
 def _load(tokenizer: Tokenizer) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a YAML; none if it cannot be loaded, which preflight says."""
     try:
-        return build_tokenizer(tokenizer.name, dict(tokenizer.kwargs.given))
-    except Exception:
+        return tokenizer_of(tokenizer)
+    except ValueError:
         return None
 
 
 def _hash_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What :func:`hash_tokenizer` says of a tokenizer; none if it has no fast form."""
+    """:func:`hash_tokenizer` of a tokenizer; none if it has no fast form."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         try:
@@ -192,13 +191,7 @@ def _parent_problems(stage: Stage, ours: Callable[[], str | None]) -> Iterator[s
 
 def _tokenizer_of_run(folder: str) -> tuple[str | None, str] | None:
     """Hash of the tokenizer that a run was trained with, and where that lies; none if nothing is known of it."""
-    if is_remote(folder):
-        names = (re.fullmatch(r'huggingface/ba(\d+)/tokenizer\.json', name) for name in list_names(folder))
-        batches = [int(name[1]) for name in names if name]
-    else:
-        batches = [batch for batch, path in exports(Path(folder)).items() if (path / 'tokenizer.json').exists()]
-    if batches:
-        export = f'{folder}/huggingface/ba{max(batches)}'
+    if export := newest_export(folder, 'tokenizer.json'):
         if not is_remote(folder):
             return hash_tokenizer(Path(export)), export
         with tempfile.TemporaryDirectory() as here:
@@ -247,10 +240,10 @@ def _tokenizer_problems(tokenizer: Tokenizer, ours: Callable[[], str | None], st
 
 
 def _row_problems(streams: list[_Stream], model: Model) -> Iterator[str]:
-    """What is wrong with a row of each stream, whoever wrote it: rows that are cut are half lost, without a word."""
+    """Look at a row of each stream, whoever wrote it: rows that are too long are silently cut."""
     try:
         vocab_size, _ = _model_sizes(model)
-    except ValueError:  # which has been said
+    except ValueError:  # already reported
         vocab_size = None
     for stream in streams:
         try:
@@ -305,8 +298,7 @@ def _look_at(stream: Stream) -> tuple[int | None, dict[str, Any] | None]:
             fetch(f'{os.path.join(places[-1], split).rstrip("/")}/index.json', Path(cache) / split / 'index.json')
         place = here[0] if here else cache
         index = ShardIndex.read(Path(place) / split / 'index.json')
-        columns = [dict(zip(kind['column_names'], kind['column_encodings'], strict=True)) for kind in index.kinds]
-        lengths = {row_length(each['tokens']) for each in columns if 'tokens' in each}
+        lengths = index.row_lengths
         packed = lengths.pop() if len(lengths) == 1 else None
         if packed and not here:
             return packed, None
