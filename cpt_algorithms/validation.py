@@ -135,9 +135,9 @@ def differences(old: Any, new: Any, path: str = '') -> list[str]:
 
 def misfits(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """How the tensors of two models differ, of which a shape is given for each name."""
-    found = [f'{k} is {there[k]} there and {here[k]} here' for k in here if k in there and there[k] != here[k]]
-    found += [f'{k} is missing there' for k in here if k not in there]
-    return found + [f'{k} is missing here' for k in there if k not in here]
+    found = [f'{k} is {there[k]} there and {here[k]} here' for k in there if k in here and there[k] != here[k]]
+    found += [f'{k} is missing here' for k in there if k not in here]
+    return found + [f'{k} is missing there' for k in here if k not in there]
 
 
 def check_keys(where: str, given: Iterable[str], allowed: Iterable[str]) -> None:

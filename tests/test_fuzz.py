@@ -476,7 +476,7 @@ MANIFEST = {
         **{'files': {}, 'earlier': {}, 'max_seq_len': 16},
     },
     'tokenizer': {**_TOKENIZER, 'document_start': [], 'document_end': ['x']},
-    'datasets': {'old': _DATASET, 'new': _DATASET},
+    'datasets': {'old': copy.deepcopy(_DATASET), 'new': copy.deepcopy(_DATASET)},
     'earlier': {'before': ['old=text:c']},
     'engine': 'local',
     'versions': {},
