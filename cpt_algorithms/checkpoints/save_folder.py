@@ -39,12 +39,12 @@ def batch_of(place: str | Path) -> int | None:
 
 
 def checkpoint_name(batch: int, sharded: bool) -> str:
-    """Composer's name for the checkpoint of a batch; stages are one epoch."""
+    """What Composer calls the checkpoint of a batch; stages are one epoch."""
     return f'ep0-ba{batch}' if sharded else f'ep0-ba{batch}-rank0.pt'
 
 
 def latest_link(sharded: bool) -> str:
-    """Composer's name for the link to the newest checkpoint."""
+    """What Composer calls the link to the newest checkpoint."""
     return 'latest-sharded-rank0' if sharded else 'latest-rank0.pt'
 
 
@@ -96,7 +96,7 @@ def newest_complete(folder: str | Path) -> tuple[int, str | None]:
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Files and folders with the name of a checkpoint, and their batches, the newest first."""
+    """What has the name of a checkpoint, and its batch, the newest first."""
     found = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob('ep*-ba*'))
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
@@ -116,7 +116,7 @@ def _complete_objects(folder: str) -> Iterator[tuple[int, str]]:
 
 
 def half_written(folder: Path) -> list[Path]:
-    """Checkpoints that a kill has cut off: Composer's name, the beginning of its content, and not the end.
+    """What a kill has left of checkpoints: Composer's name, the beginning of its content, and not the end.
 
     Nothing between two complete checkpoints: Composer writes the newest and deletes the oldest.
     """
