@@ -8,7 +8,7 @@ from typing import Any
 
 from cpt_algorithms.validation import short_repr
 
-__all__ = ['ABSOLUTE', 'Duration']
+__all__ = ['ABSOLUTE', 'UNITS', 'Duration', 'per_batch_of']
 
 # What can be counted in batches before the data is known.
 ABSOLUTE = ('tok', 'ba', 'sp')

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from math import isfinite, nan
@@ -22,7 +22,10 @@ from typing import Any
 from urllib.parse import urlparse
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from cpt_algorithms.formatting import one_line
 
 __all__ = [
     'NoStoreError',
@@ -35,6 +38,7 @@ __all__ = [
     'is_remote',
     'list_names',
     'locked_sibling',
+    'nearest_existing',
     'null_as_nan',
     'read_json',
     'read_or_none',
@@ -51,7 +55,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# Seconds to wait for a lock without a word.
+# Seconds to wait silently for a lock.
 _PATIENCE = 10.0
 
 
@@ -101,7 +105,7 @@ def _storage(uri: str | Path) -> Iterator[tuple[Any, str]]:
     except FileNotFoundError:
         raise
     except Exception as error:  # each backend has its own
-        raise StorageError(f'{uri} cannot be reached: {" ".join(str(error).split())}') from error
+        raise StorageError(f'{uri} cannot be reached: {one_line(error)}') from error
 
 
 def list_names(folder: str | Path) -> list[str]:
@@ -145,7 +149,7 @@ def upload(path: str | Path, uri: str) -> None:
 
 
 def read_or_none(place: str | Path) -> bytes | None:
-    """What a file or object holds; None if there is none."""
+    """The content of a file or object; None if there is none."""
     try:
         if not is_remote(place):
             return Path(place).read_bytes()
@@ -169,22 +173,39 @@ def read_json(place: str | Path) -> Any:
         raise ValueError(f'{place} cannot be read: {error}') from None
 
 
-def read_yaml(path: str | Path) -> DictConfig:
+def read_yaml(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    resolve: bool = True,
+    change: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """A YAML file with keys.
 
+    Args:
+        path: The file.
+        overrides: ``key=value`` with dotted keys. Default: none.
+        resolve: Whether to fill in what ``${...}`` stands for. Default: ``True``.
+        change: Applied to what the file says before the overrides. Default: ``None``.
+
     Raises:
-        ValueError: If it is no YAML, or holds anything but a mapping of keys.
-        OSError: If it cannot be read; OmegaConf's errors if it is not right.
+        ValueError: If it cannot be read, or holds anything but a mapping of keys.
     """
     try:
-        given = OmegaConf.load(path)
-    except AssertionError:  # a text, which OmegaConf takes for a YAML of its own
-        given = None
-    except YAMLError as error:
-        raise ValueError(f'{path} is no YAML: {" ".join(str(error).split())}') from None
-    if not isinstance(given, DictConfig):
-        raise ValueError(f'{path} must be a mapping of keys')
-    return given
+        try:
+            given = OmegaConf.load(path)
+        except AssertionError:  # a text, which OmegaConf takes for a YAML of its own
+            given = None
+        if not isinstance(given, DictConfig):
+            raise ValueError(f'{path} must be a mapping of keys')
+        given = OmegaConf.create(change(_container(given))) if change else given
+        return _container(OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides))), resolve)
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError, TypeError) as error:
+        raise ValueError(f'{path} cannot be read: {one_line(error)}') from None
+
+
+def _container(config: Any, resolve: bool = False) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(config, resolve=resolve)
+    return plain
 
 
 def write_atomic(place: str | Path, content: bytes) -> None:
@@ -240,12 +261,18 @@ def _finite(value: Any) -> Any:
 
 
 def null_as_nan(value: Any) -> Any:
-    """What :func:`write_json` has written of numbers, null being none of them."""
+    """Numbers as they were before :func:`write_json` wrote them: null becomes NaN."""
     if isinstance(value, dict):
         return {key: null_as_nan(each) for key, each in value.items()}
     if isinstance(value, list):
         return [null_as_nan(each) for each in value]
     return nan if value is None else value
+
+
+def nearest_existing(path: str | Path) -> Path:
+    """A path that need not exist, or the nearest folder above it that does."""
+    path = Path(path).absolute()
+    return next(each for each in (path, *path.parents) if os.path.exists(each))
 
 
 def check_writable(key: str, folder: str, advice: str) -> None:
@@ -256,17 +283,15 @@ def check_writable(key: str, folder: str, advice: str) -> None:
     """
     if is_remote(folder):
         return
-    there = os.path.abspath(folder)
-    while not os.path.exists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there):
+    there = nearest_existing(folder)
+    if not there.is_dir():
         raise StorageError(f'{key}: {there} is no folder; {advice}')
     if not os.access(there, os.W_OK | os.X_OK):
         raise StorageError(f'{key}: {there} cannot be written to; {advice}')
 
 
 def holder_of(lock: Any) -> str:
-    """Who has a lock that was taken with :func:`take`: process, run, since when."""
+    """The holder of a lock that was taken with :func:`take`: process, run, since when."""
     try:
         return '{what} (process {pid} on {host}, since {since})'.format(**(read_json(f'{lock.lock_file}.json') or {}))
     except (OSError, ValueError, LookupError, AttributeError):
@@ -278,7 +303,7 @@ def take(lock: Any, what: str, timeout: float = -1) -> None:
 
     Args:
         lock: The lock.
-        what: For what it is taken, such as the name of a run.
+        what: The purpose, such as the name of a run.
         timeout: Seconds to wait. Default: ``-1``, for ever.
 
     Raises:

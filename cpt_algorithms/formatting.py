@@ -1,7 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers as people read them: one way for every table, plot and sentence."""
+"""Numbers and texts as people read them: one way for every table, plot and sentence."""
 
-__all__ = ['exact', 'flop', 'gigabytes', 'hours', 'percent', 'scientific', 'short', 'shortened', 'signed']
+from collections.abc import Sequence
+
+__all__ = [
+    'exact',
+    'first_of',
+    'flop',
+    'gigabytes',
+    'hours',
+    'one_line',
+    'percent',
+    'scientific',
+    'short',
+    'shortened',
+    'signed',
+]
 
 _LETTERS = ((12, 'T'), (9, 'B'), (6, 'M'), (3, 'k'))
 
@@ -58,3 +72,13 @@ def gigabytes(size: float) -> str:
 def hours(value: float) -> str:
     """Hours, rounded to three digits: 12,300, 3.1, 0.0004."""
     return f'{float(f"{value:.3g}"):,g}'
+
+
+def one_line(said: object) -> str:
+    """A text, such as an error, in one line."""
+    return ' '.join(str(said).split())
+
+
+def first_of(problems: Sequence[str]) -> str:
+    """The first three of some problems, in one line."""
+    return '; '.join(problems[:3]) + (f' (and {len(problems) - 3} more)' if len(problems) > 3 else '')

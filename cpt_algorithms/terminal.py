@@ -80,7 +80,7 @@ def _part(table: Table, kept: Sequence[int], widths: Sequence[int]) -> Table:
 
 
 def _widened(table: Table, kept: Sequence[int], least: Sequence[int], console: Console) -> list[int]:
-    """What room is left goes to names, then to heads."""
+    """Give the remaining width to names, then to heads."""
     widths = list(least)
     free = console.width - _width(_part(table, kept, widths), console)
     for index in sorted(kept, key=lambda index: table.columns[index].justify == 'right'):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strict types for what people write: every mistake at once, each one line with the key, its value and what is right.
+"""Strict types for YAML and JSON: every mistake at once, each one line with the key, its value and the remedy.
 
 :class:`Section` is the base of everything that is read from a YAML or JSON file; pydantic does the work, and nothing is
 coerced. :func:`check_type` is the same for a single value and a Python annotation of somebody else's.
@@ -36,6 +36,7 @@ __all__ = [
     'check_type',
     'fits_on_a_disk',
     'differences',
+    'misfits',
     'nearest',
     'parse_section',
     'short_repr',
@@ -48,7 +49,7 @@ _short.maxstring = _short.maxother = 80
 
 
 class ConfigError(ValueError):
-    """What is wrong with a YAML, all of it.
+    """All problems of a YAML.
 
     Args:
         problems: Each with its key, its value and what would be right.
@@ -79,7 +80,7 @@ class Section(BaseModel):
 
     @classmethod
     def without_null(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What is left if null is like nothing."""
+        """The section without keys that are null."""
         return {key: value for key, value in given.items() if value is not None or key not in cls.model_fields}
 
     @property
@@ -124,12 +125,19 @@ def nearest(word: Any, known: Iterable[str]) -> str:
 
 
 def differences(old: Any, new: Any, path: str = '') -> list[str]:
-    """What changed, a line for each leaf: ``optimizer.lr: 0.001 -> 0.01``."""
+    """Changes, a line for each leaf: ``optimizer.lr: 0.001 -> 0.01``."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found = (differences(old.get(k), new.get(k), f'{path}.{k}' if path else k) for k in {**old, **new})
         return [line for lines in found for line in lines]
     then, now = ('absent' if each is None else each for each in (old, new))
     return [] if old == new else [f'{path}: {then} -> {now}']
+
+
+def misfits(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """How the tensors of two models differ, of which a shape is given for each name."""
+    found = [f'{k} is {there[k]} there and {here[k]} here' for k in there if k in here and there[k] != here[k]]
+    found += [f'{k} is missing here' for k in there if k not in here]
+    return found + [f'{k} is missing there' for k in here if k not in there]
 
 
 def check_keys(where: str, given: Iterable[str], allowed: Iterable[str]) -> None:
@@ -149,7 +157,7 @@ def _unknown(path: str, key: Any, allowed: Iterable[str]) -> str:
 
 
 def with_home(value: Any) -> Any:
-    """What was read, with the home folder for a ``~`` or ``$HOME`` that a text begins with, as a shell reads it."""
+    """A value with the home folder for a ``~`` or ``$HOME`` that a text begins with, as a shell reads it."""
     if isinstance(value, Mapping):
         return {key: with_home(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -158,7 +166,7 @@ def with_home(value: Any) -> Any:
 
 
 def _scalar_problems(value: Any, where: str) -> Iterator[str]:
-    """What YAML can say and no part of a YAML here means: keys that are no text, and OmegaConf's ``???``."""
+    """Problems of YAML itself: keys that are no text, and OmegaConf's ``???``."""
     if value == '???':
         yield f'{where} is missing: {value} stands for it'
     for key in value if isinstance(value, Mapping) else ():
@@ -212,7 +220,7 @@ _MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
 
 
 def _as_yaml(hint: Any) -> Any:
-    """An annotation with what YAML can say in place of what it cannot; ``Any`` for what nobody can write."""
+    """An annotation with YAML's types in place of Python's; ``Any`` for values that nobody can write."""
     origin, inside = get_origin(hint) or hint, get_args(hint)
     if origin is Annotated:
         return hint

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages x arms x seeds from one YAML, then the report: what was forgotten, what was learned, what it cost.
+"""Stages x arms x seeds from one YAML, then the report: forgetting, adaptation and cost.
 
     python recipes/sequence.py yamls/sequence/quickstart.yaml [key=value ...]
     python recipes/sequence.py yamls/sequence/quickstart.yaml --dry-run      # plan and commands; trains, writes nothing

@@ -32,16 +32,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prepare_data import OneLineParser
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.files import StorageError, is_remote
-from cpt_algorithms.launch.processes import refuse_launcher, run_command
+from cpt_algorithms.launch.processes import OneLineParser, refuse_launcher, run_command
 from cpt_algorithms.terminal import make_console, print_table
 from cpt_algorithms.weight_averaging.offline.select import AverageError, Found, find, latest, windows_of
 from cpt_algorithms.weight_averaging.offline.storage import download, refuse_existing, require_disk, upload_result
@@ -120,10 +118,8 @@ def weights_of(options: argparse.Namespace, count: int) -> list[float]:
         raise AverageError(f'--weights {options.weights}: {error}') from None
 
 
-def print_inputs(
-    found: Sequence[Found], weights: Sequence[float], out: str, average: str | None, console: Console | None = None
-) -> None:
-    """What will be averaged, oldest first."""
+def print_inputs(found: Sequence[Found], weights: Sequence[float], out: str, average: str | None) -> None:
+    """Print the inputs, oldest first."""
     what = f'{average} of ' if average else ''
     count = f'{len(found)} checkpoint' + ('s' if len(found) > 1 else '')
     table = Table('checkpoint', title=escape(f'{what}{count} -> {out}'), title_justify='left', box=box.SIMPLE)
@@ -131,7 +127,7 @@ def print_inputs(
     table.add_column('weight', justify='right')
     for one, weight in zip(found, weights, strict=True):
         table.add_row(escape(one.path), '' if one.batch is None else f'{one.batch:,}', f'{weight:.6g}')
-    print_table(table, console or make_console())
+    print_table(table, make_console())
 
 
 def output_of(options: argparse.Namespace, window: Sequence[Found]) -> str:

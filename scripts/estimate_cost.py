@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage or a sequence will do and cost, before it is paid for. Trains nothing, reads no data and no weights.
+"""Phases and cost of a stage or a sequence, before it is paid for. Trains nothing, reads no data and no weights.
 
     python scripts/estimate_cost.py STAGE_OR_SEQUENCE.yaml [key=value ...] [--gpu h100] [--gpus N] [--mfu 0.4]
 

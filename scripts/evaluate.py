@@ -26,9 +26,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prepare_data import OneLineParser
-
-from cpt_algorithms.launch.processes import refuse_launcher, run_command
+from cpt_algorithms.launch.processes import OneLineParser, refuse_launcher, run_command
 
 
 def positive(text: str) -> int:

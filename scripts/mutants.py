@@ -18,7 +18,7 @@ EXPLAINED = Path('tests/equivalent_mutants.txt')
 
 
 def mutmut(*arguments: str) -> str:
-    """What mutmut prints."""
+    """The output of mutmut."""
     return subprocess.run([MUTMUT, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -29,7 +29,7 @@ def function_of(mutant: str) -> str:
 
 
 def changed_lines(mutant: str) -> str:
-    """What a mutant puts into the code: ``module: its lines``."""
+    """The change of a mutant: ``module: its lines``."""
     lines = mutmut('show', mutant).splitlines()
     added = [line[1:].strip() for line in lines if line.startswith('+') and not line.startswith('+++')]
     return f'{mutant.rpartition(".")[0]}: {" ".join(added)}'

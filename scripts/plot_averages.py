@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What averaging the weights gained: raw, EMA and LAWA validation loss along finished or half-finished runs.
+"""The gain of averaging the weights: raw, EMA and LAWA validation loss along finished or half-finished runs.
 
     python scripts/plot_averages.py runs/weight_averaging/* --out averages.png
     python scripts/plot_averages.py runs/weight_averaging/*spike* --spike 1221      # and how much of a spike it saw

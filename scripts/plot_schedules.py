@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from cpt_algorithms.duration import ABSOLUTE, Duration, per_batch_of
 from cpt_algorithms.files import read_yaml
@@ -35,7 +34,7 @@ COLOR, BANDS = '#1f4e79', ('#eef2f7', '#dfe7f1')
 
 @dataclass(frozen=True)
 class Curve:
-    """What one YAML does: spans hold multipliers of ``lr``, times are in ``unit``."""
+    """The schedule of one YAML: spans hold multipliers of ``lr``, times are in ``unit``."""
 
     title: str
     unit: str
@@ -54,13 +53,13 @@ def load(path: Path, overrides: list[str]) -> dict[str, Any]:
         ValueError: If the YAML has no scheduler, optimizer.lr or max_duration, or cannot be resolved.
     """
     try:
-        config = OmegaConf.merge(read_yaml(path), OmegaConf.from_dotlist(overrides))
+        config = OmegaConf.create(read_yaml(path, overrides, resolve=False))
         keys = ('scheduler', 'optimizer', 'max_duration', 'global_train_batch_size', 'max_seq_len')
         keys += ('train_subset_num_batches',)
         # only these: data paths and run names may come from variables that are not set here
         found: dict[str, Any] = {key: OmegaConf.select(config, key) for key in keys}
         found = {k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for k, v in found.items()}
-    except (OmegaConfBaseException, YAMLError) as error:
+    except OmegaConfBaseException as error:
         raise ValueError(f'{path}: {error}') from None
     for key in ('scheduler', 'optimizer', 'max_duration'):
         if not found[key]:

@@ -24,10 +24,9 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from cpt_algorithms.files import StorageError, is_remote, locked_sibling
-from cpt_algorithms.launch.processes import refuse_launcher, run_command
+from cpt_algorithms.launch.processes import OneLineParser, refuse_launcher, run_command
 from cpt_algorithms.preparation.engines import make_engine
 from cpt_algorithms.preparation.manifest import Manifest, find_earlier, find_prepared
 from cpt_algorithms.preparation.options import DEFAULT_DATASETS, Options, make_request, sample_length
@@ -42,14 +41,6 @@ SHOWN = 10  # rows left out, of each source
 
 # Streaming (7 s), transformers and datasets are imported where they are used: a wrong argument or a re-run
 # of something already prepared answers at once.
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Prints an error as one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exits with status 2."""
-        self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')
 
 
 def make_parser() -> OneLineParser:
@@ -93,14 +84,13 @@ def make_parser() -> OneLineParser:
     return parser
 
 
-def print_counts(manifest: Manifest, out: str, width: int | None = None) -> None:
+def print_counts(manifest: Manifest, out: str) -> None:
     """Prints what a manifest counts as a table, as wide as the terminal."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from cpt_algorithms.terminal import print_table
+    from cpt_algorithms.terminal import make_console, print_table
 
     counted = ('documents', 'duplicates', 'near_duplicates', 'tokens', 'samples', 'bytes')
     shown = [name for name in counted if name != 'near_duplicates' or manifest.request.near_duplicates]
@@ -116,7 +106,7 @@ def print_counts(manifest: Manifest, out: str, width: int | None = None) -> None
             for split, counts in described.splits.items():
                 cells = [f'{getattr(counts, column):,}' for column in shown]
                 table.add_row(escape(f'  {source}'), split, *cells, style='dim')
-    print_table(table, Console(width=width))
+    print_table(table, make_console())
     for name, dataset in manifest.datasets.items():
         for source, described in dataset.sources.items():
             label = name if source == name else f'{name}/{source}'
@@ -132,7 +122,7 @@ def print_counts(manifest: Manifest, out: str, width: int | None = None) -> None
 
 
 def run(options: Options) -> None:
-    """Prepares what the options ask for, or shows what is already there."""
+    """Prepares the data, or shows it if it is already there."""
     options.check()
     sources = parse_sources(options.dataset, options.encoding, options.skip_broken)
     files = {str(source): find_files(source) for source in sources}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was forgotten, what was learned, what it cost: a page about runs, at any time, finished or not.
+"""Forgetting, adaptation and cost: a page about runs, at any time, finished or not.
 
     python scripts/report.py runs/quickstart
     python scripts/report.py runs/small runs/large --out report       # model sizes side by side

@@ -26,6 +26,7 @@ from rich.console import Console
 from cpt_algorithms.cost.tables import print_costs, print_stage
 from cpt_algorithms.evaluation.suite import load_suite
 from cpt_algorithms.launch.launcher import resources_of
+from cpt_algorithms.preparation.manifest import FORMAT, Manifest
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.sequence.check import check
 from cpt_algorithms.sequence.read import load_yaml
@@ -35,6 +36,7 @@ from cpt_algorithms.sequence.sweep import expand_trials, sequence_of, trials_of
 from cpt_algorithms.stage.data_checks import find_data_problems
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.validation import parse_section
 
 SECONDS = 20  # of computing, for one input
 MINUTES = 5  # of waiting, on a busy machine
@@ -463,11 +465,21 @@ def test_indices_of_a_broken_disk(index, root, many, slow):
     cases(strategy, read_index(root), root, 5000 if slow else 150, slow)
 
 
+_DATASET = {
+    **dict.fromkeys(('files', 'rows', 'skipped', 'broken', 'parts'), 0),
+    **{'first_broken': [], 'splits': {}, 'sources': {}, 'lm_eval': {}},
+}
+_TOKENIZER = {'vocab_size': 280, 'eos_token': 'x', 'eos_token_id': 0, 'hash': 'abc', 'files': ['tokenizer.json']}
 MANIFEST = {
-    'request': {'format': 4, 'eos_text': None, 'val_fraction': 0.1, 'datasets': {'old': ['text:a'], 'new': ['text:b']}},
-    'tokenizer': {'hash': 'abc', 'document_start': [], 'document_end': ['x']},
-    'datasets': {'old': {}, 'new': {}},
-    'earlier': {'before': {'old': ['text:c']}},
+    'request': {
+        **{'format': FORMAT, 'eos_text': None, 'val_fraction': 0.1, 'datasets': ['old=text:a', 'new=text:b']},
+        **{'files': {}, 'earlier': {}, 'max_seq_len': 16},
+    },
+    'tokenizer': {**_TOKENIZER, 'document_start': [], 'document_end': ['x']},
+    'datasets': {'old': copy.deepcopy(_DATASET), 'new': copy.deepcopy(_DATASET)},
+    'earlier': {'before': ['old=text:c']},
+    'engine': 'local',
+    'versions': {},
 }
 
 
@@ -481,6 +493,7 @@ def test_manifests(root, data, tmp_path_factory):
         (folder / 'manifest.json').write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
         list(find_data_problems(stage, False))
 
+    parse_section(Manifest, MANIFEST)
     read(MANIFEST)
     (folder / 'manifest.json').write_bytes(b'{"request": ')
     with pytest.raises(ValueError, match=r'manifest\.json cannot be read'):

@@ -260,11 +260,13 @@ def test_a_sequence_from_a_base(updated, bases, tmp_path):
     kind, folder = updated
     shutil.copytree(folder / 'update', tmp_path / 'first-s17')
     common = {'arm': 'replay', 'seed': 17, 'tokens': {'new': 768, 'old': 256}, 'tokens_before_branch': {}, 'batches': 8}
+    common |= {'plan': 'p'}
     runs = [
         {'name': 'first-s17', 'stage': 'first', 'parent': None, **common},
         {'name': 'second-s17', 'stage': 'second', 'parent': 'first-s17', **common},
     ]
-    sequence = {'name': 'x', 'data': ['fresh', 'past'], 'stages': {'first': 1024, 'second': 1024}, 'runs': runs}
+    plan = {'plan': 'p', 'plans': {'p': {'tokens': {'first': 1024, 'second': 1024}}}}
+    sequence = {'name': 'x', 'data': ['fresh', 'past'], **plan, 'runs': runs}
     (tmp_path / 'sequence.json').write_text(json.dumps(sequence))
     study = read_runs([tmp_path])
     row = next(row for row in rows_of(study) if row.arm == 'first only' and not row.average)

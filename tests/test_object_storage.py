@@ -289,30 +289,26 @@ def test_checkpoints_of_a_run_are_averaged_from_there(finished, tmp_path):
 # What is said before anything is trained
 
 
-def problems(cfg):
-    return '\n'.join(tiny.problems(cfg))
-
-
 def test_somebody_elses_folder(finished, data, tmp_path):
     cfg = settings(tmp_path, data)
     preflight(Stage.from_yaml(cfg))
     preflight(Stage.from_yaml({**cfg, 'run_name': 'mine'}))
-    assert f"save_folder={RUN} holds the checkpoints of run 'run', " in problems(
+    assert f"save_folder={RUN} holds the checkpoints of run 'run', " in tiny.said(
         {**cfg, 'run_name': 'mine', 'seed': 18}
     )
     finished.delete_object(Bucket='bucket', Key='runs/run/stage.json')
-    assert 'holds the checkpoints of a run that this recipe did not start' in problems(cfg)
+    assert 'holds the checkpoints of a run that this recipe did not start' in tiny.said(cfg)
 
 
 def test_a_parent_that_is_not_there_or_does_not_fit(finished, data, tmp_path):
     cfg = settings(tmp_path, data, 'child', load_path=f'{RUN}/latest-rank0.pt')
     preflight(Stage.from_yaml(cfg))
-    assert f'load_path={RUN}/latest.pt does not exist; did you mean {RUN}/latest-rank0.pt?' in problems(
+    assert f'load_path={RUN}/latest.pt does not exist; did you mean {RUN}/latest-rank0.pt?' in tiny.said(
         {**cfg, 'load_path': f'{RUN}/latest.pt'}
     )
-    assert 'load_path=s3://bucket/nothing/x.pt ' in problems({**cfg, 'load_path': 's3://bucket/nothing/x.pt'})
+    assert 'load_path=s3://bucket/nothing/x.pt ' in tiny.said({**cfg, 'load_path': 's3://bucket/nothing/x.pt'})
     wider = {**cfg['model'], 'd_model': 32}
-    assert f'load_path={RUN}/latest-rank0.pt does not fit the model' in problems({**cfg, 'model': wider})
+    assert f'load_path={RUN}/latest-rank0.pt does not fit the model' in tiny.said({**cfg, 'model': wider})
 
 
 def test_a_sharded_checkpoint_counts_when_all_it_names_is_there(finished, original, data, tmp_path):
@@ -334,7 +330,7 @@ def test_a_sharded_checkpoint_counts_when_all_it_names_is_there(finished, origin
     fsdp = {'fsdp_config': {'state_dict_type': 'sharded'}}
     cfg = settings(tmp_path, data, 'child', load_path=f'{folder}/latest-sharded-rank0', **fsdp)
     preflight(Stage.from_yaml(cfg))
-    assert 'does not fit the model' in problems({**cfg, 'model': {**cfg['model'], 'd_model': 32}})
+    assert 'does not fit the model' in tiny.said({**cfg, 'model': {**cfg['model'], 'd_model': 32}})
     # Composer uploads .metadata first
     finished.delete_object(Bucket='bucket', Key='runs/sharded/ep0-ba4/__0_0.distcp')
     assert newest_complete(folder) == (2, f'{folder}/ep0-ba2')
@@ -352,18 +348,18 @@ def test_data_in_a_bucket_is_measured(bucket, data, tmp_path):
         return {**tiny.config(tmp_path, data, 'x', **over), 'train_loader': loader}
 
     preflight(Stage.from_yaml(stage('s3://bucket/data/new')))
-    assert 'too little data' in problems(stage('s3://bucket/data/new', max_duration='51ba'))
+    assert 'too little data' in tiny.said(stage('s3://bucket/data/new', max_duration='51ba'))
     long = {'max_seq_len': 32, 'dataset': {'max_seq_len': 32}}
-    assert 'packed to rows of 16 tokens' in problems(stage('s3://bucket/data/new', **long))
-    missing = problems(stage('s3://bucket/data/nothing'))
+    assert 'packed to rows of 16 tokens' in tiny.said(stage('s3://bucket/data/new', **long))
+    missing = tiny.said(stage('s3://bucket/data/nothing'))
     assert 'train_loader.dataset.new.new: there is no dataset' in missing
     assert 's3://bucket/data/nothing/train/index.json' in missing
-    assert 'dataset.new.new: s3://nobucket/train/index.json cannot be reached' in problems(stage('s3://nobucket'))
+    assert 'dataset.new.new: s3://nobucket/train/index.json cannot be reached' in tiny.said(stage('s3://nobucket'))
 
 
 def test_storage_that_does_not_answer_is_one_clear_error(bucket, data, tmp_path, monkeypatch):
     cfg = settings(tmp_path, data, save_folder='s3://nobucket/run', load_path='s3://nobucket/parent/x.pt')
-    said = problems(cfg)
+    said = tiny.said(cfg)
     assert 'save_folder: s3://nobucket/run/ cannot be reached: ' in said
     assert 'NoSuchBucket' in said
     monkeypatch.setattr(S3ObjectStore, 'list_objects', lambda *_: ['secret.json'])

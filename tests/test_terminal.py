@@ -4,8 +4,9 @@
 import ast
 import io
 import re
-import sys
+from contextlib import redirect_stdout
 from types import SimpleNamespace
+from unittest import mock
 
 import average_checkpoints
 import prepare_data
@@ -18,7 +19,7 @@ from rich.table import Table
 from tiny import ROOT
 
 from cpt_algorithms.cost.tables import print_costs
-from cpt_algorithms.evaluation.lm_eval import print_result
+from cpt_algorithms.evaluation import lm_eval
 from cpt_algorithms.report.page import Report, print_report
 from cpt_algorithms.report.tables import OverSeeds, Row
 from cpt_algorithms.sequence.expand import expand
@@ -70,12 +71,14 @@ def of_lm_eval(console):
     task = {'num_fewshot': 5, 'score': 0.12345, 'stderr': 0.01234, 'count': 12345, 'values': [0, 1], 'weights': [1, 1],
             'higher_is_better': True, 'entry': {}, 'items': 'x', 'prompts': 36000, 'cut': 1234}  # fmt: skip
     result = {'model': LONG, 'suite': 'english', 'tasks': dict.fromkeys(names(3), task), 'missing': {LONG: 'why'}}
-    print_result(result, result, console)
+    with mock.patch.object(lm_eval, 'make_console', lambda: console):
+        lm_eval.print_result(result, result)
 
 
 def of_an_average(console):
     found = [Found(f'/runs/{name}/ep0-ba{index}000000-rank0.pt') for index, name in enumerate(names(3))]
-    average_checkpoints.print_inputs(found, [0.123456, 0.234567, 0.641977], f'/runs/{LONG}', 'lawa', console)
+    with mock.patch.object(average_checkpoints, 'make_console', lambda: console):
+        average_checkpoints.print_inputs(found, [0.123456, 0.234567, 0.641977], f'/runs/{LONG}', 'lawa')
 
 
 def of_a_preparation(console):
@@ -86,11 +89,8 @@ def of_a_preparation(console):
     request = SimpleNamespace(near_duplicates=True, max_seq_len=2048)
     tokenizer = SimpleNamespace(vocab_size=50432, document_start=[], document_end=['</s>'])
     manifest = SimpleNamespace(request=request, tokenizer=tokenizer, datasets={LONG: dataset})
-    printed, sys.stdout = sys.stdout, console.file
-    try:
-        prepare_data.print_counts(manifest, LONG, console.width)
-    finally:
-        sys.stdout = printed
+    with mock.patch('cpt_algorithms.terminal.make_console', lambda: console), redirect_stdout(console.file):
+        prepare_data.print_counts(manifest, LONG)
 
 
 TABLES = {

@@ -22,6 +22,8 @@ import continue_pretraining
 import pytest
 import recorder
 import sequence
+import torch
+from composer.models import ComposerModel
 from composer.utils import collect_env
 from llmfoundry.callbacks import hf_checkpointer
 from llmfoundry.command_utils import train
@@ -217,11 +219,32 @@ def save(cfg: dict[str, Any], path: Path) -> Path:
     return path
 
 
+class Number(ComposerModel):
+    """A model of one weight."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([weight]))
+
+    def forward(self, batch: Any) -> Any:
+        """The weight, times the batch."""
+        return self.weight * batch
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        """Their sum."""
+        return outputs.sum()
+
+
 def problems(cfg: dict[str, Any], *arguments: int, **how: Any) -> list[str]:
     """What preflight refuses a stage for."""
     with pytest.raises(ConfigError) as refused:
         preflight(Stage.from_yaml(cfg), *arguments, **how)
     return refused.value.problems
+
+
+def said(cfg: dict[str, Any]) -> str:
+    """All of :func:`problems` as one text."""
+    return '\n'.join(problems(cfg))
 
 
 def planned(*words: object) -> tuple[SequenceSpec, list[Run]]:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies on disk: checkpoints, save folders and exports."""
+"""Checkpoints, save folders and exports on disk."""

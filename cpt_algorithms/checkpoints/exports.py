@@ -2,7 +2,6 @@
 """Exported Hugging Face models of runs: where they are, and which model a run began from."""
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt_algorithms.checkpoints.save_folder import batch_of
-from cpt_algorithms.files import is_remote, read_json
+from cpt_algorithms.files import is_remote, list_names, read_json
 
 if TYPE_CHECKING:
     from composer.core import State
@@ -24,6 +23,7 @@ __all__ = [
     'folder_of_pretrained',
     'is_foundry_mpt',
     'models_of',
+    'newest_export',
     'parent_of',
 ]
 
@@ -61,10 +61,18 @@ def is_foundry_mpt(config: Mapping[str, Any]) -> bool:
     return config.get('model_type') == 'mpt' and config.get('architectures') != ['MptForCausalLM']
 
 
-def exports(run: Path) -> dict[int, Path]:
-    """A run's exports of its own weights by batch."""
-    found = {path: re.fullmatch(r'ba(\d+)', path.parent.name) for path in run.glob('huggingface/ba*/config.json')}
-    return {int(match[1]): path.parent for path, match in found.items() if match}
+def exports(run: str | Path, file: str = 'config.json') -> dict[int, str]:
+    """A run's exports of its own weights by batch: folders or URIs, as the run is one, that hold such a file."""
+    folder = f'{run}/huggingface'
+    names = list_names(folder) if is_remote(folder) else [p.parent.name for p in Path(folder).glob(f'ba*/{file}')]
+    ours = {name.removesuffix(f'/{file}'): batch_of(name.removesuffix(f'/{file}')) for name in names}
+    return {batch: f'{folder}/{name}' for name, batch in ours.items() if batch is not None and name == f'ba{batch}'}
+
+
+def newest_export(run: str | Path, file: str = 'config.json') -> str | None:
+    """The newest of a run's :func:`exports`; None if there is none."""
+    found = exports(run, file)
+    return found[max(found)] if found else None
 
 
 def models_of(given: Path) -> list[Path]:
@@ -75,9 +83,9 @@ def models_of(given: Path) -> list[Path]:
     """
     if (given / 'config.json').is_file():
         return [given]
-    if not (found := exports(given)):
+    if (found := newest_export(given)) is None:
         raise ValueError(f'{given}: no model found; expected config.json, or huggingface/ba<N>/config.json of a run')
-    newest = found[max(found)]
+    newest = Path(found)
     return [newest, *sorted(path.parent for path in newest.parent.glob(f'{newest.name}-*/config.json'))]
 
 
@@ -117,7 +125,7 @@ def parent_of(given: Path) -> Path | PretrainedModel | None:
             f'{given}: its parent {load_path} has no export {name} beside it, so no differences are shown; '
             '--parent names another'
         )
-    return found[wanted]
+    return Path(found[wanted])
 
 
 def export_atomically(exporter: 'HuggingFaceCheckpointer', state: 'State', logger: 'Logger', **how: bool) -> None:

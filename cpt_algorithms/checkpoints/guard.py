@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Composer asks before it loads a checkpoint, which it would unpickle, and in part evaluate, as it is."""
+"""The guard that Composer asks before it loads a checkpoint, which it would unpickle, and in part evaluate."""
 
 import os
 import re
@@ -57,7 +57,7 @@ def _open_archive(name: str, mode: str | None = None) -> tarfile.TarFile:
 
 
 def is_safe(path: str | Path, specs: list[tuple[int, int]] | None = None) -> bool:
-    """What Composer asks before it unpickles a file; see :func:`guard_loading`.
+    """The hook that Composer calls before it unpickles a file; see :func:`guard_loading`.
 
     Args:
         path: A ``.pt`` file, a ``.metadata``, or a file of a sharded checkpoint.

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.utils._pytree import tree_leaves
 
 from cpt_algorithms.checkpoints.errors import CheckpointError, UnsafeCheckpointError
+from cpt_algorithms.formatting import one_line
 
 __all__ = [
     'Checkpoint',
@@ -240,7 +241,7 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
-    """What ``torch.load`` gives, with tensors that only know where their bytes are in the file."""
+    """The result of ``torch.load``, with tensors that only know where their bytes are in the file."""
     if isinstance(file, Path) and not file.is_file():  # a device can be read without end
         raise CheckpointError(f'{where} is no file')
     try:
@@ -276,7 +277,7 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    return ' '.join((str(error) or repr(error)).split())[:500]
+    return one_line(str(error) or repr(error))[:500]
 
 
 def _place_of(tensor: torch.Tensor) -> int | None:
@@ -331,7 +332,7 @@ def _plain(described: Any) -> dict[str, Any]:
 
 
 def _member(enum: Any, name: str) -> Any:
-    """What early releases of Python 3.11 pickle a member of an enumeration as, and nothing else of ``getattr``."""
+    """Members of enumerations as early releases of Python 3.11 pickle them, and no other ``getattr``."""
     if enum is not metadata._MEM_FORMAT_ENCODING or name not in enum.__members__:
         raise UnsafeCheckpointError(f'it asks for {name!r} of {enum!r}, which no weights need')
     return enum[name]
@@ -430,7 +431,7 @@ class _Slice(io.RawIOBase):
 
 
 class _Entries:
-    """What a sharded checkpoint's ``.metadata`` says, and the entries that it leads to."""
+    """A sharded checkpoint's ``.metadata``, and the entries that it leads to."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.metadata = folder, read_metadata(folder)

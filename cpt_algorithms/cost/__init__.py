@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will cost, before it is paid for."""
+"""The cost of a run, before it is paid for."""

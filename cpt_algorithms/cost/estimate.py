@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run costs, before it is paid for: FLOPs, GPU-hours, memory and disk. Nothing is trained, no weight is made.
+"""The cost of a run, before it is paid for: FLOPs, GPU-hours, memory and disk. Nothing is trained, no weight is made.
 
 Sources: Kaplan et al. 2020, https://arxiv.org/abs/2001.08361 (6 FLOPs per parameter and token); Chowdhery et al. 2022,
 *PaLM*, https://arxiv.org/abs/2204.02311, appendix B (attention, MFU); Rajbhandari et al. 2020, *ZeRO*,
@@ -32,7 +32,7 @@ from cpt_algorithms.keys_read import keys_read
 from cpt_algorithms.stage.on_meta import model_on_meta
 from cpt_algorithms.stage.stage import FSDP, Model, Optimizer, Stage
 
-__all__ = ['GPUS', 'Costs', 'Disk', 'Gpu', 'Memory', 'ModelSize', 'costs_of', 'find_gpu', 'measure', 'model_size']
+__all__ = ['GPUS', 'Costs', 'Gpu', 'Memory', 'ModelSize', 'costs_of', 'find_gpu', 'measure', 'model_size']
 
 # Chip in Composer's table of dense peaks, with which its MFU is computed too, and memory: the vendor's gigabytes, taken
 # as 10^9 bytes. Data sheets: https://www.nvidia.com/en-us/data-center/ (a10, a100, h100, h200).
@@ -88,7 +88,6 @@ class ModelSize:
     layers: int
     hidden: int
     heads: int
-    kv_heads: int
     head_dim: int
     ffn: int
     gated: bool  # whether the MLP multiplies two projections (SwiGLU)
@@ -146,7 +145,6 @@ def measure(model: Any) -> ModelSize:
         layers=len(blocks),
         hidden=hidden,
         heads=heads,
-        kv_heads=kv_heads,
         head_dim=head_dim,
         ffn=ffn,
         gated=mlp == 3 * hidden * ffn,
@@ -212,7 +210,7 @@ def gpu_hours(flops: float, peak: float, mfu: float) -> float:
 
 
 def activation_bytes(size: ModelSize, microbatch: int, length: int, *, bytes_each: int = 2) -> int:
-    r"""What the blocks keep for the backward pass, without dropout.
+    r"""Memory that the blocks keep for the backward pass, without dropout.
 
     Per token and block, in numbers of ``bytes_each``: attention's input ``h``, its queries, keys, values and output
     ``4 heads head_dim`` (keys and values are repeated for all heads), the MLP's input ``h`` and ``2 ffn``, or ``4 ffn``
@@ -378,7 +376,7 @@ def checkpoint_bytes(
 
 @dataclass(frozen=True)
 class Disk:
-    """What a run leaves."""
+    """The disk that a run takes."""
 
     checkpoint: float  # bytes of one
     saves: int  # checkpoints that are written
@@ -403,7 +401,7 @@ def disk(
     averages: int = 0,
     points: Collection[int] = (),
 ) -> Disk:
-    """What a run leaves. Composer saves every ``every`` batches and at the end, and keeps ``keep``, or with -1 all.
+    """Disk of a run. Composer saves every ``every`` batches and at the end, and keeps ``keep``, or with -1 all.
 
     ``averages`` are exported beside the weights; ``points``, the batches of ``branch_points``, are kept besides.
     """
@@ -422,7 +420,7 @@ def disk(
 
 @dataclass(frozen=True)
 class Costs:
-    """What one run costs."""
+    """The costs of one run."""
 
     size: ModelSize
     tokens: dict[str, int]  # of each stream, the new data first

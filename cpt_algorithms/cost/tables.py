@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs are and what they cost, as tables."""
+"""Phases and costs of runs, as tables."""
 
 import os
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.terminal import make_console, print_table
 
-__all__ = ['print_costs', 'print_phases', 'print_stage']
+__all__ = ['print_costs', 'print_phases', 'print_schedule', 'print_stage']
 
 _PARTS = {
     'parameters': 'weights',
@@ -89,14 +89,19 @@ def _spans(stage: Stage, batches: int) -> list[tuple[Span | None, int]]:
     return [(span, min(batches, -int(-span.until // per_batch))) for span in phases.spans]
 
 
+def print_schedule(stage: Stage, console: Console) -> None:
+    """The phases as multipliers of ``optimizer.lr``, if the scheduler is one of ours."""
+    if phases := phases_of(stage.scheduler.given, stage.max_duration):
+        said = f'{stage.run_name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}\n{phases}'
+        console.print(said, markup=False, soft_wrap=True)
+
+
 def print_stage(stage: Stage, with_cost: bool) -> None:
     """On the first rank, the schedule as multipliers of ``optimizer.lr`` and, if wanted, the cost on these ranks."""
     if os.environ.get('RANK', '0') != '0':
         return
     console = make_console()
-    if phases := phases_of(stage.scheduler.given, stage.max_duration):
-        said = f'{stage.run_name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}\n{phases}'
-        console.print(said, markup=False, soft_wrap=True)
+    print_schedule(stage, console)
     if with_cost:
         try:
             print_costs({stage.run_name: stage}, console, gpus=int(os.environ.get('WORLD_SIZE', '1')))
@@ -203,7 +208,7 @@ def _disk_table(costs: Mapping[str, Costs]) -> Table:
 
 
 def _saving_table(budgets: Mapping[str, int]) -> Table:
-    r"""What each stage saves: :math:`T_k` against :math:`\sum_{j \le k} T_j`, and both summed over the stages so far.
+    r"""Savings per stage: :math:`T_k` against :math:`\sum_{j \le k} T_j`, and both summed over the stages so far.
 
     Replay is part of a stage's budget (compute-equivalent, Ibrahim et al. 2024, section 4.2), so that the union has
     the tokens of all budgets.

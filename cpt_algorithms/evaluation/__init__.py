@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured inside a run: what was forgotten, what was learned."""
+"""Measurements inside a run: forgetting and adaptation."""
 
 from typing import TYPE_CHECKING
 

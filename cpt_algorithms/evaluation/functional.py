@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was forgotten, what was learned, what it cost: arithmetic on validation losses and scores of benchmarks."""
+"""Forgetting, adaptation and cost: arithmetic on validation losses and scores of benchmarks."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

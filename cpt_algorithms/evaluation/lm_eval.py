@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -40,6 +39,7 @@ from cpt_algorithms.evaluation.functional import (
 )
 from cpt_algorithms.evaluation.suite import Suite, SuiteTask, read_result, task_manager, why_unavailable
 from cpt_algorithms.files import read_json, write_json
+from cpt_algorithms.formatting import one_line
 from cpt_algorithms.terminal import make_console, print_table
 
 # lm-eval, torch and transformers take 15 s to import, and are imported where they are used.
@@ -52,7 +52,7 @@ def load_model(folder: Path, device: str, batch_size: int) -> Any:
 
     Models that LLM Foundry's ``mpt_causal_lm`` exported are loaded with LLM Foundry's own class: for these,
     ``AutoModelForCausalLM`` takes transformers' ``mpt``, which knows no learned positions, and gives other numbers
-    without a word. No code is taken from the folder.
+    silently. No code is taken from the folder.
 
     Raises:
         ValueError: If it cannot be loaded, or not all of its weights are there.
@@ -226,12 +226,12 @@ def _evaluate(
 
 
 def _one_line(error: BaseException) -> str:
-    text = ' '.join(str(error).split())
+    text = one_line(error)
     return f'{type(error).__name__}: {text[:200]}{"..." if len(text) > 200 else ""}'
 
 
 def _quiet() -> None:
-    """Leave lm-eval's progress bars and what goes wrong, and keep offline what is offline."""
+    """Silence all but lm-eval's progress bars and errors, and stay offline where the hub is."""
     if os.environ.get('HF_HUB_OFFLINE'):
         os.environ.setdefault('HF_DATASETS_OFFLINE', os.environ['HF_HUB_OFFLINE'])
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
@@ -359,7 +359,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """What the difference means."""
+        """The difference in words."""
         if self.delta is None or isnan(self.delta.value):
             return ''
         if within_noise(self.delta):
@@ -391,7 +391,7 @@ def _mean_of(task: Mapping[str, Any]) -> Mean:
     return Mean(task['score'], task['stderr'], task['count'])
 
 
-def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None, console: Console | None = None) -> None:
+def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> None:
     """Print what :func:`compare` finds."""
     title = f'{result["model"]}: {result["suite"]}' + (f', against {parent["model"]}' if parent else '')
     table = Table('task', title=escape(title), title_justify='left', box=box.SIMPLE)
@@ -407,4 +407,4 @@ def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None, co
         table.add_row(escape(row.name), row.shots, *([row.cut] if is_cut else []), count, row.cell(row.score), *against)
     for name in result['missing']:
         table.add_row(escape(name), *[''] * (heads.index('score')), 'missing')
-    print_table(table, console or make_console())
+    print_table(table, make_console())

@@ -9,10 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
-from yaml import YAMLError
 
 from cpt_algorithms.files import null_as_nan, read_json, read_yaml
 from cpt_algorithms.validation import ConfigError, Section, nearest, parse_section
@@ -40,7 +37,7 @@ class SuiteTask(Section):
 
     @property
     def name(self) -> str:
-        """What lm-eval calls it."""
+        """Its name in lm-eval."""
         return self.task if isinstance(self.task, str) else self.task['task']
 
     @property
@@ -100,12 +97,9 @@ def load_suite(given: str | Path | Sequence[str]) -> Suite:
     """
     path, *overrides = [given] if isinstance(given, str | Path) else given
     try:
-        merged = OmegaConf.merge(read_yaml(path), OmegaConf.from_dotlist([str(override) for override in overrides]))
-        return parse_section(Suite, OmegaConf.to_container(merged, resolve=True))
+        return parse_section(Suite, read_yaml(path, list(map(str, overrides))))
     except ConfigError as error:
         raise ValueError(f'{path}: {"; ".join(error.problems)}') from None
-    except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f'{path} cannot be read as a suite: {" ".join(str(error).split())}') from None
 
 
 def read_result(path: Path) -> Any:

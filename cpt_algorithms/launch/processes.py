@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that do not outlive what they work for."""
+"""Processes that do not outlive what they work for, and commands that end in one line."""
 
+import argparse
 import ctypes
 import os
 import platform
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ['OF_A_LAUNCHER', 'die_with_launcher', 'die_with_parent', 'refuse_launcher', 'run_command']
+from cpt_algorithms.formatting import one_line
 
-# What a launcher tells each of its processes, and what that says of one that is alone.
+__all__ = ['OF_A_LAUNCHER', 'OneLineParser', 'die_with_launcher', 'die_with_parent', 'refuse_launcher', 'run_command']
+
+# The environment that a launcher gives its processes, with the values of a single process.
 _ALONE = {'RANK': '0', 'LOCAL_RANK': '0', 'NODE_RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_WORLD_SIZE': '1'}
 OF_A_LAUNCHER = (*_ALONE, 'BASE_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 
@@ -41,6 +44,14 @@ def refuse_launcher(remedy: str = '') -> None:
             f'{os.path.basename(sys.argv[0])} is one process. Start it with python, not with composer or torchrun, '
             f'or unset what the platform has set ({" ".join(found)}){remedy}'
         )
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Prints an error as one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2."""
+        self.exit(2, f'{self.prog}: error: {one_line(message)}\n')
 
 
 def run_command(main: Callable[[], Any]) -> None:

@@ -83,7 +83,7 @@ def is_held_out(identities: Keys, val_fraction: float) -> NDArray[np.bool_]:
 
 
 class NearDuplicates(Section):
-    r"""What makes two documents nearly the same.
+    r"""The criterion for near-duplicates.
 
     A document is the set of its word n-grams: runs of ``ngram`` consecutive words (letters with their marks, digits and
     underscores, in lower case; all else only separates). In scripts without spaces between words (Chinese, Japanese,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts are worked on with: the processes of this machine, or Spark."""
+"""Engines that work on the parts: the processes of this machine, or Spark."""
 
 import os
 import threading
@@ -81,7 +81,7 @@ class LocalEngine:
 
 
 def make_engine(options: Options, sources: Sequence[Source], files: dict[str, list[str]]) -> Any:
-    """What the work is done with: Spark, or as many processes as the text in these files is worth."""
+    """The engine: Spark, or as many processes as the text in these files is worth."""
     if options.engine == 'spark':
         from cpt_algorithms.preparation.spark import SparkEngine
 

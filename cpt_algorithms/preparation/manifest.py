@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was asked for and what was done, as ``manifest.json`` says it, here and of data prepared before."""
+"""``manifest.json``: the request and the result, of this preparation and of earlier ones."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from cpt_algorithms.files import StorageError, fetch, is_remote, read_json
 from cpt_algorithms.preparation.packing import SPLITS, Counts
 from cpt_algorithms.preparation.reading import PrepareError
-from cpt_algorithms.validation import Section, parse_section
+from cpt_algorithms.validation import ConfigError, Section, parse_section
 
 __all__ = [
     'FORMAT',
@@ -27,6 +27,7 @@ __all__ = [
     'TokenizerRecord',
     'find_earlier',
     'find_prepared',
+    'read_manifest',
     'versions',
 ]
 
@@ -125,6 +126,20 @@ def versions() -> dict[str, str]:
     return {'python': platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
+def read_manifest(location: str) -> Manifest | None:
+    """The manifest of prepared data in a folder or URI; none if there is none of this format.
+
+    Raises:
+        ValueError: If it is no JSON.
+        StorageError: If object storage cannot be reached.
+    """
+    try:
+        manifest = parse_section(Manifest, read_json(f'{location.rstrip("/")}/manifest.json'))
+    except ConfigError:
+        return None
+    return manifest if manifest.request.format == FORMAT else None
+
+
 def find_prepared(location: str, request: Request) -> Manifest | None:
     """The manifest of what is in a folder or URI if it answers the same request; none if nothing is there.
 
@@ -188,12 +203,12 @@ def find_earlier(location: str, near: dict[str, Any] | None) -> Earlier:
         PrepareError: If there is none, or it cannot be compared with.
     """
     try:
-        manifest = parse_section(Manifest, read_json(f'{location.rstrip("/")}/manifest.json'))
+        manifest = read_manifest(location)
     except StorageError:
         raise
     except ValueError:
         manifest = None
-    if manifest is None or manifest.request.format != FORMAT:
+    if manifest is None:
         raise PrepareError(f'--earlier {location}: no manifest.json of this script (format {FORMAT}) found')
     if near and manifest.request.near_duplicates != near:
         raise PrepareError(

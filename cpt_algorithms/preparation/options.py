@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a preparation is asked to do, and the request that follows from it: all that decides the result."""
+"""The options of a preparation, and the request that follows from them: everything that decides the result."""
 
 import os
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Options(Choices):
 
     @property
     def given_tokenizer(self) -> str | None:
-        """What says which tokenizer to use; none if one is trained."""
+        """The option that names the tokenizer; none if one is trained."""
         return self.tokenizer or self.parent or next(iter(self.earlier), None)
 
     def check(self) -> None:

@@ -47,7 +47,7 @@ class Counts(Section):
 
 @dataclass(frozen=True)
 class Selection:
-    """What one part gives to one split: its documents, of which the last is ``trim`` tokens over the limit."""
+    """The share of one part in one split: its documents, of which the last is ``trim`` tokens over the limit."""
 
     documents: Mask
     trim: int
@@ -73,7 +73,7 @@ class Selector:
         return self.room['train'] == 0 and not self.room['val']
 
     def select(self, held_out: Mask, lengths: NDArray[np.integer], first: Mask, near: Mask) -> dict[str, Selection]:
-        """What goes into each split of the documents of the next part.
+        """Select the documents of the next part for each split.
 
         Args:
             held_out: True for validation documents.

@@ -22,7 +22,7 @@ from cpt_algorithms.preparation.lm_eval_items import DOCUMENT_CHARACTERS, DOCUME
 from cpt_algorithms.preparation.packing import cut, pieces
 from cpt_algorithms.preparation.sources import Broken, Part, in_chunks, read
 
-__all__ = ['PackJob', 'TokenizeJob', 'Tokenized', 'appearing', 'columns', 'leftover', 'pack', 'tokenize']
+__all__ = ['PackJob', 'TokenizeJob', 'Tokenized', 'columns', 'leftover', 'pack', 'tokenize']
 
 CHUNK = 1 << 18  # text tokenised at once: tokenizers takes a hundred times its size meanwhile
 SMALLEST_WINDOW = 1 << 11  # characters
@@ -95,7 +95,7 @@ class Tokenized:
 
 
 @contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
+def _appearing(folder: Path) -> Iterator[Path]:
     """An empty folder that becomes ``folder`` if nothing goes wrong.
 
     Another process may do the same, such as one whose parent was killed: the results are equal, and one of them stays.
@@ -215,7 +215,7 @@ def tokenize(job: TokenizeJob) -> Tokenized:
     }
     if near:
         arrays['signatures'] = [np.zeros((0, near.bands[0]), np.uint64)]
-    with appearing(folder) as partial, open(partial / 'tokens', 'wb') as file:
+    with _appearing(folder) as partial, open(partial / 'tokens', 'wb') as file:
         for chunk in in_chunks(read(job.part, broken), CHUNK):
             texts, sizes = [], []
             for text in chunk:
@@ -260,7 +260,7 @@ def tokenize(job: TokenizeJob) -> Tokenized:
 
 @dataclass(frozen=True)
 class PackJob:
-    """What one part gives to one split, to be written as shards into a folder.
+    """The share of one part in one split, to be written as shards into a folder.
 
     ``<split>.npy`` of the part says which documents; of the last of them ``trim`` tokens are left out. ``writer`` are
     keywords of ``MDSWriter``.
@@ -298,7 +298,7 @@ def pack(job: PackJob) -> None:
 
     part = job.tokenized
     tokens = pieces(part.tokens, part.load('lengths'), np.asarray(part.load(job.split)), job.trim)
-    with appearing(Path(job.folder)) as partial:
+    with _appearing(Path(job.folder)) as partial:
         with MDSWriter(out=str(partial), columns=columns(job.max_seq_len), **job.writer) as writer:
             for row in chain.from_iterable(cut(tokens, job.max_seq_len)):
                 writer.write({'tokens': row})

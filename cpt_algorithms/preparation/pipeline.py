@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From sources to datasets: what is done with the parts, in which order, and what is written about it."""
+"""From sources to datasets: the steps of a preparation in order, and the manifest that it writes."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ class _Dataset:
 
 @dataclass
 class _Decision:
-    """What is packed of a dataset: its parts in order and what each gives."""
+    """The selection from a dataset: its parts in order, and the share of each."""
 
     parts: list[Part]
     tokenized: list[Tokenized]
@@ -317,7 +317,7 @@ def _check_text(source: Source, files: list[str], record: SourceRecord, text_key
 
 
 def _pack_jobs(decision: _Decision, request: Request, work: Path) -> dict[str, list[PackJob]]:
-    """What each part gives to each split, in order; where the shards go says all that they depend on."""
+    """The jobs of each part and split, in order; a job's folder names everything that its shards depend on."""
     writer = {'compression': request.compression, 'hashes': ['xxh64']}
     jobs: dict[str, list[PackJob]] = {split: [] for split in SPLITS}
     for tokenized, selections in zip(decision.tokenized, decision.selections, strict=True):

@@ -46,7 +46,7 @@ class PrepareError(Exception):
 
 
 class BrokenRow(Exception):
-    """What is wrong with a row, among others that can be read; raised, with all of a file."""
+    """A row that cannot be read, among others that can be; raised, with all of a file."""
 
 
 Rows = Iterator[str | BrokenRow]
@@ -86,7 +86,7 @@ def text_of(text_key: str, row: Any) -> str | BrokenRow:
 
 
 def what_is(file: str | Path) -> str | None:
-    """What a file is by its content, if that is not what its name says: a verb and the rest."""
+    """The kind of a file by its content, if its name says another: a verb and the rest."""
     try:
         with open(file, 'rb') as handle:
             head = handle.read(64)

@@ -114,7 +114,7 @@ class Part:
 
 @dataclass
 class Broken:
-    """What was left out because it cannot be read: how many rows or files, and what and where the first of them are."""
+    """Rows or files that were left out because they cannot be read: their number, and the first of them."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -278,7 +278,7 @@ def _units(source: Source, files: list[str], text_key: str, size: int) -> Iterat
 
 
 def _dataset(source: Source) -> Any:
-    """What an ``hf`` source names, as a stream: of a hub, a folder of data files or one of ``save_to_disk``."""
+    """The rows of an ``hf`` source: of the hub, a folder of data files, or one of ``save_to_disk``."""
     import datasets
 
     arguments: dict[str, Any] = hf_arguments(source.target)
@@ -296,7 +296,7 @@ def _dataset(source: Source) -> Any:
 def _streamed(source: Source, text_key: str, size: int, spool: Path) -> Iterator[tuple[Unit, int]]:
     """The rows of a Hugging Face dataset as files of about ``size`` bytes, of which those there are not read again.
 
-    Each file holds the state of the stream behind its last row, so that what is there and what is not never disagree.
+    Each file holds the state of the stream behind its last row, so that a file and its state never disagree.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from cpt_algorithms.checkpoints.exports import models_of
+from cpt_algorithms.formatting import one_line
 from cpt_algorithms.preparation.manifest import Earlier
 from cpt_algorithms.preparation.reading import PrepareError, what_is
 from cpt_algorithms.validation import nearest
@@ -152,7 +153,7 @@ def unreadable(what: str, folder: Path, error: Exception) -> PrepareError:
             orjson.loads(file.read_bytes())
         except ValueError as found:
             return PrepareError(f'{what}: {file.name} {what_is(file) or f"is cut off, or no JSON ({found})"}')
-    reason = ' '.join(str(error).split()) or repr(error)
+    reason = one_line(error) or repr(error)
     if 'untagged enum' in reason:  # what tokenizers says of a kind of model or step that it does not know
         release = f'tokenizers {version("tokenizers")}'
         reason = f'its tokenizer.json was made by a newer release than {release}, or is spoilt ({reason})'

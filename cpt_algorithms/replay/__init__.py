@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to read: new data with a little old data in every batch."""
+"""New data with a little old data in every batch."""
 
 from typing import TYPE_CHECKING
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from composer.utils import dist
-
 from cpt_algorithms.checkpoints.open import dataset_state_of
 from cpt_algorithms.checkpoints.save_folder import fetch_checkpoint
 from cpt_algorithms.files import is_remote
+from cpt_algorithms.ranks import on_rank_zero
 
 __all__ = ['Consumed', 'consumed_by', 'positions_behind', 'read_consumed', 'read_positions']
 
@@ -23,7 +22,7 @@ Found = TypeVar('Found')
 
 @dataclass(frozen=True)
 class Consumed:
-    """What a run read of a dataset: the first ``samples`` of a shuffle, or of the dataset if ``seed`` is None."""
+    """The samples that a run read of a dataset: the first ones of a shuffle, or of the dataset if ``seed`` is None."""
 
     samples: int
     seed: int | None
@@ -79,9 +78,9 @@ def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
     return positions
 
 
-def read_positions(where: str, checkpoint: str, mix: str, together: bool = True) -> dict[str, int]:
+def read_positions(where: str, checkpoint: str, mix: str) -> dict[str, int]:
     """:func:`positions_behind` of a checkpoint; see :func:`read_consumed`."""
-    return _read(where, checkpoint, lambda state: positions_behind(state, mix), together)
+    return on_rank_zero(lambda: _read(where, checkpoint, lambda state: positions_behind(state, mix)))
 
 
 def read_consumed(where: str, checkpoint: str, digest: str, together: bool = True) -> Consumed:
@@ -96,21 +95,18 @@ def read_consumed(where: str, checkpoint: str, digest: str, together: bool = Tru
     Raises:
         ValueError: If it cannot be read, or says nothing of this dataset.
     """
-    return _read(where, checkpoint, lambda state: consumed_by(state, digest), together)
+
+    def read() -> Consumed:
+        return _read(where, checkpoint, lambda state: consumed_by(state, digest))
+
+    return on_rank_zero(read) if together else read()
 
 
-def _read(where: str, checkpoint: str, judge: Callable[[dict[str, Any]], Found], together: bool) -> Found:
-    found: list[Any] = [None]
-    if not together or dist.get_global_rank() == 0:
-        try:
-            with tempfile.TemporaryDirectory() as here:
-                is_here = not is_remote(checkpoint)
-                place = checkpoint if is_here else fetch_checkpoint(checkpoint, Path(here))
-                found = [judge(dataset_state_of(place))]
-        except Exception as error:  # of any kind: the other ranks are waiting
-            found = [str(error) if isinstance(error, ValueError | OSError) else f'{type(error).__name__}: {error}']
-    if together and dist.is_initialized():
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], str):
-        raise ValueError(f'{where}={checkpoint}: {found[0]}')
-    return found[0]
+def _read(where: str, checkpoint: str, judge: Callable[[dict[str, Any]], Found]) -> Found:
+    try:
+        with tempfile.TemporaryDirectory() as here:
+            place = fetch_checkpoint(checkpoint, Path(here)) if is_remote(checkpoint) else checkpoint
+            return judge(dataset_state_of(place))
+    except Exception as error:  # of any kind
+        said = str(error) if isinstance(error, ValueError | OSError) else f'{type(error).__name__}: {error}'
+        raise ValueError(f'{where}={checkpoint}: {said}') from None

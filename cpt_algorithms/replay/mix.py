@@ -40,7 +40,7 @@ class Stream(Section):
 
     @cached_property
     def keywords(self) -> dict[str, Any]:
-        """What Streaming's ``Stream`` takes."""
+        """The arguments of Streaming's ``Stream``."""
         return {key: getattr(self, key) for key in STREAM_KEYS if key in self.model_fields_set}
 
 
@@ -78,7 +78,7 @@ class _Replay(Section):
 
 @dataclass(frozen=True)
 class Mix:
-    """What a stage reads: new and old data by name, the share of the old and its order, and where each slot is from."""
+    """The data of a stage: new and old by name, the share and order of the old, and the source of each slot."""
 
     new: dict[str, Stream]
     old: dict[str, OldStream]
@@ -96,23 +96,22 @@ class Mix:
         return dict(zip([self.name, *self.old], self.interleaving.counts(samples), strict=True))
 
 
-def read_mix(new: Mapping[str, Any] | None, replay: Mapping[str, Any] | None, where: str = WHERE) -> Mix:
+def read_mix(new: Mapping[str, Any] | None, replay: Mapping[str, Any] | None) -> Mix:
     """Read what :class:`~cpt_algorithms.replay.ReplayTextDataset` calls ``new`` and ``replay``.
 
     Args:
         new: One stream, or a mapping of several named ones.
         replay: ``fraction``, ``streams``, ``order``.
-        where: Dotted path of both. Default: ``train_loader.dataset``.
 
     Raises:
         ValueError: If a key is unknown, the fraction or a weight is out of range, there is nothing to read, or two
             streams share a name.
     """
-    given = parse_section(_Replay, replay or {}, f'{where}.replay')
-    new_streams = _named_streams(Stream, f'{where}.new', new or {})
-    old_streams = _named_streams(OldStream, f'{where}.replay.streams', given.streams)
+    given = parse_section(_Replay, replay or {}, f'{WHERE}.replay')
+    new_streams = _named_streams(Stream, f'{WHERE}.new', new or {})
+    old_streams = _named_streams(OldStream, f'{WHERE}.replay.streams', given.streams)
     if not new_streams:
-        raise ValueError(f'{where}.new is empty: name the data to learn')
+        raise ValueError(f'{WHERE}.new is empty: name the data to learn')
     if shared := sorted(new_streams.keys() & old_streams.keys() | {'new'} & old_streams.keys()):
         raise ValueError(f'stream name {shared[0]!r} is used in both new and replay.streams; names must differ')
     shares = shares_of(given.fraction, {name: stream.weight for name, stream in old_streams.items()})

@@ -214,14 +214,11 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
 
     def _check_row_length(self) -> None:
         """Packed rows of another length would be cut, or count for more tokens than they have."""
-        for kind in (kind for index in self.indexes for kind in index.kinds):
-            for name, encoding in zip(kind['column_names'] or (), kind['column_encodings'] or (), strict=True):
-                length = row_length(encoding)
-                if name == 'tokens' and length not in (None, self.max_seq_len):
-                    raise ValueError(
-                        f'train_loader.dataset.max_seq_len={self.max_seq_len}, but the data was packed to rows of '
-                        f'{length} tokens: set max_seq_len to {length}, or prepare the data again'
-                    )
+        for length in {length for index in self.indexes for length in index.row_lengths} - {None, self.max_seq_len}:
+            raise ValueError(
+                f'train_loader.dataset.max_seq_len={self.max_seq_len}, but the data was packed to rows of '
+                f'{length} tokens: set max_seq_len to {length}, or prepare the data again'
+            )
 
     def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> torch.Tensor:
         """A row, which llm-foundry would cut; not every converter says in the index how long its rows are."""

@@ -25,6 +25,7 @@ from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import Reader
 
 from cpt_algorithms.files import write_atomic
+from cpt_algorithms.replay.mix import row_length
 from cpt_algorithms.validation import short_repr
 
 __all__ = ['ShardIndex', 'ShardOfSample', 'Shards']
@@ -123,6 +124,12 @@ class ShardIndex:
     table: Ints
     kinds: list[dict[str, Any]]
     digest: str
+
+    @property
+    def row_lengths(self) -> set[int | None]:
+        """Tokens per row of the dataset's packed shards; None among them if the index does not say it."""
+        columns = [zip(kind['column_names'] or (), kind['column_encodings'] or (), strict=True) for kind in self.kinds]
+        return {row_length(encoding) for each in columns for name, encoding in each if name == 'tokens'}
 
     @classmethod
     def read(cls, path: Path) -> 'ShardIndex':

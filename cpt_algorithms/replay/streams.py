@@ -31,6 +31,8 @@ from streaming.base.world import World
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 from torch import distributed as dist
 
+from cpt_algorithms.formatting import one_line
+
 __all__ = ['ResilientStream', 'StreamError', 'stale_cache']
 
 log = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _in_one_line(error: BaseException) -> str:
-    return f'{type(error).__name__}: {" ".join(str(error).split())}'
+    return f'{type(error).__name__}: {one_line(error)}'
 
 
 def _pids_that_map(files: Iterable[str]) -> list[int]:
@@ -233,7 +235,7 @@ def _claim_free_one(local: str, split: str) -> str:
 
 
 def stale_cache(cached: Path, content: bytes, source: str) -> str | None:
-    """What is wrong with a cache whose ``index.json`` does not hold the content of the source's; None if nothing."""
+    """The difference between a cache's ``index.json`` and the source's; None if they hold the same."""
     if cached.read_bytes() == content:
         return None
     return (

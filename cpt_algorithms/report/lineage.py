@@ -48,7 +48,7 @@ class Node:
 
     @property
     def details(self) -> list[str]:
-        """Where it begins, what it reads, how it is trained and what it is worth: each in words, if there is any."""
+        """Its parent, data, training and results, each in words, if there is any."""
         said = [] if self.begins is None else [f'from batch {self.begins:,}']
         if self.merged:
             are_batches = all(each.isdigit() for each in self.merged)

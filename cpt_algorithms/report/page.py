@@ -53,7 +53,7 @@ STATES = ('finished', 'unfinished', 'failed', 'not started')
 
 @dataclass(frozen=True)
 class Report:
-    """What was written, and the numbers in it."""
+    """The page that was written, and its numbers."""
 
     study: RunSet
     findings: list[str]  # a sentence or two for each model size

@@ -24,7 +24,7 @@ from cpt_algorithms.formatting import exact, flop, percent, scientific, short, s
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet, size_name
 from cpt_algorithms.report.tables import Row
 
-__all__ = ['Plot', 'plots_of', 'png', 'svg']
+__all__ = ['plots_of', 'png', 'svg']
 
 # Okabe and Ito's colours without their yellow, then Paul Tol's: told apart by colour-blind people
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#882255', '#999933', '#332288', '#44AA99')

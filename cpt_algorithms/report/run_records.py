@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What run folders hold, as plain data: one reader, for the report, for lineage and for who judges runs otherwise."""
+"""The content of run folders as plain data: one reader for the report, lineage and the claims."""
 
 import os
 import re
@@ -25,7 +25,7 @@ Curve = list[list[float]]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: what its folder holds or, before it begins, what its sequence plans."""
+    """One run: the content of its folder or, before it begins, the plan of its sequence."""
 
     folder: str  # or URI; runs are known by it
     name: str
@@ -198,7 +198,7 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
 
     Args:
         folder: Its folder or URI.
-        runs: What has been read, by folder. Without ``plan``, what is there is not read again.
+        runs: The runs that have been read, by folder. Without ``plan``, none of them is read again.
         plan: What a sequence knows of it, with its parent's folder. Default: ``None``, its parent is looked for.
 
     Raises:
@@ -288,10 +288,10 @@ def read_runs(folders: Sequence[str | Path]) -> RunSet:
 
 
 def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, RunRecord]) -> list[str]:
-    plans, today = sequence.get('plans', {}), sequence.get('plan')
+    plans, today = sequence['plans'], sequence['plan']
     of_plan: dict[Any, list[str]] = {}
     for run in sequence['runs']:
-        known, plan = {key: value for key, value in run.items() if key != 'plan'}, run.get('plan', today)
+        known, plan = {key: value for key, value in run.items() if key != 'plan'}, run['plan']
         other: tuple[str, ...] = ()
         if plan != today:
             then, now = plans[plan], plans[today]
@@ -300,7 +300,7 @@ def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, Run
         read_run(name, runs, {**known, 'parent': parent, 'union_tokens': None, 'other_plan': other})
         of_plan.setdefault(plan, []).append(name)
     for plan, names in of_plan.items():
-        read, stages = [runs[name] for name in names], plans[plan]['tokens'] if plan in plans else sequence['stages']
+        read, stages = [runs[name] for name in names], plans[plan]['tokens']
         union = [run.budget for run in read if run.stage == 'union']
         has_base = any(run.config and run.config.pretrained_model for run in read)  # what that has read is not known
         # what a union run would take; with one stage there is nothing to unite
@@ -314,7 +314,7 @@ def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, Run
 
 
 def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, RunRecord]) -> dict[str, Any]:
-    """What a sequence would know of a run; its ancestors are read."""
+    """The plan that a sequence would have of a run; its ancestors are read."""
     stage, name = record.config, record.run_name
     checkpoint = f'{stage.merge.of}/' if stage.merge else record.parent
     parent, before = None, {}
@@ -354,7 +354,7 @@ def _ancestors(parent: str | None, runs: Mapping[str, RunRecord]) -> list[RunRec
 
 
 def _last_error(lines: Sequence[str]) -> str:
-    """What a log says of how its run ended: the recipe's own line, the last that names an exception, or the last."""
+    """How a run ended, by its log: the recipe's own line, the last that names an exception, or the last."""
     lines = [line.strip() for line in lines if line.strip()]
     if stopped := [line for line in lines if re.match(r'\S+ stopped: ', line)]:
         return stopped[-1].partition(' stopped: ')[2]

@@ -27,7 +27,7 @@ from cpt_algorithms.evaluation.functional import (
     within_noise,
 )
 from cpt_algorithms.files import write_atomic
-from cpt_algorithms.formatting import percent, short, signed
+from cpt_algorithms.formatting import first_of, percent, short, signed
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
 
 __all__ = [
@@ -109,7 +109,7 @@ class Row:
 
     @property
     def note(self) -> str:
-        """What is not as it should be: empty for a row that is finished, and has not diverged."""
+        """Remarks on a row: empty if it is finished, and has not diverged."""
         notes = [] if self.is_finished else [self.runs[0].progress]
         notes += [f'{len(self.others)} more not finished'] if self.others else []
         if diverged := sum(run.has_diverged for run in self.runs):
@@ -197,7 +197,7 @@ def rows_of(study: RunSet) -> list[Row]:
 
 
 def summary_of(rows: Sequence[Row], data: Sequence[str], arm: str) -> dict[str, float]:
-    """What a sweep compares its trials by: final losses, forgetting and adaptation of the last stage of an arm."""
+    """Metrics of a sweep: final losses, forgetting and adaptation of the last stage of an arm."""
     summary = {}
     for row in (row for row in rows if row.arm == arm and row.is_finished):
         for key, column, mean in (
@@ -335,7 +335,7 @@ def _how_all_failed(rows: Sequence[Row]) -> str:
 
 
 def missing(study: RunSet, rows: Sequence[Row]) -> Iterator[str]:
-    """What a reader might take for granted and is not there."""
+    """Results that a reader may expect and that are missing."""
     runs = study.given
     for run in runs:
         if run.state == 'not started':
@@ -350,8 +350,7 @@ def missing(study: RunSet, rows: Sequence[Row]) -> Iterator[str]:
         yield f'{name}: the folder of its parent ({folder}) is not there, so its own stage is all that is shown'
     for plan in dict.fromkeys(run.other_plan for run in runs if run.other_plan):
         names = ', '.join(run.name for run in runs if run.other_plan == plan)
-        changed = '; '.join(plan[:3]) + (f' and {len(plan) - 3} more' if len(plan) > 3 else '')
-        how = f'Trained by another plan of their sequence ({changed}, in the plan of today)'
+        how = f'Trained by another plan of their sequence ({first_of(plan)}, in the plan of today)'
         yield f'{how}, and compared only with each other: {names}'
     for run in runs:
         if run.has_diverged:

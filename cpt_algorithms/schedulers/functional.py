@@ -14,7 +14,6 @@ from itertools import pairwise
 
 __all__ = ['Phase', 'Schedule', 'Span', 'infinite', 'multiplier', 'rewarm_constant', 'rewarm_cosine', 'wsd']
 
-SHAPES = ('constant', 'linear', 'cosine', 'inv_sqrt', 'exponential', '1-sqrt')
 COOLDOWNS = ('cosine', 'inv_sqrt')
 ANNEALS = ('exponential', 'linear', 'cosine', '1-sqrt')
 
@@ -35,7 +34,7 @@ class Phase:
         until: Time at which it is over, from the schedule's start, in the schedule's unit. Times of ends, not lengths,
             so that a schedule's horizon is what it was asked to be and not a sum of rounded lengths.
         end: Multiplier at ``until`` and after it, exactly.
-        shape: One of ``SHAPES``.
+        shape: ``constant``, ``linear``, ``cosine``, ``inv_sqrt``, ``exponential`` or ``1-sqrt``.
         steepness: Alpha of ``inv_sqrt``, which no other shape has. Default: ``DEFAULT_STEEPNESS``.
     """
 

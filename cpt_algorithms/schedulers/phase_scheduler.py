@@ -66,7 +66,7 @@ class PhaseScheduler(ComposerScheduler, Callback):
 
     @property
     def arguments(self) -> dict[str, str]:
-        """What it was made with, as text: a restart compares it with what its checkpoint says."""
+        """Its arguments as text: a restart compares them with those in its checkpoint."""
         return {key: str(value) for key, value in {**self._times, **self._values}.items()}
 
     def _schedule(self, t_end: float, ssr: float) -> Schedule:

@@ -15,15 +15,7 @@ from typing import Any
 from cpt_algorithms.checkpoints.save_folder import latest_link
 from cpt_algorithms.duration import Duration, per_batch_of
 from cpt_algorithms.sequence.branches import annealed, checkpoint_after
-from cpt_algorithms.sequence.spec import (
-    ANNEAL_KEYS,
-    FROM_SCRATCH,
-    Arm,
-    Branch,
-    SequenceSpec,
-    StageSettings,
-    merge,
-)
+from cpt_algorithms.sequence.spec import ANNEAL_KEYS, FROM_SCRATCH, Arm, Branch, SequenceSpec, StageSettings, overlay
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import ConfigError, check_keys, check_type, nearest, parse_section
 from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS
@@ -44,7 +36,7 @@ class Run:
         stage_name: The stage of the sequence that it trains.
         seed: Its seed.
         parent: Name of the run it starts from; None from scratch.
-        stage: What it trains, or of what it is an average (``stage.merge``).
+        stage: The stage that it trains, or the average that it is (``stage.merge``).
         tokens_before_branch: Of a branch: the tokens that its parent had read of each stream where it starts.
             Default: none.
     """
@@ -104,7 +96,7 @@ def _expand_arm(
     """Add the runs of one arm and seed to ``runs``, which knows them by what they are."""
     stages = _stages_of(spec, name, arm)
     is_from_scratch = arm.baseline in FROM_SCRATCH
-    # of a union, what is replayed is new, too; of a pretrained model, stand-ins are what it has read
+    # of a union, replayed data is new, too; a pretrained model has read its stand-ins
     first = next(iter(stages.values()))
     is_pretrained = parse_section(StageSettings, first).model.pretrained_model is not None
     stand_ins = [dataset for dataset, stream in spec.data.items() if is_pretrained and stream.stand_in_for]
@@ -160,7 +152,7 @@ def _stages_of(spec: SequenceSpec, name: str, arm: Arm) -> dict[str, dict[str, A
     overrides = {key: value for key, value in arm.given.items() if key != 'baseline'}
     check_keys(f'arms.{name}', overrides, (*merged, 'common'))
     merged = {
-        stage: merge(merge(given, arm.common.given), overrides.get(stage) or {}) for stage, given in merged.items()
+        stage: overlay(overlay(given, arm.common.given), overrides.get(stage) or {}) for stage, given in merged.items()
     }
     return merged if arm.baseline in FROM_SCRATCH else _continued(merged)
 
@@ -351,7 +343,7 @@ class _RunFactory:
         checkpoint = f'{trunk.folder}/{checkpoint_after(trunk.stage, start)}'
         new = _names(self.given['new'])
         read_by = {**self.read_by, **({new[0]: checkpoint} if len(new) == 1 else {})}
-        config = _train_yaml(self.spec, merge(self.given, own), [*self.earlier, *new], read_by)
+        config = _train_yaml(self.spec, overlay(self.given, own), [*self.earlier, *new], read_by)
         branch = annealed(trunk.stage, self._judged_as(trunk, config), checkpoint, start, **how)
         return self._run(branch, trunk, start)
 
@@ -415,7 +407,7 @@ def _train_yaml(
     config['train_loader'] = loader
     template = config.get('eval_loader') or {}
     config['eval_loader'] = [
-        merge({**template, 'label': name}, {'dataset': {**data.stream, 'split': 'val'}})
+        overlay({**template, 'label': name}, {'dataset': {**data.stream, 'split': 'val'}})
         for name, data in spec.data.items()
     ]
     callbacks = config.get('callbacks') or {}
@@ -464,7 +456,7 @@ def _placed(config: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _track(config: dict[str, Any], sequence: str, stage: str, arm: str, seed: int) -> None:
-    """W&B runs grouped by sequence, stage, arm and seed; what the YAML says stays, and then what the shell says."""
+    """W&B runs grouped by sequence, stage, arm and seed; settings of the YAML come first, then those of the shell."""
     if 'wandb' not in (config.get('loggers') or {}):
         return
     project = re.sub(r'[/\\#?%:]', '_', sequence)[:128]  # W&B takes no others

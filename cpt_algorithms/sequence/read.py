@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from cpt_algorithms.files import read_yaml
 from cpt_algorithms.launch.wandb_runs import sweep_of_agent
@@ -21,7 +19,7 @@ from cpt_algorithms.sequence.sweep import check_metric, expand_trials, sequence_
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import with_home
 
-__all__ = ['load_yaml', 'read_sequence', 'with_caches']
+__all__ = ['load_yaml', 'read_sequence']
 
 
 def load_yaml(words: Sequence[str]) -> dict[str, Any]:
@@ -34,22 +32,16 @@ def load_yaml(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: If a file cannot be read, there is no such scale, or it is not right.
     """
-    try:
-        given, changes = read_yaml(words[0]), OmegaConf.from_cli(list(words[1:]))
-        if scale := _unresolved(OmegaConf.merge(given, changes)).get('scale'):
-            then, now = _unresolved(given), _unresolved(read_yaml(scale_file(with_home(str(scale)), Path(words[0]))))
-            then.pop('scale', None)
-            given = OmegaConf.create(scaled(then, now))
-        whole: Any = OmegaConf.to_container(OmegaConf.merge(given, changes), resolve=True)
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f'{words[0]} cannot be read: {error}') from None
+    path, *overrides = words
+    scale = read_yaml(path, overrides, resolve=False).get('scale')
+
+    def at_scale(given: dict[str, Any]) -> dict[str, Any]:
+        given.pop('scale', None)
+        return scaled(given, read_yaml(scale_file(with_home(str(scale)), Path(path)), resolve=False))
+
+    whole = read_yaml(path, overrides, change=at_scale if scale else None)
     whole.pop('scale', None)
     return whole
-
-
-def _unresolved(config: Any) -> dict[str, Any]:
-    plain: Any = OmegaConf.to_container(config)
-    return plain
 
 
 def read_sequence(
@@ -91,14 +83,14 @@ def _cached_apart(run: Run) -> Run:
         cache = stream.get('local') or 'cache/' + re.sub(r'\W+', '-', stream['remote'])
         return f'{cache}/{run.name}'
 
-    return replace(run, stage=Stage.from_yaml(with_caches(run.stage.to_train_yaml(), place)))
+    return replace(run, stage=Stage.from_yaml(_with_caches(run.stage.to_train_yaml(), place)))
 
 
-def with_caches(section: Any, place: Callable[[dict[str, Any]], str]) -> Any:
+def _with_caches(section: Any, place: Callable[[dict[str, Any]], str]) -> Any:
     """A part of a YAML whose streams from elsewhere are all cached where ``place`` says."""
     if isinstance(section, list):
-        return [with_caches(value, place) for value in section]
+        return [_with_caches(value, place) for value in section]
     if not isinstance(section, dict):
         return section
-    section = {key: with_caches(value, place) for key, value in section.items()}
+    section = {key: _with_caches(value, place) for key, value in section.items()}
     return {**section, 'local': place(section)} if section.get('remote') else section

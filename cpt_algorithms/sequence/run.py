@@ -87,13 +87,13 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
     take(lock, f'sequence {spec.name}')
     try:
         remove_partials(path.parent)
-        before: dict[str, Any] = (read_json(path) if keep else None) or {'runs': []}
+        before: dict[str, Any] = (read_json(path) if keep else None) or {'runs': [], 'plans': {}}
         names = {run.name for run in runs}
         all_runs = [*planned, *(other for other in before['runs'] if other['name'] not in names)]
-        used = {run.get('plan') for run in all_runs}
-        plans = {key: each for key, each in before.get('plans', {}).items() if key in used} | {name: plan}
-        given = {'name': spec.name, 'data': list(spec.data), 'stages': spec.stage_tokens, 'plan': name, 'plans': plans}
-        write_json(path, {**given, 'runs': all_runs})
+        used = {run['plan'] for run in all_runs}
+        plans = {key: each for key, each in before['plans'].items() if key in used} | {name: plan}
+        given = {'name': spec.name, 'data': list(spec.data), 'plan': name, 'plans': plans, 'runs': all_runs}
+        write_json(path, given)
     finally:
         lock.release()
 

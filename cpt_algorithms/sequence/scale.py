@@ -11,17 +11,17 @@ from omegaconf import OmegaConf
 from pydantic import ConfigDict, Field
 
 from cpt_algorithms.duration import ABSOLUTE, Duration, per_batch_of
-from cpt_algorithms.sequence.spec import AbsoluteTime, SequenceSpec, StageSettings, merge
+from cpt_algorithms.sequence.spec import AbsoluteTime, SequenceSpec, StageSettings, overlay
 from cpt_algorithms.validation import Section, check_keys, check_type, parse_section
 
-__all__ = ['Scale', 'scale_file', 'scaled']
+__all__ = ['scale_file', 'scaled']
 
 
 class Scale(Section):
     """A size.
 
     ``common`` has at least ``global_train_batch_size`` and ``max_seq_len``; ``longest_stage`` is the length of the
-    longest stage, ``lr`` what ``common.optimizer.lr`` becomes, ``sequence`` what stands beside ``common``.
+    longest stage, ``lr`` the new ``common.optimizer.lr``, ``sequence`` the keys beside ``common``.
     """
 
     model_config = ConfigDict(extra='forbid')
@@ -102,7 +102,7 @@ def scaled(given: Mapping[str, Any], scale: Mapping[str, Any]) -> dict[str, Any]
         arm: {name: section if name == 'baseline' else change(section) for name, section in (sections or {}).items()}
         for arm, sections in (given.get('arms') or {}).items()
     }
-    return merge(
+    return overlay(
         {
             **given,
             'name': f'{spec.name} ({small.name})',
@@ -111,7 +111,7 @@ def scaled(given: Mapping[str, Any], scale: Mapping[str, Any]) -> dict[str, Any]
                 name: {**_without(stream, {'remote': '', 'local': ''}), 'local': f'{small.data}/{name}'}
                 for name, stream in given['data'].items()
             },
-            'common': merge(change(given.get('common'), {}), small.common.given, null_removes=True),
+            'common': overlay(change(given.get('common'), {}), small.common.given, null_removes=True),
             'stages': {name: change(stage) for name, stage in given['stages'].items()},
             **({'arms': arms} if arms else {}),
         },
@@ -136,7 +136,7 @@ def _changed(value: Any, shorter: Callable[[str], str], factor: float) -> Any:
 
 
 def _without(section: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a section is not given elsewhere."""
+    """The part of a section that is not given elsewhere."""
     kept = {}
     for key, value in section.items():
         both = isinstance(value, Mapping) and isinstance(given.get(key), Mapping)

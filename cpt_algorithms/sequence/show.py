@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sequence will train, as it is printed."""
+"""Print what a sequence will train."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cpt_algorithms.cost.tables import print_schedule
 from cpt_algorithms.launch.launcher import Resources, command
-from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.sequence.expand import Run
 from cpt_algorithms.sequence.run import recipe_of
 from cpt_algorithms.terminal import print_table
@@ -18,7 +18,7 @@ __all__ = ['print_commands', 'print_runs']
 
 
 def print_runs(title: str, runs: Sequence[Run], console: Console) -> None:
-    """What will be trained, on what, for how long, at which learning rate."""
+    """Print the runs: their data, their length, their learning rates."""
     table = Table(title=escape(f'{title}: {len(runs)} runs'), title_justify='left')
     for column in ('run', 'parent', 'tokens'):
         table.add_column(column)
@@ -34,15 +34,13 @@ def print_runs(title: str, runs: Sequence[Run], console: Console) -> None:
         table.add_row(escape(run.name), f'{run.parent or "(from scratch)"}{start}', escape(read), f'{run.batches:,}')
     print_table(table, console)
     console.print(f'{total:,} tokens to train in all\n')
-    for run in (run for run in runs if run.batches):
-        stage = run.stage
-        if phases := phases_of(stage.scheduler.given, stage.max_duration):
-            console.print(f'{run.name}: {stage.scheduler.name}, times lr {stage.optimizer.lr:g}')
-            console.print(str(phases), markup=False)
+    for run in runs:
+        if run.batches:
+            print_schedule(run.stage, console)
 
 
 def print_commands(resources: Resources, runs: Sequence[Run], recipes: Path, console: Console) -> None:
-    """What trains each run, in the shell of each of its nodes, under whatever scheduler starts it there."""
+    """Print the command that trains each run, for the shell of each of its nodes, under any scheduler."""
     lines = []
     if resources.nodes > 1:
         last = resources.nodes - 1

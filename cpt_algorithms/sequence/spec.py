@@ -4,7 +4,7 @@
 import copy
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, create_model
 
@@ -16,20 +16,18 @@ from cpt_algorithms.validation import ConfigError, PathStr, Section, parse_secti
 
 __all__ = [
     'ANNEAL_KEYS',
-    'BASELINES',
-    'DERIVED',
     'FROM_SCRATCH',
     'OF_THE_TRUNK',
+    'Baseline',
     'Branch',
     'SequenceSpec',
     'StageSettings',
-    'merge',
+    'overlay',
 ]
 
 # From scratch on the data of all stages; or on the last one's. Or later stages: at the learning rate that the first one
 # ended with; re-warmed and not decayed; without replay; re-warmed on the first one's data.
 Baseline = Literal['union', 'from_scratch', 'constant_eta_min', 'constant_eta_max', 'no_replay', 'same_data']
-BASELINES: tuple[str, ...] = get_args(Baseline)
 FROM_SCRATCH = ('union', 'from_scratch')
 ANNEAL_KEYS = ('t_anneal', 'anneal', 'alpha_f')
 # Filled in for every run.
@@ -40,8 +38,8 @@ OF_THE_TRUNK = (
 )  # fmt: skip
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any], null_removes: bool = False) -> dict[str, Any]:
-    """Merge sections in depth; one that gives a ``name`` replaces the old one instead of mixing with its arguments.
+def overlay(base: Mapping[str, Any], over: Mapping[str, Any], null_removes: bool = False) -> dict[str, Any]:
+    """Lay sections over others in depth; one that gives a ``name`` replaces the old one with its arguments.
 
     With ``null_removes``, ``key: null`` removes the key.
     """
@@ -51,7 +49,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], null_removes: bool =
         if value is None and null_removes:
             merged.pop(key, None)
         elif isinstance(value, Mapping) and 'name' not in value and (isinstance(old, Mapping) or null_removes):
-            merged[key] = merge(old if isinstance(old, Mapping) else {}, value, null_removes)
+            merged[key] = overlay(old if isinstance(old, Mapping) else {}, value, null_removes)
         else:
             merged[key] = copy.deepcopy(value)
     return merged
@@ -95,7 +93,7 @@ _PartOfAStage: Any = create_model('_PartOfAStage', __base__=Section, **_FIELDS)
 
 
 class Replay(Section):
-    """What comes back: ``weights`` of earlier datasets; ``consumed_only``, no more of them than stages have read."""
+    """The old data: ``weights`` of earlier datasets; ``consumed_only``, no more of them than stages have read."""
 
     model_config = ConfigDict(extra='forbid')
 
@@ -137,7 +135,7 @@ class Branch(_PartOfABranch):
 
 
 class StageSettings(_OfASequence):
-    """What a sequence says of a stage, in one place or merged: LLM Foundry's keys and a few more."""
+    """The settings of a stage in a sequence, in one place or merged: LLM Foundry's keys and a few more."""
 
     scheduler: Scheduler = Scheduler()
     max_duration: AbsoluteTime | None = None
@@ -160,7 +158,7 @@ class StageSettings(_OfASequence):
 
 
 class Arm(Section):
-    """What differs from ``common`` and ``stages``: by stage, or for all."""
+    """Overrides of ``common`` and ``stages``: by stage, or for all."""
 
     __pydantic_extra__: dict[str, StageSettings | None] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -205,7 +203,7 @@ class SequenceSpec(Section):
     * ``data``: ``{name: stream}``, the datasets. If the model is a pretrained one, stand-ins are what it has read.
     * ``common``: LLM Foundry's keys of all stages.
     * ``stages``: in order, ``{name: LLM Foundry's keys + new, replay, optimizer_state, branches}``.
-    * ``arms``: ``{arm: {stage or common: overrides}}``, or ``{baseline: one of BASELINES}`` with overrides.
+    * ``arms``: ``{arm: {stage or common: overrides}}``, or ``{baseline: NAME}`` with overrides.
     * ``lm_eval``: the suite that every run ends with.
     """
 
@@ -254,7 +252,7 @@ class SequenceSpec(Section):
     def merged(self) -> dict[str, dict[str, Any]]:
         """Each stage's YAML with ``common``."""
         return {
-            name: merge({'new': name, **self.common.given}, stage.given if stage else {})
+            name: overlay({'new': name, **self.common.given}, stage.given if stage else {})
             for name, stage in self.stages.items()
         }
 

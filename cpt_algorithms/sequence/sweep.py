@@ -53,7 +53,7 @@ class Parameter(Section):
 
 
 class Metric(Section):
-    """What trials are compared by; W&B alone reads the rest of it."""
+    """The metric that trials are compared by; W&B alone reads the rest of it."""
 
     name: str
 
@@ -167,7 +167,7 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
 
 
 def _overrides(trial: Sequence[str], stages: Sequence[str]) -> dict[str, Any]:
-    """What a trial changes of each stage. Stages are known: their names, and those of keys, may hold dots."""
+    """The overrides of a trial for each stage. Stages are known: their names, and those of keys, may hold dots."""
     overrides: dict[str, Any] = {}
     # a whole section comes before its keys, in whatever order they were given
     for word in sorted(trial, key=lambda word: word.partition('=')[0]):

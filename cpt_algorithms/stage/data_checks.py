@@ -7,7 +7,6 @@ Of all data, whoever made it, a row is looked at.
 
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,46 +16,23 @@ from typing import Any
 
 import numpy as np
 from llmfoundry.models.mpt import MPTConfig
-from llmfoundry.utils.builders import build_tokenizer
 from streaming import Stream as StreamingStream
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.checkpoints.exports import exports, folder_of_pretrained
-from cpt_algorithms.files import StorageError, fetch, is_remote, list_names, read_json
+from cpt_algorithms.checkpoints.exports import folder_of_pretrained, newest_export
+from cpt_algorithms.files import StorageError, fetch, is_remote
+from cpt_algorithms.preparation.manifest import Manifest, read_manifest
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer, stop_tokens
-from cpt_algorithms.replay.mix import Stream, row_length
+from cpt_algorithms.replay.mix import Stream
 from cpt_algorithms.replay.shard_index import ShardIndex
+from cpt_algorithms.stage.on_meta import tokenizer_of
 from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.stage import Loader, Model, Stage, Tokenizer
-from cpt_algorithms.validation import check_type
 
 __all__ = ['find_data_problems']
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What a manifest says.
-
-    Args:
-        root: Folder or URI that holds it.
-        tokenizer: Hash of the tokenizer; none if it was hashed otherwise, by an earlier version.
-        val_fraction: Share of the documents that is held out.
-        ends: The tokens before and behind each document; none if that is not known.
-        chosen: Whether the user chose what a document ends with.
-        sources: What it was made of.
-        earlier: The same of data whose documents were left out.
-    """
-
-    root: str
-    tokenizer: str | None
-    val_fraction: float
-    ends: list[list[str]] | None
-    chosen: bool
-    sources: list[str]
-    earlier: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +48,8 @@ class _Stream:
         remote: Where they come from, if they are copied.
         cache: Where they are copied to, or read.
         split: Name of these folders.
-        prepared: What is known of it.
+        root: Folder or URI of its manifest.
+        prepared: That manifest; none if there is none of it.
     """
 
     where: str
@@ -83,7 +60,8 @@ class _Stream:
     remote: str | None
     cache: str
     split: str
-    prepared: _Prepared | None
+    root: str
+    prepared: Manifest | None
 
     @property
     def trains(self) -> bool:
@@ -121,13 +99,13 @@ def find_data_problems(stage: Stage, parent_is_there: bool, model_is_there: bool
 def _load(tokenizer: Tokenizer) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a YAML; none if it cannot be loaded, which preflight says."""
     try:
-        return build_tokenizer(tokenizer.name, dict(tokenizer.kwargs.given))
-    except Exception:
+        return tokenizer_of(tokenizer)
+    except ValueError:
         return None
 
 
 def _hash_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What :func:`hash_tokenizer` says of a tokenizer; none if it has no fast form."""
+    """:func:`hash_tokenizer` of a tokenizer; none if it has no fast form."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         try:
@@ -213,13 +191,7 @@ def _parent_problems(stage: Stage, ours: Callable[[], str | None]) -> Iterator[s
 
 def _tokenizer_of_run(folder: str) -> tuple[str | None, str] | None:
     """Hash of the tokenizer that a run was trained with, and where that lies; none if nothing is known of it."""
-    if is_remote(folder):
-        names = (re.fullmatch(r'huggingface/ba(\d+)/tokenizer\.json', name) for name in list_names(folder))
-        batches = [int(name[1]) for name in names if name]
-    else:
-        batches = [batch for batch, path in exports(Path(folder)).items() if (path / 'tokenizer.json').exists()]
-    if batches:
-        export = f'{folder}/huggingface/ba{max(batches)}'
+    if export := newest_export(folder, 'tokenizer.json'):
         if not is_remote(folder):
             return hash_tokenizer(Path(export)), export
         with tempfile.TemporaryDirectory() as here:
@@ -232,7 +204,7 @@ def _tokenizer_of_run(folder: str) -> tuple[str | None, str] | None:
 
 
 def _read_streams(stage: Stage) -> list[_Stream]:
-    known: dict[str, Any] = {}
+    read = cache(read_manifest)
     streams = []
     for where, loader in stage.loaders:
         for name, stream in loader.streams(where).items():
@@ -241,49 +213,26 @@ def _read_streams(stage: Stage) -> list[_Stream]:
             folders = [folder if is_remote(folder) else os.path.realpath(folder) for folder in folders]
             key, split = f'{where}.{name}', os.path.basename(folders[0])
             remote = folders[0] if stream.remote and stream.remote != stream.local else None
-            prepared = _read(key, folders[0], known)
+            root, dataset = os.path.split(os.path.dirname(folders[0]))
+            try:
+                prepared = read(root)
+            except StorageError as error:
+                log.info('%s: its manifest cannot be read: %s', key, error)
+                prepared = None
+            if prepared is None or dataset not in prepared.datasets:
+                log.info('%s: how it was prepared is not known, %s/manifest.json does not say it', key, root)
+                prepared = None
             streams.append(
-                _Stream(key, where, loader, stream, frozenset(folders), remote, folders[-1], split, prepared)
+                _Stream(key, where, loader, stream, frozenset(folders), remote, folders[-1], split, root, prepared)
             )
     return streams
 
 
-def _read(where: str, folder: str, known: dict[str, Any]) -> _Prepared | None:
-    """What is known of ``ROOT/<dataset>/<split>``."""
-    root, name = os.path.split(os.path.dirname(folder))
-    try:
-        if root not in known:
-            known[root] = read_json(f'{root}/manifest.json')
-        manifest = known[root]
-        if name not in manifest['datasets']:
-            raise KeyError(name)
-        request, earlier, tokenizer = manifest['request'], manifest.get('earlier', {}), manifest['tokenizer']
-        is_new = request['format'] >= 4
-        prepared = _Prepared(
-            root,
-            tokenizer['hash'] if is_new else None,
-            request['val_fraction'],
-            [tokenizer['document_start'], tokenizer['document_end']] if is_new else None,
-            is_new and request['eos_text'] is not None,
-            request['datasets'],
-            list(earlier.values()) if isinstance(earlier, Mapping) else earlier,
-        )
-    except (StorageError, KeyError, TypeError) as error:
-        log.info('%s: how it was prepared is not known, %s/manifest.json does not say it (%r)', where, root, error)
-        return None
-    place = f'{where}: {root}/manifest.json'
-    check_type(f'{place}: tokenizer.hash', prepared.tokenizer, str | None)
-    check_type(f'{place}: tokenizer.document_start, document_end', prepared.ends, list[list[str]] | None)
-    check_type(f'{place}: request.val_fraction', prepared.val_fraction, float)
-    check_type(f'{place}: earlier', earlier, Mapping[str, Any])
-    return prepared
-
-
 def _tokenizer_problems(tokenizer: Tokenizer, ours: Callable[[], str | None], streams: list[_Stream]) -> Iterator[str]:
-    hashes = {stream.prepared.root: stream.prepared.tokenizer for stream in streams if stream.prepared}
+    hashes = {stream.root: stream.prepared.tokenizer.hash for stream in streams if stream.prepared}
     for root, theirs in hashes.items():
-        if theirs and ours() and theirs != ours():
-            readers = [stream.where for stream in streams if stream.prepared and stream.prepared.root == root]
+        if ours() and theirs != ours():
+            readers = [stream.where for stream in streams if stream.prepared and stream.root == root]
             yield (
                 f'tokenizer={tokenizer.name} is not the one that the data of {", ".join(readers)} was made '
                 f'with: use {root}/tokenizer, or prepare the data again with --tokenizer {tokenizer.name}'
@@ -291,10 +240,10 @@ def _tokenizer_problems(tokenizer: Tokenizer, ours: Callable[[], str | None], st
 
 
 def _row_problems(streams: list[_Stream], model: Model) -> Iterator[str]:
-    """What is wrong with a row of each stream, whoever wrote it: rows that are cut are half lost, without a word."""
+    """Look at a row of each stream, whoever wrote it: rows that are too long are silently cut."""
     try:
         vocab_size, _ = _model_sizes(model)
-    except ValueError:  # which has been said
+    except ValueError:  # already reported
         vocab_size = None
     for stream in streams:
         try:
@@ -349,8 +298,7 @@ def _look_at(stream: Stream) -> tuple[int | None, dict[str, Any] | None]:
             fetch(f'{os.path.join(places[-1], split).rstrip("/")}/index.json', Path(cache) / split / 'index.json')
         place = here[0] if here else cache
         index = ShardIndex.read(Path(place) / split / 'index.json')
-        columns = [dict(zip(kind['column_names'], kind['column_encodings'], strict=True)) for kind in index.kinds]
-        lengths = {row_length(each['tokens']) for each in columns if 'tokens' in each}
+        lengths = index.row_lengths
         packed = lengths.pop() if len(lengths) == 1 else None
         if packed and not here:
             return packed, None
@@ -368,9 +316,13 @@ def _look_at(stream: Stream) -> tuple[int | None, dict[str, Any] | None]:
 
 def _end_problems(stage: Stage, tokenizer: PreTrainedTokenizerBase | None, streams: list[_Stream]) -> Iterator[str]:
     """Documents that begin or end otherwise in other data, or end otherwise than the parent was taught."""
-    known = [(stream, stream.prepared.ends) for stream in streams if stream.prepared and stream.prepared.ends]
-    for stream, ends in known[1:]:
-        first, wanted = known[0]
+    known = [
+        (stream, made.request.eos_text, [made.tokenizer.document_start, made.tokenizer.document_end])
+        for stream in streams
+        if (made := stream.prepared)
+    ]
+    for stream, _, ends in known[1:]:
+        first, _, wanted = known[0]
         if ends != wanted:
             said = [f'begin with {" ".join(a) or "their text"} and end with {" ".join(b)}' for a, b in (ends, wanted)]
             yield (
@@ -392,9 +344,8 @@ def _end_problems(stage: Stage, tokenizer: PreTrainedTokenizerBase | None, strea
     names: Any = tokenizer  # its subclass has these methods
     words = {file: names.convert_ids_to_tokens(ids) for file, ids in stops.items() if ids}
     said = ' and '.join(f'{" ".join(map(str, each))} ({file})' for file, each in words.items())
-    for stream, (_, end) in known:
-        assert stream.prepared
-        if words and not stream.prepared.chosen and not any(end[-1] in each for each in words.values()):
+    for stream, eos_text, (_, end) in known:
+        if words and eos_text is None and not any(end[-1] in each for each in words.values()):
             yield (
                 f'{stream.where}: its documents end with {end[-1]}, and the parent, '
                 f'model.pretrained_model_name_or_path={name}, stops at {said}: it would unlearn to stop. Prepare the '
@@ -441,12 +392,13 @@ def _held_out_problems(streams: list[_Stream]) -> Iterator[str]:
                 yield from _fraction_problems(evaluated, evaluated.prepared, trained, trained.prepared)
 
 
-def _fraction_problems(evaluated: _Stream, val: _Prepared, trained: _Stream, train: _Prepared) -> Iterator[str]:
+def _fraction_problems(evaluated: _Stream, val: Manifest, trained: _Stream, train: Manifest) -> Iterator[str]:
     """A document is held out if its digest, as a fraction, is below the data's ``val_fraction``."""
-    apart = val.sources in train.earlier or train.sources in val.earlier
-    if val.val_fraction > train.val_fraction and not apart:
+    held_out, wanted = val.request.val_fraction, train.request.val_fraction
+    apart = val.request.datasets in train.earlier.values() or train.request.datasets in val.earlier.values()
+    if held_out > wanted and not apart:
         yield (
-            f'{evaluated.where} holds out {val.val_fraction:g} of all documents and {trained.where} only '
-            f'{train.val_fraction:g}: a document is held out for its text, so some of the former may be trained on in '
-            f'the latter; prepare both with one --val-fraction, or {val.root} with --earlier {train.root}'
+            f'{evaluated.where} holds out {held_out:g} of all documents and {trained.where} only '
+            f'{wanted:g}: a document is held out for its text, so some of the former may be trained on in '
+            f'the latter; prepare both with one --val-fraction, or {evaluated.root} with --earlier {trained.root}'
         )

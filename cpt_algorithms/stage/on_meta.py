@@ -6,19 +6,12 @@ import re
 
 from accelerate import init_empty_weights
 from composer.models import ComposerModel
-from llmfoundry.utils.builders import (
-    build_composer_model,
-    build_tokenizer,
-)
+from llmfoundry.utils.builders import build_composer_model, build_tokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from cpt_algorithms.files import (
-    StorageError,
-)
-from cpt_algorithms.stage.stage import (
-    Model,
-    Tokenizer,
-)
+from cpt_algorithms.files import StorageError
+from cpt_algorithms.formatting import one_line
+from cpt_algorithms.stage.stage import Model, Tokenizer
 
 __all__ = ['model_on_meta', 'tokenizer_of']
 
@@ -64,4 +57,4 @@ def model_on_meta(model: Model, tokenizer: PreTrainedTokenizerBase | None = None
     except Exception as error:
         # of a package that only a machine with a GPU has, or of the hub
         kind = StorageError if re.search("is not installed|couldn't connect", str(error)) else ValueError
-        raise kind(f'model cannot be built: {" ".join(str(error).split())}') from None
+        raise kind(f'model cannot be built: {one_line(error)}') from None

@@ -17,31 +17,16 @@ from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
 from cpt_algorithms.checkpoints.guard import TRUST
 from cpt_algorithms.checkpoints.open import load_structure, model_config_of, open_checkpoint, read_metadata
 from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
-from cpt_algorithms.files import (
-    StorageError,
-    exists,
-    fetch,
-    is_remote,
-    list_names,
-)
+from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names
+from cpt_algorithms.formatting import first_of
 from cpt_algorithms.stage.on_meta import model_on_meta, tokenizer_of
 from cpt_algorithms.stage.record import read_record
-from cpt_algorithms.stage.stage import (
-    Model,
-    Stage,
-)
-from cpt_algorithms.validation import (
-    differences,
-)
+from cpt_algorithms.stage.stage import Model, Stage
+from cpt_algorithms.validation import differences, misfits
 
-__all__ = ['check_hugging_face', 'check_parent', 'first_of']
+__all__ = ['check_hugging_face', 'check_parent']
 
 log = logging.getLogger(__name__)
-
-
-def first_of(problems: list[str]) -> str:
-    """The first three of some problems, in one line."""
-    return '; '.join(problems[:3]) + (f' (and {len(problems) - 3} more)' if len(problems) > 3 else '')
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -104,7 +89,7 @@ def check_parent(stage: Stage) -> None:
     try:
         if not path or newest_complete(stage.folder)[0]:  # a restart does not read its parent
             return
-    except StorageError:  # which is said of save_folder
+    except StorageError:  # check_saving reports it
         return
     trusted = stage.callbacks.stage_start is not None and stage.callbacks.stage_start.trust_checkpoint
     try:
@@ -126,8 +111,8 @@ def check_parent(stage: Stage) -> None:
         raise ValueError(f'load_path={path} cannot be read as a Composer checkpoint: {error}') from None
     if parent is None:
         return
-    if misfits := _misfits(parent, _model_shapes(stage)):
-        raise ValueError(f'load_path={path} does not fit the model: {misfits}')
+    if found := misfits(parent, _model_shapes(stage)):
+        raise ValueError(f'load_path={path} does not fit the model: {first_of(found)}')
     if changed := _model_changes(path, stage):
         raise ValueError(
             f'load_path={path} was trained as another model, of the same shapes: {first_of(changed)}. Set the model as '
@@ -179,16 +164,8 @@ def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _of_the_model(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _misfits(there: Shapes, here: Shapes) -> str:
-    """How two models differ, the first three tensors; empty if they do not."""
-    found = [f'{k} is {there[k]} there and {here[k]} here' for k in here if k in there and there[k] != here[k]]
-    found += [f'{k} is missing there' for k in here if k not in there]
-    found += [f'{k} is not in this model' for k in there if k not in here]
-    return first_of(found)
-
-
 def check_hugging_face(stage: Stage) -> None:
-    """What would be dropped, left at random, or fail only when the model is built."""
+    """Refuse Hugging Face weights that would be dropped or left at random, and models that cannot be built."""
     model = stage.model
     if model.name != 'hf_causal_lm':
         return
@@ -208,10 +185,10 @@ def check_hugging_face(stage: Stage) -> None:
         )
     if overrides := dict(model.config_overrides.given):
         plain = stage.but(model={**model.given, 'config_overrides': {}})
-        if misfits := _misfits(_model_shapes(plain), _model_shapes(stage)):
+        if found := misfits(_model_shapes(plain), _model_shapes(stage)):
             raise ValueError(
                 f'model.config_overrides={overrides} does not fit the pretrained {pretrained}, of which something '
-                f'would be dropped or left at random: {misfits}'
+                f'would be dropped or left at random: {first_of(found)}'
             )
     if Path(pretrained).is_dir() and not any(Path(pretrained).glob('*.bin')):
         _check_weights(pretrained, model_on_meta(model).model)

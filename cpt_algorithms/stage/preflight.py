@@ -13,10 +13,7 @@ from typing import Annotated, Any, get_type_hints
 from llmfoundry import registry
 from llmfoundry.data.text_data import StreamingTextDataset
 from llmfoundry.models.mpt import ComposerMPTCausalLM, MPTConfig
-from llmfoundry.utils.builders import (
-    build_algorithm,
-    build_callback,
-)
+from llmfoundry.utils.builders import build_algorithm, build_callback
 from llmfoundry.utils.config_utils import TrainConfig
 from llmfoundry.utils.registry_utils import import_file
 from pydantic import Field
@@ -25,12 +22,7 @@ from torch.utils.data import DataLoader
 
 from cpt_algorithms.checkpoints.save_folder import newest_complete
 from cpt_algorithms.evaluation.suite import check_suite, load_suite
-from cpt_algorithms.files import (
-    NoStoreError,
-    StorageError,
-    is_remote,
-    read_json,
-)
+from cpt_algorithms.files import NoStoreError, StorageError, is_remote, read_json
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, ReplayTextDataset
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.budget_checks import check_data, check_ends, sizes_of
@@ -143,7 +135,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         lambda: problems or check_optimizer(stage.optimizer, lambda: model_on_meta(stage.model)),
         lambda: problems or _check_model(stage),
     ]
-    unreadable: list[str] = []  # what a check stumbled over is mostly what another has named
+    unreadable: list[str] = []  # mostly keys that another check has reported
     unseen: list[str] = []
     for check in checks:
         try:
@@ -244,7 +236,7 @@ def _check_loader(where: str, loader: Loader) -> None:
     if loader.name == 'replay_text':
         check_keys(f'{where}.dataset', dataset.given, DATASET_KEYS | COLLATOR_KEYS)
     elif loader.name == 'text':
-        # llm-foundry drops what it does not know without a word
+        # llm-foundry silently drops what it does not know
         allowed = {*inspect.signature(StreamingTextDataset).parameters, *inspect.signature(StreamingDataset).parameters}
         check_keys(f'{where}.dataset', dataset.given, allowed - {'tokenizer', 'batch_size', 'kwargs'} | COLLATOR_KEYS)
         if where == 'train_loader' and len(dataset.streams) > 1:
@@ -282,7 +274,7 @@ def _check_callbacks(callbacks: Callbacks) -> None:
             try:
                 build_callback(name, section.arguments)
             except TypeError:
-                continue  # an unknown or missing key, which has been named
+                continue  # an unknown or missing key, already reported
             except ValueError as error:
                 where = '' if f'callbacks.{name}' in str(error) else f'callbacks.{name}: '
                 raise ValueError(f'{where}{error}') from None

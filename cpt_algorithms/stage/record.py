@@ -67,7 +67,7 @@ def done_with(stage: Stage, folder: str | Path | None = None) -> dict[str, Any] 
         StorageError: If object storage cannot be reached.
     """
     done = read_json(f'{folder or stage.folder}/done.json')
-    if done is None or 'max_duration' not in done:
+    if done is None:
         return None
     is_done = done['max_duration'] == str(stage.max_duration) or has_reached(done['time'], stage.max_duration)
     return done if is_done else None

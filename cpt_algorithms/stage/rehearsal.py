@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What saving and exporting a model need beside its weights, tried before anything is trained."""
+"""Try to save and export everything but the weights of a model, before anything is trained."""
 
 import copy
 import re
@@ -19,7 +19,9 @@ from llmfoundry.callbacks import HuggingFaceCheckpointer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from cpt_algorithms.checkpoints.exports import folder_of_pretrained
-from cpt_algorithms.formatting import gigabytes
+from cpt_algorithms.files import nearest_existing
+from cpt_algorithms.formatting import gigabytes, one_line
+from cpt_algorithms.ranks import on_rank_zero
 from cpt_algorithms.stage.saving import StoppedError, savers
 
 __all__ = ['pass_on_generation_config', 'rehearse', 'rehearse_run']
@@ -53,13 +55,13 @@ def rehearse(model: Any, prepare: Callable[[Any], Any] = copy.deepcopy) -> None:
                 _leave_out_generation_config(exported)
             exported.save_pretrained(folder, state_dict={})
     except Exception as error:  # of any model
-        said = ' '.join(str(error).split())
-        raise ValueError(f'model={inner.name_or_path or type(inner).__name__} cannot be exported: {said}') from error
+        name = inner.name_or_path or type(inner).__name__
+        raise ValueError(f'model={name} cannot be exported: {one_line(error)}') from error
 
 
 def _blame(tokenizer: Any, error: Exception) -> str:
     """Which of a tokenizer's files it is."""
-    said = ' '.join(str(error).split())
+    said = one_line(error)
     if tokenizer is None:
         return f'the model cannot be described in a checkpoint: {said}'
     frames = [frame.f_locals for frame, _ in walk_tb(error.__traceback__)]
@@ -127,7 +129,7 @@ def _check_room(state: State) -> None:
         needed += 2 * trained if 'betas' in optimizer.defaults else 0
     for saver in savers(state):
         folder = Path(format_name_with_dist(saver.folder, state.run_name)).absolute()
-        free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+        free = shutil.disk_usage(nearest_existing(folder)).free
         if free < needed:
             raise ValueError(
                 f'save_folder={folder}: a checkpoint takes {gigabytes(needed)} or more, and {gigabytes(free)} are '
@@ -144,16 +146,15 @@ def rehearse_run(state: State) -> None:
     Raises:
         StoppedError: On all ranks.
     """
-    found: list[str | None] = [None]
-    if dist.get_global_rank() == 0:
+
+    def try_everything() -> None:
         model = getattr(state.model, 'module', state.model)  # DDP
         exporters = [each for each in state.callbacks if isinstance(each, HuggingFaceCheckpointer)]
-        try:
-            _check_room(state)
-            for prepare in [each.transform_config for each in exporters] or [copy.deepcopy]:
-                rehearse(model, prepare)
-        except ValueError as error:
-            found = [str(error)]
-    dist.broadcast_object_list(found)
-    if found[0] is not None:
-        raise StoppedError(found[0])
+        _check_room(state)
+        for prepare in [each.transform_config for each in exporters] or [copy.deepcopy]:
+            rehearse(model, prepare)
+
+    try:
+        on_rank_zero(try_everything)
+    except ValueError as error:
+        raise StoppedError(str(error)) from None

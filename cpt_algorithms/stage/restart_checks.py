@@ -23,8 +23,8 @@ from cpt_algorithms.files import (
     read_json,
     write_json,
 )
+from cpt_algorithms.formatting import first_of
 from cpt_algorithms.stage.identity import changes, contents_of, places_of
-from cpt_algorithms.stage.parent_checks import first_of
 from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.stage import (
     Stage,

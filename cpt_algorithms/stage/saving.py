@@ -18,6 +18,9 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from cpt_algorithms.files import nearest_existing
+from cpt_algorithms.formatting import one_line
+
 __all__ = ['StoppedError', 'check_loss', 'disk_problem', 'guard_saving', 'savers']
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
@@ -82,7 +85,7 @@ def _guarded(
                 raise
             path = _remove_half(saver, state)
             what = 'checkpoint' if isinstance(saver, CheckpointSaver) else 'export'
-            free = shutil.disk_usage(next(each for each in path.parents if each.exists())).free
+            free = shutil.disk_usage(nearest_existing(path.parent)).free
             raise StoppedError(
                 f'the {what} of batch {batch} could not be written to {path.parent}, where {free:,} bytes are free: '
                 f'{reason}. {_left(state)}. Make room, and run the same command: it goes on from there'
@@ -108,7 +111,7 @@ def savers(state: State) -> list[CheckpointSaver]:
 
 
 def _left(state: State) -> str:
-    """What there is to go on from."""
+    """The latest checkpoint, in words."""
     saved = [int(time.batch.value) for each in savers(state) for time in _saved(each).values()]
     return f'The latest checkpoint is that of batch {max(saved)}' if saved else 'There is no checkpoint of this run yet'
 
@@ -132,7 +135,7 @@ def _remove_half(saver: CheckpointSaver | HuggingFaceCheckpointer, state: State)
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """What a failed write says of the disk; None if it is not about one.
+    """The reason of a failed write, if it is the disk; None otherwise.
 
     Args:
         error: Of a file, torch, safetensors, or of all ranks together.
@@ -142,5 +145,5 @@ def disk_problem(error: BaseException) -> str | None:
         return next(filter(None, found), None)
     if isinstance(error, OSError) and error.errno in _OF_A_DISK:
         return error.strerror
-    text = ' '.join(str(error).split())
+    text = one_line(error)
     return text if re.search(r'PytorchStreamWriter|file write failed|os error \d+', text) else None

@@ -10,10 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BeforeValidator, Field
-from yaml import YAMLError
 
 from cpt_algorithms.duration import ABSOLUTE, UNITS, Duration
 from cpt_algorithms.files import read_yaml
@@ -80,7 +77,7 @@ class Model(Section):
     config_overrides: ConfigOverrides = ConfigOverrides()
     master_weights_dtype: str | None = None
     loss_fn: str | None = None
-    # made without any of these, and without a word
+    # without any of these, LLM Foundry silently makes a default model
     d_model: Positive | None = None
     n_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     vocab_size: Positive | None = None
@@ -95,7 +92,7 @@ class Model(Section):
 
 
 class TokenizerKwargs(Section):
-    """What the tokenizer is built with."""
+    """Arguments of the tokenizer."""
 
     model_max_length: Positive | None = None
 
@@ -124,7 +121,7 @@ class Scheduler(Section):
 
 
 class Dataset(Section):
-    """What a loader reads: ``new`` and ``replay`` of ``replay_text``; one stream or several of ``text``."""
+    """The data of a loader: ``new`` and ``replay`` of ``replay_text``; one stream or several of ``text``."""
 
     max_seq_len: Positive | None = None
     local: PathStr | None = None
@@ -146,7 +143,7 @@ class Loader(Section):
 
     @cached_property
     def mix(self) -> Mix | None:
-        """What ``replay_text`` reads; None of another loader.
+        """The data of ``replay_text``; None of another loader.
 
         Raises:
             ValueError: If it is not right.
@@ -274,14 +271,14 @@ class Merge(Section):
 
 
 class Variables(Section):
-    """What LLM Foundry leaves to the YAML's author, and we read."""
+    """The section that LLM Foundry leaves to the YAML's author."""
 
     lm_eval: str | list[str] | None = None
     merge: Merge | None = None
 
 
 class Stage(Section):
-    """A train YAML. Attributes are what we read of it, under LLM Foundry's names; the methods say what follows."""
+    """A train YAML. Attributes are the keys that we read, under LLM Foundry's names; methods derive the rest."""
 
     model: Model
     tokenizer: Tokenizer
@@ -309,9 +306,7 @@ class Stage(Section):
     device_train_microbatch_size: Positive | Literal['auto'] = 'auto'
     device_eval_batch_size: Positive | None = None
     train_subset_num_batches: Share = -1
-    eval_loader: Annotated[
-        list[Loader], BeforeValidator(lambda given: [given] if isinstance(given, Mapping) else given)
-    ] = []
+    eval_loader: Annotated[list[Loader], OneOrSeveral] = []
     eval_interval: Interval = Duration(1, 'ep')
     eval_first: bool = False
     eval_subset_num_batches: Share = -1
@@ -335,12 +330,7 @@ class Stage(Section):
         Raises:
             ValueError: If it cannot be read, or is not right, naming everything that is wrong.
         """
-        try:
-            merged = OmegaConf.merge(read_yaml(path), OmegaConf.from_cli(list(overrides)))
-            given: Any = OmegaConf.to_container(merged, resolve=True)
-        except (OSError, OmegaConfBaseException, YAMLError, TypeError) as error:
-            raise ValueError(f'{path} cannot be read: {error}') from None
-        return cls.from_yaml(given)
+        return cls.from_yaml(read_yaml(path, overrides))
 
     @classmethod
     def from_yaml(cls, given: Mapping[str, Any]) -> 'Stage':
@@ -366,7 +356,7 @@ class Stage(Section):
         return parse_section(cls, _filled_in(given, parse_section(cls, given)))
 
     def to_train_yaml(self) -> dict[str, Any]:
-        """What LLM Foundry is handed: the YAML as it was given, with what was filled in."""
+        """The YAML for LLM Foundry: as it was given, with the defaults that were filled in."""
         return copy.deepcopy(dict(self.given))
 
     def but(self, **changes: Any) -> 'Stage':
@@ -407,7 +397,7 @@ class Stage(Section):
 
     @property
     def mix(self) -> Mix | None:
-        """What the train loader reads, of ``replay_text``; None of another loader."""
+        """The data of the train loader, of ``replay_text``; None of another loader."""
         return self.train_loader.mix
 
     def tokens_by_stream(self, batches: int | None = None) -> dict[str, int]:
@@ -484,9 +474,9 @@ def read_model_file(path: str) -> dict[str, Any]:
         ConfigError: If it cannot be read, or is not right.
     """
     try:
-        model: Any = OmegaConf.to_container(read_yaml(path), resolve=True)
-    except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError([f'model={short_repr(path)} cannot be read: {error}']) from None
+        model = read_yaml(path)
+    except ValueError as error:
+        raise ConfigError([f'model={short_repr(path)}: {error}']) from None
     parse_section(Model, model, path)
     return model
 

@@ -3,7 +3,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.checkpoints.save_folder import weights_in
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.files import exists
+from cpt_algorithms.ranks import on_rank_zero
 from cpt_algorithms.replay.labels import label_every_token_of
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
@@ -127,7 +128,7 @@ class StageStart(Callback):
         """Compare this run with the one in its folder; note what the YAML says of every parameter group."""
         self._stage = self._read_yaml()
         if self._stage is not None:
-            _on_rank_zero(partial(_refuse_another_run, self._stage))
+            on_rank_zero(partial(_refuse_another_run, self._stage))
         label_every_token_of(state)
         self._hyperparameters = [
             [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
@@ -146,7 +147,7 @@ class StageStart(Callback):
                 'callbacks.stage_start.optimizer_state is keep, but there is no load_path to keep one from'
             )
         if self._stage is not None:
-            _on_rank_zero(partial(_keep_record, self._stage, state.timestamp.batch.value > 0))
+            on_rank_zero(partial(_keep_record, self._stage, state.timestamp.batch.value > 0))
         for scheduler in state.schedulers:
             # torch's LambdaLR; a sharded load with the wrong load_ignore_keys leaves this list empty
             scheduler.base_lrs = [group['initial_lr'] for group in scheduler.optimizer.param_groups]
@@ -285,19 +286,6 @@ def _keep_record(stage: Stage, resumes: bool) -> None:
     before = read_record(stage.folder)
     if before is None or not resumes or before.config.max_duration != stage.max_duration:  # which may be extended
         write_record(stage, resumes)
-
-
-def _on_rank_zero(do: Callable[[], object]) -> None:
-    """Have it done once; a ValueError is raised by all ranks."""
-    said = [None]
-    if dist.get_global_rank() == 0:
-        try:
-            do()
-        except ValueError as error:
-            said = [str(error)]
-    dist.broadcast_object_list(said)
-    if said[0] is not None:
-        raise ValueError(said[0])
 
 
 def _average_gradients(state: State) -> None:

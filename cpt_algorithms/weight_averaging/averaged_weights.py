@@ -151,7 +151,7 @@ class AveragedWeights(Callback, ABC):
 
     @abstractmethod
     def restore(self, saved: dict[str, list[torch.Tensor]], settings: dict[str, Any], state: State) -> list[str]:
-        """Take back what :meth:`saved` gave; returns what of it is not used or was not there, and why."""
+        """Restore the result of :meth:`saved`; returns the parts that are unused or missing, and why."""
 
     def should_load(self, name: str) -> bool:
         """Whether shards of this name are worth loading."""
@@ -406,7 +406,7 @@ class AveragedWeights(Callback, ABC):
                 self._export_with(exporter)
 
     def _read(self, checkpoint: str) -> dict[str, Any] | None:
-        """What a trunk's :meth:`state_dict` gave, which a branch does not load with its checkpoint; None if nothing."""
+        """The :meth:`state_dict` of a branch's trunk, which its checkpoint does not load; None if there is none."""
         ours = type(self).__qualname__
         if is_remote(checkpoint):
             log.warning(f'{self.key}: {checkpoint} is in object storage, from where a branch takes no averages')

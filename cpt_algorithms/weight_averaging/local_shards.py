@@ -71,7 +71,7 @@ class LocalShards:
         return saved
 
     def from_saved(self, saved: Mapping[str, torch.Tensor], what: str) -> list[torch.Tensor]:
-        """This rank's part of what :meth:`to_saved` gave, possibly at another number of ranks; ``what`` is its name.
+        """This rank's part of :meth:`to_saved`'s result, possibly at another number of ranks; ``what`` is its name.
 
         Raises:
             ValueError: If names or shapes are not the model's.
@@ -94,7 +94,7 @@ class LocalShards:
         return tensors
 
     def empty(self, dtype: Callable[[str], torch.dtype], device: torch.device | None) -> dict[str, torch.Tensor]:
-        """What a sharded checkpoint is loaded into: as :meth:`to_saved` gives it, uninitialised.
+        """Uninitialised tensors to load a sharded checkpoint into, as :meth:`to_saved` gives them.
 
         On the device, or that of each parameter; of the dtype of each name.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step costs with everything of ours on, against the same LLM Foundry YAML without it.
+"""The cost of a training step with everything of ours on, against the same LLM Foundry YAML without it.
 
     make data && python scripts/benchmarks/training_step.py
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``ema`` costs a step: its update beside Composer's, and beside the least that memory allows.
+"""The cost of ``ema`` per step: its update beside Composer's, and beside the least that memory allows.
 
     python scripts/benchmarks/weight_averages.py                       # 100 M float32 parameters on the CPU
     python scripts/benchmarks/weight_averages.py --device cuda         # and the share of a step of a 124 M model

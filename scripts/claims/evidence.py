@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sequences of yamls/claims/ show, as the claims ask for it: arrays with a number for each seed."""
+"""Results of the sequences of yamls/claims/, as the claims ask for them: arrays with a number for each seed."""
 
 from functools import cached_property
 from pathlib import Path

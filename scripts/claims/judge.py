@@ -19,7 +19,7 @@ NOT_RUN = 'not run'
 
 
 class NotRun(ValueError):
-    """What a claim needs has not been trained to its end."""
+    """A run that a claim needs has not been trained to its end."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a claim."""
+    """The verdict on a claim."""
 
     claim: Claim
     conditions: list[Condition]  # none if it was not run
@@ -137,9 +137,9 @@ class Runs:
         """The mean of final losses over datasets."""
         return np.mean([self.final(name, dataset) for dataset in datasets], axis=0)
 
-    def last(self, name: str, dataset: str, average: str = '') -> np.ndarray:
+    def last(self, name: str, dataset: str) -> np.ndarray:
         """The loss of the last evaluation."""
-        return np.array([curve[-1, 1] for curve in self.curves(name, dataset, average)])
+        return np.array([curve[-1, 1] for curve in self.curves(name, dataset)])
 
     def curves(self, name: str, dataset: str, average: str = '') -> list[np.ndarray]:
         """Of each seed: rows of (share of the run's batches, loss)."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came out, as a table in the terminal, a page for documents, data, and a figure."""
+"""Verdicts and numbers, as a table in the terminal, a page for documents, data, and a figure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -34,7 +34,7 @@ MODELS = sorted((tiny.ROOT / 'yamls' / 'models').glob('*.yaml'))
 ADAMW = {'name': 'decoupled_adamw', 'lr': 3e-4, 'betas': [0.9, 0.95], 'weight_decay': 1e-5}
 # 2 layers x 4: 100 parameters of which 10 + 10 are embeddings, not tied
 TOY = ModelSize(
-    parameters=100, embedding=20, lookup=10, blocks=70, layers=2, hidden=4, heads=2, kv_heads=2, head_dim=2, ffn=16,
+    parameters=100, embedding=20, lookup=10, blocks=70, layers=2, hidden=4, heads=2, head_dim=2, ffn=16,
     gated=False, rms_norm=False, vocab=7, keeps_scores=False,
 )  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_a_tied_llama_counts_its_embedding_once():
     block = 2 * d * d + 2 * d * keys + 3 * d * ffn + 2 * d
     assert size.parameters == 50_304 * d + 16 * block + d
     assert (size.embedding, size.lookup) == (50_304 * d, 0)
-    assert (size.heads, size.kv_heads, size.head_dim, size.gated, size.rms_norm) == (32, 8, 64, True, True)
+    assert (size.heads, size.head_dim, size.gated, size.rms_norm) == (32, 64, True, True)
 
 
 @pytest.mark.parametrize('name', [path.stem for path in MODELS if path.stem != 'hf_base'])  # a base must be there

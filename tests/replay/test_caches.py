@@ -64,12 +64,6 @@ def stage_on(data, tmp_path, **streams):
     return {**cfg, 'eval_loader': evaluators}
 
 
-def problems(cfg):
-    with pytest.raises(PreflightError) as error:
-        preflight(Stage.from_yaml(cfg))
-    return str(error.value)
-
-
 @pytest.mark.parametrize('where', ['new', 'old', 'label'])
 def test_preflight_sees_it(data, tmp_path, write_mds, where):
     remote = write_mds(tmp_path / 'bucket', 0, 400)
@@ -78,7 +72,7 @@ def test_preflight_sees_it(data, tmp_path, write_mds, where):
     cfg = stage_on(data, tmp_path, **{where: stream})
     preflight(Stage.from_yaml(cfg))
     replace(remote, write_mds, 'more rows')
-    assert f'the cache folder {tmp_path}/cache/train holds other data than {remote}/train/index.json' in problems(cfg)
+    assert f'the cache folder {tmp_path}/cache/train holds other data than {remote}/train/index.json' in tiny.said(cfg)
 
 
 @pytest.mark.parametrize('where', ['new', 'old', 'label'])
@@ -94,7 +88,7 @@ def test_preflight_sees_it(data, tmp_path, write_mds, where):
 def test_a_remote_that_can_be_none_is_refused_even_if_it_is_cached(data, tmp_path, where, remote, said):
     shutil.copytree(data['new'], tmp_path / 'cache')
     stream = {'remote': remote, 'local': str(tmp_path / 'cache'), 'split': 'train'}
-    printed = problems(stage_on(data, tmp_path, **{where: stream}))
+    printed = tiny.said(stage_on(data, tmp_path, **{where: stream}))
     assert f'.remote={remote}' in printed and said in printed
 
 
@@ -125,7 +119,7 @@ def test_two_streams_in_one_folder_are_refused(data, tmp_path, streams, keys):
         return {**here, 'remote': here['local'], 'local': str(tmp_path / cache)} if cache else here
 
     cfg = stage_on(data, tmp_path, **{where: stream(*place) for where, place in streams.items()})
-    said = problems(cfg)
+    said = tiny.said(cfg)
     assert all(f'{key}.local' in said for key in keys), said
 
 

@@ -87,12 +87,12 @@ def test_positions_behind_by_hand():
 def test_positions_come_from_a_checkpoint(tmp_path, together):
     path = str(tmp_path / 'ep0-ba12-rank0.pt')
     torch.save({'state': {'dataset_state': {'train': state_of()}}}, path)
-    assert read_positions('key', path, json.dumps(MIX), together) == READ
+    assert read_positions('key', path, json.dumps(MIX)) == READ
     assert read_consumed('key', path, 'abc', together) == Consumed(96, 5, 40)
     with pytest.raises(ValueError, match=rf'^key={path}: it learned another dataset '):
         read_consumed('key', path, 'x', together)
     with pytest.raises(ValueError, match=rf'^key={path}: KeyError: .shuffle'):
-        read_positions('key', path, json.dumps({'new.web': MIX['new.web']}), together)
+        read_positions('key', path, json.dumps({'new.web': MIX['new.web']}))
 
 
 def ids_of(rows):

@@ -76,7 +76,13 @@ def write_run(
 def entry(name, arm, stage, seed, parent=None, tokens=None, before=None):
     """A run as a sequence plans it."""
     return {'name': name, 'arm': arm, 'stage': stage, 'seed': seed, 'parent': parent, 'tokens': tokens, 'batches': 10,
-            'tokens_before_branch': before or {}}  # fmt: skip
+            'tokens_before_branch': before or {}, 'plan': 'p'}  # fmt: skip
+
+
+def write_plan(folder, name, stages, runs, data=('old', 'new')):
+    """``sequence.json`` of runs whose stages, of so many tokens, are of one plan."""
+    plans = {'p': {'data': list(data), 'tokens': stages, 'stages': {}}}
+    write(folder / 'sequence.json', {'name': name, 'data': list(data), 'plan': 'p', 'plans': plans, 'runs': runs})
 
 
 def write_sequence(folder, seeds=(1, 2, 3), union=True, averages=(), parameters=PARAMETERS):
@@ -99,6 +105,5 @@ def write_sequence(folder, seeds=(1, 2, 3), union=True, averages=(), parameters=
             final = {'old': 2.5, 'new': 1.2}
             write_run(folder / f'union-s{seed}', final, batches=20, start=untrained, parameters=parameters)
             runs.append(entry(f'union-s{seed}', 'union', 'union', seed, tokens={'new': 1000, 'old': 1000}))
-    stages = {'old': 1000, 'new': 1000}
-    write(folder / 'sequence.json', {'name': 'tiny', 'data': ['old', 'new'], 'stages': stages, 'runs': runs})
+    write_plan(folder, 'tiny', {'old': 1000, 'new': 1000}, runs)
     return folder

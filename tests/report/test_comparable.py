@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from run_folders import change, entry, read, write, write_run, write_sequence
+from run_folders import change, entry, read, write, write_plan, write_run, write_sequence
 from tiny import ROOT
 
 from cpt_algorithms.evaluation.functional import by_average, changes, check_labels, split_label, without_averages
@@ -157,21 +157,6 @@ def test_trials_of_another_plan_are_kept_and_compared_only_with_each_other(tmp_p
     assert line.count('cpp-optimizer.lr_0.00') == 2
 
 
-def test_trials_of_a_sequence_without_plans_are_kept(tmp_path):
-    spec = spec_of(tmp_path)
-    for value in (0.002, 0.003):
-        sequence_run.write_sequence(spec, expand_trials(spec, [[f'cpp.optimizer.lr={value}']]), keep=True)
-
-        def forget(sequence):
-            del sequence['plans'], sequence['plan']
-            for run in sequence['runs']:
-                run.pop('plan', None)
-
-        change(tmp_path / 'sequence.json', forget)
-        assert not any(run.other_plan for run in read_runs([tmp_path]).given)
-    assert len(read(tmp_path / 'sequence.json')['runs']) == 3
-
-
 def test_arms_that_are_left_out_of_a_sequence_are_left_out_of_its_report(tmp_path):
     spec = spec_of(tmp_path)
     for values in ((0.002, 0.003), (0.004,)):
@@ -266,8 +251,7 @@ def test_datasets_whose_names_hold_the_names_of_others(tmp_path):
     given = {'old': old, 'new': new, 'parent': start, 'bytes_per_token': dict.fromkeys(names, 2.0)}
     write(folder / 'b-s1' / 'forgetting.json', given)
     runs = [entry('a-s1', 'x', 'a', 1, tokens={'code': 1000}), entry('b-s1', 'x', 'b', 1, 'a-s1', {'code': 1000})]
-    sequence = {'name': 'names', 'data': names, 'stages': {'a': 1000, 'b': 1000}, 'runs': runs}
-    write(folder / 'sequence.json', sequence)
+    write_plan(folder, 'names', {'a': 1000, 'b': 1000}, runs, names)
     for folders in ([folder], [folder / 'b-s1']):
         report = write_report(folders, tmp_path / 'out')
         assert report.study.data == names
@@ -289,8 +273,7 @@ def many(folder, count):
         runs.append(
             entry(f'new-{index}-s1', f'optimizer.lr={0.0001 * (index + 1):.4g}', 'new', 1, 'old-s1', {'new': 1000})
         )
-    sequence = {'name': 'many', 'data': ['old', 'new'], 'stages': {'old': 1000, 'new': 1000}, 'runs': runs}
-    write(folder / 'sequence.json', sequence)
+    write_plan(folder, 'many', {'old': 1000, 'new': 1000}, runs)
 
 
 def test_two_hundred_arms_are_all_in_the_tables_and_the_best_in_the_plots(tmp_path, monkeypatch):
@@ -324,7 +307,7 @@ def test_on_paper_every_column_is_there_once(count, tmp_path, monkeypatch):
     names, folder = [f'd{number}' for number in range(count)], tmp_path / 'paper'
     write_run(folder / 'a-s1', dict.fromkeys(names, 4.0), start=dict.fromkeys(names, 9.0))
     runs = [entry('a-s1', 'x', 'a', 1, tokens={'d0': 1000})]
-    write(folder / 'sequence.json', {'name': 'p', 'data': names, 'stages': {'a': 1000}, 'runs': runs})
+    write_plan(folder, 'p', {'a': 1000}, runs, names)
     report = write_report([folder], folder)
     for table in _tables(report):
         heads = [(title, head) for title, heads in table.heads for head in heads]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import report as script
 from rich.console import Console
-from run_folders import PARAMETERS, change, entry, read, write, write_run, write_sequence
+from run_folders import PARAMETERS, change, entry, read, write, write_plan, write_run, write_sequence
 
 from cpt_algorithms.report.page import rich_table, write_report
 from cpt_algorithms.report.plots import plots_of
@@ -356,8 +356,7 @@ def test_only_seeds_are_drawn_as_seeds(tmp_path):
         write_run(tmp_path / first, {'old': 3.0 + number, 'new': 5.0})
         write_run(tmp_path / trunk, {'old': 3.2 + number, 'new': 4.0}, str(tmp_path / first / 'x.pt'))
         write_run(tmp_path / branch, {'old': 3.1 + number, 'new': 3.0}, str(tmp_path / trunk / 'x.pt'))
-    sequence = {'name': 'test', 'data': ['old', 'new'], 'stages': {'old': 1000, 'new': 1000}, 'runs': runs}
-    write(tmp_path / 'sequence.json', sequence)
+    write_plan(tmp_path, 'test', {'old': 1000, 'new': 1000}, runs)
     study = read_runs([tmp_path])
     plots = {plot.name: plot.figure.axes[0] for plot in plots_of(study, rows_of(study))}
     drawn = [line for line in plots['loss-old'].lines if len(line.get_xdata()) > 2 or line.get_label()[0] != '_']

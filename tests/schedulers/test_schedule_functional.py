@@ -9,7 +9,6 @@ from cpt_algorithms.schedulers import functional
 from cpt_algorithms.schedulers.functional import (
     ANNEALS,
     COOLDOWNS,
-    SHAPES,
     Phase,
     Schedule,
     Span,
@@ -196,7 +195,7 @@ def test_continuous_at_phase_ends(case: tuple[Schedule, float, float]) -> None:
         assert multiplier(schedule, span.begin) == pytest.approx(span.start, rel=1e-12, abs=1e-15)
 
 
-@pytest.mark.parametrize('shape', [s for s in SHAPES if s != 'constant'])
+@pytest.mark.parametrize('shape', ['linear', 'cosine', 'inv_sqrt', 'exponential', '1-sqrt'])
 @pytest.mark.parametrize('end', [0.1, 1.9])
 def test_every_shape_is_strict_before_its_horizon(shape: str, end: float) -> None:
     # known elsewhere: decays that are over early and leave a flat tail, or that subtract the warm-up twice

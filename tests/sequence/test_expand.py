@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sequence YAML becomes the right runs."""
 
+from typing import get_args
+
 import pytest
 from omegaconf import OmegaConf
 from tiny import ROOT, merge, runs_of
 
 from cpt_algorithms.sequence.expand import descendants
-from cpt_algorithms.sequence.spec import BASELINES
+from cpt_algorithms.sequence.spec import Baseline
 
 QUICKSTART = ROOT / 'yamls' / 'sequence' / 'quickstart.yaml'
 
@@ -339,9 +341,9 @@ def test_heirs_are_all_that_start_from_a_run(infinite):
 
 def test_baselines_follow_from_the_stages(spec):
     spec['stages']['cpp']['replay'] = {'fraction': 0.05}
-    spec['arms'] = {name: {'baseline': name} for name in BASELINES}
-    runs = {run.arm: run.stage.given for run in runs_of(spec) if run.arm in BASELINES}
-    assert runs.keys() == set(BASELINES)
+    spec['arms'] = {name: {'baseline': name} for name in get_args(Baseline)}
+    runs = {run.arm: run.stage.given for run in runs_of(spec) if run.arm in get_args(Baseline)}
+    assert runs.keys() == set(get_args(Baseline))
     cosine = spec['common']['scheduler']
     assert runs['constant_eta_min']['scheduler'] == {'name': 'rewarm_constant', 't_warmup': '0dur', 'alpha': 0.1}
     assert runs['constant_eta_max']['scheduler'] == {'name': 'rewarm_constant', 't_warmup': '0.01dur', 'alpha': 1.0}

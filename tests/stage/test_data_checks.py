@@ -408,11 +408,3 @@ def test_all_at_once_and_a_manifest_that_is_cut_short(roots, tmp_path):
     (tmp_path / 'manifest.json').write_text('{"request": ')
     cut = config(tmp_path, roots, train_loader={'dataset': {'new': {'local': str(tmp_path / 'new')}}})
     only_problem(cut, f'{tmp_path}/manifest.json cannot be read')
-
-
-def test_data_prepared_by_an_earlier_version_is_not_compared(roots, tmp_path):
-    shutil.copytree(roots['other'], tmp_path / 'other')
-    manifest = json.loads((tmp_path / 'other' / 'manifest.json').read_text())
-    manifest['request']['format'] = 2
-    write_json(tmp_path / 'other' / 'manifest.json', manifest)
-    fine(config(tmp_path, {**roots, 'other': tmp_path / 'other'}, new='other'))

@@ -251,7 +251,7 @@ def test_an_early_stopper_of_what_is_measured_passes(data, tmp_path):
     )
 
 
-# typing errors and keys in a wrong place; every one was dropped without a word
+# typing errors and keys in a wrong place; every one was silently dropped
 WRONG = {
     'a letter': ({'resid_pdrpo': 0.1}, 'model.resid_pdrpo', "'resid_pdrop'"),
     'of init_config': ({'init_config': {'naame': 1}}, 'model.init_config.naame', "'name'"),

@@ -24,7 +24,7 @@ def test_a_restart_with_another_gradient_clipping(stage_start, data, tmp_path):
     tiny.run(tiny.merge(cfg, {'max_duration': '2ba'}))
     changed = tiny.merge(cfg, {'algorithms': clipped(0.5), 'max_duration': '3ba'})
     if stage_start is None:
-        assert sorted(tiny.run(changed)) == [0, 1, 2], 'accepted without a word'
+        assert sorted(tiny.run(changed)) == [0, 1, 2], 'silently accepted'
         return
     with pytest.raises(ValueError, match=r'gradient_clipping\.clipping_threshold: 1\.0 -> 0\.5'):
         tiny.run(changed)

@@ -10,26 +10,14 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Precision, State
 from composer.devices import DeviceCPU
 from composer.loggers import Logger
-from composer.models import ComposerModel
 from composer.optim import ConstantScheduler, LinearScheduler, compile_composer_scheduler
 from llmfoundry.callbacks import HuggingFaceCheckpointer
+from tiny import Number
 
 from cpt_algorithms.checkpoints.exports import export_atomically
 from cpt_algorithms.schedulers import RewarmConstantScheduler
 from cpt_algorithms.stage import stage_start
 from cpt_algorithms.stage.stage_start import StageStart
-
-
-class Number(ComposerModel):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-
-    def forward(self, batch):
-        return self.weight * batch
-
-    def loss(self, outputs, batch):
-        return outputs.sum()
 
 
 class Run:
@@ -40,7 +28,7 @@ class Run:
         precision=Precision.FP32, algorithms=(),
     ):  # fmt: skip
         self.callback = StageStart(optimizer)
-        model = Number()
+        model = Number(1.0)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=0.25)
         self.state = State(
             model=model, rank_zero_seed=0, run_name=run_name, device=DeviceCPU(), max_duration=max_duration,

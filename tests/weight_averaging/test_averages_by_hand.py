@@ -10,10 +10,10 @@ import torch
 from composer.core import Evaluator, State, Time
 from composer.devices import DeviceCPU
 from composer.loggers import Logger
-from composer.models import ComposerModel
 from hypothesis import given
 from hypothesis import strategies as st
 from llmfoundry.callbacks import HuggingFaceCheckpointer
+from tiny import Number
 from torch.utils.data import DataLoader
 
 from cpt_algorithms.duration import Duration
@@ -22,25 +22,13 @@ from cpt_algorithms.weight_averaging.ema import EMA
 from cpt_algorithms.weight_averaging.lawa import LAWA
 
 
-class Number(ComposerModel):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, batch):
-        return self.weight * batch
-
-    def loss(self, outputs, batch):
-        return outputs.sum()
-
-
 class Run:
     """What Composer's trainer does with a callback."""
 
     def __init__(self, callback, max_duration='8ba', loaded=None, at=0, before=0):
         self.callback, self.before = callback, before  # batches of the trunk of a branch
         self.state = State(
-            model=Number(), rank_zero_seed=0, run_name='run', device=DeviceCPU(), max_duration=max_duration,
+            model=Number(0.0), rank_zero_seed=0, run_name='run', device=DeviceCPU(), max_duration=max_duration,
             callbacks=[callback],
         )  # fmt: skip
         self.logger = Logger(self.state)

@@ -3,17 +3,17 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.open import Checkpoint, hash_entries
+from cpt_algorithms.formatting import first_of
 from cpt_algorithms.validation import differences, short_repr
-from cpt_algorithms.weight_averaging.offline.average import read_whole, short
+from cpt_algorithms.weight_averaging.offline.average import read_tensor, short
 
-__all__ = ['check_agreement', 'saved_files']
+__all__ = ['check_agreement']
 
-# Of config.json, what says where it came from and which software wrote it, and what the tensors say themselves.
+# Keys of config.json about its origin, the software that wrote it, and the tensors, which say it themselves.
 _ORIGIN = ('_name_or_path', 'architectures', 'dtype', 'torch_dtype', 'transformers_version', 'use_cache')
 # Of the tokenizer's files likewise; how a batch of texts is filled up or cut is up to the caller.
 _OF_TOKENIZERS = ('model_max_length', 'name_or_path', 'padding', 'tokenizer_class', 'truncation')
@@ -38,7 +38,7 @@ def check_agreement(checkpoints: Sequence[Checkpoint], may_differ: bool = False)
 
     Cost: reads the tensors that are no floating-point numbers, and the files of the tokenizers.
     """
-    held = [saved_files(checkpoint) for checkpoint in checkpoints]
+    held = [_saved_files(checkpoint) for checkpoint in checkpoints]
     for checkpoint, files in zip(checkpoints, held, strict=True):
         for key in ('quantization_config', 'compression_config'):
             if (files.get('config.json') or {}).get(key):
@@ -49,16 +49,14 @@ def check_agreement(checkpoints: Sequence[Checkpoint], may_differ: bool = False)
     if may_differ:
         return
     for other, files in zip(checkpoints[1:], held[1:], strict=True):
-        found = list(islice(_differences(checkpoints[0], held[0], other, files), 4))
-        if found:
-            more = ' and more' if len(found) > 3 else ''
+        if found := list(_differences(checkpoints[0], held[0], other, files)):
             raise CheckpointError(
-                f'{other.path} differs from {checkpoints[0].path} in more than weights: {"; ".join(found[:3])}{more}. '
+                f'{other.path} differs from {checkpoints[0].path} in more than weights: {first_of(found)}. '
                 'If they are one model all the same, --may-differ takes these from the newest'
             )
 
 
-def saved_files(checkpoint: Checkpoint) -> dict[str, Any]:
+def _saved_files(checkpoint: Checkpoint) -> dict[str, Any]:
     """The configuration and the tokenizer that a checkpoint holds, by file name; JSON as its value, without the rest.
 
     Raises:
@@ -98,7 +96,7 @@ def _differences(one: Checkpoint, held: dict[str, Any], other: Checkpoint, files
     for name, tensor in one.tensors.items():
         twin = other.tensors.get(name)
         if twin and not tensor.dtype.is_floating_point and tensor.shape == twin.shape and tensor.dtype == twin.dtype:
-            if read_whole(tensor) != read_whole(twin):
+            if read_tensor(tensor) != read_tensor(twin):
                 yield f'{name}, which is {short(tensor.dtype)} and cannot be averaged'
 
 
@@ -120,7 +118,7 @@ def _plain(name: str, content: Any) -> Any:
 
 
 def _with_defaults(config: Any) -> Any:
-    """What transformers makes of a configuration that another release of it wrote."""
+    """A configuration with the defaults of this release of transformers, whichever release wrote it."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     try:

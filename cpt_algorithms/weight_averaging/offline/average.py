@@ -15,9 +15,11 @@ import torch
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.open import Checkpoint, TensorOnDisk
+from cpt_algorithms.formatting import first_of
+from cpt_algorithms.validation import misfits
 from cpt_algorithms.weight_averaging.functional import window_weights
 
-__all__ = ['Average', 'average_tensors', 'check_alike', 'read_whole', 'view_average']
+__all__ = ['Average', 'average_tensors', 'check_alike', 'read_tensor', 'view_average']
 
 BLOCK = 1 << 18  # elements; the accumulator (1 MiB) and what goes into it stay in a core's cache
 THREADS = min(8, os.cpu_count() or 1)
@@ -47,22 +49,13 @@ def check_alike(checkpoints: Sequence[Checkpoint], and_dtypes: bool = True) -> N
         CheckpointError: If they differ (with the first three differences), or a dtype cannot be averaged.
     """
     first = checkpoints[0].tensors
+    show: Callable[[TensorOnDisk], str] = describe if and_dtypes else lambda one: str(one.shape)
     for other in checkpoints:
         for name, one in other.tensors.items():
             if (one.dtype.is_floating_point or one.dtype.is_complex) and one.dtype not in FLOATS:
                 raise CheckpointError(f'{other.path}: {name} is {short(one.dtype)}, which cannot be averaged')
-        differences = [
-            f'{name} is {describe(a)} there and {describe(b)} here'
-            for name, a in first.items()
-            if (b := other.tensors.get(name)) and (a.shape != b.shape or and_dtypes and a.dtype != b.dtype)
-        ]
-        differences += [f'{name} is missing here' for name in first if name not in other.tensors]
-        differences += [f'{name} is missing there' for name in other.tensors if name not in first]
-        if differences:
-            more = f' (and {len(differences) - 3} more)' if len(differences) > 3 else ''
-            raise CheckpointError(
-                f'{other.path} does not fit {checkpoints[0].path}: {"; ".join(differences[:3])}{more}'
-            )
+        if found := misfits(*({k: show(one) for k, one in tensors.items()} for tensors in (first, other.tensors))):
+            raise CheckpointError(f'{other.path} does not fit {checkpoints[0].path}: {first_of(found)}')
 
 
 def short(dtype: torch.dtype) -> str:
@@ -136,7 +129,7 @@ def _read(files: dict[Path, int], stored: TensorOnDisk, begin: int, into: torch.
         box.copy_(data.as_strided(chunk.shape, chunk.stride))
 
 
-def read_whole(stored: TensorOnDisk) -> bytes:
+def read_tensor(stored: TensorOnDisk) -> bytes:
     """All elements of a tensor, in order."""
     files = {path: os.open(path, os.O_RDONLY) for path in {chunk.path for chunk in stored.chunks}}
     try:

@@ -22,9 +22,8 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
-from cpt_algorithms.checkpoints.exports import is_foundry_mpt
+from cpt_algorithms.checkpoints.exports import is_foundry_mpt, newest_export
 from cpt_algorithms.checkpoints.open import DTYPES, INDEX, Checkpoint, TensorOnDisk, open_checkpoint
-from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.files import hidden_sibling
 from cpt_algorithms.weight_averaging.offline.agreement import check_agreement
 from cpt_algorithms.weight_averaging.offline.average import (
@@ -37,7 +36,7 @@ from cpt_algorithms.weight_averaging.offline.average import (
 )
 from cpt_algorithms.weight_averaging.offline.storage import provenance_of
 
-__all__ = ['Plan', 'appearing_whole', 'find_small_files', 'make_plan', 'with_composer_names', 'write_average']
+__all__ = ['appearing_whole', 'find_small_files', 'make_plan', 'with_composer_names', 'write_average']
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_FILES = ('.safetensors', '.bin', '.pt', '.pth', '.h5', '.msgpack', '.onnx', '.gguf', '.index.json')
@@ -46,7 +45,7 @@ Progress = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to average.
+    """Tensors to average, and what stays as it is.
 
     Args:
         parts: For each tensor (Hugging Face names) the weights, and what they weigh.
@@ -184,7 +183,7 @@ def write_average(
 
 
 def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, bytes]:
-    """What belongs to a Hugging Face model besides its weights, by file name: config, tokenizer, code.
+    """The files of a Hugging Face model besides its weights, by name: config, tokenizer, code.
 
     Args:
         checkpoint: The newest.
@@ -195,11 +194,10 @@ def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, b
         CheckpointError: If there is no ``config.json``.
     """
     own = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    exports = own.parent if checkpoint.kind == 'sharded' else own
-    found = sorted(exports.glob('huggingface/[!.]*/config.json'), key=lambda path: batch_of(path.parent.name) or -1)
-    folder = config or (own if checkpoint.kind == 'hf' else found[-1].parent if found else None)
-    if folder is None:
+    found = own if checkpoint.kind == 'hf' else newest_export(own.parent if checkpoint.kind == 'sharded' else own)
+    if (given := config or found) is None:
         return _files_of_state(checkpoint)
+    folder = Path(given)
     if not (folder / 'config.json').is_file():
         raise CheckpointError(f'{folder} has no config.json; give a folder that has one with --config')
     files = (file for file in folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHT_FILES))

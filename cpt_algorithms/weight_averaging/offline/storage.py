@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cpt_algorithms.checkpoints.save_folder import batch_of
-from cpt_algorithms.files import exists, fetch, is_remote, list_names, size_of, upload
+from cpt_algorithms.checkpoints.exports import newest_export
+from cpt_algorithms.files import exists, fetch, is_remote, list_names, nearest_existing, size_of, upload
 from cpt_algorithms.weight_averaging.offline.select import AverageError, Found
 
 __all__ = ['download', 'provenance_of', 'refuse_existing', 'require_disk', 'upload_result']
@@ -46,8 +46,7 @@ def require_disk(folder: Path, num_bytes: int, what: str) -> None:
     Raises:
         AverageError: If the disk is too small.
     """
-    while not folder.exists():
-        folder = folder.absolute().parent
+    folder = nearest_existing(folder)
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise AverageError(f'{what} needs {num_bytes / 1e9:,.1f} GB in {folder}, which has {free / 1e9:,.1f} GB')
@@ -55,11 +54,9 @@ def require_disk(folder: Path, num_bytes: int, what: str) -> None:
 
 def _small_files_beside(checkpoint: str) -> list[str]:
     """Config, tokenizer and code of the newest export of a run in object storage."""
-    folder = f'{checkpoint.rpartition("/")[0]}/huggingface'
-    names = list_names(folder)
-    exports = [name.partition('/')[0] for name in names if name.count('/') == 1 and name.endswith('/config.json')]
-    newest = max(exports, key=lambda name: batch_of(name) or -1, default='')
-    return [f'{folder}/{name}' for name in names if name.startswith(f'{newest}/') and name.endswith(SMALL_FILES)]
+    newest = newest_export(checkpoint.rpartition('/')[0])
+    names = list_names(newest) if newest else []
+    return [f'{newest}/{name}' for name in names if name.endswith(SMALL_FILES)]
 
 
 def download(found: Sequence[Found], folder: Path, small_files: bool) -> list[Path]:
