@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import recorder
@@ -101,6 +102,24 @@ def test_a_killed_stage_resumes_identically_from_a_sharded_parent(data, tmp_path
     assert ours['forgetting']['bytes_per_token'] == pytest.approx(expected)
     results = json.loads((tmp_path / 'straight' / 'huggingface' / 'lm_eval' / 'texts' / 'ba8.json').read_text())
     assert results['tasks']['texts']['count'] == 2
+
+
+@pytest.mark.slow  # test_done.py does it on one rank by default
+def test_a_sharded_run_is_stopped_where_it_would_have_been(data, tmp_path):
+    stopper = {'monitor': 'LanguageCrossEntropy', 'dataloader_label': 'eval/new', 'comp': 'greater', 'patience': '3ba'}
+    cfg = tiny.config(
+        tmp_path, data, 'run', eval_interval='1ba', eval_loader=tiny.eval_loader('new', data['new']),
+        callbacks={'early_stopper': stopper}, **SHARDED,
+    )  # fmt: skip
+    train(tmp_path, tiny.merge(cfg, {'callbacks': {'recorder': {'kill_at': 4}}}), expect=tiny.KILLED)
+    train(tmp_path, cfg)
+    trained, run = (tmp_path / 'run.jsonl.rank0').read_text(), tmp_path / 'run'
+    assert sorted(recorder.read(tmp_path / 'run.jsonl')) == list(range(5))
+    (run / 'done.json').unlink()
+    shutil.rmtree(run / 'huggingface')
+    train(tmp_path, cfg)
+    assert (tmp_path / 'run.jsonl.rank0').read_text() == trained, 'it is only exported'
+    assert [path.name for path in (run / 'huggingface').iterdir()] == ['ba5']
 
 
 @pytest.mark.slow
