@@ -23,8 +23,6 @@ from llmfoundry.models.mpt import ComposerMPTCausalLM, MPTConfig
 from llmfoundry.models.utils.config_defaults import attn_config_defaults, init_config_defaults
 from llmfoundry.utils.builders import _extract_param_groups, build_eval_loaders, build_optimizer
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_VALIDATION_FUNCTIONS
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -224,13 +222,12 @@ def check_labels(stage: Stage) -> None:
 def _icl_tasks(given: Any) -> list[Any]:
     """The tasks of a list, or of the file that a path names, as llm-foundry reads it."""
     if isinstance(given, str) and Path(given).is_file():  # of another, a check of its own speaks
-        path = given
+        where = f'icl_tasks={given}'
         try:
-            tasks: Any = OmegaConf.to_container(read_yaml(path), resolve=True)
-        except (OSError, ValueError, OmegaConfBaseException) as error:
-            raise ValueError(f'icl_tasks={path} cannot be read: {error}') from None
-        given = tasks.get('icl_tasks')
-        check_type(f'icl_tasks={path}: icl_tasks', given, list[dict[str, Any]])
+            given = read_yaml(given).get('icl_tasks')
+        except ValueError as error:
+            raise ValueError(f'{where}: {error}') from None
+        check_type(f'{where}: icl_tasks', given, list[dict[str, Any]])
     return given if isinstance(given, list) else []
 
 

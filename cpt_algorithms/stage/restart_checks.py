@@ -7,6 +7,7 @@ import secrets
 from importlib.metadata import version
 from pathlib import Path
 
+from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.open import time_of
 from cpt_algorithms.checkpoints.save_folder import (
     check_links,
@@ -114,8 +115,10 @@ def restart_problem(stage: Stage) -> str | None:
         if not (newest_complete(stage.folder)[0] or exists(f'{stage.folder}/done.json')):
             return None
         record = read_record(stage.folder)
-    except StorageError:  # which is said of save_folder
+    except StorageError:  # check_saving reports it
         return None
+    except CheckpointError as error:
+        return str(error)
     if record is None:
         return None
     if changed := changes(record, stage):
@@ -130,13 +133,18 @@ def restart_problem(stage: Stage) -> str | None:
             'nothing: put them back, or choose another save_folder'
         )
     before, now = record.config.max_duration, stage.max_duration
-    trained = _trained(stage.folder).get(now.unit, 0)
-    if trained > now.value and before != now:  # the last batch may end behind it
-        return (
-            f'max_duration={now}: the run in save_folder={stage.folder} was trained beyond it, to {trained}{now.unit}; '
-            f'put {before} back, or choose another save_folder'
-        )
-    return None
+    if before == now:  # the last batch may end behind it
+        return None
+    try:
+        trained = _trained(stage.folder).get(now.unit, 0)
+    except CheckpointError as error:
+        return str(error)
+    if trained <= now.value:
+        return None
+    return (
+        f'max_duration={now}: the run in save_folder={stage.folder} was trained beyond it, to {trained}{now.unit}; '
+        f'put {before} back, or choose another save_folder'
+    )
 
 
 def _trained(folder: str) -> dict[str, int]:
@@ -181,7 +189,7 @@ def check_format(stage: Stage, world_size: int) -> None:
     if stage.save_folder and (world_size > 1 or not stage.is_sharded):
         try:
             problem = format_problem(stage, world_size)
-        except StorageError:  # which is said of save_folder
+        except StorageError:  # check_saving reports it
             return
         if problem:
             raise ValueError(problem)

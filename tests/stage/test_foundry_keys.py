@@ -112,7 +112,7 @@ def test_published_and_documented_keys_pass(kind, loader, llama, data, tmp_path,
     for key in ('icl_tasks', 'eval_gauntlet'):
         path = tmp_path / PUBLISHED[key]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text('')
+        path.write_text(f'{key}: []')
     over = nested({**PUBLISHED, **(OF_MPT if kind == 'mpt' else OF_HF)})
     if kind == 'hf':
         over['model'] |= {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': llama}
