@@ -39,7 +39,11 @@ claims: data-claims
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-# What takes minutes: many ranks, kills, the offline tool's whole table.
+# What a laptop would wait for too long, and CI runs: real ranks, kills, sequences and YAMLs whole.
+ranks: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow --numprocesses 3 --dist loadfile --no-loadscope-reorder $(RANKS)
+
+# All that takes a quarter of a minute or more each: many ranks, kills, the offline tool's whole table.
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
 
