@@ -6,7 +6,7 @@ DATA ?= data/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart data data-tiny data-claims claims test slow kills faults mutants spark lint bench style clean
+.PHONY: quickstart data data-tiny data-claims claims test long slow kills faults mutants spark lint bench style clean
 
 # Pre-train a small model, continue it in several ways, print and draw what was forgotten, learned and spent.
 quickstart: data
@@ -39,11 +39,11 @@ claims: data-claims
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-# What a laptop would wait for too long, and CI runs: real ranks, kills, sequences and YAMLs whole.
-ranks: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow --numprocesses 3 --dist loadfile --no-loadscope-reorder $(RANKS)
+# What takes a quarter of a minute or more each: real ranks, kills, whole sequences. CI runs these, too.
+long: $(VENV)/installed
+	$(BIN)/python -m pytest -m 'long and not slow' --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-# All that takes a quarter of a minute or more each: many ranks, kills, the offline tool's whole table.
+# What takes minutes: many ranks, kills, the offline tool's whole table.
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
 

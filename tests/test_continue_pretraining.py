@@ -74,7 +74,7 @@ def state_of(case, folder):
         'while an export is replaced',
     ],
 )
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_while_saving(case, finished, tmp_path):
     cfg, folder, recorded = finished
     exported = {path.parent.name: path.read_bytes() for path in folder.glob('huggingface/*/model.safetensors')}

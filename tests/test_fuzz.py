@@ -170,7 +170,7 @@ def test_sequences(sequence_spec, root, many, slow):
 
 
 @of_size
-@pytest.mark.slow
+@pytest.mark.long
 def test_sequences_of_the_papers_at_a_small_scale(root, monkeypatch, many, slow):
     """Their plans: the data of all of them may not be here."""
     monkeypatch.chdir(tiny.ROOT)
@@ -186,7 +186,7 @@ def test_sequences_of_the_papers_at_a_small_scale(root, monkeypatch, many, slow)
 
 
 @of_size
-@pytest.mark.slow
+@pytest.mark.long
 def test_scales(root, monkeypatch, many, slow):
     """Both the scale and the sequence that is scaled."""
     monkeypatch.chdir(tiny.ROOT)

@@ -108,7 +108,7 @@ def judge(case, data, sized, folder):
 
 
 @pytest.mark.parametrize(('many', 'slow'), SIZES)
-@pytest.mark.slow
+@pytest.mark.long
 def test_odd_numbers(many, slow, data, sized, tmp_path):
     counts = {'exact': 0, 'refused': 0}
     examples = 1500 if slow else 40

@@ -179,7 +179,7 @@ def test_a_finished_run_is_left_alone(finished, original, data, tmp_path, capsys
         pytest.param('during the export', marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed(case, finished, original, data, tmp_path, monkeypatch):
     everything = original[1]
     gone = ['done.json', 'huggingface/']

@@ -96,7 +96,7 @@ def wait_until_gone(folder, seconds=10):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_crashing_arm_does_not_stop_the_others_and_the_next_run_trains_what_is_missing(
     spec, tmp_path, run, monkeypatch
 ):

@@ -67,7 +67,7 @@ def weights_in(path):
 @pytest.mark.parametrize(
     ('nan_at', 'what'),
     [
-        pytest.param(4, 'weights after batch 4 are not finite', marks=pytest.mark.slow),
+        pytest.param(4, 'weights after batch 4 are not finite', marks=pytest.mark.long),
         (5, 'loss of batch 6 is nan'),
     ],
 )
@@ -86,7 +86,7 @@ def test_no_checkpoint_holds_what_is_no_number(nan_at, what, stage, tmp_path):
         assert not (Path(cfg['save_folder']) / 'done.json').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk(stage, tmp_path):
     straight = stage('straight', full_at=5)
     (tmp_path / 'trouble').unlink()

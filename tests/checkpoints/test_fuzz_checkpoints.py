@@ -133,7 +133,7 @@ SIZES = [pytest.param(12, False, id='few'), pytest.param(2000, True, id='many', 
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(('many', 'slow'), SIZES)
-@pytest.mark.slow
+@pytest.mark.long
 def test_spoilt_checkpoints(kind, many, slow, originals, tmp_path, preflight_of, capsys):
     given = os.environ.get('FUZZ_SEED', str(secrets.randbelow(2**32)) if slow else '1')
     print(f'FUZZ_SEED={given}')

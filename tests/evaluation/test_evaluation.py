@@ -83,7 +83,7 @@ def test_bad_windows_are_named(kwargs, message):
 
 
 @pytest.mark.parametrize('duration', ['8ba', pytest.param(f'{8 * tiny.TOKENS_PER_BATCH}tok', marks=pytest.mark.slow)])
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_run_evaluates_its_final_window_and_a_restart_keeps_it(duration, data, tmp_path):
     def cfg(name):
         scheduler = {'name': 'rewarm_constant', 't_warmup': '0.5dur'}

@@ -249,7 +249,7 @@ def written(folder):
     return losses, json.loads((folder / 'forgetting.json').read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_parent_is_evaluated_once(child, data, tmp_path, monkeypatch):
     def recipe(cfg, stop=None):
         monkeypatch.setattr(registry.callbacks.get('stop'), 'AT', stop, raising=False)

@@ -64,7 +64,7 @@ def test_what_is_no_suite(suite, problem):
     assert re.match(problem, line)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('path', sorted((tiny.ROOT / 'yamls' / 'eval').glob('*.yaml')), ids=lambda path: path.stem)
 def test_every_suite_can_be_run(path, tmp_path):
     suite = load_suite([path, f'variables.root={tmp_path}'] if path.stem == 'offline' else path)

@@ -66,7 +66,7 @@ def write(tmp_path):
     return write
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_script_runs_and_ends_as_if_it_had_been_started_by_itself(script, write, wait, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '3')
     monkeypatch.setenv('WANDB_RUN_ID', 'of the trial')

@@ -434,7 +434,7 @@ def kill_at(moment, patched, arguments):
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_any_moment_it_goes_on(small_parts, three_sources, tmp_path, monkeypatch):
     """Kills the script before and after things get their names: parts, shards, their places."""
     specs, _ = three_sources

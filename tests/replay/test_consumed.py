@@ -205,7 +205,7 @@ def test_preflight_knows_how_much_that_is(parent, data, tmp_path):
     preflight(Stage.from_yaml(cfg), parent_is_there=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_epochs_go_on_after_a_restart_at_their_end(data, tmp_path):
     """A pass has 25 batches. Stock: a checkpoint at the end of an epoch is one at its beginning, and it is read again."""
     loader = {'dataset': {'new': {'local': str(data['older']), 'split': 'train'}, 'max_passes': 2}}

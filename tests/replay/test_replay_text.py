@@ -179,7 +179,7 @@ def _one_rank(rank, num_ranks, port, data, num_workers, resume_at, queue):
 
 @pytest.mark.parametrize(
     ('num_ranks', 'num_workers', 'resume_at'),
-    [(2, 2, 0), pytest.param(4, 1, 5, marks=pytest.mark.slow), pytest.param(8, 0, 3, marks=pytest.mark.slow)],
+    [(2, 2, 0), pytest.param(4, 1, 5, marks=pytest.mark.long), pytest.param(8, 0, 3, marks=pytest.mark.long)],
 )
 def test_real_ranks_read_the_same_global_batches_with_replay_spread_over_them(data, num_ranks, num_workers, resume_at):
     expected = rows(loader_of(data, fraction=0.25))[resume_at:]

@@ -227,7 +227,7 @@ def start(folder):
     return len(dataset)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_starting_at_146_million_samples_takes_a_second_and_100_mb(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tiny.ROOT / 'scripts' / 'benchmarks'))
     import replay_loader

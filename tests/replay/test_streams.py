@@ -330,7 +330,7 @@ def shared_memory_of(tmp_path):
     return streams._stale_shared_memory(str(tmp_path / 'new/train'))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_can_be_started_again_and_a_live_one_is_left_alone(proxy, tmp_path, undisturbed, caplog):
     live = in_another_process(ReplayTextDataset, **arguments(tmp_path))
     (number,) = shared_memory_of(tmp_path)

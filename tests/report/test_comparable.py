@@ -238,7 +238,7 @@ def test_a_name_by_which_results_cannot_be_told_apart_is_refused(labels):
         check_labels(labels)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_datasets_whose_names_hold_the_names_of_others(tmp_path):
     """In every column, plot and line of the report."""
     names = ['code', 'code/python (v2) %', 'loss code']

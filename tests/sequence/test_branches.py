@@ -162,7 +162,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file() and path.suffix != '.lock'}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_branch_points_stay(trunk):
     assert sorted(path.name for path in trunk.glob('ep0-*')) == ['ep0-ba4-rank0.pt', 'ep0-ba8-rank0.pt']
 

@@ -49,7 +49,7 @@ def test_every_experiment_is_there():
 
 
 @each_paper
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_passes_its_dry_run(path, monkeypatch, capsys):
     printed = dry_run(path, monkeypatch, capsys)
     spec, runs = planned(path)

@@ -17,7 +17,7 @@ def clipped(threshold):
 
 
 @pytest.mark.parametrize('stage_start', [None, {}], ids=['stock', 'ours'])
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_restart_with_another_gradient_clipping(stage_start, data, tmp_path):
     cfg = tiny.config(tmp_path, data, 'run', scheduler={'t_max': '8ba'}, algorithms=clipped(1.0))
     cfg = tiny.merge(cfg, {'callbacks': {'stage_start': stage_start}})

@@ -122,7 +122,7 @@ def test_a_sharded_run_is_stopped_where_it_would_have_been(data, tmp_path):
     assert [path.name for path in (run / 'huggingface').iterdir()] == ['ba5']
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_silent_failures_of_sharded_loads_cannot_happen(data, tmp_path):
     """Several runs in one launch; sharded_cases.py asserts on both ranks and prints a line for each case."""
     cfgs = {'parent': parent(tmp_path, data), 'case': stage(tmp_path, data, 'case')}

@@ -803,7 +803,7 @@ def test_two_runs_at_once(tmp_path):
 # Memory
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     """Three checkpoints of 128 MB, most of it one tensor, take a few MB more than one of 1 KB."""
     big = 64 << 20
@@ -848,7 +848,7 @@ def names(client, prefix: str) -> set[str]:
     return {entry['Key'] for entry in found}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_object_storage(run, shards, bucket, tmp_path, capsys):
     put(bucket, run, 'runs/stage')
     bucket.put_object(Bucket='bucket', Key='runs/stage/latest-rank0.pt.symlink', Body=b'runs/stage/ep0-ba6-rank0.pt')

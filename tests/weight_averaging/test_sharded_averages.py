@@ -59,7 +59,7 @@ def runs(data, tmp_path_factory):
     return folder, straight, killed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_resumed(runs):
     tmp_path, straight, killed = runs
     assert set(losses(straight)) == {'old', 'old/ema_2ba', 'old/lawa'}
