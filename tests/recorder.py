@@ -101,7 +101,7 @@ class Moments(Callback):
             return said
 
         for average in (each for each in state.callbacks if isinstance(each, AveragedWeights)):
-            average.observe = says(average.observe, b't', b'-')
+            average.update = says(average.update, b't', b'-')
             average._copy_in = says(average._copy_in, b'e', b'e')
             average._copy_out = says(average._copy_out, b'e', b'-')
 
