@@ -8,6 +8,7 @@ downloads), and the content behind its paths: the parent, the tokenizer and the 
 import dataclasses
 import hashlib
 import inspect
+import json
 import os
 import tempfile
 from collections.abc import Collection, Mapping
@@ -117,7 +118,7 @@ def contents_of(stage: Stage) -> dict[str, str]:
                 digest = _model_digest(folder_of_pretrained(place), stage.pretrained_model is not None)
             else:
                 digest = _remote_digest(place.rstrip('/')) if is_remote(place) else _local_digest(Path(place))
-        except (OSError, ValueError, StorageError, AttributeError):
+        except (OSError, ValueError, StorageError, KeyError, AttributeError):
             continue
         if digest:
             found[key] = digest
@@ -138,9 +139,9 @@ def _model_digest(folder: Path, with_weights: bool) -> str | None:
     if with_weights:
         # transformers reads the others only where there are none of the first
         weights = list(folder.glob('model*.safetensors')) or list(folder.glob('pytorch_model*.bin'))
-        indexes = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
-        index = next((index for name in indexes if (index := read_json(folder / name))), {'weight_map': {}})
-        if not weights or not all((folder / name).exists() for name in index['weight_map'].values()):
+        index = next((each for file in weights[:1] for each in folder.glob(f'*{file.suffix}.index.json')), None)
+        shards = json.loads(index.read_text())['weight_map'].values() if index else ()
+        if not weights or not all((folder / name).exists() for name in shards):
             return None  # not downloaded yet
         files += weights
     return _digest({file.name: file for file in sorted(files)})

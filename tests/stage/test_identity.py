@@ -258,6 +258,8 @@ def test_a_model_is_what_is_read_of_it(data, tmp_path, hub):
     record = record_of(stage)
     (hub / 'README.md').write_text('read me')
     (hub / 'generation_config.json').write_text('{}')
+    # of the format that is not read
+    (hub / 'pytorch_model.bin.index.json').write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
     shutil.copytree(hub, tmp_path / 'copy')
     assert (
         changes(record, stage)
