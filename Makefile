@@ -1,12 +1,14 @@
-# Each target sets up what it needs: on a bare machine with make and Python 3.10-3.12, `make quickstart` is enough.
+# Each target sets up what it needs: on a bare machine with make and Python, `make quickstart` is enough.
+# STACK=current takes today's torch and transformers instead of those that Composer and llm-foundry pin.
 PYTHON ?= python3
-VENV ?= .venv
+STACK ?= pinned
+VENV ?= $(if $(filter pinned,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
 DATA ?= data/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart data data-tiny data-claims claims test long slow kills faults mutants spark lint bench style clean
+.PHONY: quickstart data data-tiny data-claims claims test long slow kills faults mutants spark lint bench style locks clean
 
 # Pre-train a small model, continue it in several ways, print and draw what was forgotten, learned and spent.
 quickstart: data
@@ -61,7 +63,7 @@ mutants: $(VENV)/installed
 
 # The same preparation on Spark (needs Java 8 to 17).
 spark: $(VENV)/installed
-	$(BIN)/python -m pip install -c constraints.txt -e '.[spark]'
+	$(BIN)/uv pip install --python $(BIN)/python 'pyspark>=3.5,<4'
 	$(BIN)/python -m pytest -m slow tests/preparation/test_prepare_data.py -k spark
 
 lint: $(VENV)/installed
@@ -82,12 +84,21 @@ bench: data
 	$(BIN)/python scripts/benchmarks/average_checkpoints.py --gigabytes 0.5 --json runs/bench/average_checkpoints.json
 	$(BIN)/python scripts/benchmarks/summary.py runs/bench
 
-$(VENV)/installed: setup.py constraints.txt
-	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), f"Python 3.10-3.12 is needed, this is {sys.version}"'
+# Exact versions, so nothing is resolved. Composer 0.32 and llm-foundry 0.22 install on Python 3.11 and 3.12.
+$(VENV)/installed: setup.py scripts/stacks/$(STACK).txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[test]'
-	$(BIN)/python -m pip install --no-deps sweeps==0.3.0  # W&B's schema, for tests; it would ask for numpy 1
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r scripts/stacks/$(STACK).txt -e .
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps sweeps==0.3.0  # W&B's schema, for tests; it would ask for numpy 1
 	touch $@
 
+# After a change of setup.py's requirements; with UPGRADE=--upgrade, everything to its newest.
+locks: $(VENV)/installed
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra test --no-annotate --no-header $(UPGRADE) \
+		setup.py --output-file scripts/stacks/pinned.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra test --no-annotate --no-header $(UPGRADE) \
+		--override scripts/stacks/current.overrides.txt setup.py --output-file scripts/stacks/current.txt
+
 clean:
-	rm -rf $(VENV) data runs mutants
+	rm -rf .venv .venv-current data runs mutants

@@ -55,15 +55,15 @@ setup(
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    python_requires='>=3.10,<3.13',
+    python_requires='>=3.11',
     packages=find_packages(include=['cpt_algorithms', 'cpt_algorithms.*']),
     package_data={'cpt_algorithms': ['py.typed', '*/*.md', '*/*.jinja']},
     install_requires=[
         'llm-foundry>=0.22,<0.23',
         'mosaicml>=0.32.1,<0.33',
-        'mosaicml-streaming>=0.12,<0.13',
+        'mosaicml-streaming>=0.12,<0.14',
         'lm-eval>=0.4.13,<0.5',
-        'wandb>=0.18,<0.19',  # as Composer pins it
+        'wandb>=0.18',
         'botocore',
         'datasketch>=2,<3',
         'filelock',
