@@ -24,6 +24,10 @@ ENTRY_POINTS = {
         'ema = cpt_algorithms.weight_averaging:EMA',
         'lawa = cpt_algorithms.weight_averaging:LAWA',
     ],
+    # llm-foundry loads each of these for every training, whatever its YAML names
+    'llmfoundry_config_transforms': [
+        'cpt_algorithms_compat = cpt_algorithms.compat:as_given',
+    ],
     'llmfoundry_callbacks_with_config': [
         'stage_start = cpt_algorithms.stage:StageStart',
     ],
@@ -83,6 +87,7 @@ setup(
         'tenacity>=8',
         'tokenizers',
         'tqdm',
+        'wrapt>=1.16',
         'xxhash>=3',
     ],
     extras_require={'test': TEST, 'spark': ['pyspark>=3.5,<4']},

@@ -7,6 +7,7 @@ Python. Parts are imported when they are first asked for: LLM Foundry alone take
 
 from typing import TYPE_CHECKING
 
+import cpt_algorithms.compat  # noqa: F401  mends what other releases of the packages below break
 from cpt_algorithms.lazy import lazy_names
 
 if TYPE_CHECKING:

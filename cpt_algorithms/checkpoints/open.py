@@ -29,6 +29,7 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.utils._pytree import tree_leaves
 
 from cpt_algorithms.checkpoints.errors import CheckpointError, UnsafeCheckpointError
+from cpt_algorithms.compat import NUMPY_CORES, PATH_MODULES
 from cpt_algorithms.formatting import one_line
 
 __all__ = [
@@ -144,8 +145,7 @@ def safe_globals() -> list[Any]:
     from torch.torch_version import TorchVersion
 
     reconstruct = np.empty(0).__reduce__()[0]
-    # where numpy 1 had it, and numpy 2 has it
-    arrays = [(reconstruct, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')]
+    arrays = [(reconstruct, f'numpy.{core}.multiarray._reconstruct') for core in NUMPY_CORES]
     return [datetime.timedelta, TorchVersion, *arrays, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
@@ -351,7 +351,7 @@ _METADATA_GLOBALS: dict[tuple[str, str], Any] = {
     ('torch', 'Size'): torch.Size,
     ('torch.serialization', '_get_layout'): torch.serialization._get_layout,
     ('collections', 'OrderedDict'): dict,
-    **{('pathlib', name): PurePosixPath for name in ('Path', 'PosixPath', 'PurePosixPath')},
+    **{(module, name): PurePosixPath for module in PATH_MODULES for name in ('Path', 'PosixPath', 'PurePosixPath')},
 }  # fmt: skip
 
 

@@ -257,7 +257,7 @@ def test_missing_shard(proxy, tmp_path, data, undisturbed, bucket):
     stops_and_resumes(
         'missing shard', by_stock, cfg, tmp_path, undisturbed,
         mend=lambda: bucket.upload_file(str(data['new'].parent / key), 'bucket', key),
-        message=rf'^run: s3://bucket/{key} cannot be downloaded: it is not there', run=apart,
+        message=rf'^run stopped: s3://bucket/{key} cannot be downloaded: it is not there', run=apart,
     )  # fmt: skip
 
 
@@ -273,7 +273,7 @@ def test_shard_with_a_flipped_byte(proxy, tmp_path, data, undisturbed, bucket):
     stops_and_resumes(
         'shard with a flipped byte', f'serves {wrong} wrong row, no error', cfg, tmp_path, undisturbed,
         mend=lambda: bucket.upload_file(str(data['new'].parent / key), 'bucket', key),
-        message=rf'^run: s3://bucket/{key} is corrupt: its xxh64 is \w{{16}}, and the index says \w{{16}}, after 3 downloads',
+        message=rf'^run stopped: s3://bucket/{key} is corrupt: its xxh64 is \w{{16}}, and the index says \w{{16}}, after 3 downloads',
     )  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def test_missing_shard_of_an_evaluator(proxy, tmp_path, data, undisturbed, bucke
     stops_and_resumes(
         'missing shard of an evaluator', f'ends after {len(rows)} of 16 rows, no error', cfg, tmp_path, undisturbed,
         mend=lambda: bucket.upload_file(str(data['new'] / 'val/shard.00000.mds'), 'bucket', key),
-        message=r'^run: s3://bucket/new/val/shard\.00000\.mds cannot be downloaded: it is not there', run=apart,
+        message=r'^run stopped: s3://bucket/new/val/shard\.00000\.mds cannot be downloaded: it is not there', run=apart,
     )  # fmt: skip
 
 
@@ -300,7 +300,7 @@ def test_server_gone_for_good(proxy, tmp_path, data, undisturbed):
     threading.Thread(target=go).start()
     stops_and_resumes(
         'server gone for good (download_retry 3)', '-', cfg, tmp_path, undisturbed, mend=proxy.come_back,
-        message=r'^run: s3://bucket/.*mds cannot be read, after 4 attempts: EndpointConnectionError',
+        message=r'^run stopped: s3://bucket/.*mds cannot be read, after 4 attempts: EndpointConnectionError',
     )  # fmt: skip
 
 
@@ -317,7 +317,7 @@ def test_disk_full(proxy, tmp_path, data, undisturbed):
         stops_and_resumes(
             'disk full', by_stock, cfg, tmp_path, undisturbed,
             mend=lambda: subprocess.run(['mount', '-o', 'remount,size=1m', str(disk)], check=True),
-            message=rf'^run: no space for s3://bucket/.*mds in the cache folder {disk}/.* has 0 left, and cache_limit is 1,048,576',
+            message=rf'^run stopped: no space for s3://bucket/.*mds in the cache folder {disk}/.* has 0 left, and cache_limit is 1,048,576',
         )  # fmt: skip
     finally:
         subprocess.run(['umount', '-l', str(disk)], check=True)

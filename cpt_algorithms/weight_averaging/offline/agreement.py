@@ -7,6 +7,7 @@ from typing import Any
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.open import Checkpoint, hash_entries
+from cpt_algorithms.compat import WEIGHTS_DTYPE
 from cpt_algorithms.formatting import first_of
 from cpt_algorithms.validation import differences, short_repr
 from cpt_algorithms.weight_averaging.offline.average import read_tensor, short
@@ -14,7 +15,7 @@ from cpt_algorithms.weight_averaging.offline.average import read_tensor, short
 __all__ = ['check_agreement']
 
 # Keys of config.json about its origin, the software that wrote it, and the tensors, which say it themselves.
-_ORIGIN = ('_name_or_path', 'architectures', 'dtype', 'torch_dtype', 'transformers_version', 'use_cache')
+_ORIGIN = ('_name_or_path', 'architectures', *WEIGHTS_DTYPE, 'transformers_version', 'use_cache')
 # Of the tokenizer's files likewise; how a batch of texts is filled up or cut is up to the caller.
 _OF_TOKENIZERS = ('model_max_length', 'name_or_path', 'padding', 'tokenizer_class', 'truncation')
 # Where a sharded checkpoint has its tokenizer: an entry for each token.

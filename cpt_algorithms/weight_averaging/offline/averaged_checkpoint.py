@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.exports import is_foundry_mpt, newest_export
 from cpt_algorithms.checkpoints.open import DTYPES, INDEX, Checkpoint, TensorOnDisk, open_checkpoint
+from cpt_algorithms.compat import weights_dtype_key
 from cpt_algorithms.files import hidden_sibling
 from cpt_algorithms.weight_averaging.offline.agreement import check_agreement
 from cpt_algorithms.weight_averaging.offline.average import (
@@ -243,13 +244,13 @@ def _fill(plan: Plan, skeleton: Checkpoint, progress: Progress) -> None:
 def _write_hugging_face(
     plan: Plan, folder: Path, small_files: dict[str, bytes], max_shard_size: str, progress: Progress
 ) -> None:
-    """A folder that ``from_pretrained`` takes; ``torch_dtype`` in ``config.json`` becomes that of the weights."""
+    """A folder that ``from_pretrained`` takes; the type in ``config.json`` becomes that of the weights."""
     folder.mkdir()
     for name, content in small_files.items():
         (folder / name).write_bytes(content)
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     floats = {short(dtype) for dtype in plan.dtypes.values() if dtype.is_floating_point}
-    key = 'dtype' if 'dtype' in config else 'torch_dtype'  # transformers 5, and before
+    key = weights_dtype_key(config)
     if len(floats) == 1 and config.get(key) not in floats:
         config[key] = floats.pop()
         (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')

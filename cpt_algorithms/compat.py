@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that depends on the release of another package: the symptom, the releases, and the remedy of each.
+
+Composer 0.32 and llm-foundry 0.22 are of mid-2025 and run beside later releases of torch and transformers but for a few
+functions. Each is mended when its module is imported, whoever imports it first, so nothing here takes time. The package
+itself asks for this; so does an entry point that llm-foundry loads for every training, whatever its YAML names.
+"""
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from wrapt import when_imported
+
+__all__ = ['MENDED', 'NUMPY_CORES', 'PATH_MODULES', 'WEIGHTS_DTYPE', 'as_given', 'weights_dtype_key']
+
+# numpy 2 moved it; a checkpoint may be of either
+NUMPY_CORES = ('core', '_core')
+# Python 3.13 moved the classes of paths, and a checkpoint's metadata names them; 3.14 moved them back
+PATH_MODULES = ('pathlib', 'pathlib._local')
+# What config.json calls the type of the weights: transformers before 4.56, and since.
+WEIGHTS_DTYPE = ('torch_dtype', 'dtype')
+
+# each mended function and what is seen without it, for the test that takes it away
+MENDED: dict[str, str] = {}
+
+
+def as_given(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, unchanged: llm-foundry loads every transform for every training, and with it this module."""
+    return config
+
+
+def weights_dtype_key(config: Mapping[str, Any]) -> str:
+    """The key under which this ``config.json`` has the type of its weights."""
+    return next((key for key in reversed(WEIGHTS_DTYPE) if key in config), WEIGHTS_DTYPE[0])
+
+
+def _mends(module: str, name: str, symptom: str) -> Callable[[Callable[[ModuleType], None]], None]:
+    """Call the decorated function with ``module`` once somebody has imported it."""
+
+    def register(mend: Callable[[ModuleType], None]) -> None:
+        MENDED[name] = symptom
+        when_imported(module)(mend)
+
+    return register
+
+
+@_mends('llmfoundry.models.hf.hf_fsdp', 'hf_get_causal_base_model', 'Unable to find hidden layer of GPTNeoXForCausalLM')
+def _(hf_fsdp: ModuleType) -> None:
+    """Since transformers 4.56 every model has ``get_decoder``; where none is known, the model answers itself."""
+    stock = hf_fsdp.hf_get_causal_base_model
+
+    def hf_get_causal_base_model(model: Any) -> Any:
+        found = stock(model)
+        return model.base_model if found is model else found
+
+    hf_fsdp.hf_get_causal_base_model = hf_get_causal_base_model
+
+
+@_mends('llmfoundry.models.mpt.modeling_mpt', 'MPTForCausalLM', "'MPTForCausalLM' object has no attribute 'generate'")
+def _(modeling_mpt: ModuleType) -> None:
+    """Since transformers 4.50 models do not inherit ``generate``, and are then given a cache that MPT cannot use."""
+    from transformers import GenerationMixin
+
+    mpt = modeling_mpt.MPTForCausalLM
+    if not issubclass(mpt, GenerationMixin):
+        mpt.__bases__ = (*mpt.__bases__, GenerationMixin)
+        mpt._supports_default_dynamic_cache = classmethod(lambda cls: False)
+
+
+@_mends('torch.optim.lr_scheduler', 'LambdaLR', 'Missing key in checkpoint state_dict: ...LambdaLR._is_initial')
+def _(lr_scheduler: ModuleType) -> None:
+    """Since torch 2.8 a scheduler's state has a flag of its constructor, which no earlier sharded checkpoint has."""
+    stock = lr_scheduler.LambdaLR.state_dict
+
+    def state_dict(self: Any) -> dict[str, Any]:
+        return {key: value for key, value in stock(self).items() if key != '_is_initial'}
+
+    lr_scheduler.LambdaLR.state_dict = state_dict
