@@ -41,6 +41,7 @@ from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.files import StorageError, is_remote
 from cpt_algorithms.launch.processes import OneLineParser, refuse_launcher, run_command
 from cpt_algorithms.terminal import make_console, print_table
+from cpt_algorithms.validation import with_home
 from cpt_algorithms.weight_averaging.offline.select import AverageError, Found, find, latest, windows_of
 from cpt_algorithms.weight_averaging.offline.storage import download, refuse_existing, require_disk, upload_result
 
@@ -110,7 +111,7 @@ def weights_of(options: argparse.Namespace, count: int) -> list[float]:
     """The weights of a window."""
     from cpt_algorithms.weight_averaging.functional import window_weights
 
-    is_numbers = options.weights[0] in '+-.0123456789'
+    is_numbers = options.weights[:1] in '+-.0123456789'
     try:
         kind = [float(weight) for weight in options.weights.split(',')] if is_numbers else options.weights
         return window_weights(kind, count, options.decay)
@@ -149,6 +150,8 @@ def average(
     checkpoints = [open_checkpoint(path) for path in paths]
     small_files = to.find_small_files(checkpoints[-1], options.config) if options.to == 'hf' else {}
     if options.to != 'hf':
+        if options.config and not any(checkpoint.kind == 'hf' for checkpoint in checkpoints):
+            raise AverageError(f'--config {options.config}: with --to {options.to}, only for Hugging Face inputs')
         checkpoints = to.with_composer_names(checkpoints, options.config)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     accumulate = getattr(torch, options.accumulate)
@@ -176,6 +179,7 @@ def average(
 
 def run(options: argparse.Namespace) -> None:
     """Find, show, check and average."""
+    options.inputs, options.out = with_home(options.inputs), with_home(options.out)  # quoted, the shell leaves a ~
     check_options(options)
     # without an order, which one is the newest is not known
     order_matters = options.weights != 'uniform' or options.window is not None or options.may_differ

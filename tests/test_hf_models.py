@@ -159,7 +159,7 @@ def test_the_untouched_base_is_the_parent(updated, bases, data):
     assert losses['losses']['past'][0] == [0, 0, judged['parent']['past']]
     assert losses['final']['fresh']['mean'] != judged['parent']['fresh']
     assert lineage['parent'] == str(bases[kind])
-    assert parent_of(folder / 'update') == PretrainedModel(str(bases[kind]), folder / 'update')
+    assert parent_of(folder / 'update') == PretrainedModel(str(bases[kind]), folder / 'update' / 'huggingface')
     first = recorder.read(folder / 'update.jsonl')[0]
     assert first['lr'] == [5e-3 * 0.25] and first['adam_step'] == 0
     rows = [row[0] for line in recorder.read(folder / 'update.jsonl').values() for row in line['rows']]

@@ -30,13 +30,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """The pretrained model, a folder or a name on the hub, that a run began from.
+    """A model that a run began from, a folder or a name on the hub, and where what is measured of it is kept.
 
-    What is measured of it is kept with the run: its own folder may be a cache, or read-only.
+    Not beside itself, since its own folder may be a cache, or read-only, but beside an export of the run.
     """
 
     name: str
-    run: Path
+    beside: Path
 
 
 def folder_of_pretrained(name: str) -> Path:
@@ -81,6 +81,7 @@ def models_of(given: Path) -> list[Path]:
     Raises:
         ValueError: If there is none.
     """
+    given = given.resolve()  # results are called as the folder, not as a link to it
     if (given / 'config.json').is_file():
         return [given]
     if (found := newest_export(given)) is None:
@@ -108,7 +109,7 @@ def parent_of(given: Path) -> Path | PretrainedModel | None:
         return None
     if base := stage.get('pretrained_model'):
         folder_of_pretrained(base)
-        return PretrainedModel(base, run)
+        return PretrainedModel(base, run / 'huggingface')
     if is_remote(load_path):
         raise ValueError(
             f'{given}: its parent {load_path} lies in object storage, so no differences are shown; --parent names a '

@@ -38,7 +38,7 @@ from cpt_algorithms.evaluation.functional import (
     within_noise,
 )
 from cpt_algorithms.evaluation.suite import Suite, SuiteTask, read_result, task_manager, why_unavailable
-from cpt_algorithms.files import read_json, write_json
+from cpt_algorithms.files import nearest_existing, read_json, write_json
 from cpt_algorithms.formatting import one_line
 from cpt_algorithms.terminal import make_console, print_table
 
@@ -117,11 +117,11 @@ def evaluate_runs(
 ) -> dict[Path, dict[str, Any]]:
     """Evaluate exported models of runs beside their parents, each once, print the scores and keep those of every item.
 
-    Results go to ``lm_eval/<suite>/<model>.json`` beside the model; those of a pretrained model to ``base.json`` beside
-    the run's own, and runs whose folders stand side by side share them. The file is written after every task. A task
-    is not run again if suite entry, limit, release of lm-eval (which fixes its task versions), model files and the rows
-    of its data, wherever ``datasets`` has them from, are the same, or the data cannot be had any more. A task that
-    fails is noted, and the others are run.
+    Results go to ``lm_eval/<suite>/<model>.json`` beside the model; those of a pretrained model, or of a parent whose
+    folder cannot be written, to ``base.json`` beside the run's own, and runs whose folders stand side by side share
+    them. The file is written after every task. A task is not run again if suite entry, limit, release of lm-eval (which
+    fixes its task versions), model files and the rows of its data, wherever ``datasets`` has them from, are the same,
+    or the data cannot be had any more. A task that fails is noted, and the others are run.
 
     Args:
         runs: Folders of runs, whose newest export and averages are evaluated, or of Hugging Face models.
@@ -147,12 +147,20 @@ def evaluate_runs(
 
     def parent_if_there(run: Path) -> Path | PretrainedModel | None:
         try:
-            return given or parent_of(run)
+            found = given or parent_of(run)
         except ValueError as missing:
             say(str(missing))
             return None
+        if isinstance(found, Path) and not _is_writable(found.parent):
+            return PretrainedModel(str(found), models_of(run)[0].parent)
+        return found
 
     models = {model: run for run in runs for model in models_of(run)}
+    for model in models:
+        if not _is_writable(model.parent):
+            raise ValueError(
+                f'{model}: results go to lm_eval/ beside it, and {model.parent} cannot be written: copy it'
+            )
     parents = {run: parent_if_there(run) for run in runs}
     _quiet()
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -180,9 +188,8 @@ def _evaluate(
         folder, name, path = model, str(model), model.parent / of_suite / f'{model.name}.json'
         files = [path]
     else:
-        folder, name, of_run = folder_of_pretrained(model.name), model.name, 'huggingface' / of_suite / 'base.json'
-        path = model.run / of_run
-        files = [*sorted(path.parents[3].parent.glob(f'*/{of_run}')), path]
+        folder, name, path = folder_of_pretrained(model.name), model.name, model.beside / of_suite / 'base.json'
+        files = [*sorted(model.beside.parents[1].glob(f'*/{model.beside.name}/{of_suite}/base.json')), path]
     files_of_model = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix != '.py']
     same = {
         'lm_eval': version('lm_eval'),
@@ -223,6 +230,10 @@ def _evaluate(
         result['tasks'] = {each: done[each] for each in entries if each in done}
         write_json(path, result)
     return result
+
+
+def _is_writable(folder: Path) -> bool:
+    return os.access(nearest_existing(folder / 'lm_eval'), os.W_OK)
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.checkpoints.save_folder import weights_in
-from cpt_algorithms.files import holder_of, remove_partials, take, write_json
+from cpt_algorithms.files import StorageError, holder_of, remove_partials, take, write_json
 from cpt_algorithms.launch.processes import die_with_parent
 from cpt_algorithms.launch.wandb_runs import environment_of_children
 from cpt_algorithms.stage.identity import changes
@@ -24,6 +24,7 @@ from cpt_algorithms.stage.record import done_with, read_record
 from cpt_algorithms.stage.restart_checks import check_restart, write_record
 from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate
 from cpt_algorithms.stage.stage import Merge, Stage
+from cpt_algorithms.weight_averaging.offline.select import AverageError, find, latest
 
 __all__ = ['merge_stage']
 
@@ -56,8 +57,8 @@ def merge_stage(stage: Stage, average_script: Path) -> None:
         remove_partials(folder)
         _keep_what_is_the_same(stage, folder)
         write_record(stage)
-        _average(merge, checkpoint, 'pt', average_script)
-        _average(merge, exported, 'hf', average_script)
+        _average(stage, merge, checkpoint, 'pt', average_script)
+        _average(stage, merge, exported, 'hf', average_script)
     dist.barrier()
     guard_loading()
     if not done:
@@ -94,12 +95,19 @@ def _keep_what_is_the_same(stage: Stage, folder: Path) -> None:
             shutil.rmtree(exported)
 
 
-def _average(merge: Merge, out: Path, kind: str, script: Path) -> None:
+def _average(stage: Stage, merge: Merge, out: Path, kind: str, script: Path) -> None:
     """Make ``out`` of the trunk's checkpoints, unless it is there."""
     if out.exists():
         return
-    how = ['--last', str(merge.last), '--every', str(merge.every), '--weights', merge.weights]
-    command = [sys.executable, str(script), merge.of, *how, '--to', kind, '--out', str(out)]
+    try:
+        # what the trunk has trained since, if it goes on, is of no merge at this batch
+        found = [one for one in find([merge.of]) if one.batch is None or one.batch <= merge.batch]
+        inputs = [one.path for one in latest(found, merge.last, stage.batches_of('every', merge.every))]
+        if (newest := max(one.batch or 0 for one in found)) != merge.batch:
+            raise AverageError(f'batch {merge.batch:,} is to be the newest, and that is {newest:,}')
+    except (AverageError, StorageError) as error:
+        sys.exit(f'variables.merge.batch={merge.batch}: the checkpoints of {merge.of} cannot be averaged: {error}')
+    command = [sys.executable, str(script), *inputs, '--weights', merge.weights, '--to', kind, '--out', str(out)]
     # left alone, it would have a restart refused, which makes the same
     done = subprocess.run(command, check=False, preexec_fn=die_with_parent, env=environment_of_children(os.environ))
     if done.returncode:

@@ -234,6 +234,18 @@ def test_the_model_that_is_evaluated_is_the_one_that_was_trained(trained, lm, ta
         assert bits == pytest.approx(nats / log(2), rel=1e-5) and num_bytes == len(text)
 
 
+def test_a_parent_whose_folder_cannot_be_written(runs, main, monkeypatch):
+    monkeypatch.setattr(lm_eval, '_is_writable', lambda folder: 'base' not in folder.parts)
+    monkeypatch.chdir(runs / 'child' / 'huggingface' / 'ba4')
+    status, printed, _ = main('.', '--limit', 2)
+    assert status == 0 and printed.count('against') == 1
+    there = sorted(path.name for path in Path('../lm_eval/small-limit2').iterdir())
+    assert there == ['ba4.json', 'base.json'] and not Path('lm_eval').exists()
+    assert read(runs / 'child', 'base', 'small-limit2')['model'].endswith('base/huggingface/ba4')
+    status, _, error = main(runs / 'base')
+    assert status == 2 and 'base/huggingface cannot be written' in error
+
+
 def test_a_run_its_average_and_its_parent(runs, main):
     status, printed, _ = main(runs / 'child')
     assert status == 0 and printed.count('against') == 2

@@ -16,10 +16,11 @@ from cpt_algorithms.stage.stage import Stage
 SCRIPT = """
 import sys
 from pathlib import Path
-of, out = Path(sys.argv[1]), Path(sys.argv[-1])
+out = Path(sys.argv[-1])
 assert not out.exists()
 out.mkdir(parents=True) if out.suffix != '.pt' else None
-text = ' '.join(sys.argv[3:6]) + (of / 'latest-rank0.pt').read_bytes().hex()
+inputs = list(map(Path, sys.argv[1 : sys.argv.index('--weights')]))
+text = ' '.join([path.name for path in inputs] + [inputs[-1].read_bytes().hex()])
 (out / 'config.json' if out.is_dir() else out).write_text(text)
 """
 
@@ -32,7 +33,7 @@ class OutOfMemory(Exception):
 def merged(data, tmp_path, monkeypatch):
     """Merges; killed in their evaluation unless they may end."""
     (tmp_path / 'trunk').mkdir()
-    torch.save({'state': {}}, tmp_path / 'trunk' / 'latest-rank0.pt')
+    train(tmp_path, {})
     (tmp_path / 'average.py').write_text(SCRIPT)
 
     def merged(ends=True, run_name='merged', **over):
@@ -51,8 +52,16 @@ def out_of_memory():
     raise OutOfMemory
 
 
+def train(tmp_path, state, batches=(2, 4, 6, 8, 10)):
+    for batch in batches:
+        torch.save({'state': state}, tmp_path / 'trunk' / f'ep0-ba{batch}-rank0.pt')
+    latest = tmp_path / 'trunk' / 'latest-rank0.pt'
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(f'ep0-ba{batches[-1]}-rank0.pt')
+
+
 def another_trunk(tmp_path):
-    torch.save({'state': {'again': 1}}, tmp_path / 'trunk' / 'latest-rank0.pt')
+    train(tmp_path, {'again': 1})
 
 
 def test_an_average_that_was_not_evaluated_is_kept_and_another_is_made_again(merged, tmp_path):
@@ -65,13 +74,30 @@ def test_an_average_that_was_not_evaluated_is_kept_and_another_is_made_again(mer
     assert path.stat().st_mtime_ns == when, 'it was made already'
     with pytest.raises(OutOfMemory):
         merged(ends=False, last=2)
-    assert path.read_text() == first.replace('3 --every', '2 --every') != first
+    assert names(first) == ['ep0-ba4-rank0.pt', 'ep0-ba6-rank0.pt', 'ep0-ba8-rank0.pt'], 'not what came later'
+    assert path.read_text() == first.replace('ep0-ba4-rank0.pt ', '') != first
     another_trunk(tmp_path)
     last, (export,) = merged(last=2, batch=6)
-    assert last.startswith('2 --every 2ba')
-    assert last != first.replace('3 --every', '2 --every'), 'of the trunk that is there'
+    assert names(last) == ['ep0-ba4-rank0.pt', 'ep0-ba6-rank0.pt']
+    assert last.split()[-1] != first.split()[-1], 'of the trunk that is there'
     assert (export.read_text(), export.parent.name) == (last, 'ba6')
     assert json.loads((tmp_path / 'merged' / 'stage.json').read_text())['config']['variables']['merge']['last'] == 2
+
+
+def names(average):
+    return average.split()[:-1]
+
+
+@pytest.mark.parametrize(
+    'of, said',
+    [
+        ({'batch': 12}, r'variables.merge.batch=12: .* batch 12 is to be the newest, and that is 10'),
+        ({'last': 5}, r'variables.merge.batch=8: .* batch 0 is missing'),
+    ],
+)
+def test_a_merge_of_checkpoints_that_are_not_there_is_refused(merged, tmp_path, of, said):
+    with pytest.raises(SystemExit, match=said):
+        merged(**of)
 
 
 @pytest.mark.parametrize('change', ['settings', 'trunk'])

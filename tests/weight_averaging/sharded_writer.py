@@ -11,12 +11,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 DIMS = {'rows': 0, 'columns': 1, 'middle': 1, 'one': 0, 'whole': None, 'scalar': None, 'steps': None, 'half': 0}
+DIMS['tied'] = DIMS['rows']
 
 
 def tensors(number: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(number)
     shapes = {'rows': (5, 3), 'columns': (4, 7), 'middle': (3, 5, 2), 'one': (1, 6), 'whole': (2, 2), 'scalar': ()}
     made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    made['tied'] = made['rows']  # which has an entry of its own in the checkpoint
     return {**made, 'steps': torch.tensor(number), 'half': torch.randn(9, generator=generator).to(torch.bfloat16)}
 
 

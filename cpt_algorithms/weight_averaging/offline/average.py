@@ -4,7 +4,7 @@
 import os
 import resource
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -88,10 +88,27 @@ def view_average(checkpoint: Checkpoint, average: str) -> list[tuple[float, Chec
     views = []
     for weight, part in averages[average]:
         kept = {checkpoint.aliases.get(name, name): one for name, one in part.items()}
+        kept |= {name: kept[other] for name, other in _tied(checkpoint, kept.keys()).items()}
         tensors, path = {**checkpoint.tensors, **kept}, Path(f'{checkpoint.path} ({average})')
         views.append((weight, replace(checkpoint, path=path, tensors=tensors)))
     check_alike([checkpoint, *(view for _, view in views)], and_dtypes=False)
     return views
+
+
+def _tied(checkpoint: Checkpoint, kept: Set[str]) -> dict[str, str]:
+    """The other names of tensors that an average keeps under one: those of the same values.
+
+    Of a model trained on several ranks, a checkpoint stores a tied tensor under each of its names.
+    """
+    tensors, found = checkpoint.tensors, {}
+    known = {name: tensors[name] for name in sorted(kept & tensors.keys())}
+    for name in tensors.keys() - kept:
+        one = tensors[name]
+        for other, it in known.items():
+            # few are alike in their beginning
+            if it.shape == one.shape and all(read_tensor(it, most) == read_tensor(one, most) for most in (64, None)):
+                found[name] = other
+    return found
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -129,11 +146,12 @@ def _read(files: dict[Path, int], stored: TensorOnDisk, begin: int, into: torch.
         box.copy_(data.as_strided(chunk.shape, chunk.stride))
 
 
-def read_tensor(stored: TensorOnDisk) -> bytes:
-    """All elements of a tensor, in order."""
+def read_tensor(stored: TensorOnDisk, most: int | None = None) -> bytes:
+    """The elements of a tensor in order: the first ones, where that spares reading the rest, or all."""
     files = {path: os.open(path, os.O_RDONLY) for path in {chunk.path for chunk in stored.chunks}}
     try:
-        values = torch.empty(prod(stored.shape), dtype=stored.dtype)
+        count = prod(stored.shape)
+        values = torch.empty(min(most or count, count) if stored.is_flat else count, dtype=stored.dtype)
         _read(files, stored, 0, values)
         return bytes(as_bytes(values))
     finally:

@@ -13,7 +13,7 @@ from cpt_algorithms.weight_averaging.offline.select import AverageError, Found
 
 __all__ = ['download', 'provenance_of', 'refuse_existing', 'require_disk', 'upload_result']
 
-SMALL_FILES = ('.json', '.txt', '.model', '.py', '.jinja')
+SMALL_FILES = ('.json', '.txt', '.model', '.py', '.jinja', '.tiktoken')
 
 
 def provenance_of(result: Path, is_file: bool) -> Path:
