@@ -7,12 +7,22 @@ itself asks for this; so does an entry point that llm-foundry loads for every tr
 """
 
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 from wrapt import when_imported
 
-__all__ = ['MENDED', 'NUMPY_CORES', 'PATH_MODULES', 'WEIGHTS_DTYPE', 'as_given', 'weights_dtype_key']
+__all__ = [
+    'CURRENT_ONLY',
+    'MENDED',
+    'NUMPY_CORES',
+    'PATH_MODULES',
+    'WEIGHTS_DTYPE',
+    'as_given',
+    'weights_dtype_key',
+    'why_unknown',
+]
 
 # numpy 2 moved it; a checkpoint may be of either
 NUMPY_CORES = ('core', '_core')
@@ -21,6 +31,16 @@ PATH_MODULES = ('pathlib', 'pathlib._local')
 # What config.json calls the type of the weights: transformers before 4.56, and since.
 WEIGHTS_DTYPE = ('torch_dtype', 'dtype')
 
+# Causal models that transformers 4.57 (the stack `current`) knows and 4.51 (`pinned`) does not.
+CURRENT_ONLY = frozenset(
+    """
+    apertus arcee bitnet blt deepseek_v2 doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon_h1
+    flex_olmo gemma3n gemma3n_text glm4_moe gpt_oss granitemoehybrid hunyuan_v1_dense hunyuan_v1_moe
+    lfm2 longcat_flash minimax ministral modernbert-decoder olmo3 qwen3_next seed_oss smollm3
+    vaultgemma xlstm
+    """.split()
+)
+
 # each mended function and what is seen without it, for the test that takes it away
 MENDED: dict[str, str] = {}
 
@@ -28,6 +48,16 @@ MENDED: dict[str, str] = {}
 def as_given(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration, unchanged: llm-foundry loads every transform for every training, and with it this module."""
     return config
+
+
+def why_unknown(config: Mapping[str, Any]) -> str | None:
+    """Why the installed transformers cannot read a ``config.json``, in one line; None if it is not for its type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if (kind := config.get('model_type')) in CONFIG_MAPPING or 'auto_map' in config:
+        return None
+    others = 'that of STACK=current does' if kind in CURRENT_ONLY else 'nor does that of STACK=current (4.57)'
+    return f'transformers {version("transformers")} does not know model_type={kind}; {others} (README, "Two stacks")'
 
 
 def weights_dtype_key(config: Mapping[str, Any]) -> str:

@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 from llmfoundry.models.mpt import MPTConfig
 from streaming import Stream as StreamingStream
+from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cpt_algorithms.checkpoints.exports import folder_of_pretrained, newest_export
+from cpt_algorithms.compat import why_unknown
 from cpt_algorithms.files import StorageError, fetch, is_remote
+from cpt_algorithms.formatting import one_line
 from cpt_algorithms.preparation.manifest import Manifest, read_manifest
 from cpt_algorithms.preparation.tokenizer import hash_tokenizer, stop_tokens
 from cpt_algorithms.replay.mix import Stream
@@ -124,11 +127,12 @@ def _model_sizes(model: Model) -> tuple[int | None, int | None]:
     if model.name != 'hf_causal_lm' or name is None:
         return None, None
     try:
+        if reason := why_unknown(PretrainedConfig.get_config_dict(name)[0]):
+            raise ValueError(reason)
         config = AutoConfig.from_pretrained(name, trust_remote_code=model.given.get('trust_remote_code', True))
     except Exception as error:  # a hub has errors of its own
-        first_line = str(error).strip().splitlines()[:1]
         raise ValueError(
-            f'model.pretrained_model_name_or_path={name}: its configuration cannot be read: {" ".join(first_line)}'
+            f'model.pretrained_model_name_or_path={name}: its configuration cannot be read: {one_line(error)}'
         ) from None
     for key, value in model.config_overrides.given.items():
         if not isinstance(value, Mapping):
