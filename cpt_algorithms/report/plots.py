@@ -164,7 +164,7 @@ def _lines(study: RunSet, arms: Sequence[Arm], values: Values) -> list[_Line]:
     drawn = [arm for arm in arms if arm.name in colours]
     users = Counter(run.folder for arm in drawn for last in arm.runs for run in study.chain(last)[:-1])
     own = {last.folder for arm in drawn for last in arm.runs}
-    lines: dict[tuple[str, str], _Line] = {}
+    lines: dict[tuple[str, str, str], _Line] = {}
     for arm in drawn:
         for last in arm.runs:
             begun = 0  # tokens before the stage
@@ -173,8 +173,8 @@ def _lines(study: RunSet, arms: Sequence[Arm], values: Values) -> list[_Line]:
                 is_shared = users[run.folder] > 1
                 label = f'{run.stage} (shared)' if is_shared else arm.name
                 colour, style = SHARED if is_shared else colours[arm.name], '-' if run is last else '--'
-                # several shared runs of a stage, or a trunk and its branch, are not seeds of one
-                key = (label, run.name.removesuffix(f'-s{run.seed}'))
+                # several shared runs of a stage, a trunk and its branch, or two sequences are not seeds of one
+                key = (label, run.sequence, run.name.removesuffix(f'-s{run.seed}'))
                 line = lines.setdefault(key, _Line(label, colour, style, start))
                 points = [[start + token, value] for _, token, value in values(run)]
                 is_drawn = run is not last and run.folder in own  # a trunk that is an arm itself
@@ -355,11 +355,12 @@ def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
     bars = [(row, colours.get(row.arm, SHARED)) for row in rows if row.columns['tokens'].mean]
     if not bars:
         return None
-    union = next((row.runs[0].union_tokens for row in rows if row.runs[0].union_tokens), None)
-    is_run = any(row.kind == 'union' for row in rows)
-    last = max([row.columns['tokens'].mean for row, _ in bars] + [union or 0])
+    trained = {row.runs[0].plan for row in rows if row.kind == 'union'}
+    planned = {r.runs[0].plan: r for r in reversed(rows) if r.runs[0].union_tokens and r.runs[0].plan not in trained}
+    unions = {row.arm: row.runs[0].union_tokens or 0 for row in reversed(planned.values())}
+    last = max(*(row.columns['tokens'].mean for row, _ in bars), *unions.values(), 0)
     figure, axis = _figure()
-    count = len(bars) + (union is not None and not is_run)
+    count = len(bars) + len(unions)
     for y, (row, colour) in zip(range(count, 0, -1), bars, strict=False):
         columns = row.columns
         new, replayed = columns['new tokens'].mean, columns['replayed tokens'].mean
@@ -371,9 +372,10 @@ def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
         said += [flop(columns['flops'].mean)] if 'flops' in columns else []
         said += [percent(columns['compute vs union'].mean)] if 'compute vs union' in columns else []
         _bar_text(axis, y, row.arm, ', '.join(said))
-    if union is not None and not is_run:
-        axis.barh(1, union, 0.36, color='white', edgecolor=SHARED, linestyle=':')
-        _bar_text(axis, 1, 'union', f'{short(union)} tokens, 100 %')
+    for y, (arm, union) in zip(range(len(unions), 0, -1), unions.items(), strict=True):
+        axis.barh(y, union, 0.36, color='white', edgecolor=SHARED, linestyle=':')
+        name = 'union' if len(unions) == 1 else f'union, for {arm}'
+        _bar_text(axis, y, name, f'{short(union)} tokens, 100 %')
     axis.set(ylim=(0.6, count + 0.75), xlim=(0, last * 1.01), xlabel='tokens (hatched: replayed, dotted: not run)')
     axis.set_yticks([])
     axis.grid(visible=False)

@@ -3,6 +3,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -60,6 +61,16 @@ class RunRecord:
     base_benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
+    def sequence(self) -> str:
+        """The folder of its sequence, or of a single run the one it lies in."""
+        return os.path.dirname(self.folder)
+
+    @property
+    def plan(self) -> tuple[str, tuple[str, ...]]:
+        """Its sequence and which plan of that: what union costs is a matter of one plan."""
+        return self.sequence, self.other_plan
+
+    @property
     def config(self) -> Stage | None:
         """Its train YAML; None before it begins."""
         return self.record.config if self.record else None
@@ -102,7 +113,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the tables: the last runs of one arm, one for each seed, all of one kind."""
+    """A row of the tables: the last runs of one arm of one sequence, one for each seed, all of one kind."""
 
     name: str
     kind: str
@@ -154,24 +165,30 @@ class RunSet:
         # a trunk is a parent of the next stage, and not of its branches
         parents = {run.parent for run in self.runs.values() if not run.tokens_before_branch}
         first: dict[tuple[str, str, int], str] = {}
-        arms: dict[str, Arm] = {}
+        arms: dict[tuple[str, str], Arm] = {}
         for run in self.runs.values():
-            name, sequence = run.arm, os.path.dirname(run.folder)
+            name = run.arm
             if run.stage != run.name and run.folder in parents:
                 if run.parent is not None:
                     continue
                 # an arm that changes the first stage has one of its own
-                is_shared = first.setdefault((sequence, run.stage, run.seed), run.name) == run.name
+                is_shared = first.setdefault((run.sequence, run.stage, run.seed), run.name) == run.name
                 name = f'{run.stage} only' + ('' if is_shared else f' ({run.arm})')
             if run.other_plan:
                 others = list(dict.fromkeys(other.other_plan for other in self.given if other.other_plan))
                 number = f' {others.index(run.other_plan) + 1}' if len(others) > 1 else ''
                 name = f'{name} (other plan{number})'
             if run in self.given and run.parameters == size:
-                if name in arms and run.seed in (other.seed for other in arms[name].runs):
-                    name = f'{name} ({os.path.basename(sequence)})'  # not another seed, but another sequence
-                arms.setdefault(name, Arm(name, run.kind, [])).runs.append(run)
-        return list(arms.values())
+                arms.setdefault((run.sequence, name), Arm(name, run.kind, [])).runs.append(run)
+        # in several sequences, one name is that of several arms
+        sequences, above = (
+            Counter(name for _, name in arms),
+            os.path.commonpath([sequence for sequence, _ in arms] or ['/']),
+        )
+        return [
+            replace(arm, name=f'{name} ({os.path.relpath(sequence, above)})') if sequences[name] > 1 else arm
+            for (sequence, name), arm in arms.items()
+        ]
 
 
 def size_name(size: int | None) -> str:

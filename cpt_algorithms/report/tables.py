@@ -184,8 +184,8 @@ def rows_of(study: RunSet) -> list[Row]:
     rows = []
     for size in study.sizes:
         every = study.arms(size)
-        for plan in dict.fromkeys(arm.other_plan for arm in every):
-            arms = [arm for arm in every if arm.other_plan == plan]
+        for plan in dict.fromkeys(arm.runs[0].plan for arm in every):
+            arms = [arm for arm in every if arm.runs[0].plan == plan]
             union = [run for arm in arms if arm.kind == 'union' for run in arm.runs if run.state == 'finished']
             most = max((run.budget for run in union), default=0)  # and not a trunk
             hours = [spent for run in union if run.budget == most and (spent := study.hours(run)) is not None]

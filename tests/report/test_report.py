@@ -16,6 +16,7 @@ import report as script
 from rich.console import Console
 from run_folders import PARAMETERS, change, entry, read, write, write_plan, write_run, write_sequence
 
+from cpt_algorithms.report import plots
 from cpt_algorithms.report.page import rich_table, write_report
 from cpt_algorithms.report.plots import plots_of
 from cpt_algorithms.report.run_records import read_runs
@@ -236,8 +237,29 @@ def test_seeds_that_answer_the_same_items_are_not_more_items(tmp_path):
 
 
 def test_arms_of_two_sequences_are_not_seeds_of_one(tmp_path):
-    found = rows(write_sequence(tmp_path / 'one', seeds=(1,)), write_sequence(tmp_path / 'two', seeds=(1,)))
-    assert found['none'].columns['loss old'].count == found['none (two)'].columns['loss old'].count == 1
+    one = write_sequence(tmp_path / 'one', seeds=(1, 2))
+    two = write_sequence(tmp_path / 'two', seeds=(2, 3))
+    study = read_runs([one, two])
+    found = {row.name: row for row in rows_of(study)}
+    assert found['none (one)'].columns['loss old'].values == (4.1, 4.2)
+    assert found['none (two)'].columns['loss old'].values == (4.2, 4.3)
+    assert {'union (one)', 'union (two)', 'old only (one)', 'old only (two)'} <= found.keys()
+    lines = plots._lines(study, study.arms(PARAMETERS), lambda run: run.losses['old'])
+    shared = [[run.folder for run in line.runs] for line in lines if line.label == 'old (shared)']
+    assert shared == [[f'{one}/old-s1', f'{one}/old-s2'], [f'{two}/old-s2', f'{two}/old-s3']]
+
+
+def test_hours_are_saved_against_union_of_the_same_sequence(tmp_path):
+    one, two = write_sequence(tmp_path / 'one', seeds=(1,)), write_sequence(tmp_path / 'two', seeds=(2,))
+    change(two / 'union-s2' / 'losses.json', lambda value: value['cost'].update(seconds=3600.0))
+    three = write_sequence(tmp_path / 'three', seeds=(1,), union=False)
+    study = read_runs([one, two, three])
+    found = {row.name: row.columns for row in rows_of(study)}
+    assert found['none (one)']['device hours saved'].mean == pytest.approx(0.2 - 0.2)
+    assert found['none (two)']['device hours saved'].mean == pytest.approx(2 - 0.2)
+    assert found['none (three)']['device hours saved (estimated)'].mean == pytest.approx(0.4 - 0.2)
+    (bars,) = (plot.figure.axes[0] for plot in plots_of(study, rows_of(study)) if plot.name == 'cost')
+    assert 'union' in [text.get_text() for text in bars.texts], 'dotted, of the sequence that has not trained it'
 
 
 @pytest.mark.parametrize(('loaders', 'data'), [(None, []), ({'label': 'old'}, ['old'])])
