@@ -22,6 +22,7 @@ from cpt_algorithms.validation import differences
 __all__ = ['Arm', 'RunRecord', 'RunSet', 'find_run', 'read_run', 'read_runs', 'size_name']
 
 Curve = list[list[float]]
+_EXPORT = re.compile(r'ba(\d+)(?:-(.+))?')
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class RunRecord:
     bytes_per_token: dict[str, float]  # of each dataset
     # what differs between the plan of its sequence that it was trained by and today's; nothing if that is today's
     other_plan: tuple[str, ...] = ()
-    # {suite: {average, or '' for the training weights: lm-eval result}}, of its latest export
-    benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    newest: int = 0  # batch of its newest export, or its end
+    # {suite: {average, or '' for the training weights: {batch: lm-eval result}}}, of its exports
+    scored: dict[str, dict[str, dict[int, Any]]] = field(default_factory=dict)
     # the same of the pretrained model that it starts from
     base_benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -79,6 +81,24 @@ class RunRecord:
     def began_from(self) -> str | None:
         """The checkpoint or the pretrained model that it starts from; None from scratch, or before it begins."""
         return self.record.parent if self.record else None
+
+    @property
+    def begins(self) -> int | None:
+        """The batch of its parent at which it begins; None at the parent's end, or if nothing says it."""
+        return self.config.begins[1] if self.config and self.config.begins else None
+
+    @property
+    def benchmarks(self) -> dict[str, dict[str, Any]]:
+        """``{suite: {average: lm-eval result}}`` of its newest export: what is older is no result of the run."""
+        return self.benchmarks_at(self.newest)
+
+    def benchmarks_at(self, batch: int) -> dict[str, dict[str, Any]]:
+        """The same of the export of a batch."""
+        found = {
+            suite: {average: results[batch] for average, results in of.items() if batch in results}
+            for suite, of in self.scored.items()
+        }
+        return {suite: of for suite, of in found.items() if of}
 
     @property
     def budget(self) -> int:
@@ -155,6 +175,15 @@ class RunSet:
     def bytes_per_token(self) -> dict[str, float]:
         """Of each dataset: a matter of text and tokenizer, so also known for runs without a parent."""
         return {name: value for run in self.runs.values() for name, value in run.bytes_per_token.items()}
+
+    def parent_benchmarks(self, run: RunRecord) -> dict[str, dict[str, Any]]:
+        """Of what a run began from, if that was scored; of a branch, of what its trunk began from, as for losses."""
+        while run.tokens_before_branch and run.parent:
+            run = self.runs[run.parent]
+        if run.parent is None:
+            return run.base_benchmarks
+        parent = self.runs[run.parent]
+        return parent.benchmarks if run.begins is None else parent.benchmarks_at(run.begins)
 
     def chain(self, run: RunRecord) -> list[RunRecord]:
         """The run with its ancestors, the oldest first."""
@@ -243,6 +272,8 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
     final = {label: rows[-1][2] for label, rows in losses.items() if rows}
     if is_finished:
         final |= {label: mean['mean'] for label, mean in null_as_nan(measured.get('final', {})).items()}
+    scored = _scored(folder)
+    scored_at = [batch for of in scored.values() for results in of.values() for batch in results]
     runs[folder] = RunRecord(
         folder=folder,
         kind=trunk.kind if trunk else 'update' if is_update else 'union' if plan['stage'] == 'union' else 'scratch',
@@ -260,7 +291,9 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
         new=forgotten.get('new', []),
         at_start=null_as_nan(forgotten.get('parent', {})),
         bytes_per_token=forgotten.get('bytes_per_token', {}),
-        **_benchmarks(folder),
+        newest=max([*_exported(folder), *scored_at, int(done['batch']) if is_finished else 0]),
+        scored=scored,
+        base_benchmarks=_base_benchmarks(folder),
         **plan,
     )
 
@@ -379,17 +412,26 @@ def _last_error(lines: Sequence[str]) -> str:
     return (errors or lines or ['it says nothing'])[-1]
 
 
-def _benchmarks(folder: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """lm-eval results of a local run's latest export, and of the pretrained model."""
-    paths = sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/*.json'))
-    base = {path.parent.name: {'': read_result(path)} for path in paths if path.stem == 'base'}
-    latest: dict[str, dict[str, tuple[int, Path]]] = {}
-    for path in paths:
-        if match := re.fullmatch(r'ba(\d+)(?:-(.+))?', path.stem):
-            of_suite, average = latest.setdefault(path.parent.name, {}), match[2] or ''
-            of_suite[average] = max(of_suite.get(average, (-1, path)), (int(match[1]), path))
-    found = {suite: {average: read_result(of[average][1]) for average in of} for suite, of in latest.items()}
-    return {'benchmarks': found, 'base_benchmarks': base}
+def _scored(folder: str) -> dict[str, dict[str, dict[int, Any]]]:
+    """lm-eval results of a local run's exports, by suite, average and batch."""
+    found: dict[str, dict[str, dict[int, Any]]] = {}
+    for path in sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/ba*.json')):
+        if match := _EXPORT.fullmatch(path.stem):
+            results = found.setdefault(path.parent.name, {}).setdefault(match[2] or '', {})
+            results[int(match[1])] = read_result(path)
+    return found
+
+
+def _base_benchmarks(folder: str) -> dict[str, dict[str, Any]]:
+    """Those of the pretrained model that a local run starts from."""
+    paths = sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/base.json'))
+    return {path.parent.name: {'': read_result(path)} for path in paths}
+
+
+def _exported(folder: str) -> list[int]:
+    """Batches of a local run's exports."""
+    names = (_EXPORT.fullmatch(path.name) for path in Path(folder, 'huggingface').glob('ba*'))
+    return [int(match[1]) for match in names if match]
 
 
 def _datasets(runs: Iterable[RunRecord]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.duration import ABSOLUTE, UNITS, Duration
 from cpt_algorithms.files import read_yaml
 from cpt_algorithms.replay.mix import DOWNLOAD_RETRY, STREAM_KEYS, Mix, Stream, read_mix
@@ -437,6 +438,13 @@ class Stage(Section):
     def parent(self) -> str | None:
         """The checkpoint or the pretrained model that the stage starts from; None from scratch."""
         return self.load_path or self.pretrained_model
+
+    @property
+    def begins(self) -> tuple[str, int | None] | None:
+        """The run's folder that it begins from, and the batch there, None if its name does not say; None of none."""
+        if self.merge:
+            return self.merge.of, self.merge.batch
+        return (self.load_path.rpartition('/')[0] or '.', batch_of(self.load_path)) if self.load_path else None
 
     @property
     def keeps_optimizer_state(self) -> bool:

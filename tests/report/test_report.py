@@ -182,7 +182,7 @@ def test_model_sizes_side_by_side(tmp_path, no_plots):
     assert 'none (10.0 M parameters)' in line and '1.00 k' not in line
 
 
-def benchmark(folder, right, missing=()):
+def benchmark(folder, right, missing=(), export='ba10'):
     """`right` of 4 items."""
     values = [int(item < right) for item in range(4)]
     task = {'task': 'x', 'version': 1, 'num_fewshot': 0, 'metric': 'acc', 'higher_is_better': True, 'stderr': 0.2,
@@ -190,7 +190,7 @@ def benchmark(folder, right, missing=()):
             'entry': {'task': 'x'}, 'items': 'abcd'}  # fmt: skip
     bits = {**task, 'metric': 'bits_per_byte', 'higher_is_better': False, 'score': right / 8, 'weights': [2] * 4}
     write(
-        folder / 'huggingface' / 'lm_eval' / 'english' / 'ba10.json',
+        folder / 'huggingface' / 'lm_eval' / 'english' / f'{export}.json',
         {'suite': 'english', 'model': 'x', 'tasks': {'arc': task, 'wiki': bits},
          'missing': dict.fromkeys(missing, 'its data is not here'), 'settings': {}},
     )  # fmt: skip
@@ -218,6 +218,37 @@ def test_benchmarks_by_hand(tiny, tmp_path, no_plots):
     assert 'Losses and benchmarks' in page and '-50.00 ± 28.87' in page
     saved = read(tmp_path / 'out' / 'report.json')['benchmarks']
     assert saved[1]['against parent']['arc']['noise'] is True
+
+
+def test_a_run_is_compared_with_the_checkpoint_that_it_began_from(tiny):
+    parent, branch = tiny / 'old-s1', tiny / 'anneal-s1'
+    for export, right in (('ba5', 2), ('ba10', 3)):
+        benchmark(parent, right, export=export)
+    write_run(tiny / 'new-none-s1', {'old': 4.0, 'new': 1.0}, f'{parent}/ep0-ba5-rank0.pt')
+    write_run(tiny / 'new-r25-s1', {'old': 4.0, 'new': 1.0}, f'{parent}/ep0-ba7-rank0.pt')
+    write_run(branch, {'old': 4.0, 'new': 1.0}, f'{tiny}/new-none-s1/ep0-ba5-rank0.pt')
+    added = entry('anneal-s1', 'anneal', 'new', 1, 'new-none-s1', {'new': 500}, before={'new': 500})
+    change(tiny / 'sequence.json', lambda value: value['runs'].append(added))
+    for run in ('new-none-s1', 'new-r25-s1', 'anneal-s1'):
+        benchmark(tiny / run, 1)
+    deltas = {name: scores.deltas for name, scores in scored(read_runs([tiny])).items()}
+    assert deltas['none']['arc'].value == deltas['anneal']['arc'].value == pytest.approx(-25), 'of batch 5'
+    assert deltas['replay 25 %'] == {}, 'batch 7 was not scored'
+
+
+def test_what_was_scored_before_the_end_is_no_result(tiny):
+    for run, export in (('new-none-s1', 'ba5'), ('new-r25-s1', 'ba10'), ('new-r25-s1', 'ba5-lawa')):
+        benchmark(tiny / run, 1, export=export)
+    study = read_runs([tiny])
+    assert list(scored(study)) == ['replay 25 %']
+    said = [line for line in missing(study, rows_of(study)) if line.startswith('lm-eval english: ')]
+    assert said[1:] == [
+        'lm-eval english: no results of new-none-s1 at batch 10, only at batch 5',
+        'lm-eval english: no results of new-r25-s1, lawa at batch 10, only at batch 5',
+    ]
+    (tiny / 'union-s1' / 'done.json').unlink()
+    benchmark(tiny / 'union-s1', 1, export='ba8')
+    assert 'union' in scored(read_runs([tiny])), 'the newest of a run that goes on'
 
 
 def test_seeds_that_answer_the_same_items_are_not_more_items(tmp_path):
