@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cpt_algorithms.evaluation.functional import by_average
 from cpt_algorithms.formatting import exact, flop, percent, scientific, short, shortened
-from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet, size_name
+from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet, read_until, size_name
 from cpt_algorithms.report.tables import Row
 
 __all__ = ['plots_of', 'png', 'svg']
@@ -167,9 +167,8 @@ def _lines(study: RunSet, arms: Sequence[Arm], values: Values) -> list[_Line]:
     lines: dict[tuple[str, str, str], _Line] = {}
     for arm in drawn:
         for last in arm.runs:
-            begun = 0  # tokens before the stage
             for run in study.chain(last):
-                start = begun + sum(run.tokens_before_branch.values())
+                start = read_until(run.parent, run.begins, study.runs)
                 is_shared = users[run.folder] > 1
                 label = f'{run.stage} (shared)' if is_shared else arm.name
                 colour, style = SHARED if is_shared else colours[arm.name], '-' if run is last else '--'
@@ -181,7 +180,6 @@ def _lines(study: RunSet, arms: Sequence[Arm], values: Values) -> list[_Line]:
                 if points and run not in line.runs and not is_drawn:
                     line.runs.append(run)
                     line.seeds.append(points)
-                begun += 0 if run.stage == last.stage else run.budget
     return [line for line in lines.values() if line.seeds]
 
 
@@ -248,11 +246,12 @@ def _frame(axis: Axes, lines: Sequence[_Line], name: str) -> None:
 
 
 def _from_parent(study: RunSet, run: RunRecord, name: str) -> list[list[float]]:
-    """Its losses; a stage starts where its parent ended."""
+    """Its losses; a stage starts at the checkpoint of its parent."""
     points = run.losses.get(name, [])
     # on the data that its parent learned, it is not compared with that
-    parents = study.runs[run.parent].losses.get(name) if run.parent and not run.tokens_before_branch else None
-    start = run.at_start.get(name, parents[-1][2] if parents else None)
+    parents = study.runs[run.parent].losses.get(name, []) if run.parent and not run.tokens_before_branch else []
+    until = [loss for batch, _, loss in parents if run.begins is None or batch <= run.begins]
+    start = run.at_start.get(name, until[-1] if until else None)
     return [[0, 0, start], *points] if start is not None and (not points or points[0][1] > 0) else points
 
 

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.evaluation.functional import has_diverged, without_averages
 from cpt_algorithms.evaluation.suite import read_result
 from cpt_algorithms.files import exists, is_remote, null_as_nan, read_json
@@ -19,7 +18,7 @@ from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import differences
 
-__all__ = ['Arm', 'RunRecord', 'RunSet', 'find_run', 'read_run', 'read_runs', 'size_name']
+__all__ = ['Arm', 'RunRecord', 'RunSet', 'find_run', 'read_run', 'read_runs', 'read_until', 'size_name']
 
 Curve = list[list[float]]
 _EXPORT = re.compile(r'ba(\d+)(?:-(.+))?')
@@ -105,6 +104,10 @@ class RunRecord:
         """Tokens of its stage's budget."""
         return sum(self.tokens.values()) + sum(self.tokens_before_branch.values())
 
+    def tokens_until(self, batch: int | None) -> dict[str, int]:
+        """Those that it had read at a batch of it; None is its end."""
+        return self.tokens if batch is None or self.config is None else self.config.tokens_until(batch)
+
     @property
     def replayed(self) -> int:
         """Those that are not new data; from scratch, all data is new."""
@@ -164,7 +167,7 @@ class RunSet:
         trunk = self.runs[run.parent] if run.tokens_before_branch and run.parent else None
         if run.hours is None or trunk is None or not trunk.hours:
             return run.hours
-        return run.hours + trunk.hours * sum(run.tokens_before_branch.values()) / trunk.budget
+        return run.hours + trunk.hours * sum(run.tokens_before_branch.values()) / trunk.cost['tokens']
 
     @property
     def sizes(self) -> list[int | None]:
@@ -366,21 +369,16 @@ def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, Run
 def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, RunRecord]) -> dict[str, Any]:
     """The plan that a sequence would have of a run; its ancestors are read."""
     stage, name = record.config, record.run_name
-    checkpoint = f'{stage.merge.of}/' if stage.merge else record.parent
-    parent, before = None, {}
-    if checkpoint and not stage.pretrained_model:
-        parent = find_run(checkpoint.rpartition('/')[0], folder, stage.folder or folder)
+    begun, at = stage.begins or (None, None)
+    parent, before = begun and find_run(begun, folder, stage.folder or folder), {}
     if parent:
         read_run(parent, runs)
-        continues = batch_of(record.parent or '') if stage.train_loader.dataset.resume_after else None  # a branch
-        at, trunk = stage.merge.batch if stage.merge else continues, runs[parent].config
-        before = trunk.tokens_by_stream(at) if trunk and at is not None else {}
+        before = runs[parent].tokens_until(at) if stage.is_branch else {}
     tokens = stage.tokens_by_stream(0 if stage.batches is None else None)
     if stage.batches is None:  # of epochs, what was trained so far
         tokens[next(iter(tokens))] = trained
     earlier = _ancestors(parent, runs)
-    earlier = earlier[:-1] if before else earlier
-    budgets = [*tokens.values(), *before.values(), *(run.budget for run in earlier)]
+    is_known = earlier and earlier[0].began_from is None
     return {
         'name': name,
         'arm': name.removesuffix(f'-s{stage.seed}'),
@@ -391,8 +389,16 @@ def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, Run
         'tokens_before_branch': before,
         'batches': stage.batches,
         # what a pretrained model, or a parent that is not there, has read is not known
-        'union_tokens': sum(budgets) if earlier and earlier[0].began_from is None else None,
+        'union_tokens': sum(tokens.values()) + read_until(parent, at, runs) if is_known else None,
     }
+
+
+def read_until(folder: str | None, batch: int | None, runs: Mapping[str, RunRecord]) -> int:
+    """Tokens that a run and its ancestors had read at a batch of it, or at its end: not what they read later."""
+    if folder is None:
+        return 0
+    run = runs[folder]
+    return sum(run.tokens_until(batch).values()) + read_until(run.parent, run.begins, runs)
 
 
 def _ancestors(parent: str | None, runs: Mapping[str, RunRecord]) -> list[RunRecord]:

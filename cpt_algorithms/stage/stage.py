@@ -415,6 +415,10 @@ class Stage(Section):
         counts = {'data': samples} if self.mix is None else self.mix.counts(samples)
         return {name: count * self.max_seq_len for name, count in counts.items()}
 
+    def tokens_until(self, batch: int) -> dict[str, int]:
+        """The same of its first batches, of which there are no more than it has."""
+        return self.tokens_by_stream(batch if self.batches is None else min(batch, self.batches))
+
     @property
     def folder(self) -> str:
         """``save_folder``, with the run's name in it.
@@ -445,6 +449,11 @@ class Stage(Section):
         if self.merge:
             return self.merge.of, self.merge.batch
         return (self.load_path.rpartition('/')[0] or '.', batch_of(self.load_path)) if self.load_path else None
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether it goes on in the data of what it begins from: both are one stage."""
+        return self.merge is not None or self.train_loader.dataset.resume_after is not None
 
     @property
     def keeps_optimizer_state(self) -> bool:

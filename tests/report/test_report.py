@@ -350,6 +350,31 @@ def test_a_branch_of_a_single_run_has_what_its_trunk_had_read(tiny):
     assert (sum(merged.tokens.values()), merged.budget, merged.union_tokens) == (0, 1000, 2000)
 
 
+def test_what_a_parent_read_after_a_run_left_it_is_not_the_runs(tiny):
+    """In union's tokens, and where the plots begin; an anneal is no stage after the whole trunk."""
+    parent, child, anneal = tiny / 'old-s1', tiny / 'child-s1', tiny / 'anneal-s1'
+    write_run(child, {'new': 1.0}, f'{parent}/ep0-ba5-rank0.pt')
+    (child / 'forgetting.json').unlink()
+    change(child / 'losses.json', lambda value: value['losses']['new'].pop(0))
+    dataset = {'new': {'new': {'local': 'data/x'}}, 'resume_after': f'{child}/ep0-ba6-rank0.pt'}
+    loader = {'name': 'replay_text', 'dataset': dataset}
+    write_run(anneal, {'new': 0.9}, f'{child}/ep0-ba6-rank0.pt', batches=4, train_loader=loader)
+    study = read_runs([child, anneal])
+    assert [run.union_tokens for run in study.given] == [500 + 1000, 500 + 600 + 400]
+    lines = plots._lines(study, study.arms(PARAMETERS), lambda run: run.losses['new'])
+    assert {line.label: line.start for line in lines} == {'old-s1 (shared)': 0, 'child': 500, 'anneal': 1100}
+    assert plots._from_parent(study, study.given[0], 'new')[0][2] == read(parent / 'losses.json')['losses']['new'][1][2]
+
+
+def test_a_branch_of_a_trunk_that_goes_on_has_its_share_of_the_hours(tiny):
+    trunk = tiny / 'new-none-s1'
+    write_run(trunk, {'old': 4.0, 'new': 1.0}, f'{tiny}/old-s1/latest-rank0.pt', reached=5)
+    write_run(tiny / 'anneal-s1', {'old': 4.0, 'new': 1.0}, f'{trunk}/ep0-ba5-rank0.pt', batches=5)
+    added = entry('anneal-s1', 'anneal', 'new', 1, 'new-none-s1', {'new': 500}, before={'new': 500})
+    change(tiny / 'sequence.json', lambda value: value['runs'].append(added))
+    assert rows(tiny)['anneal'].columns['device hours'].mean == pytest.approx(0.2 + 0.1), 'all of the trunk so far'
+
+
 def test_a_parent_that_is_not_there_is_said(alone):
     study = read_runs([alone])
     (row,) = rows_of(study)
