@@ -122,7 +122,8 @@ class RunRecord:
     @property
     def hours(self) -> float | None:
         """Device-hours so far."""
-        return self.cost['seconds'] * self.cost['devices'] / 3600 if self.cost else None
+        seconds = self.cost.get('device_seconds')
+        return None if seconds is None else seconds / 3600
 
     @property
     def progress(self) -> str:

@@ -214,10 +214,10 @@ def test_a_real_stage_against_its_parent(child, parent, data, tmp_path, monkeypa
         assert losses['losses'][label][0] == [0, 0, judged['parent'][label]]
     witness = recorder.read(tmp_path / 'child.jsonl')
     assert losses['learning_rate'] == [[batch, line['token'], line['lr'][0]] for batch, line in witness.items()]
-    cost = {key: value for key, value in losses['cost'].items() if key != 'seconds'}
+    cost = {key: value for key, value in losses['cost'].items() if key != 'device_seconds'}
     tokens = 8 * tiny.TOKENS_PER_BATCH
     assert cost == {'batch': 8, 'tokens': tokens, 'parameters': cost['parameters'], 'devices': 1, 'device': 'cpu'}
-    assert losses['cost']['seconds'] > 0
+    assert losses['cost']['device_seconds'] > 0
 
     [written] = wandb_files.read(tmp_path)
     first, summary = written.history[0], written.summary
@@ -240,12 +240,12 @@ def test_a_real_stage_against_its_parent(child, parent, data, tmp_path, monkeypa
         assert summary[f'perplexity/past{average}'] == pytest.approx(exp(last[f'past{average}']))
     assert summary['cost/tokens'] == tokens
     assert summary['cost/flops'] == 6 * cost['parameters'] * tokens
-    assert summary['cost/device_hours'] == pytest.approx(losses['cost']['seconds'] / 3600)
+    assert summary['cost/device_hours'] == pytest.approx(losses['cost']['device_seconds'] / 3600)
 
 
 def written(folder):
     losses = json.loads((folder / 'losses.json').read_text())
-    del losses['cost']['seconds']
+    del losses['cost']['device_seconds']
     return losses, json.loads((folder / 'forgetting.json').read_text())
 
 

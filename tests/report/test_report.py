@@ -282,7 +282,7 @@ def test_arms_of_two_sequences_are_not_seeds_of_one(tmp_path):
 
 def test_hours_are_saved_against_union_of_the_same_sequence(tmp_path):
     one, two = write_sequence(tmp_path / 'one', seeds=(1,)), write_sequence(tmp_path / 'two', seeds=(2,))
-    change(two / 'union-s2' / 'losses.json', lambda value: value['cost'].update(seconds=3600.0))
+    change(two / 'union-s2' / 'losses.json', lambda value: value['cost'].update(device_seconds=7200.0))
     three = write_sequence(tmp_path / 'three', seeds=(1,), union=False)
     study = read_runs([one, two, three])
     found = {row.name: row.columns for row in rows_of(study)}
