@@ -278,12 +278,16 @@ def test_the_parent_is_evaluated_once(child, data, tmp_path, monkeypatch):
 def test_a_restart_goes_on_as_the_same_wandb_run(child, tmp_path):
     cfg = tiny.merge(child, {'loggers': {'wandb': {}}})
     ids = []
+    failed = tmp_path / 'child' / 'failed.json'
+    failed.parent.mkdir()
+    failed.write_text('{}')
     for given in (cfg, cfg, tiny.merge(cfg, {'loggers': {'wandb': {'init_kwargs': {'id': 'mine'}}}})):
         record = write_record(Stage.from_yaml(given))
         loggers = _tracked(given['loggers'], record.wandb_id)
         assert loggers['wandb']['init_kwargs']['resume'] == 'allow'
         ids.append(loggers['wandb']['init_kwargs']['id'])
     assert ids[0] == ids[1] != ids[2] == 'mine'
+    assert not failed.exists(), 'nor as one that has failed'
 
 
 def test_what_cannot_be_judged_is_refused(child, data, write_mds, tmp_path):
