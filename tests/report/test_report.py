@@ -11,6 +11,7 @@ import sys
 from math import log, nan, sqrt
 from pathlib import Path
 
+import plot_averages
 import pytest
 import report as script
 from rich.console import Console
@@ -529,6 +530,18 @@ def test_script(tiny, tmp_path, capsys, no_plots):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(SystemExit, match=str(tmp_path / 'empty')):
         script.main([str(tmp_path / 'empty')])
+
+
+def test_averages_are_plotted_of_runs_that_diverged_or_are_shorter(tmp_path, monkeypatch, capsys):
+    for seed, batches in ((1, 40), (2, 20)):
+        write_run(tmp_path / f'run-s{seed}', {'old': 2.0, 'old/lawa': 1.0}, batches=batches, start={'old': 2.0})
+    shown = plot_averages.rows_of(plot_averages.read([*tmp_path.iterdir()], 'old')['run'], 5, None)
+    assert [row[4] for row in shown] == ['2.000 ± 0.000', '1.000 ± 0.000'], 'at the end of each'
+    losses = {'old': [[0, 0, 2.0], [5, 500, None], [10, 1000, None]], 'old/lawa': [[0, 0, 2.0], [10, 1000, 1.5]]}
+    change(tmp_path / 'run-s2' / 'losses.json', lambda value: value.update(losses=losses))
+    monkeypatch.setattr(sys, 'argv', ['plot_averages', *map(str, tmp_path.iterdir()), '--out', str(tmp_path / 'a.png')])
+    plot_averages.main()
+    assert (tmp_path / 'a.png').exists() and 'nan' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name', ['report', 'lineage'])
