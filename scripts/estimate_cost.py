@@ -35,7 +35,8 @@ def read(words):
     if 'stages' not in given:
         stage = Stage.from_yaml(given)
         name = Path(words[0]).stem
-        return {name: stage}, *budgets_of(name, stage), 8
+        budgets, base = budgets_of(name, stage)
+        return {name: stage}, budgets, base, 8
     spec = SequenceSpec.from_yaml(given)
     stages = {run.name: run.stage for run in expand(spec)}
     return stages, spec.stage_tokens, base_of(stages), resources_of(spec.given).ranks
