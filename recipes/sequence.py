@@ -45,7 +45,7 @@ def main() -> None:
     refuse_launcher('; the ranks of each run are `nproc` in the YAML')
     is_plan = arguments.dry_run or arguments.write
 
-    from cpt_algorithms.cost.tables import print_costs
+    from cpt_algorithms.cost.tables import base_of, print_costs
     from cpt_algorithms.launch.launcher import LaunchError, make_launcher, resources_of
     from cpt_algorithms.launch.wandb_runs import trial_run
     from cpt_algorithms.report.page import print_report, write_report
@@ -79,7 +79,8 @@ def main() -> None:
         console.print('\nat a peak and utilisation that scripts/estimate_cost.py --gpu --mfu can change:')
         try:
             stages = {run.name: run.stage for run in runs}
-            print_costs(stages, console, gpus=resources.ranks, budgets=spec.stage_tokens)
+            budgets, base = spec.stage_tokens, base_of(stages)
+            print_costs(stages, console, gpus=resources.ranks, budgets=budgets, base=base)
         except ValueError as error:  # mixtures of experts: they can be trained
             console.print(f'what it will cost is not known: {error}', markup=False)
         return

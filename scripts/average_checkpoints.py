@@ -23,6 +23,7 @@ which needs disk for all inputs.
 """
 
 import argparse
+import os
 import platform
 import re
 import shutil
@@ -163,7 +164,8 @@ def average(
     for one, checkpoint, weight in zip(window, checkpoints, weights, strict=True):
         stats = [file.stat() for file in files_of(checkpoint)]
         size, modified = sum(stat.st_size for stat in stats), max(stat.st_mtime for stat in stats)
-        inputs.append({'path': one.path, 'weight': weight, 'bytes': size, 'modified': modified})
+        place = one.path if is_remote(one.path) else os.path.abspath(one.path)
+        inputs.append({'path': place, 'weight': weight, 'bytes': size, 'modified': modified})
     provenance: dict[str, Any] = {
         'averaged': options.average or 'weights',
         'inputs': inputs,

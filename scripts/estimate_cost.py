@@ -18,11 +18,13 @@ def read(words):
     """What a stage or sequence means.
 
     Returns:
-        The stages, by name; the token budget of each stage if it is known; the GPUs that each run is on.
+        The stages, by name; the token budget of each stage if it is known; the pretrained model that the first begins
+        from, or None; the GPUs that each run is on.
 
     Raises:
         ValueError: If it cannot be read, or is not right.
     """
+    from cpt_algorithms.cost.tables import base_of
     from cpt_algorithms.launch.launcher import resources_of
     from cpt_algorithms.sequence.expand import expand
     from cpt_algorithms.sequence.read import load_yaml
@@ -33,23 +35,37 @@ def read(words):
     if 'stages' not in given:
         stage = Stage.from_yaml(given)
         name = Path(words[0]).stem
-        return {name: stage}, budgets_of(name, stage), 8
+        budgets, base = budgets_of(name, stage)
+        return {name: stage}, budgets, base, 8
     spec = SequenceSpec.from_yaml(given)
-    return {run.name: run.stage for run in expand(spec)}, spec.stage_tokens, resources_of(spec.given).ranks
+    stages = {run.name: run.stage for run in expand(spec)}
+    return stages, spec.stage_tokens, base_of(stages), resources_of(spec.given).ranks
 
 
 def budgets_of(name, stage):
-    """Tokens of a stage and of those before it, from the ``stage.json`` of each; None if a parent has none."""
+    """Tokens of a stage and of those before it, from the ``stage.json`` of each; and the model that they begin from.
+
+    Of a parent, those until the checkpoint that was taken; a branch and what its trunk had read are one stage.
+
+    Returns:
+        The tokens by name of the stage or folder of its ancestor, None if a parent has no ``stage.json``; the
+        pretrained model that the oldest begins from, or None.
+    """
     from cpt_algorithms.stage.record import read_record
 
-    found = {name: sum(stage.tokens_by_stream().values())}
-    while stage.load_path:
-        record = read_record(stage.load_path.rpartition('/')[0] or '.')
+    last, found = name, {name: sum(stage.tokens_by_stream().values())}
+    while stage.begins:
+        folder, batch = stage.begins
+        record = read_record(folder)
         if record is None:
-            return None
+            return None, None
+        tokens = record.config.tokens_by_stream() if batch is None else record.config.tokens_until(batch)
+        if stage.is_branch:
+            found[last] += sum(tokens.values())
+        else:
+            last, found = folder, {folder: sum(tokens.values()), **found}
         stage = record.config
-        found = {record.run_name: sum(stage.tokens_by_stream().values()), **found}
-    return found
+    return found, stage.pretrained_model
 
 
 def main(argv=None) -> None:
@@ -68,10 +84,16 @@ def main(argv=None) -> None:
 
     console = make_console()
     try:
-        stages, budgets, gpus = read(arguments.words)
+        stages, budgets, base, gpus = read(arguments.words)
         print_phases(stages, console)
         costs = print_costs(
-            stages, console, gpu=arguments.gpu, gpus=arguments.gpus or gpus, mfu=arguments.mfu, budgets=budgets
+            stages,
+            console,
+            gpu=arguments.gpu,
+            gpus=arguments.gpus or gpus,
+            mfu=arguments.mfu,
+            budgets=budgets,
+            base=base,
         )
     except (ValueError, StorageError) as error:
         sys.exit(f'{arguments.words[0]}: {error}')

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpt_algorithms.evaluation.functional import by_average, steps_saved, without_averages
-from cpt_algorithms.files import read_json
+from cpt_algorithms.files import null_as_nan, read_json
 from cpt_algorithms.report.tables import over_seeds
 from cpt_algorithms.terminal import print_table
 
@@ -42,7 +42,7 @@ def read(folders: list[Path], dataset: str | None) -> Groups:
             sys.exit(
                 f'{path} does not exist: the run has no final_loss callback with a save_folder, or no evaluation yet'
             )
-        losses = measured['losses']
+        losses = null_as_nan(measured['losses'])
         name = dataset or next(iter(losses))
         if name not in losses:
             sys.exit(f'{path}: there is no dataset {name!r}; there are {", ".join(without_averages(losses))}')
@@ -66,17 +66,18 @@ def rows_of(group: list[dict[str, Curve]], window: int, spike: int | None) -> li
     for name in group[0]:
         runs = [run for run in group if name in run]
         cells = [name]
-        last = max(row[0] for row in runs[0]['raw'])
+        ends = [run['raw'][-1][0] for run in runs]
         for third in range(3):
-            lower, upper = third * last / 3, (third + 1) * last / 3
             gains = []
-            for run in runs:
-                points = [row for row in run[name] if lower < row[0] <= upper]
+            for run, last in zip(runs, ends, strict=True):
+                points = [row for row in run[name] if third * last / 3 < row[0] <= (third + 1) * last / 3]
                 if points:
                     gains.append(float(np.mean([at(run['raw'], batch) - loss for batch, loss in points])))
             cells.append('' if name == 'raw' or not gains else over_seeds(gains).text(3))
-        end = [float(np.mean([loss for batch, loss in run[name] if batch > last - window])) for run in runs]
-        cells.append(over_seeds(end).text(3))
+        late = [
+            [loss for batch, loss in run[name] if batch > last - window] for run, last in zip(runs, ends, strict=True)
+        ]
+        cells.append(over_seeds([float(np.mean(losses)) for losses in late]).text(3))
         saved = [steps_saved(run['raw'], run[name], window) for run in runs]
         reached = [value for value in saved if value is not None]
         whole = f'{over_seeds(reached).text(0, 100)} %' if len(reached) == len(saved) else 'not reached'
@@ -102,11 +103,16 @@ def draw(groups: Groups, path: Path) -> None:
             batches = [row[0] for row in runs[0]]
             losses = np.array([[at(run, batch) for batch in batches] for run in runs])
             colour = 'black' if name == 'raw' else plt.get_cmap('tab10').colors[index % 10]  # pyright: ignore
-            axis.plot(batches, losses.mean(0), color=colour, label=name, linewidth=1.1 if name == 'raw' else 1.6)
+            mean = losses.mean(0)
+            axis.plot(batches, mean, color=colour, label=name, linewidth=1.1 if name == 'raw' else 1.6)
             axis.fill_between(batches, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
-            lowest.append((losses.mean(0).min(), np.interp(batches[-1] / 4, batches, losses.mean(0))))
+            known = np.isfinite(mean)  # a run may have diverged
+            if known.any():
+                start = np.interp(batches[-1] / 4, np.array(batches)[known], mean[known])
+                lowest.append((mean[known].min(), start))
         # the start of training would squeeze everything else into a line
-        axis.set_ylim(min(low for low, _ in lowest) - 0.05, max(start for _, start in lowest))
+        if lowest:
+            axis.set_ylim(min(low for low, _ in lowest) - 0.05, max(start for _, start in lowest))
         axis.set(title=f'{title} ({len(group)} seeds)', xlabel='batches', ylabel='validation loss (nats/token)')
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)

@@ -298,7 +298,7 @@ class Stage:
         written = {
             name: json.loads((self.run / f'{name}.json').read_text()) for name in ('losses', 'forgetting', 'done')
         }
-        del written['losses']['cost']['seconds']
+        del written['losses']['cost']['device_seconds']
         lines = [recorder.read(self.folder / f'{self.name}.jsonl', rank) for rank in range(len(self.ranks))]
         assert not half_saved(self.run) and not half_exported(self.run)
         return {'exports': exported, 'written': written, 'lines': lines}
@@ -487,7 +487,7 @@ def test_merge(kept, data, tmp_path, tally, rounds=2):
 
     def results(folder):
         losses = json.loads((folder / 'losses.json').read_text())
-        del losses['cost']['seconds']
+        del losses['cost']['device_seconds']
         return losses, weights_of(folder / 'merged.pt'), exported_by(folder)
 
     folder, process = merging('straight')

@@ -62,7 +62,7 @@ def without_times(value):
         return [without_times(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: without_times(item) for key, item in value.items() if key != 'seconds' and 'hours' not in key}
+    return {key: without_times(item) for key, item in value.items() if key != 'device_seconds' and 'hours' not in key}
 
 
 def results(spec):

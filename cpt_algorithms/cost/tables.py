@@ -19,7 +19,7 @@ from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.terminal import make_console, print_table
 
-__all__ = ['print_costs', 'print_phases', 'print_schedule', 'print_stage']
+__all__ = ['base_of', 'print_costs', 'print_phases', 'print_schedule', 'print_stage']
 
 _PARTS = {
     'parameters': 'weights',
@@ -109,6 +109,11 @@ def print_stage(stage: Stage, with_cost: bool) -> None:
             console.print(f'what it will cost is not known: {error}', markup=False, soft_wrap=True)
 
 
+def base_of(stages: Mapping[str, Stage]) -> str | None:
+    """The pretrained model that the stages of a sequence begin from, or None."""
+    return next((stage.pretrained_model for stage in stages.values() if stage.pretrained_model), None)
+
+
 def print_costs(
     stages: Mapping[str, Stage],
     console: Console,
@@ -117,6 +122,7 @@ def print_costs(
     gpus: int = 8,
     mfu: float = 0.4,
     budgets: Mapping[str, int] | None = None,
+    base: str | None = None,
 ) -> dict[str, Costs]:
     """FLOPs and GPU-hours, memory per GPU by part, checkpoints and disk, and the saving against union retraining.
 
@@ -127,11 +133,18 @@ def print_costs(
         gpus: Likewise, for each run.
         mfu: Likewise.
         budgets: Token budget of each stage, for the saving. Default: ``None``, no such table, as for one stage.
+        base: The pretrained model that the first stage begins from: what that has read is not known, so that no saving
+            is. Default: ``None``.
 
     Returns:
         The numbers, by name.
+
+    Raises:
+        ValueError: If nothing is trained.
     """
     costs = {name: costs_of(stage, gpu, gpus, mfu) for name, stage in stages.items() if stage.batches != 0}
+    if not costs:
+        raise ValueError('nothing is trained')
     chip = next(iter(costs.values())).gpu
     _show(console, f'compute, {gpus} x {chip.name} at {percent(mfu)} MFU', _compute_table(costs))
     if any(cost.hardware_flops > cost.flops for cost in costs.values()):
@@ -149,7 +162,10 @@ def print_costs(
     _show(console, f'memory of one GPU{holds}', _memory_table(costs))
     console.print('  besides, some 10 %: CUDA, NCCL, fragmentation\n')
     _show(console, 'checkpoints and disk', _disk_table(costs))
-    if budgets and len(budgets) > 1:
+    if base:
+        why = f'what {base} has read is not known, and so neither is training from scratch on everything'
+        console.print(why, markup=False, soft_wrap=True)
+    elif budgets and len(budgets) > 1:
         _show(console, 'updating against training from scratch on everything', _saving_table(budgets))
     return costs
 

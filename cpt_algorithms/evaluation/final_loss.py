@@ -96,13 +96,13 @@ class FinalLoss(Callback):
         self.losses: dict[str, list[list[float]]] = {}  # {dataset: [[batch, token, loss, in final window], ...]}
         self.learning_rate: list[list[float]] = []  # [[batch, token, learning rate], ...]
         self.training_loss: list[list[float]] = []  # [[batch, token, training loss], ...]
-        self.seconds = 0.0
+        self.device_seconds = 0.0
         self._since = 0.0
         self._parameters = 0
 
     def state_dict(self) -> dict[str, Any]:
         """All of it so far, as one JSON string: a single leaf in a sharded checkpoint."""
-        kept = ('losses', 'learning_rate', 'training_loss', 'seconds')
+        kept = ('losses', 'learning_rate', 'training_loss', 'device_seconds')
         return {'losses': json.dumps({key: getattr(self, key) for key in kept})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ class FinalLoss(Callback):
                 logger.log_metrics({key: sum(losses.values()) / len(losses)})
             cost = self._cost(state)
             flops = training_flops(cost['parameters'], cost['tokens'])
-            hours = cost['seconds'] * cost['devices'] / 3600
+            hours = cost['device_seconds'] / 3600
             logger.log_metrics({'cost/tokens': cost['tokens'], 'cost/flops': flops, 'cost/device_hours': hours})
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
@@ -198,7 +198,8 @@ class FinalLoss(Callback):
     def _count_time(self) -> None:
         # Composer's own time is that of the wall clock, which may be set
         self._since, before = time.monotonic(), self._since
-        self.seconds += self._since - before
+        # of a run that was started again on more ranks or fewer, each batch on its own
+        self.device_seconds += (self._since - before) * dist.get_world_size()
 
     def _cost(self, state: State) -> dict[str, Any]:
         """Training so far; evaluation is left out."""
@@ -206,7 +207,7 @@ class FinalLoss(Callback):
             'batch': int(state.timestamp.batch.value),
             'tokens': int(state.timestamp.token.value),
             'parameters': self._parameters,
-            'seconds': self.seconds,
+            'device_seconds': self.device_seconds,
             'devices': dist.get_world_size(),
             'device': state.device.name,
         }

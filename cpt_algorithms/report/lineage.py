@@ -17,7 +17,7 @@ from cpt_algorithms.report.run_records import RunRecord, find_run, read_run
 __all__ = ['Node', 'read_lineage', 'tree_of']
 
 # Folders of a run in which there are no runs, and possibly thousands of files.
-_NO_RUNS = re.compile(r'huggingface|slurm|ep\d+-ba\d+.*|\..*')
+_NO_RUNS = re.compile(r'huggingface|slurm|(ep\d+-ba\d+|latest).*|\..*')
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,20 @@ def _runs_below(folder: str | Path) -> list[str]:
     if is_remote(folder):
         files = [f'{str(folder).rstrip("/")}/{name}' for name in list_names(folder)]
         return [place for place, _, name in (file.rpartition('/') for file in files) if name == 'stage.json']
-    found = []
-    for place, below, files in os.walk(folder):
-        is_run = 'stage.json' in files
-        below[:] = sorted(name for name in below if not (is_run and _NO_RUNS.fullmatch(name)))
-        found += [os.path.realpath(place)] if is_run else []
+    found, seen = [], set[str]()
+    for place, below, files in os.walk(folder, followlinks=True):
+        real, is_run = os.path.realpath(place), 'stage.json' in files
+        is_new = real not in seen  # links may lead to what is above them
+        seen.add(real)
+        below[:] = sorted(name for name in below if is_new and not (is_run and _NO_RUNS.fullmatch(name)))
+        found += [real] if is_run and is_new else []
     return found
+
+
+def _run_of(checkpoint: str) -> str:
+    """The folder of the run whose checkpoint or export it is."""
+    match = re.fullmatch(r'(.+)/huggingface/ba\d+[^/]*(/[^/]+)?', checkpoint)
+    return match[1] if match else checkpoint.rpartition('/')[0]
 
 
 def tree_of(runs: dict[str, RunRecord]) -> list[Node]:
@@ -182,14 +190,13 @@ class _Tree:
         """A checkpoint in no run's folder: an average of other checkpoints, or one that is not there."""
         if checkpoint in self.nodes:
             return self.nodes[checkpoint]
-        folder, _, name = checkpoint.rpartition('/')
-        made = None
+        folder, name, made = _run_of(checkpoint), os.path.basename(checkpoint), None
         if is_remote(place) or not is_remote(checkpoint):
             made = read_json(f'{checkpoint}.average.json') or read_json(f'{checkpoint}/average.json')
         if made is None:
             return self._root(os.path.basename(folder), 'missing', folder)
         sources = [each['path'] for each in made['inputs']]
-        parent = find_run(sources[-1].rpartition('/')[0], place, written_at)
+        parent = find_run(_run_of(sources[-1]), place, written_at)
         if parent:
             read_run(parent, self.runs)
         above = self.add(self.runs[parent]) if parent else self._checkpoint(sources[-1], place, written_at)

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cpt_algorithms.evaluation.functional import by_average
 from cpt_algorithms.formatting import exact, flop, percent, scientific, short, shortened
-from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet, size_name
+from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet, read_until, size_name
 from cpt_algorithms.report.tables import Row
 
 __all__ = ['plots_of', 'png', 'svg']
@@ -164,24 +164,22 @@ def _lines(study: RunSet, arms: Sequence[Arm], values: Values) -> list[_Line]:
     drawn = [arm for arm in arms if arm.name in colours]
     users = Counter(run.folder for arm in drawn for last in arm.runs for run in study.chain(last)[:-1])
     own = {last.folder for arm in drawn for last in arm.runs}
-    lines: dict[tuple[str, str], _Line] = {}
+    lines: dict[tuple[str, str, str], _Line] = {}
     for arm in drawn:
         for last in arm.runs:
-            begun = 0  # tokens before the stage
             for run in study.chain(last):
-                start = begun + sum(run.tokens_before_branch.values())
+                start = read_until(run.parent, run.begins, study.runs)
                 is_shared = users[run.folder] > 1
                 label = f'{run.stage} (shared)' if is_shared else arm.name
                 colour, style = SHARED if is_shared else colours[arm.name], '-' if run is last else '--'
-                # several shared runs of a stage, or a trunk and its branch, are not seeds of one
-                key = (label, run.name.removesuffix(f'-s{run.seed}'))
+                # several shared runs of a stage, a trunk and its branch, or two sequences are not seeds of one
+                key = (label, run.sequence, run.name.removesuffix(f'-s{run.seed}'))
                 line = lines.setdefault(key, _Line(label, colour, style, start))
                 points = [[start + token, value] for _, token, value in values(run)]
                 is_drawn = run is not last and run.folder in own  # a trunk that is an arm itself
                 if points and run not in line.runs and not is_drawn:
                     line.runs.append(run)
                     line.seeds.append(points)
-                begun += 0 if run.stage == last.stage else run.budget
     return [line for line in lines.values() if line.seeds]
 
 
@@ -248,11 +246,12 @@ def _frame(axis: Axes, lines: Sequence[_Line], name: str) -> None:
 
 
 def _from_parent(study: RunSet, run: RunRecord, name: str) -> list[list[float]]:
-    """Its losses; a stage starts where its parent ended."""
+    """Its losses; a stage starts at the checkpoint of its parent."""
     points = run.losses.get(name, [])
     # on the data that its parent learned, it is not compared with that
-    parents = study.runs[run.parent].losses.get(name) if run.parent and not run.tokens_before_branch else None
-    start = run.at_start.get(name, parents[-1][2] if parents else None)
+    parents = study.runs[run.parent].losses.get(name, []) if run.parent and not run.tokens_before_branch else []
+    until = [loss for batch, _, loss in parents if run.begins is None or batch <= run.begins]
+    start = run.at_start.get(name, until[-1] if until else None)
     return [[0, 0, start], *points] if start is not None and (not points or points[0][1] > 0) else points
 
 
@@ -355,11 +354,12 @@ def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
     bars = [(row, colours.get(row.arm, SHARED)) for row in rows if row.columns['tokens'].mean]
     if not bars:
         return None
-    union = next((row.runs[0].union_tokens for row in rows if row.runs[0].union_tokens), None)
-    is_run = any(row.kind == 'union' for row in rows)
-    last = max([row.columns['tokens'].mean for row, _ in bars] + [union or 0])
+    trained = {row.runs[0].plan for row in rows if row.kind == 'union'}
+    planned = {r.runs[0].plan: r for r in reversed(rows) if r.runs[0].union_tokens and r.runs[0].plan not in trained}
+    unions = {row.arm: row.runs[0].union_tokens or 0 for row in reversed(planned.values())}
+    last = max(*(row.columns['tokens'].mean for row, _ in bars), *unions.values(), 0)
     figure, axis = _figure()
-    count = len(bars) + (union is not None and not is_run)
+    count = len(bars) + len(unions)
     for y, (row, colour) in zip(range(count, 0, -1), bars, strict=False):
         columns = row.columns
         new, replayed = columns['new tokens'].mean, columns['replayed tokens'].mean
@@ -371,9 +371,10 @@ def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
         said += [flop(columns['flops'].mean)] if 'flops' in columns else []
         said += [percent(columns['compute vs union'].mean)] if 'compute vs union' in columns else []
         _bar_text(axis, y, row.arm, ', '.join(said))
-    if union is not None and not is_run:
-        axis.barh(1, union, 0.36, color='white', edgecolor=SHARED, linestyle=':')
-        _bar_text(axis, 1, 'union', f'{short(union)} tokens, 100 %')
+    for y, (arm, union) in zip(range(len(unions), 0, -1), unions.items(), strict=True):
+        axis.barh(y, union, 0.36, color='white', edgecolor=SHARED, linestyle=':')
+        name = 'union' if len(unions) == 1 else f'union, for {arm}'
+        _bar_text(axis, y, name, f'{short(union)} tokens, 100 %')
     axis.set(ylim=(0.6, count + 0.75), xlim=(0, last * 1.01), xlabel='tokens (hatched: replayed, dotted: not run)')
     axis.set_yticks([])
     axis.grid(visible=False)

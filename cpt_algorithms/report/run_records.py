@@ -3,13 +3,13 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.evaluation.functional import has_diverged, without_averages
 from cpt_algorithms.evaluation.suite import read_result
 from cpt_algorithms.files import exists, is_remote, null_as_nan, read_json
@@ -18,9 +18,10 @@ from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import differences
 
-__all__ = ['Arm', 'RunRecord', 'RunSet', 'find_run', 'read_run', 'read_runs', 'size_name']
+__all__ = ['Arm', 'RunRecord', 'RunSet', 'find_run', 'read_run', 'read_runs', 'read_until', 'size_name']
 
 Curve = list[list[float]]
+_EXPORT = re.compile(r'ba(\d+)(?:-(.+))?')
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,21 @@ class RunRecord:
     bytes_per_token: dict[str, float]  # of each dataset
     # what differs between the plan of its sequence that it was trained by and today's; nothing if that is today's
     other_plan: tuple[str, ...] = ()
-    # {suite: {average, or '' for the training weights: lm-eval result}}, of its latest export
-    benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    newest: int = 0  # batch of its newest export, or its end
+    # {suite: {average, or '' for the training weights: {batch: lm-eval result}}}, of its exports
+    scored: dict[str, dict[str, dict[int, Any]]] = field(default_factory=dict)
     # the same of the pretrained model that it starts from
     base_benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def sequence(self) -> str:
+        """The folder of its sequence, or of a single run the one it lies in."""
+        return os.path.dirname(self.folder)
+
+    @property
+    def plan(self) -> tuple[str, tuple[str, ...]]:
+        """Its sequence and which plan of that: what union costs is a matter of one plan."""
+        return self.sequence, self.other_plan
 
     @property
     def config(self) -> Stage | None:
@@ -70,9 +82,31 @@ class RunRecord:
         return self.record.parent if self.record else None
 
     @property
+    def begins(self) -> int | None:
+        """The batch of its parent at which it begins; None at the parent's end, or if nothing says it."""
+        return self.config.begins[1] if self.config and self.config.begins else None
+
+    @property
+    def benchmarks(self) -> dict[str, dict[str, Any]]:
+        """``{suite: {average: lm-eval result}}`` of its newest export: what is older is no result of the run."""
+        return self.benchmarks_at(self.newest)
+
+    def benchmarks_at(self, batch: int) -> dict[str, dict[str, Any]]:
+        """The same of the export of a batch."""
+        found = {
+            suite: {average: results[batch] for average, results in of.items() if batch in results}
+            for suite, of in self.scored.items()
+        }
+        return {suite: of for suite, of in found.items() if of}
+
+    @property
     def budget(self) -> int:
         """Tokens of its stage's budget."""
         return sum(self.tokens.values()) + sum(self.tokens_before_branch.values())
+
+    def tokens_until(self, batch: int | None) -> dict[str, int]:
+        """Those that it had read at a batch of it; None is its end."""
+        return self.tokens if batch is None or self.config is None else self.config.tokens_until(batch)
 
     @property
     def replayed(self) -> int:
@@ -88,7 +122,8 @@ class RunRecord:
     @property
     def hours(self) -> float | None:
         """Device-hours so far."""
-        return self.cost['seconds'] * self.cost['devices'] / 3600 if self.cost else None
+        seconds = self.cost.get('device_seconds')
+        return None if seconds is None else seconds / 3600
 
     @property
     def progress(self) -> str:
@@ -102,7 +137,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the tables: the last runs of one arm, one for each seed, all of one kind."""
+    """A row of the tables: the last runs of one arm of one sequence, one for each seed, all of one kind."""
 
     name: str
     kind: str
@@ -133,7 +168,7 @@ class RunSet:
         trunk = self.runs[run.parent] if run.tokens_before_branch and run.parent else None
         if run.hours is None or trunk is None or not trunk.hours:
             return run.hours
-        return run.hours + trunk.hours * sum(run.tokens_before_branch.values()) / trunk.budget
+        return run.hours + trunk.hours * sum(run.tokens_before_branch.values()) / trunk.cost['tokens']
 
     @property
     def sizes(self) -> list[int | None]:
@@ -145,6 +180,15 @@ class RunSet:
         """Of each dataset: a matter of text and tokenizer, so also known for runs without a parent."""
         return {name: value for run in self.runs.values() for name, value in run.bytes_per_token.items()}
 
+    def parent_benchmarks(self, run: RunRecord) -> dict[str, dict[str, Any]]:
+        """Of what a run began from, if that was scored; of a branch, of what its trunk began from, as for losses."""
+        while run.tokens_before_branch and run.parent:
+            run = self.runs[run.parent]
+        if run.parent is None:
+            return run.base_benchmarks
+        parent = self.runs[run.parent]
+        return parent.benchmarks if run.begins is None else parent.benchmarks_at(run.begins)
+
     def chain(self, run: RunRecord) -> list[RunRecord]:
         """The run with its ancestors, the oldest first."""
         return [*_ancestors(run.parent, self.runs), run]
@@ -154,24 +198,30 @@ class RunSet:
         # a trunk is a parent of the next stage, and not of its branches
         parents = {run.parent for run in self.runs.values() if not run.tokens_before_branch}
         first: dict[tuple[str, str, int], str] = {}
-        arms: dict[str, Arm] = {}
+        arms: dict[tuple[str, str], Arm] = {}
         for run in self.runs.values():
-            name, sequence = run.arm, os.path.dirname(run.folder)
+            name = run.arm
             if run.stage != run.name and run.folder in parents:
                 if run.parent is not None:
                     continue
                 # an arm that changes the first stage has one of its own
-                is_shared = first.setdefault((sequence, run.stage, run.seed), run.name) == run.name
+                is_shared = first.setdefault((run.sequence, run.stage, run.seed), run.name) == run.name
                 name = f'{run.stage} only' + ('' if is_shared else f' ({run.arm})')
             if run.other_plan:
                 others = list(dict.fromkeys(other.other_plan for other in self.given if other.other_plan))
                 number = f' {others.index(run.other_plan) + 1}' if len(others) > 1 else ''
                 name = f'{name} (other plan{number})'
             if run in self.given and run.parameters == size:
-                if name in arms and run.seed in (other.seed for other in arms[name].runs):
-                    name = f'{name} ({os.path.basename(sequence)})'  # not another seed, but another sequence
-                arms.setdefault(name, Arm(name, run.kind, [])).runs.append(run)
-        return list(arms.values())
+                arms.setdefault((run.sequence, name), Arm(name, run.kind, [])).runs.append(run)
+        # in several sequences, one name is that of several arms
+        sequences, above = (
+            Counter(name for _, name in arms),
+            os.path.commonpath([sequence for sequence, _ in arms] or ['/']),
+        )
+        return [
+            replace(arm, name=f'{name} ({os.path.relpath(sequence, above)})') if sequences[name] > 1 else arm
+            for (sequence, name), arm in arms.items()
+        ]
 
 
 def size_name(size: int | None) -> str:
@@ -226,6 +276,8 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
     final = {label: rows[-1][2] for label, rows in losses.items() if rows}
     if is_finished:
         final |= {label: mean['mean'] for label, mean in null_as_nan(measured.get('final', {})).items()}
+    scored = _scored(folder)
+    scored_at = [batch for of in scored.values() for results in of.values() for batch in results]
     runs[folder] = RunRecord(
         folder=folder,
         kind=trunk.kind if trunk else 'update' if is_update else 'union' if plan['stage'] == 'union' else 'scratch',
@@ -243,7 +295,9 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
         new=forgotten.get('new', []),
         at_start=null_as_nan(forgotten.get('parent', {})),
         bytes_per_token=forgotten.get('bytes_per_token', {}),
-        **_benchmarks(folder),
+        newest=max([*_exported(folder), *scored_at, int(done['batch']) if is_finished else 0]),
+        scored=scored,
+        base_benchmarks=_base_benchmarks(folder),
         **plan,
     )
 
@@ -316,21 +370,16 @@ def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, Run
 def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, RunRecord]) -> dict[str, Any]:
     """The plan that a sequence would have of a run; its ancestors are read."""
     stage, name = record.config, record.run_name
-    checkpoint = f'{stage.merge.of}/' if stage.merge else record.parent
-    parent, before = None, {}
-    if checkpoint and not stage.pretrained_model:
-        parent = find_run(checkpoint.rpartition('/')[0], folder, stage.folder or folder)
+    begun, at = stage.begins or (None, None)
+    parent, before = begun and find_run(begun, folder, stage.folder or folder), {}
     if parent:
         read_run(parent, runs)
-        continues = batch_of(record.parent or '') if stage.train_loader.dataset.resume_after else None  # a branch
-        at, trunk = stage.merge.batch if stage.merge else continues, runs[parent].config
-        before = trunk.tokens_by_stream(at) if trunk and at is not None else {}
+        before = runs[parent].tokens_until(at) if stage.is_branch else {}
     tokens = stage.tokens_by_stream(0 if stage.batches is None else None)
     if stage.batches is None:  # of epochs, what was trained so far
         tokens[next(iter(tokens))] = trained
     earlier = _ancestors(parent, runs)
-    earlier = earlier[:-1] if before else earlier
-    budgets = [*tokens.values(), *before.values(), *(run.budget for run in earlier)]
+    is_known = earlier and earlier[0].began_from is None
     return {
         'name': name,
         'arm': name.removesuffix(f'-s{stage.seed}'),
@@ -341,8 +390,16 @@ def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, Run
         'tokens_before_branch': before,
         'batches': stage.batches,
         # what a pretrained model, or a parent that is not there, has read is not known
-        'union_tokens': sum(budgets) if earlier and earlier[0].began_from is None else None,
+        'union_tokens': sum(tokens.values()) + read_until(parent, at, runs) if is_known else None,
     }
+
+
+def read_until(folder: str | None, batch: int | None, runs: Mapping[str, RunRecord]) -> int:
+    """Tokens that a run and its ancestors had read at a batch of it, or at its end: not what they read later."""
+    if folder is None:
+        return 0
+    run = runs[folder]
+    return sum(run.tokens_until(batch).values()) + read_until(run.parent, run.begins, runs)
 
 
 def _ancestors(parent: str | None, runs: Mapping[str, RunRecord]) -> list[RunRecord]:
@@ -362,17 +419,26 @@ def _last_error(lines: Sequence[str]) -> str:
     return (errors or lines or ['it says nothing'])[-1]
 
 
-def _benchmarks(folder: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """lm-eval results of a local run's latest export, and of the pretrained model."""
-    paths = sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/*.json'))
-    base = {path.parent.name: {'': read_result(path)} for path in paths if path.stem == 'base'}
-    latest: dict[str, dict[str, tuple[int, Path]]] = {}
-    for path in paths:
-        if match := re.fullmatch(r'ba(\d+)(?:-(.+))?', path.stem):
-            of_suite, average = latest.setdefault(path.parent.name, {}), match[2] or ''
-            of_suite[average] = max(of_suite.get(average, (-1, path)), (int(match[1]), path))
-    found = {suite: {average: read_result(of[average][1]) for average in of} for suite, of in latest.items()}
-    return {'benchmarks': found, 'base_benchmarks': base}
+def _scored(folder: str) -> dict[str, dict[str, dict[int, Any]]]:
+    """lm-eval results of a local run's exports, by suite, average and batch."""
+    found: dict[str, dict[str, dict[int, Any]]] = {}
+    for path in sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/ba*.json')):
+        if match := _EXPORT.fullmatch(path.stem):
+            results = found.setdefault(path.parent.name, {}).setdefault(match[2] or '', {})
+            results[int(match[1])] = read_result(path)
+    return found
+
+
+def _base_benchmarks(folder: str) -> dict[str, dict[str, Any]]:
+    """Those of the pretrained model that a local run starts from."""
+    paths = sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/base.json'))
+    return {path.parent.name: {'': read_result(path)} for path in paths}
+
+
+def _exported(folder: str) -> list[int]:
+    """Batches of a local run's exports."""
+    names = (_EXPORT.fullmatch(path.name) for path in Path(folder, 'huggingface').glob('ba*'))
+    return [int(match[1]) for match in names if match]
 
 
 def _datasets(runs: Iterable[RunRecord]) -> list[str]:

@@ -184,8 +184,8 @@ def rows_of(study: RunSet) -> list[Row]:
     rows = []
     for size in study.sizes:
         every = study.arms(size)
-        for plan in dict.fromkeys(arm.other_plan for arm in every):
-            arms = [arm for arm in every if arm.other_plan == plan]
+        for plan in dict.fromkeys(arm.runs[0].plan for arm in every):
+            arms = [arm for arm in every if arm.runs[0].plan == plan]
             union = [run for arm in arms if arm.kind == 'union' for run in arm.runs if run.state == 'finished']
             most = max((run.budget for run in union), default=0)  # and not a trunk
             hours = [spent for run in union if run.budget == most and (spent := study.hours(run)) is not None]
@@ -248,8 +248,7 @@ def _against_parents(study: RunSet, suite: str, task: str, found: list[tuple[Run
     """Change against the parents, item by item: seeds answer the same items, so each is first averaged over them."""
     parents = []
     for run, result in found:
-        scored = study.runs[run.parent].benchmarks if run.parent else run.base_benchmarks
-        of_parent = scored.get(suite, {}).get('', {})
+        of_parent = study.parent_benchmarks(run).get(suite, {}).get('', {})
         parents.append(of_parent.get('tasks', {}).get(task, {}))
         if not has_same_items(result, parents[-1]) or not has_same_items(result, found[0][1]):
             return None
@@ -375,14 +374,18 @@ def missing(study: RunSet, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _missing_benchmarks(runs: Sequence[RunRecord]) -> Iterator[str]:
-    suites = list(dict.fromkeys(suite for run in runs for suite in run.benchmarks))
+    suites = list(dict.fromkeys(suite for run in runs for suite in run.scored))
     if not suites:
         yield 'No lm-eval results: only validation losses are compared'
     finished = [run for run in runs if run.state == 'finished']
     for suite in suites:
-        if without := [run.name for run in finished if suite not in run.benchmarks]:
+        if without := [run.name for run in finished if suite not in run.scored]:
             yield f'lm-eval {suite}: no results of {", ".join(without)}'
         for run in runs:
+            for average, results in run.scored.get(suite, {}).items():
+                if run.newest not in results:
+                    who = f'{run.name}, {average}' if average else run.name
+                    yield f'lm-eval {suite}: no results of {who} at batch {run.newest}, only at batch {max(results)}'
             for average, result in run.benchmarks.get(suite, {}).items():
                 for task, scored in result['tasks'].items():
                     if cut := cuts_of(scored):

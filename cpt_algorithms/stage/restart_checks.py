@@ -200,7 +200,7 @@ def write_record(stage: Stage, resumes: bool = False) -> StageRecord:
 
     It is written when the stage starts, and when a restart extends it, which reads no parent. In a local folder, the
     parent's losses of a start that was stopped before its first checkpoint are kept if nothing has changed since, and
-    otherwise removed.
+    otherwise removed; that it has failed before is forgotten.
 
     Args:
         stage: The stage.
@@ -224,5 +224,6 @@ def write_record(stage: Stage, resumes: bool = False) -> StageRecord:
     if not is_remote(folder) and losses.exists() and not resumes:
         if before is None or dict(before.given) != record or len(record['contents']) < len(places_of(stage)):
             losses.unlink()
+    (Path(folder) / 'failed.json').unlink(missing_ok=True)  # of an earlier start
     write_json(f'{folder}/stage.json', record)
     return StageRecord.model_validate(record)

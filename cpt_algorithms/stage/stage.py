@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.duration import ABSOLUTE, UNITS, Duration
 from cpt_algorithms.files import read_yaml
 from cpt_algorithms.replay.mix import DOWNLOAD_RETRY, STREAM_KEYS, Mix, Stream, read_mix
@@ -414,6 +415,10 @@ class Stage(Section):
         counts = {'data': samples} if self.mix is None else self.mix.counts(samples)
         return {name: count * self.max_seq_len for name, count in counts.items()}
 
+    def tokens_until(self, batch: int) -> dict[str, int]:
+        """The same of its first batches, of which there are no more than it has."""
+        return self.tokens_by_stream(batch if self.batches is None else min(batch, self.batches))
+
     @property
     def folder(self) -> str:
         """``save_folder``, with the run's name in it.
@@ -437,6 +442,18 @@ class Stage(Section):
     def parent(self) -> str | None:
         """The checkpoint or the pretrained model that the stage starts from; None from scratch."""
         return self.load_path or self.pretrained_model
+
+    @property
+    def begins(self) -> tuple[str, int | None] | None:
+        """The run's folder that it begins from, and the batch there, None if its name does not say; None of none."""
+        if self.merge:
+            return self.merge.of, self.merge.batch
+        return (self.load_path.rpartition('/')[0] or '.', batch_of(self.load_path)) if self.load_path else None
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether it goes on in the data of what it begins from: both are one stage."""
+        return self.merge is not None or self.train_loader.dataset.resume_after is not None
 
     @property
     def keeps_optimizer_state(self) -> bool:

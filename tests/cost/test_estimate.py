@@ -452,3 +452,41 @@ def test_the_command_plans_a_stage_and_knows_its_parents(tmp_path, data, capsys)
     assert rows_of(text)['next'][-3:] == ['M', '60', '%']
     with pytest.raises(SystemExit, match='optimizer'):
         plan_script.main([str(tmp_path / 'next.yaml'), 'optimizer=null'])
+
+
+def stage_in(folder, **over):
+    """A stage that has begun in a folder, all of one run name."""
+    config = paper_yaml(max_duration='100ba', **over)
+    write_json(folder / 'stage.json', {'run_name': 'paper', 'config': config})
+    return Stage.from_yaml(config)
+
+
+def test_a_parent_counts_until_the_checkpoint_that_was_taken(tmp_path):
+    base, second, last, anneal = (tmp_path / name for name in ('base', 'second', 'last', 'anneal'))
+    stage_in(base)
+    stage_in(second, load_path=f'{base}/ep0-ba60-rank0.pt')
+    stage = stage_in(last, load_path=f'{second}/latest-rank0.pt')
+    found, pretrained = plan_script.budgets_of('last', stage)
+    batch = stage.tokens_per_batch
+    assert (pretrained, found) == (None, {str(base): 60 * batch, str(second): 100 * batch, 'last': 100 * batch})
+    loader = stage.to_train_yaml()['train_loader']
+    loader['dataset'] = {**loader['dataset'], 'resume_after': f'{last}/ep0-ba40-rank0.pt'}
+    branch = stage_in(anneal, load_path=f'{last}/ep0-ba40-rank0.pt', train_loader=loader)
+    found, _ = plan_script.budgets_of('anneal', branch)
+    assert found == {str(base): 60 * batch, str(second): 100 * batch, 'anneal': 140 * batch}
+
+
+def test_the_saving_over_what_a_pretrained_model_has_read_is_not_known(tmp_path):
+    model = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': 'EleutherAI/pythia-70m'}
+    stage_in(tmp_path / 'base', model=model)
+    stage = stage_in(tmp_path / 'next', model=model, load_path=f'{tmp_path}/base/latest-rank0.pt')
+    budgets, base = plan_script.budgets_of('next', stage)
+    assert base == 'EleutherAI/pythia-70m'
+    text = printed(print_costs, {'big': paper('gpt_neox_9_6b')}, budgets=budgets, base=base)
+    assert 'what EleutherAI/pythia-70m has read is not known' in text and 'updating against' not in text
+
+
+def test_where_nothing_is_trained_one_line_says_so(tmp_path):
+    merge = {**paper_yaml(max_duration='0ba'), 'model': 'yamls/models/mpt_tiny.yaml'}
+    with pytest.raises(SystemExit, match=r'run\.yaml: nothing is trained'):
+        plan_script.main([str(tiny.save(merge, tmp_path / 'run.yaml'))])

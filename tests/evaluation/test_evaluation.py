@@ -61,6 +61,20 @@ def test_an_extended_run_has_one_final_window():
     assert callback.final() == {'x': {'mean': 1.5, 'stderr': 0.5, 'count': 2}}
 
 
+def test_device_time_is_that_of_the_ranks_which_trained(monkeypatch):
+    clock = iter([0, 10, 100, 105])
+    monkeypatch.setattr(f'{FinalLoss.__module__}.time.monotonic', lambda: next(clock))
+    callback, state = FinalLoss(), SimpleNamespace(evaluators=[], previous_timestamp=Timestamp(), total_loss_dict={})
+    for ranks in (8, 2):  # ten seconds on eight, and restarted, five on two
+        monkeypatch.setattr(f'{FinalLoss.__module__}.dist.get_world_size', lambda ranks=ranks: ranks)
+        kept, callback = callback.state_dict(), FinalLoss()
+        callback.load_state_dict(kept)
+        callback.fit_start(state, None)
+        callback.batch_end(state, None)
+    assert callback.device_seconds == 8 * 10 + 2 * 5
+    callback.load_state_dict({'losses': '{}'})  # of a checkpoint before there were any
+
+
 def test_signs_and_flops():
     assert forgetting(2.44, 2.17) == pytest.approx(0.27)  # Pile after SlimPajama without replay, 405 M
     assert adaptation(2.5, 3.0) == pytest.approx(0.5)
@@ -113,7 +127,7 @@ def test_a_real_run_evaluates_its_final_window_and_a_restart_keeps_it(duration, 
     (tmp_path / 'again' / 'losses.json').unlink()
     tiny.run(cfg('again'))
     again = json.loads((tmp_path / 'again' / 'losses.json').read_text())
-    assert again['cost'].pop('seconds') > 0 < straight['cost'].pop('seconds')
+    assert again['cost'].pop('device_seconds') > 0 < straight['cost'].pop('device_seconds')
     assert again == straight
 
 

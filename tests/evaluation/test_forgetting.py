@@ -214,10 +214,10 @@ def test_a_real_stage_against_its_parent(child, parent, data, tmp_path, monkeypa
         assert losses['losses'][label][0] == [0, 0, judged['parent'][label]]
     witness = recorder.read(tmp_path / 'child.jsonl')
     assert losses['learning_rate'] == [[batch, line['token'], line['lr'][0]] for batch, line in witness.items()]
-    cost = {key: value for key, value in losses['cost'].items() if key != 'seconds'}
+    cost = {key: value for key, value in losses['cost'].items() if key != 'device_seconds'}
     tokens = 8 * tiny.TOKENS_PER_BATCH
     assert cost == {'batch': 8, 'tokens': tokens, 'parameters': cost['parameters'], 'devices': 1, 'device': 'cpu'}
-    assert losses['cost']['seconds'] > 0
+    assert losses['cost']['device_seconds'] > 0
 
     [written] = wandb_files.read(tmp_path)
     first, summary = written.history[0], written.summary
@@ -240,12 +240,12 @@ def test_a_real_stage_against_its_parent(child, parent, data, tmp_path, monkeypa
         assert summary[f'perplexity/past{average}'] == pytest.approx(exp(last[f'past{average}']))
     assert summary['cost/tokens'] == tokens
     assert summary['cost/flops'] == 6 * cost['parameters'] * tokens
-    assert summary['cost/device_hours'] == pytest.approx(losses['cost']['seconds'] / 3600)
+    assert summary['cost/device_hours'] == pytest.approx(losses['cost']['device_seconds'] / 3600)
 
 
 def written(folder):
     losses = json.loads((folder / 'losses.json').read_text())
-    del losses['cost']['seconds']
+    del losses['cost']['device_seconds']
     return losses, json.loads((folder / 'forgetting.json').read_text())
 
 
@@ -278,12 +278,16 @@ def test_the_parent_is_evaluated_once(child, data, tmp_path, monkeypatch):
 def test_a_restart_goes_on_as_the_same_wandb_run(child, tmp_path):
     cfg = tiny.merge(child, {'loggers': {'wandb': {}}})
     ids = []
+    failed = tmp_path / 'child' / 'failed.json'
+    failed.parent.mkdir()
+    failed.write_text('{}')
     for given in (cfg, cfg, tiny.merge(cfg, {'loggers': {'wandb': {'init_kwargs': {'id': 'mine'}}}})):
         record = write_record(Stage.from_yaml(given))
         loggers = _tracked(given['loggers'], record.wandb_id)
         assert loggers['wandb']['init_kwargs']['resume'] == 'allow'
         ids.append(loggers['wandb']['init_kwargs']['id'])
     assert ids[0] == ids[1] != ids[2] == 'mine'
+    assert not failed.exists(), 'nor as one that has failed'
 
 
 def test_what_cannot_be_judged_is_refused(child, data, write_mds, tmp_path):

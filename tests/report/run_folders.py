@@ -59,7 +59,7 @@ def write_run(
             'losses': {label: line(label) for label in final} if batches else {},
             'final': {label: {'mean': loss, 'stderr': 0.0, 'count': 1} for label, loss in final.items()} if done else {},
             'learning_rate': [[b, b * BATCH * LENGTH, 0.01 * (1 - b / batches)] for b in range(reached)],
-            'cost': {'tokens': reached * BATCH * LENGTH, 'seconds': 360.0 * reached / (batches or 1), 'devices': 2,
+            'cost': {'tokens': reached * BATCH * LENGTH, 'device_seconds': 720.0 * reached / (batches or 1), 'devices': 2,
                      'device': 'gpu', 'parameters': parameters, 'batch': reached},
         },
     )  # fmt: skip

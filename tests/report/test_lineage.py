@@ -102,6 +102,26 @@ def test_a_pretrained_model_and_an_averaged_checkpoint_are_parents(runs):
         assert soup.merged == [each['path'] for each in inputs]
 
 
+def test_an_average_of_exports_has_their_run_as_parent(runs):
+    inputs = [{'path': f'{runs}/a/huggingface/ba{batch}', 'weight': 0.5} for batch in (40, 60)]
+    write(runs / 'soup.pt.average.json', {'inputs': inputs})
+    write_run(runs / 'of_a_soup', parent=f'{runs}/soup.pt')
+    soup = by_name(runs)['soup.pt']
+    assert (soup.kind, soup.begins) == ('merge', 60) and [child.name for child in soup.children] == ['of_a_soup']
+    assert 'soup.pt' in [child.name for child in by_name(runs)['a'].children]
+    shutil.rmtree(runs / 'a')
+    missing = by_name(runs / 'of_a_soup')['a']
+    assert (missing.kind, missing.place) == ('missing', f'{runs}/a')
+
+
+def test_links_are_followed_once(runs, tmp_path):
+    write_run(tmp_path / 'scratch' / 'german', parent=f'{runs}/a/latest-rank0.pt')
+    (runs / 'german').symlink_to(tmp_path / 'scratch' / 'german')
+    (runs / 'again').symlink_to(runs)
+    places = [node.place for _, node in walk(read_lineage([runs]))]
+    assert len(places) == len(set(places)) == 6 and str(tmp_path / 'scratch' / 'german') in places
+
+
 def test_runs_in_object_storage(runs, bucket):
     for path in runs.rglob('*.json'):
         stored = path.read_text().replace(f'{runs}/', 's3://bucket/runs/')

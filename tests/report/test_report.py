@@ -11,11 +11,13 @@ import sys
 from math import log, nan, sqrt
 from pathlib import Path
 
+import plot_averages
 import pytest
 import report as script
 from rich.console import Console
 from run_folders import PARAMETERS, change, entry, read, write, write_plan, write_run, write_sequence
 
+from cpt_algorithms.report import plots
 from cpt_algorithms.report.page import rich_table, write_report
 from cpt_algorithms.report.plots import plots_of
 from cpt_algorithms.report.run_records import read_runs
@@ -181,7 +183,7 @@ def test_model_sizes_side_by_side(tmp_path, no_plots):
     assert 'none (10.0 M parameters)' in line and '1.00 k' not in line
 
 
-def benchmark(folder, right, missing=()):
+def benchmark(folder, right, missing=(), export='ba10'):
     """`right` of 4 items."""
     values = [int(item < right) for item in range(4)]
     task = {'task': 'x', 'version': 1, 'num_fewshot': 0, 'metric': 'acc', 'higher_is_better': True, 'stderr': 0.2,
@@ -189,7 +191,7 @@ def benchmark(folder, right, missing=()):
             'entry': {'task': 'x'}, 'items': 'abcd'}  # fmt: skip
     bits = {**task, 'metric': 'bits_per_byte', 'higher_is_better': False, 'score': right / 8, 'weights': [2] * 4}
     write(
-        folder / 'huggingface' / 'lm_eval' / 'english' / 'ba10.json',
+        folder / 'huggingface' / 'lm_eval' / 'english' / f'{export}.json',
         {'suite': 'english', 'model': 'x', 'tasks': {'arc': task, 'wiki': bits},
          'missing': dict.fromkeys(missing, 'its data is not here'), 'settings': {}},
     )  # fmt: skip
@@ -219,6 +221,37 @@ def test_benchmarks_by_hand(tiny, tmp_path, no_plots):
     assert saved[1]['against parent']['arc']['noise'] is True
 
 
+def test_a_run_is_compared_with_the_checkpoint_that_it_began_from(tiny):
+    parent, branch = tiny / 'old-s1', tiny / 'anneal-s1'
+    for export, right in (('ba5', 2), ('ba10', 3)):
+        benchmark(parent, right, export=export)
+    write_run(tiny / 'new-none-s1', {'old': 4.0, 'new': 1.0}, f'{parent}/ep0-ba5-rank0.pt')
+    write_run(tiny / 'new-r25-s1', {'old': 4.0, 'new': 1.0}, f'{parent}/ep0-ba7-rank0.pt')
+    write_run(branch, {'old': 4.0, 'new': 1.0}, f'{tiny}/new-none-s1/ep0-ba5-rank0.pt')
+    added = entry('anneal-s1', 'anneal', 'new', 1, 'new-none-s1', {'new': 500}, before={'new': 500})
+    change(tiny / 'sequence.json', lambda value: value['runs'].append(added))
+    for run in ('new-none-s1', 'new-r25-s1', 'anneal-s1'):
+        benchmark(tiny / run, 1)
+    deltas = {name: scores.deltas for name, scores in scored(read_runs([tiny])).items()}
+    assert deltas['none']['arc'].value == deltas['anneal']['arc'].value == pytest.approx(-25), 'of batch 5'
+    assert deltas['replay 25 %'] == {}, 'batch 7 was not scored'
+
+
+def test_what_was_scored_before_the_end_is_no_result(tiny):
+    for run, export in (('new-none-s1', 'ba5'), ('new-r25-s1', 'ba10'), ('new-r25-s1', 'ba5-lawa')):
+        benchmark(tiny / run, 1, export=export)
+    study = read_runs([tiny])
+    assert list(scored(study)) == ['replay 25 %']
+    said = [line for line in missing(study, rows_of(study)) if line.startswith('lm-eval english: ')]
+    assert said[1:] == [
+        'lm-eval english: no results of new-none-s1 at batch 10, only at batch 5',
+        'lm-eval english: no results of new-r25-s1, lawa at batch 10, only at batch 5',
+    ]
+    (tiny / 'union-s1' / 'done.json').unlink()
+    benchmark(tiny / 'union-s1', 1, export='ba8')
+    assert 'union' in scored(read_runs([tiny])), 'the newest of a run that goes on'
+
+
 def test_seeds_that_answer_the_same_items_are_not_more_items(tmp_path):
     folder = write_sequence(tmp_path, seeds=(1, 2))
     for seed in (1, 2):
@@ -236,8 +269,29 @@ def test_seeds_that_answer_the_same_items_are_not_more_items(tmp_path):
 
 
 def test_arms_of_two_sequences_are_not_seeds_of_one(tmp_path):
-    found = rows(write_sequence(tmp_path / 'one', seeds=(1,)), write_sequence(tmp_path / 'two', seeds=(1,)))
-    assert found['none'].columns['loss old'].count == found['none (two)'].columns['loss old'].count == 1
+    one = write_sequence(tmp_path / 'one', seeds=(1, 2))
+    two = write_sequence(tmp_path / 'two', seeds=(2, 3))
+    study = read_runs([one, two])
+    found = {row.name: row for row in rows_of(study)}
+    assert found['none (one)'].columns['loss old'].values == (4.1, 4.2)
+    assert found['none (two)'].columns['loss old'].values == (4.2, 4.3)
+    assert {'union (one)', 'union (two)', 'old only (one)', 'old only (two)'} <= found.keys()
+    lines = plots._lines(study, study.arms(PARAMETERS), lambda run: run.losses['old'])
+    shared = [[run.folder for run in line.runs] for line in lines if line.label == 'old (shared)']
+    assert shared == [[f'{one}/old-s1', f'{one}/old-s2'], [f'{two}/old-s2', f'{two}/old-s3']]
+
+
+def test_hours_are_saved_against_union_of_the_same_sequence(tmp_path):
+    one, two = write_sequence(tmp_path / 'one', seeds=(1,)), write_sequence(tmp_path / 'two', seeds=(2,))
+    change(two / 'union-s2' / 'losses.json', lambda value: value['cost'].update(device_seconds=7200.0))
+    three = write_sequence(tmp_path / 'three', seeds=(1,), union=False)
+    study = read_runs([one, two, three])
+    found = {row.name: row.columns for row in rows_of(study)}
+    assert found['none (one)']['device hours saved'].mean == pytest.approx(0.2 - 0.2)
+    assert found['none (two)']['device hours saved'].mean == pytest.approx(2 - 0.2)
+    assert found['none (three)']['device hours saved (estimated)'].mean == pytest.approx(0.4 - 0.2)
+    (bars,) = (plot.figure.axes[0] for plot in plots_of(study, rows_of(study)) if plot.name == 'cost')
+    assert 'union' in [text.get_text() for text in bars.texts], 'dotted, of the sequence that has not trained it'
 
 
 @pytest.mark.parametrize(('loaders', 'data'), [(None, []), ({'label': 'old'}, ['old'])])
@@ -295,6 +349,31 @@ def test_a_branch_of_a_single_run_has_what_its_trunk_had_read(tiny):
     assert (anneal.budget, anneal.replayed, anneal.union_tokens, anneal.kind) == (1000, 250, 2000, 'update')
     assert study.hours(anneal) == pytest.approx(0.2 + 0.2 * 600 / 1000)
     assert (sum(merged.tokens.values()), merged.budget, merged.union_tokens) == (0, 1000, 2000)
+
+
+def test_what_a_parent_read_after_a_run_left_it_is_not_the_runs(tiny):
+    """In union's tokens, and where the plots begin; an anneal is no stage after the whole trunk."""
+    parent, child, anneal = tiny / 'old-s1', tiny / 'child-s1', tiny / 'anneal-s1'
+    write_run(child, {'new': 1.0}, f'{parent}/ep0-ba5-rank0.pt')
+    (child / 'forgetting.json').unlink()
+    change(child / 'losses.json', lambda value: value['losses']['new'].pop(0))
+    dataset = {'new': {'new': {'local': 'data/x'}}, 'resume_after': f'{child}/ep0-ba6-rank0.pt'}
+    loader = {'name': 'replay_text', 'dataset': dataset}
+    write_run(anneal, {'new': 0.9}, f'{child}/ep0-ba6-rank0.pt', batches=4, train_loader=loader)
+    study = read_runs([child, anneal])
+    assert [run.union_tokens for run in study.given] == [500 + 1000, 500 + 600 + 400]
+    lines = plots._lines(study, study.arms(PARAMETERS), lambda run: run.losses['new'])
+    assert {line.label: line.start for line in lines} == {'old-s1 (shared)': 0, 'child': 500, 'anneal': 1100}
+    assert plots._from_parent(study, study.given[0], 'new')[0][2] == read(parent / 'losses.json')['losses']['new'][1][2]
+
+
+def test_a_branch_of_a_trunk_that_goes_on_has_its_share_of_the_hours(tiny):
+    trunk = tiny / 'new-none-s1'
+    write_run(trunk, {'old': 4.0, 'new': 1.0}, f'{tiny}/old-s1/latest-rank0.pt', reached=5)
+    write_run(tiny / 'anneal-s1', {'old': 4.0, 'new': 1.0}, f'{trunk}/ep0-ba5-rank0.pt', batches=5)
+    added = entry('anneal-s1', 'anneal', 'new', 1, 'new-none-s1', {'new': 500}, before={'new': 500})
+    change(tiny / 'sequence.json', lambda value: value['runs'].append(added))
+    assert rows(tiny)['anneal'].columns['device hours'].mean == pytest.approx(0.2 + 0.1), 'all of the trunk so far'
 
 
 def test_a_parent_that_is_not_there_is_said(alone):
@@ -451,6 +530,18 @@ def test_script(tiny, tmp_path, capsys, no_plots):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(SystemExit, match=str(tmp_path / 'empty')):
         script.main([str(tmp_path / 'empty')])
+
+
+def test_averages_are_plotted_of_runs_that_diverged_or_are_shorter(tmp_path, monkeypatch, capsys):
+    for seed, batches in ((1, 40), (2, 20)):
+        write_run(tmp_path / f'run-s{seed}', {'old': 2.0, 'old/lawa': 1.0}, batches=batches, start={'old': 2.0})
+    shown = plot_averages.rows_of(plot_averages.read([*tmp_path.iterdir()], 'old')['run'], 5, None)
+    assert [row[4] for row in shown] == ['2.000 ± 0.000', '1.000 ± 0.000'], 'at the end of each'
+    losses = {'old': [[0, 0, 2.0], [5, 500, None], [10, 1000, None]], 'old/lawa': [[0, 0, 2.0], [10, 1000, 1.5]]}
+    change(tmp_path / 'run-s2' / 'losses.json', lambda value: value.update(losses=losses))
+    monkeypatch.setattr(sys, 'argv', ['plot_averages', *map(str, tmp_path.iterdir()), '--out', str(tmp_path / 'a.png')])
+    plot_averages.main()
+    assert (tmp_path / 'a.png').exists() and 'nan' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name', ['report', 'lineage'])

@@ -288,8 +288,9 @@ def without_tied(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix('model.'): tensor for name, tensor in model.items() if name != 'model.lm_head.weight'}
 
 
-def test_a_run_as_hugging_face_model(run, tmp_path, capsys):
-    out = average(tmp_path / 'out', run, '--accumulate', 'float64')
+def test_a_run_as_hugging_face_model(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(run.parent)  # where it was made, its record does not tell
+    out = average(tmp_path / 'out', run.name, '--accumulate', 'float64')
     printed = capsys.readouterr().out
     assert all(f'ep0-ba{batch}-rank0.pt' in printed for batch in (2, 4, 6)) and 'latest' not in printed
     exact = mean(trajectory(run), [1 / 3] * 3)
