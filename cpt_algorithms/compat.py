@@ -84,13 +84,13 @@ def _(hf_fsdp: ModuleType) -> None:
         found = stock(model)
         return model.base_model if found is model else found
 
-    hf_fsdp.hf_get_causal_base_model = hf_get_causal_base_model
+    vars(hf_fsdp)['hf_get_causal_base_model'] = hf_get_causal_base_model
 
 
 @_mends('llmfoundry.models.mpt.modeling_mpt', 'MPTForCausalLM', "'MPTForCausalLM' object has no attribute 'generate'")
 def _(modeling_mpt: ModuleType) -> None:
     """Since transformers 4.50 models do not inherit ``generate``, and are then given a cache that MPT cannot use."""
-    from transformers import GenerationMixin
+    from transformers.generation.utils import GenerationMixin
 
     mpt = modeling_mpt.MPTForCausalLM
     if not issubclass(mpt, GenerationMixin):

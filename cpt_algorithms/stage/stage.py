@@ -239,8 +239,9 @@ class BranchPointArguments(Section):
 
 
 class Callbacks(Section):
-    """The callbacks that are looked into; ``name: null`` is one without arguments."""
+    """The callbacks that are looked into, among others; ``name: null`` is one without arguments."""
 
+    __pydantic_extra__: dict[str, dict[str, Any]]
     stage_start: StageStartArguments | None = None
     final_loss: Section | None = None
     forgetting: ForgettingArguments | None = None

@@ -52,6 +52,7 @@ def test_what_follows_from_a_stage(yaml, tmp_path):
 
 
 WRONG = {
+    'callbacks.lr_monitor': ('yes', "'yes'", 'mapping'),
     'max_duration': ('12', '12', 'tok'),
     'max_seq_len': ('16', "'16'", 'whole number'),
     'global_train_batch_size': (8.0, '8.0', 'whole number'),
