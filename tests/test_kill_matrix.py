@@ -47,8 +47,8 @@ os.environ.update(given['environment'])
 sys.argv, sys.path[:0] = given['words'], given['path']
 runpy.run_path(given['words'][0], run_name='__main__')
 """
-# Of the one fork server, whoever starts it.
-ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'FSDP_VERSION': '2'}
+# Of the fork server, unless another test of this process has started it.
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 PHASES = ('start', 'training', 'save', 'average', 'export')
 
 
@@ -98,7 +98,7 @@ class Process:
         self.given = {'words': list(map(str, words)), 'path': list(map(str, folders))}
 
     def start(self, environment=None):
-        (self.place / 'process.json').write_text(json.dumps({**self.given, 'environment': environment or {}}))
+        (self.place / 'process.json').write_text(json.dumps({**self.given, 'environment': {'FSDP_VERSION': '2', **(environment or {})}}))
         process = fork(self.place / 'process.py', self.place / 'run.yaml', self.place / 'log.txt', ENVIRONMENT)
         self.process, self.code = process.pid, lambda: process.exitcode
 
