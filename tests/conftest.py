@@ -12,6 +12,7 @@ os.environ.setdefault('WANDB_MODE', 'offline')
 
 import atexit
 import gc
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -156,6 +157,20 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_mds) -> dict[str, Path]
         folders[name] = write_mds(root / name, number, size)
         write_mds(root / name, 10 + number, 16, split='val')
     return folders
+
+
+@pytest.fixture(scope='session')
+def offline(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What yamls/eval/offline.yaml wants, of the letters that the tokenizer knows."""
+    root = tmp_path_factory.mktemp('offline')
+    (root / 'lm_eval').mkdir()
+    for seed, name in enumerate(('python', 'cpp')):
+        texts = [''.join(chr(97 + (7 * i + j * (seed + 3)) % 20) for j in range(12)) for i in range(8)]
+        choices = [{'context': t[:6], 'choices': [t[6:], *(o[6:] for o in texts[:3])], 'answer': 0} for t in texts]
+        for kind, items in (('passages', [{'text': text} for text in texts]), ('continuations', choices)):
+            lines = ''.join(json.dumps(item) + '\n' for item in items)
+            (root / 'lm_eval' / f'{name}_{kind}.jsonl').write_text(lines)
+    return [str(Path(__file__).parents[1] / 'yamls' / 'eval' / 'offline.yaml'), f'variables.root={root}']
 
 
 @pytest.fixture(scope='session')

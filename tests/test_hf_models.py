@@ -4,7 +4,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import average_checkpoints
 import evaluate
@@ -13,15 +12,12 @@ import pytest
 import recorder
 import tiny
 import torch
+from pretrained import LONG, SIZES, load, logits, loss_by_hand, make, of_checkpoint, read, stage
 from safetensors.torch import load_file, save_file
-from streaming import StreamingDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from cpt_algorithms.checkpoints.exports import PretrainedModel, folder_of_pretrained, parent_of
@@ -32,102 +28,11 @@ from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.restart_checks import write_record
 from cpt_algorithms.stage.stage import Stage
 
-SIZES = {
-    'vocab_size': tiny.VOCAB, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
-    'num_attention_heads': 4, 'max_position_embeddings': tiny.SEQ_LEN,
-}  # fmt: skip
-LONG = 64
-KINDS = ('neox', 'llama', 'tied_llama')
-
-
-def make(kind, folder, tokenizer, dtype=torch.float32, **over):
-    """A random model, saved as people publish them: weights, config and tokenizer in one folder."""
-    torch.manual_seed(5)
-    if kind == 'neox':
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES | over, rotary_pct=0.25, use_parallel_residual=True))
-    else:
-        tied = kind == 'tied_llama'
-        model = LlamaForCausalLM(LlamaConfig(**SIZES | over, num_key_value_heads=2, tie_word_embeddings=tied))
-    model.to(dtype).save_pretrained(folder / kind)
-    shutil.copytree(tokenizer, folder / kind, dirs_exist_ok=True)
-    return folder / kind
-
 
 @pytest.fixture(scope='module')
 def bases(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('bases')
-    return {kind: make(kind, folder, data['tokenizer']) for kind in KINDS}
-
-
-@pytest.fixture(scope='module')
-def offline(tmp_path_factory):
-    """What yamls/eval/offline.yaml wants, of the letters that the tokenizer knows."""
-    root = tmp_path_factory.mktemp('offline')
-    (root / 'lm_eval').mkdir()
-    for seed, name in enumerate(('python', 'cpp')):
-        texts = [''.join(chr(97 + (7 * i + j * (seed + 3)) % 20) for j in range(12)) for i in range(8)]
-        choices = [{'context': t[:6], 'choices': [t[6:], *(o[6:] for o in texts[:3])], 'answer': 0} for t in texts]
-        for kind, items in (('passages', [{'text': text} for text in texts]), ('continuations', choices)):
-            lines = ''.join(json.dumps(item) + '\n' for item in items)
-            (root / 'lm_eval' / f'{name}_{kind}.jsonl').write_text(lines)
-    return [str(tiny.ROOT / 'yamls' / 'eval' / 'offline.yaml'), f'variables.root={root}']
-
-
-def stage(folder, data, run_name, base, **over):
-    """An update of a base with ``new``; ``old`` stands in for what the base has learned, which nobody knows."""
-    stand_in = {'local': str(data['old']), 'split': 'train', 'stand_in_for': 'what it was trained on'}
-    model = {
-        'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(base), 'pretrained': True, 'init_device': 'cpu',
-        'use_train_metrics': False, 'attn_implementation': 'sdpa',
-    }  # fmt: skip
-    cfg = tiny.config(
-        folder, data, run_name, eval_interval='3ba', save_num_checkpoints_to_keep=-1,
-        eval_loader=[tiny.eval_loader('fresh', data['new']), tiny.eval_loader('past', data['old'])],
-        train_loader={'dataset': {'replay': {'fraction': 0.25, 'streams': {'old': stand_in}}}},
-        callbacks={
-            'forgetting': {'new': ['fresh'], 'old': ['past']}, 'final_loss': {'window': '4ba', 'interval': '2ba'},
-            'ema': {'half_life': '2ba'}, 'lawa': {'k': 2, 'interval': '2ba'},
-        },
-        optimizer={'lr': 5e-3},
-    )  # fmt: skip
-    return tiny.merge({**cfg, 'model': model}, over)
-
-
-def read(path):
-    return json.loads(Path(path).read_text())
-
-
-def load(folder):
-    """As its users load it; nothing may be missing."""
-    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(found.values()), found
-    return model.eval()
-
-
-def logits(model):
-    tokens = torch.arange(2 * tiny.SEQ_LEN).reshape(2, -1)
-    with torch.no_grad():
-        return model(tokens).logits
-
-
-def of_checkpoint(path, config):
-    """The model that a Composer checkpoint holds, by transformers alone."""
-    model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(config).config)
-    state = torch.load(path, weights_only=False)['state']['model']
-    model.load_state_dict({name.removeprefix('model.'): value for name, value in state.items()})
-    return model.eval()
-
-
-def loss_by_hand(model, folder, tokenizer):
-    """Mean loss over a validation set, without Composer."""
-    nats, count = 0.0, 0
-    for row in StreamingDataset(local=str(folder), split='val', batch_size=1):
-        ids = torch.as_tensor(row['tokens'].astype('int64'))[None]
-        with torch.no_grad():
-            predictions = model(ids).logits[0, :-1]
-        nats += float(torch.nn.functional.cross_entropy(predictions, ids[0, 1:], reduction='sum'))
-        count += ids.numel() - 1
-    return nats / count
+    return {kind: make(kind, folder, data['tokenizer']) for kind in ('neox', 'llama', 'tied_llama')}
 
 
 # A stage from a base, in this process

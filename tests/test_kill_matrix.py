@@ -98,7 +98,9 @@ class Process:
         self.given = {'words': list(map(str, words)), 'path': list(map(str, folders))}
 
     def start(self, environment=None):
-        (self.place / 'process.json').write_text(json.dumps({**self.given, 'environment': {'FSDP_VERSION': '2', **(environment or {})}}))
+        (self.place / 'process.json').write_text(
+            json.dumps({**self.given, 'environment': {'FSDP_VERSION': '2', **(environment or {})}})
+        )
         process = fork(self.place / 'process.py', self.place / 'run.yaml', self.place / 'log.txt', ENVIRONMENT)
         self.process, self.code = process.pid, lambda: process.exitcode
 
