@@ -32,7 +32,7 @@ from cpt_algorithms.stage.stage import Stage
 @pytest.fixture(scope='module')
 def bases(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('bases')
-    return {kind: make(kind, folder, data['tokenizer']) for kind in ('neox', 'llama', 'tied_llama')}
+    return {kind: make(kind, folder, data['tokenizer']) for kind in ('neox', 'llama', 'tied_llama', 'qwen3')}
 
 
 # A stage from a base, in this process
@@ -355,7 +355,7 @@ def test_a_base_of_the_hub_is_looked_for_in_its_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('kind', 'device'), [('neox', 'cpu'), ('tied_llama', 'mixed')])
+@pytest.mark.parametrize(('kind', 'device'), [('neox', 'cpu'), ('tied_llama', 'mixed'), ('qwen3', 'mixed')])
 def test_two_ranks_update_a_base_and_go_on_after_a_kill(kind, device, bases, data, offline, tmp_path):
     sharded = {'fsdp_config': {'state_dict_type': 'sharded'}, 'model': {'init_device': device}, 'save_interval': '3ba'}
 
