@@ -214,12 +214,14 @@ class RunSet:
             if run in self.given and run.parameters == size:
                 arms.setdefault((run.sequence, name), Arm(name, run.kind, [])).runs.append(run)
         # in several sequences, one name is that of several arms
-        sequences, above = (
-            Counter(name for _, name in arms),
-            os.path.commonpath([sequence for sequence, _ in arms] or ['/']),
-        )
+        sequences = Counter(name for _, name in arms)
+        above = len(os.path.commonprefix([sequence.split('/') for sequence, _ in arms]))  # here or in object storage
+
+        def of(sequence: str) -> str:
+            return '/'.join(sequence.split('/')[above:]) or os.path.basename(sequence)
+
         return [
-            replace(arm, name=f'{name} ({os.path.relpath(sequence, above)})') if sequences[name] > 1 else arm
+            replace(arm, name=f'{name} ({of(sequence)})') if sequences[name] > 1 else arm
             for (sequence, name), arm in arms.items()
         ]
 
