@@ -228,6 +228,9 @@ def _as_yaml(hint: Any) -> Any:
         return Union[tuple(_as_yaml(each) for each in inside)]  # noqa: UP007
     if origin in _MAPPINGS:
         return dict[str, _as_yaml(inside[1])] if inside else dict[str, Any]
+    if origin is tuple and inside and Ellipsis not in inside:
+        each = Union[tuple(map(_as_yaml, inside))]  # noqa: UP007
+        return Annotated[list[each], Field(min_length=len(inside), max_length=len(inside))]
     if origin in _LISTS:
         return list[_as_yaml(inside[0])] if inside else list[Any]
     return hint if origin in (bool, str, int, float, Literal, None, NoneType) else Any
@@ -292,8 +295,9 @@ def _problem(path: str, value: Any, errors: list[Any], kind: type[BaseModel] | N
         elif name in _BOUNDS:
             word, bound = _BOUNDS[name]
             kinds.append(f'{word} {context[bound]:g}')
-        elif name == 'too_short':
-            kinds.append(f'a list of at least {context["min_length"]}')
+        elif name in ('too_short', 'too_long'):
+            few = name == 'too_short'
+            kinds.append(f'a list of at {"least" if few else "most"} {context["min_length" if few else "max_length"]}')
         else:
             kinds.append(_KINDS.get(name) or str(each['msg']))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
