@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cpt_algorithms.checkpoints.errors import CheckpointError
+from cpt_algorithms.checkpoints.errors import CheckpointError, UnsafeCheckpointError
 from cpt_algorithms.files import fetch, is_remote, list_names, read_or_none
 
 __all__ = [
@@ -81,7 +81,10 @@ def is_complete(path: str | Path) -> bool:
             sizes = {file.name: file.stat().st_size for file in path.iterdir()}
         except FileNotFoundError:  # deleted since
             return False
-    return all(sizes.get(name, -1) >= end for name, end in _ends(path).items())
+    try:
+        return all(sizes.get(name, -1) >= end for name, end in _ends(path).items())
+    except UnsafeCheckpointError:  # which is refused, or trusted, where it is loaded
+        return True
 
 
 def _is_zip(path: Path) -> bool:

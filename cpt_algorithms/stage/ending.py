@@ -10,6 +10,7 @@ from composer.callbacks import EarlyStopper
 from composer.core import Callback, State, Timestamp
 from composer.loggers import Logger
 
+from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
 from cpt_algorithms.checkpoints.open import state_of, time_of
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.stage.record import has_reached
@@ -65,5 +66,8 @@ class Ending(Callback):
 
 def has_ended(checkpoint: str | Path, max_duration: Duration) -> bool:
     """Whether a checkpoint is the last of its run: it has reached its end, or was stopped on the way to it."""
-    kept = json.loads(state_of(checkpoint, 'callbacks', 'Ending').get('ending', '{}'))
+    try:
+        kept = json.loads(state_of(checkpoint, 'callbacks', 'Ending').get('ending', '{}'))
+    except UnsafeCheckpointError:  # which is refused, or trusted, where it is loaded
+        return False
     return kept.get('ended') == str(max_duration) or has_reached(time_of(checkpoint), max_duration)

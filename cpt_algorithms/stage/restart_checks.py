@@ -7,7 +7,7 @@ import secrets
 from importlib.metadata import version
 from pathlib import Path
 
-from cpt_algorithms.checkpoints.errors import CheckpointError
+from cpt_algorithms.checkpoints.errors import CheckpointError, UnsafeCheckpointError
 from cpt_algorithms.checkpoints.open import time_of
 from cpt_algorithms.checkpoints.save_folder import (
     check_links,
@@ -148,11 +148,14 @@ def restart_problem(stage: Stage) -> str | None:
 
 
 def _trained(folder: str) -> dict[str, int]:
-    """How far the run in a folder was trained, in each unit; of a checkpoint in object storage, in batches."""
+    """How far the run in a folder was trained, in each unit; in batches where the checkpoint is not read here."""
     if done := read_json(f'{folder}/done.json'):
         return done['time']
     batch, newest = newest_complete(folder)
-    return time_of(newest) if newest and not is_remote(newest) else {'ba': batch}
+    try:
+        return time_of(newest) if newest and not is_remote(newest) else {'ba': batch}
+    except UnsafeCheckpointError:  # which is refused, or trusted, where it is loaded
+        return {'ba': batch}
 
 
 def check_restart(stage: Stage) -> None:
