@@ -69,7 +69,8 @@ def is_complete(path: str | Path) -> bool:
     files are, some of which may be deleted before it.
 
     Raises:
-        CheckpointError: If it cannot be read, or ``.metadata``, which is there whole or not at all, is damaged.
+        CheckpointError: If it cannot be read, or is damaged: ``.metadata`` is there whole or not at all, and what it
+            names is whole or deleted.
     """
     path = Path(path)
     with _reading(path):
@@ -82,9 +83,15 @@ def is_complete(path: str | Path) -> bool:
         except FileNotFoundError:  # deleted since
             return False
     try:
-        return all(sizes.get(name, -1) >= end for name, end in _ends(path).items())
+        ends = _ends(path)
     except UnsafeCheckpointError:  # which is refused, or trusted, where it is loaded
         return True
+    for name, end in ends.items():
+        if sizes.get(name, end) < end:  # neither a save nor a deletion that was cut off leaves this
+            raise CheckpointError(
+                f'{path / name} is damaged: it has {sizes[name]:,} bytes, of which {end:,} are to be read'
+            )
+    return ends.keys() <= sizes.keys()
 
 
 def _is_zip(path: Path) -> bool:

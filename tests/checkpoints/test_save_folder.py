@@ -61,6 +61,10 @@ def test_sharded_folders_that_are_not_complete(tmp_path):
     data[2].unlink()
     (checkpoints[8] / '.metadata').unlink()
     os.truncate(data[10], data[10].stat().st_size // 2)
+    for judge in (newest_complete, half_written, repair):
+        with pytest.raises(CheckpointError, match=rf'{data[10]} is damaged: it has'):
+            judge(tmp_path)  # .metadata is written last, so no kill has left this
+    (checkpoints[10] / '.metadata').unlink()
     assert newest_complete(tmp_path) == (6, str(checkpoints[6]))
     before = sorted(tmp_path.rglob('*'))
     with pytest.raises(CheckpointError, match=r'ep0-ba8 is not whole.* move it away, .* goes on from 6'):
