@@ -241,7 +241,7 @@ class BranchPointArguments(Section):
 class Callbacks(Section):
     """The callbacks that are looked into, among others; ``name: null`` is one without arguments."""
 
-    __pydantic_extra__: dict[str, dict[str, Any]]
+    __pydantic_extra__: dict[str, dict[str, Any]] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
     stage_start: StageStartArguments | None = None
     final_loss: Section | None = None
     forgetting: ForgettingArguments | None = None
