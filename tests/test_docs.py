@@ -128,7 +128,7 @@ COMMANDS = {  # of which some are on several pages
     if command and not command.startswith(('#', 'export '))
 }.values()
 # of others, and what this machine has not: a bucket, W&B's server
-FOREIGN = {'aws', 'wandb', 'pip'}
+FOREIGN = {'aws', 'wandb', 'pip', 'uv'}
 
 
 @pytest.mark.parametrize('command', COMMANDS)
