@@ -64,7 +64,7 @@ def convert(file: Path, out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.out.exists():
         parser.error(f'--out {options.out} exists already; nothing is overwritten')
     if not options.gguf.is_file():
