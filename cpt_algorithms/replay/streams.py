@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from tempfile import gettempdir
@@ -52,7 +53,7 @@ SHARED_MEMORY = Path('/dev/shm')
 PARTIAL = re.compile(r'^(shard\..*|index\.json)\.(part(\.\w{8})?|tmp(\.part(\.\w{8})?)?)$')
 
 # Open files that lock the cache folders of this process, until it ends.
-_claimed_folders: dict[str, list[Any]] = {}
+_claimed_folders: dict[str, ExitStack] = {}
 _exiting: list[bool] = []
 # Python joins the threads that download before it exits, and they may be waiting for a server.
 threading._register_atexit(lambda: _exiting.append(True))  # pyright: ignore[reportAttributeAccessIssue]
@@ -213,12 +214,14 @@ def _claim_folder(folder: str) -> None:
     if SHARED_MEMORY.is_dir():
         # containers may share it without sharing folders or seeing each other's processes
         locks.append(SHARED_MEMORY / f'cpt_algorithms_{os.getuid()}_{get_hash("xxh64", folder.encode())}')
-    held = [_lock(path, folder, deadline) for path in locks]
-    _remove_stale_shared_memory(folder, deadline)
-    for root, _, leaves in os.walk(folder):
-        for leaf in filter(PARTIAL.search, leaves):
-            os.remove(os.path.join(root, leaf))
-    _claimed_folders[folder] = held
+    with ExitStack() as held:  # what is not reserved whole is not reserved
+        for path in locks:
+            held.enter_context(_lock(path, folder, deadline))
+        _remove_stale_shared_memory(folder, deadline)
+        for root, _, leaves in os.walk(folder):
+            for leaf in filter(PARTIAL.search, leaves):
+                os.remove(os.path.join(root, leaf))
+        _claimed_folders[folder] = held.pop_all()
 
 
 def _claim_free_one(local: str, split: str) -> str:

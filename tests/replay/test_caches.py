@@ -141,6 +141,21 @@ def test_without_a_folder_of_its_own_a_cache_is_found_again(remote, tmp_path, mo
     assert (cache / 'train' / 'index.json').exists()
 
 
+def test_a_folder_that_could_not_be_claimed_is_not_kept_locked(tmp_path, monkeypatch):
+    from cpt_algorithms.replay import streams
+
+    def in_use(folder, deadline):
+        raise streams._InUseError(f'{folder} is in use')
+
+    monkeypatch.setattr(streams, '_claimed_folders', {})
+    with monkeypatch.context() as patch:
+        patch.setattr(streams, '_remove_stale_shared_memory', in_use)
+        with pytest.raises(streams._InUseError) as kept:
+            streams._claim_folder(str(tmp_path))
+    streams._claim_folder(str(tmp_path))  # while the error, and with it its frames, is still held
+    assert 'is in use' in str(kept.value)
+
+
 def test_a_second_run_caches_elsewhere_and_says_so(remote, tmp_path, monkeypatch, caplog):
     from cpt_algorithms.replay import streams
 
