@@ -5,6 +5,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Mapping
 from multiprocessing import resource_tracker
@@ -46,6 +47,7 @@ def fork(script: Path, yaml: Path, log: Path, environment: Mapping[str, str]) ->
 
 
 def _run(script: str, yaml: str, log: str) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     die_with_parent()
     sequence = multiprocessing.parent_process()
     if sequence is None or not sequence.is_alive():  # and with it the server, before we could ask to die with it

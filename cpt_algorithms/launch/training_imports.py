@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Imported by the process that runs are forked from, and by nothing else: what training needs seconds to load."""
 
+import signal
+
 from cpt_algorithms.launch.processes import die_with_parent
 from cpt_algorithms.quiet import ignore_known_warnings
 
 die_with_parent()
+# A fork takes it when it has begun: Composer's handler raises SystemExit, which is lost in what runs after a fork.
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 ignore_known_warnings()
 
 import llmfoundry.command_utils  # noqa: E402, F401

@@ -85,6 +85,15 @@ def test_a_script_runs_and_ends_as_if_it_had_been_started_by_itself(script, writ
     assert (runs[0] / 'log.txt').read_text().count('__main__') == 2, 'a log is added to'
 
 
+@pytest.mark.long
+def test_a_run_that_is_stopped_as_it_begins_ends(script, write, wait):
+    start, run = make_launcher(Resources(), jobs=1), write('run', 'time.sleep(600)')
+    for _ in range(5):
+        handle = start(script, run)
+        os.kill(int(handle.name.split()[-1]), signal.SIGTERM)
+        assert wait(handle) == 128 + signal.SIGTERM
+
+
 PARENT = """
 import sys, time
 from pathlib import Path
