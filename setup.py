@@ -9,31 +9,31 @@ from setuptools import find_packages, setup
 # entry point wins over a built-in of the same name: never reuse one of llm-foundry's names.
 ENTRY_POINTS = {
     'llmfoundry_schedulers': [
-        'rewarm_cosine = cpt_algorithms.schedulers:RewarmCosineScheduler',
-        'rewarm_constant = cpt_algorithms.schedulers:RewarmConstantScheduler',
-        'infinite = cpt_algorithms.schedulers:InfiniteScheduler',
-        'wsd = cpt_algorithms.schedulers:WSDScheduler',
+        'rewarm_cosine = cpt_algorithms.schedulers.schedulers:RewarmCosineScheduler',
+        'rewarm_constant = cpt_algorithms.schedulers.schedulers:RewarmConstantScheduler',
+        'infinite = cpt_algorithms.schedulers.schedulers:InfiniteScheduler',
+        'wsd = cpt_algorithms.schedulers.schedulers:WSDScheduler',
     ],
     'llmfoundry_dataloaders': [
-        'replay_text = cpt_algorithms.replay:build_replay_text_dataloader',
+        'replay_text = cpt_algorithms.replay.replay_text:build_replay_text_dataloader',
     ],
     'llmfoundry_callbacks': [
-        'branch_points = cpt_algorithms.stage:BranchPoints',
-        'final_loss = cpt_algorithms.evaluation:FinalLoss',
-        'forgetting = cpt_algorithms.evaluation:Forgetting',
-        'ema = cpt_algorithms.weight_averaging:EMA',
-        'lawa = cpt_algorithms.weight_averaging:LAWA',
+        'branch_points = cpt_algorithms.stage.branch_points:BranchPoints',
+        'final_loss = cpt_algorithms.evaluation.final_loss:FinalLoss',
+        'forgetting = cpt_algorithms.evaluation.forgetting:Forgetting',
+        'ema = cpt_algorithms.weight_averaging.ema:EMA',
+        'lawa = cpt_algorithms.weight_averaging.lawa:LAWA',
     ],
     # llm-foundry loads each of these for every training, whatever its YAML names
     'llmfoundry_config_transforms': [
         'cpt_algorithms_compat = cpt_algorithms.compat:as_given',
     ],
     'llmfoundry_callbacks_with_config': [
-        'stage_start = cpt_algorithms.stage:StageStart',
+        'stage_start = cpt_algorithms.stage.stage_start:StageStart',
     ],
     # what `stream_name` of a `text` dataset may say
     'streaming_streams_registry': [
-        'resilient = cpt_algorithms.replay:ResilientStream',
+        'resilient = cpt_algorithms.replay.streams:ResilientStream',
     ],
 }
 

@@ -5,10 +5,10 @@ LLM Foundry finds the schedulers, the callbacks and the loader by their YAML nam
 Python. Parts are imported when they are first asked for: LLM Foundry alone takes ten seconds and half a gigabyte.
 """
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import cpt_algorithms.compat  # noqa: F401  mends what other releases of the packages below break
-from cpt_algorithms.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cpt_algorithms.evaluation.final_loss import FinalLoss
@@ -49,19 +49,22 @@ __all__ = [
     'preview',
 ]
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        **dict.fromkeys(('adaptation', 'final_loss', 'forgetting'), 'evaluation.functional'),
-        'FinalLoss': 'evaluation.final_loss',
-        'Forgetting': 'evaluation.forgetting',
-        **dict.fromkeys(('ReplayTextDataset', 'build_replay_text_dataloader'), 'replay.replay_text'),
-        'preview': 'schedulers.preview',
-        **dict.fromkeys([name for name in __all__ if name.endswith('Scheduler')], 'schedulers.schedulers'),
-        **dict.fromkeys(('PreflightError', 'preflight'), 'stage.preflight'),
-        'Stage': 'stage.stage',
-        'StageStart': 'stage.stage_start',
-        'EMA': 'weight_averaging.ema',
-        'LAWA': 'weight_averaging.lawa',
-    },
-)
+_MODULES = {
+    **dict.fromkeys(('adaptation', 'final_loss', 'forgetting'), 'evaluation.functional'),
+    'FinalLoss': 'evaluation.final_loss',
+    'Forgetting': 'evaluation.forgetting',
+    **dict.fromkeys(('ReplayTextDataset', 'build_replay_text_dataloader'), 'replay.replay_text'),
+    'preview': 'schedulers.preview',
+    **dict.fromkeys([name for name in __all__ if name.endswith('Scheduler')], 'schedulers.schedulers'),
+    **dict.fromkeys(('PreflightError', 'preflight'), 'stage.preflight'),
+    'Stage': 'stage.stage',
+    'StageStart': 'stage.stage_start',
+    'EMA': 'weight_averaging.ema',
+    'LAWA': 'weight_averaging.lawa',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)

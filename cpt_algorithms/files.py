@@ -352,12 +352,11 @@ def locked_sibling(out: Path, busy: Exception) -> Iterator[Path]:
 
 @contextmanager
 def hidden_sibling(out: Path, busy: Exception) -> Iterator[Path]:
-    """A :func:`locked_sibling` that is empty, and removed at once when something goes wrong."""
+    """A :func:`locked_sibling` that is empty, and removed at the end unless it was renamed."""
     with locked_sibling(out, busy) as partial:
         try:
             shutil.rmtree(partial)
             partial.mkdir()
             yield partial
-        except BaseException:
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise

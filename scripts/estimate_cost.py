@@ -79,7 +79,7 @@ def main(argv=None) -> None:
     arguments = parser.parse_intermixed_args(argv)
 
     from cpt_algorithms.cost.tables import print_costs, print_phases
-    from cpt_algorithms.files import StorageError, write_json
+    from cpt_algorithms.files import write_json
     from cpt_algorithms.terminal import make_console
 
     console = make_console()
@@ -95,7 +95,7 @@ def main(argv=None) -> None:
             budgets=budgets,
             base=base,
         )
-    except (ValueError, StorageError) as error:
+    except ValueError as error:
         sys.exit(f'{arguments.words[0]}: {error}')
     if arguments.json:
         totals = {

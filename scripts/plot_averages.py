@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument('--spike', type=int, help='batch of a jump: also show the highest loss in a window after it')
     parser.add_argument('--out', type=Path, default=Path('averages.png'))
     arguments = parser.parse_intermixed_args()
-    groups = read([run for run in arguments.runs if run.is_dir()], arguments.dataset)
+    if not (folders := [run for run in arguments.runs if run.is_dir()]):
+        parser.error(f'{arguments.runs[0]} is no folder with losses.json')
+    groups = read(folders, arguments.dataset)
     console = Console()
     console.width = max(console.width, 110)  # also where it is not a terminal
     columns = ['weights', 'gain, 1st third', '2nd third', '3rd third', f'loss, last {arguments.window}', 'steps saved']

@@ -185,6 +185,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _read_hugging_face(path: Path) -> dict[str, TensorOnDisk]:
+    if not path.is_file():  # a link to a device can be read for ever
+        raise CheckpointError(f'{path} is missing, or no file')
     if path.suffix == '.safetensors':
         return _read_safetensors(path)
     try:
@@ -208,8 +210,6 @@ def _read_hugging_face(path: Path) -> dict[str, TensorOnDisk]:
 
 
 def _read_safetensors(path: Path) -> dict[str, TensorOnDisk]:
-    if not path.is_file():
-        raise CheckpointError(f'{path} is missing, or no file')
     try:
         with safe_open(path, 'pt'):  # checks the header: every tensor inside the file, none overlapping
             pass

@@ -188,7 +188,7 @@ def flops_per_token(size: ModelSize, length: int) -> float:
 
     With :math:`d_{attn}` = heads x head_dim. This is llm-foundry's ``flops_per_batch`` per token, with which Composer's
     SpeedMonitor computes MFU for MPT: an embedding that is not tied is looked up and not multiplied, and attention is
-    counted as if it saw the future too. The report's 6 N T (:func:`~cpt_algorithms.evaluation.training_flops`) has all
+    counted as if it saw the future too. The report's 6 N T (:func:`.evaluation.functional.training_flops`) has all
     parameters and no attention: right for shares of runs of one model, and too little by a fifth for 405 M at 2048.
     """
     return 6.0 * (size.parameters - size.lookup) + 12.0 * size.layers * size.heads * size.head_dim * length
@@ -469,7 +469,7 @@ def costs_of(stage: Stage, gpu: str = 'h100', gpus: int = 8, mfu: float = 0.4) -
     kept: dict[str, Any] = {
         'weight_bytes': weight_bytes,
         'optimizer_bytes': optimizer_bytes(stage.optimizer, weight_bytes),
-        'emas': callbacks.ema.count if callbacks.ema else 0,
+        'emas': len(callbacks.ema.half_lives) if callbacks.ema else 0,
         'lawa': callbacks.lawa.k if callbacks.lawa else 0,
     }
     is_fused = stage.model.loss_fn == 'fused_crossentropy'

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 from cpt_algorithms.evaluation.final_loss import FinalLoss, batches_left, dataset_of, loss_of
 from cpt_algorithms.evaluation.functional import bits_per_byte, by_average, changes
 from cpt_algorithms.files import null_as_nan, read_json, write_json
+from cpt_algorithms.ranks import on_rank_zero
 from cpt_algorithms.replay.labels import label_every_token_of
 from cpt_algorithms.validation import nearest
 
@@ -129,12 +130,9 @@ class Forgetting(Callback):
                 f'callbacks.forgetting: no eval_loader has the label {unknown[0]!r}; {nearest(unknown[0], labels)}'
             )
         path = self.parent_losses or self._path(state)
-        found: list[Any] = [None]
-        if not self.parent and path is not None and dist.get_global_rank() == 0:
-            found = [read_json(path)]
-        dist.broadcast_object_list(found)
-        if found[0] and {*self.old, *self.new} <= set(found[0]['parent']):
-            self.parent, self.bytes_per_token = null_as_nan(found[0]['parent']), found[0]['bytes_per_token']
+        found = on_rank_zero(lambda: read_json(path) if path is not None and not self.parent else None)
+        if found and {*self.old, *self.new} <= set(found['parent']):
+            self.parent, self.bytes_per_token = null_as_nan(found['parent']), found['bytes_per_token']
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Insist on the parent's losses; they are the first point of the run's curves."""

@@ -26,6 +26,7 @@ from cpt_algorithms.checkpoints.exports import (
     models_of,
     parent_of,
 )
+from cpt_algorithms.compat import weights_dtype_key
 from cpt_algorithms.evaluation.functional import (
     Mean,
     cuts_of,
@@ -67,7 +68,8 @@ def load_model(folder: Path, device: str, batch_size: int) -> Any:
         if is_foundry_mpt(settings):
             mpt: Any = import_module('llmfoundry.models.mpt')
             kind, config = mpt.MPTForCausalLM, mpt.MPTConfig.from_pretrained(folder, init_device='cpu')
-            if device == 'cpu' or settings.get('torch_dtype') == 'float32':  # flash attention can do neither
+            # flash attention can do neither
+            if device == 'cpu' or settings.get(weights_dtype_key(settings)) == 'float32':
                 config.attn_config['attn_impl'] = 'torch'
             arguments['config'], max_length = config, config.max_seq_len  # which lm-eval does not look for
         model, loaded = kind.from_pretrained(folder, **arguments)

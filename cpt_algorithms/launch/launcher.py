@@ -22,7 +22,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from cpt_algorithms.files import read_json
 from cpt_algorithms.launch.fork_server import fork
-from cpt_algorithms.launch.processes import die_with_parent
+from cpt_algorithms.launch.processes import die_with_parent, num_cores
 from cpt_algorithms.launch.slurm_node import TrainingNode, launcher_arguments, returncode_file
 from cpt_algorithms.launch.wandb_runs import environment_of_children
 from cpt_algorithms.validation import Section, check_keys, check_type, parse_section
@@ -161,7 +161,7 @@ def make_launcher(resources: Resources, jobs: int) -> Start:
 
 
 def _environment(jobs: int, nproc: int) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // (jobs * nproc))
+    threads = max(1, num_cores() // (jobs * nproc))
     given = environment_of_children(os.environ)
     return {'OMP_NUM_THREADS': str(threads), **given, 'TOKENIZERS_PARALLELISM': 'false'}
 
@@ -231,8 +231,7 @@ def _submit(slurm: Mapping[str, Any], nodes: int, nproc: int, script: Path, fold
         nodes=nodes,
         tasks_per_node=1,
     )
-    unset = tuple(os.environ.keys() - environment_of_children(os.environ).keys())
-    node = TrainingNode(str(script.resolve()), str(folder), nodes, nproc, unset)
+    node = TrainingNode(str(script.resolve()), str(folder), nodes, nproc)
     try:
         job = executor.submit(node).task(0)
     except (FailedJobError, FailedSubmissionError) as error:

@@ -12,7 +12,10 @@ from typing import Any, NoReturn
 
 from cpt_algorithms.formatting import one_line
 
-__all__ = ['OF_A_LAUNCHER', 'OneLineParser', 'die_with_launcher', 'die_with_parent', 'refuse_launcher', 'run_command']
+__all__ = [
+    'OF_A_LAUNCHER', 'OneLineParser', 'die_with_launcher', 'die_with_parent', 'num_cores', 'refuse_launcher',
+    'run_command',
+]  # fmt: skip
 
 # The environment that a launcher gives its processes, with the values of a single process.
 _ALONE = {'RANK': '0', 'LOCAL_RANK': '0', 'NODE_RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_WORLD_SIZE': '1'}
@@ -23,6 +26,11 @@ def die_with_parent() -> None:
     """Be killed when the process that started this one ends, however it ends (Linux only; elsewhere nothing)."""
     if platform.system() == 'Linux':
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def die_with_launcher() -> None:

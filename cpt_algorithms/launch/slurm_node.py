@@ -14,7 +14,8 @@ import submitit
 from submitit.helpers import Checkpointable
 
 from cpt_algorithms.files import write_json
-from cpt_algorithms.launch.processes import die_with_parent
+from cpt_algorithms.launch.processes import die_with_parent, num_cores
+from cpt_algorithms.launch.wandb_runs import environment_of_children
 
 __all__ = ['TrainingNode', 'launcher_arguments', 'returncode_file']
 
@@ -46,7 +47,6 @@ class TrainingNode(Checkpointable):
             ``log-node<N>.txt`` of others) and ``slurm/<job>_returncode.json`` are written.
         nodes: Nodes of the job, with one task each.
         nproc: Ranks on each.
-        unset: Environment variables that the launcher must not see.
 
     Raises:
         RuntimeError: If training failed.
@@ -56,7 +56,6 @@ class TrainingNode(Checkpointable):
     folder: str
     nodes: int
     nproc: int
-    unset: tuple[str, ...] = ()
 
     def __call__(self) -> None:
         """Train."""
@@ -70,14 +69,14 @@ class TrainingNode(Checkpointable):
         # the same on all nodes, another for each job, and not one that the system gives away at random
         port = 20_000 + int(job.job_id) % 10_000
         arguments = launcher_arguments(self.nodes, self.nproc, str(job.node), job.hostnames[0], str(port))
-        threads = max(1, len(os.sched_getaffinity(0)) // self.nproc)
-        environment = {key: value for key, value in os.environ.items() if key not in self.unset}
+        threads = str(max(1, num_cores() // self.nproc))
+        given = environment_of_children(os.environ)
         with open(folder / ('log.txt' if is_first else f'log-node{job.node}.txt'), 'ab') as log:
             code = subprocess.Popen(
                 [sys.executable, '-m', 'composer.cli.launcher', *arguments, self.script, str(folder / 'run.yaml')],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={'OMP_NUM_THREADS': str(threads), **environment, 'TOKENIZERS_PARALLELISM': 'false'},
+                env={'OMP_NUM_THREADS': threads, **given, 'TOKENIZERS_PARALLELISM': 'false'},
                 preexec_fn=_on_the_node,
             ).wait()
         if code:

@@ -8,10 +8,8 @@ import hashlib
 import io
 import math
 import re
-import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, islice, pairwise, tee
 from pathlib import Path
@@ -168,7 +166,7 @@ def first_occurrences(
     sizes, columns = _sizes([*earlier, *files], 2)
     at_once = max(1, max_bytes // _BYTES_PER_KEY)
     offsets = np.cumsum([0, *sizes])
-    with _workspace(out[0]) as folder:
+    with hidden_sibling(out[0], RuntimeError(f'another process is writing {out[0]}')) as folder:
         # pages that are never written take no memory and no disk
         repeated = np.memmap(folder / 'repeated', np.bool_, 'w+', shape=max(1, offsets[-1]))
         keys = _numbered(_chunks([*earlier, *files], at_once))
@@ -231,7 +229,7 @@ def near_duplicates(
         for chunk, number in chain(_numbered(_chunks(earlier, at_once // bands)), mine):
             yield chunk.reshape(-1, 1), np.repeat(number, bands)
 
-    with _workspace(out[0]) as folder:
+    with hidden_sibling(out[0], RuntimeError(f'another process is writing {out[0]}')) as folder:
         # how far below each document's number that of another one of its group is; 0 in the one that stays
         above = np.memmap(folder / 'above', np.int64, 'w+', shape=max(1, sum(sizes)))
         for one, other in _equal_pairs(keys(), 1, sum(sizes) * bands, at_once, folder):
@@ -271,14 +269,6 @@ def _numbered(chunks: Iterable[Keys]) -> Iterator[tuple[Keys, Rows]]:
     for chunk in chunks:
         yield chunk, np.arange(start, start + len(chunk))
         start += len(chunk)
-
-
-@contextmanager
-def _workspace(out: Path) -> Iterator[Path]:
-    """An empty folder beside a file, for as long as it is needed."""
-    with hidden_sibling(out, RuntimeError(f'another process is writing {out}')) as folder:
-        yield folder
-        shutil.rmtree(folder)
 
 
 def _save(path: Path, values: NDArray[np.bool_]) -> None:

@@ -10,18 +10,14 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any
 
+from cpt_algorithms.launch.processes import num_cores
 from cpt_algorithms.preparation.options import Options
 from cpt_algorithms.preparation.sources import BYTES_PER_TOKEN, SMALLEST_PART, Source
 
-__all__ = ['LocalEngine', 'make_engine', 'num_cores']
+__all__ = ['LocalEngine', 'make_engine']
 
 # less text than this is done in this process: others take longer to start
 WORTH_A_POOL = 16 * SMALLEST_PART
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def _end_with_parent() -> None:

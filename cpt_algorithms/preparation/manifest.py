@@ -148,7 +148,8 @@ def find_prepared(location: str, request: Request) -> Manifest | None:
     """
     advice = 'choose another --out or delete it'
     found = read_json(f'{location.rstrip("/")}/manifest.json')
-    if found is None and (is_remote(location) or not os.path.exists(location) or not os.listdir(location)):
+    is_free = not os.path.exists(location) or (os.path.isdir(location) and not os.listdir(location))
+    if found is None and (is_remote(location) or is_free):
         return None
     old = found.get('request') if isinstance(found, dict) else None
     if not isinstance(old, dict):

@@ -8,7 +8,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from email import message_from_string
 from pathlib import Path
 from typing import Any
@@ -120,9 +120,9 @@ def columns_of(kind: str, file: str, encoding: str | None) -> list[str]:
 
         return pq.read_schema(file).names
     if kind == 'jsonl' and has_byte_lines(encoding):
-        with _open(file) as handle:
-            row = json.loads(handle.readline())
-        return list(row) if isinstance(row, dict) else []
+        with _open(file) as handle, suppress(ValueError):  # an empty file, another encoding
+            row = json.loads(next((line for line in handle if not line.isspace()), b''))
+            return list(row) if isinstance(row, dict) else []
     return []
 
 
@@ -192,6 +192,8 @@ def _parse(file: str, at: int, line: bytes | str, text_key: str, encoding: str |
     try:
         if encoding and isinstance(line, bytes):
             line = line.decode(encoding)
+        if isinstance(line, str):
+            line = line.removeprefix('\ufeff')
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError:

@@ -58,6 +58,15 @@ def _contents(mix: Mapping[str, Any], role: str) -> dict[str, str]:
     return {name: re.sub(r'\).*', ')', value) for name, value in described.items()}
 
 
+def _order_of(mix: Mapping[str, Any], name: str) -> str:
+    """How an old stream is read: its shuffle, and in an order of replay's own, of how many samples."""
+    seen = re.search(r', only the first ([\d,]+) of seed (\w+), block (\w+)', mix[f'replay.{name}'])
+    own = ('all', str(mix['shuffle_seed'] if mix['shuffle'] else None), str(mix['shuffle_block_size']))
+    limit, seed, block = seen.groups() if seen else own
+    read = 'unshuffled' if seed == 'None' else f'seed {seed}, block {block}'
+    return f'{read}, of {limit}' if mix['order'] == 'shuffled' else read
+
+
 def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
     """The positions from which a run with this ``mix`` continues the data of the run that saved a dataset state.
 
@@ -73,7 +82,10 @@ def positions_behind(state: Mapping[str, Any], mix: str) -> dict[str, int]:
     old, ours = _contents(before, 'replay'), _contents(now, 'replay')
     positions |= {name: counts[name] for name in ours if ours[name] == old.get(name)}
     keys = ('shuffle', 'shuffle_seed', 'shuffle_block_size', *(['order'] if positions.keys() - {'new'} else []))
-    if positions and (changed := [f'{key}: {before[key]} -> {now[key]}' for key in keys if before[key] != now[key]]):
+    changed = [f'{key}: {before[key]} -> {now[key]}' for key in keys if positions and before[key] != now[key]]
+    orders = {name: (_order_of(before, name), _order_of(now, name)) for name in positions if name in ours}
+    # of what follows from the keys, they are named alone
+    if changed := changed or [f'{name}: {was} -> {is_now}' for name, (was, is_now) in orders.items() if was != is_now]:
         raise ValueError(f'it read in another order ({"; ".join(changed)}), and this run would not know what is left')
     return positions
 

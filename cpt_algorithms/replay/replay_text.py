@@ -32,7 +32,7 @@ from cpt_algorithms.replay.functional import (
 )
 from cpt_algorithms.replay.labels import label_every_token
 from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
-from cpt_algorithms.replay.mix import Mix, OldStream, Stream, read_mix, row_length
+from cpt_algorithms.replay.mix import Mix, OldStream, Stream, read_mix
 from cpt_algorithms.replay.streams import ResilientStream, StreamError
 from cpt_algorithms.validation import check_keys, differences
 
@@ -239,15 +239,10 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         """Samples per rank and epoch."""
         return self.num_batches * self.global_batch_size // self._parallel_rank_world.num_ranks
 
-    def counts(self, num_samples: int) -> dict[str, int]:
-        """Samples of the new data and of each old stream among the first ``num_samples``."""
-        return dict(zip(self.names, self.sequence.interleaving.counts(num_samples), strict=True))
-
     @property
     def is_packed(self) -> bool:
         """Whether all rows have the same number of tokens, and not what becomes of a text."""
-        kinds = [kind for index in self.indexes for kind in index.kinds]
-        return all(any(map(row_length, kind['column_encodings'] or ())) for kind in kinds)
+        return all(None not in index.row_lengths for index in self.indexes)
 
     def check_budget(self, num_samples: int) -> None:
         """Refuse a budget, new and old, that would read a dataset more than ``max_passes`` times."""
@@ -291,10 +286,8 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
             # between two epochs Composer counts from the beginning of the next, and Streaming is still in the last
             state |= {'epoch': self.next_epoch, 'sample_in_epoch': 0}
         slots = max(state['epoch'], 0) * self.num_batches * self.global_batch_size + state['sample_in_epoch']
-        consumed = {
-            name: start + count
-            for start, (name, count) in zip(self.sequence.starts, self.counts(slots).items(), strict=True)
-        }
+        counts = self.sequence.interleaving.counts(slots)
+        consumed = {name: start + n for name, start, n in zip(self.names, self.sequence.starts, counts, strict=True)}
         return {**state, 'mix': self.mix, 'consumed': json.dumps(consumed)}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:

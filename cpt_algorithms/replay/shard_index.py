@@ -127,9 +127,10 @@ class ShardIndex:
 
     @property
     def row_lengths(self) -> set[int | None]:
-        """Tokens per row of the dataset's packed shards; None among them if the index does not say it."""
-        columns = [zip(kind['column_names'] or (), kind['column_encodings'] or (), strict=True) for kind in self.kinds]
-        return {row_length(encoding) for each in columns for name, encoding in each if name == 'tokens'}
+        """Tokens per row of the dataset's packed shards; None among them for text, or if the index does not say it."""
+        columns = ((kind['column_names'] or (), kind['column_encodings'] or ()) for kind in self.kinds)
+        encodings: list[dict[str, str]] = [dict(zip(*each, strict=True)) for each in columns]
+        return {row_length(each.get('tokens', '')) for each in encodings}
 
     @classmethod
     def read(cls, path: Path) -> 'ShardIndex':

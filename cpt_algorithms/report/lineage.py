@@ -159,11 +159,11 @@ class _Tree:
         """A run, under what it began from."""
         if run.folder in self.nodes:
             return self.nodes[run.folder]
-        merge, origin = run.config.merge if run.config else None, run.began_from
-        if merge:
+        origin = run.began_from
+        if run.config and (merge := run.config.merge):
             origin = f'{merge.of}/'
-            first = merge.batch - int(merge.every.value) * (merge.last - 1)
-            merged = [str(batch) for batch in range(first, merge.batch + 1, int(merge.every.value))]
+            step = run.config.batches_of('every', merge.every)
+            merged = [str(merge.batch - number * step) for number in reversed(range(merge.last))]
             node = Node(run.name, 'merge', run.folder, run, merged=merged)
         else:
             node = Node(run.name, 'run', run.folder, run, self._begins(origin, run.parent))

@@ -123,7 +123,7 @@ def _shown(arms: Sequence[Arm], rows: Sequence[Row]) -> list[Arm]:
 
     def rank(arm: Arm) -> tuple[bool, bool, float]:
         loss = losses.get(arm.name, inf)
-        return bool(arm.other_plan), arm.kind != 'union', loss if isfinite(loss) else inf
+        return bool(arm.runs[0].other_plan), arm.kind != 'union', loss if isfinite(loss) else inf
 
     best = {arm.name for arm in sorted(arms, key=rank)[:MOST_ARMS]}
     return [arm for arm in arms if arm.name in best]
@@ -336,7 +336,7 @@ def _plane(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
         forgot, learned = row.columns['forgetting'], row.columns['adaptation']
         colour = colours.get(row.arm, INK)
         look: dict[str, Any] = {'marker': marker, 'zorder': 3}
-        if forgot.count > 1:
+        if len(forgot.values) > 1:
             axis.scatter(forgot.values, learned.values, s=12, color=colour, alpha=0.5, linewidths=0, **look)
         face, label = (colour, row.arm) if row.is_finished else ('white', f'{row.arm} (unfinished)')
         look |= {'facecolor': face, 'edgecolor': colour, 'label': label}

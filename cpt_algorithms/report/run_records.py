@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cpt_algorithms.checkpoints.exports import exports
 from cpt_algorithms.evaluation.functional import has_diverged, without_averages
 from cpt_algorithms.evaluation.suite import read_result
 from cpt_algorithms.files import exists, is_remote, null_as_nan, read_json
@@ -143,11 +144,6 @@ class Arm:
     kind: str
     runs: list[RunRecord]
 
-    @property
-    def other_plan(self) -> tuple[str, ...]:
-        """Of its runs: only arms of one plan are compared."""
-        return self.runs[0].other_plan
-
 
 @dataclass(frozen=True)
 class RunSet:
@@ -279,6 +275,7 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
     if is_finished:
         final |= {label: mean['mean'] for label, mean in null_as_nan(measured.get('final', {})).items()}
     scored = _scored(folder)
+    exported = {} if is_remote(folder) else exports(folder)
     scored_at = [batch for of in scored.values() for results in of.values() for batch in results]
     runs[folder] = RunRecord(
         folder=folder,
@@ -297,7 +294,7 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
         new=forgotten.get('new', []),
         at_start=null_as_nan(forgotten.get('parent', {})),
         bytes_per_token=forgotten.get('bytes_per_token', {}),
-        newest=max([*_exported(folder), *scored_at, int(done['batch']) if is_finished else 0]),
+        newest=max([*exported, *scored_at, int(done['batch']) if is_finished else 0]),
         scored=scored,
         base_benchmarks=_base_benchmarks(folder),
         **plan,
@@ -435,12 +432,6 @@ def _base_benchmarks(folder: str) -> dict[str, dict[str, Any]]:
     """Those of the pretrained model that a local run starts from."""
     paths = sorted(Path(folder, 'huggingface', 'lm_eval').glob('*/base.json'))
     return {path.parent.name: {'': read_result(path)} for path in paths}
-
-
-def _exported(folder: str) -> list[int]:
-    """Batches of a local run's exports."""
-    names = (_EXPORT.fullmatch(path.name) for path in Path(folder, 'huggingface').glob('ba*'))
-    return [int(match[1]) for match in names if match]
 
 
 def _datasets(runs: Iterable[RunRecord]) -> list[str]:

@@ -59,11 +59,6 @@ class OverSeeds:
     half: float | None  # half-width of its 95 % interval (Student's t); None for a single seed
     values: tuple[float, ...]
 
-    @property
-    def count(self) -> int:
-        """Seeds."""
-        return len(self.values)
-
     def text(self, digits: int, scale: float = 1) -> str:
         """As people read it, multiplied by ``scale``: ``1.23 ± 0.04``."""
         half = '' if self.half is None else f' ± {scale * self.half:.{digits}f}'

@@ -12,10 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from llmfoundry import registry
+
 from cpt_algorithms.checkpoints.save_folder import latest_link
 from cpt_algorithms.duration import Duration, per_batch_of
 from cpt_algorithms.sequence.branches import annealed, checkpoint_after
 from cpt_algorithms.sequence.spec import ANNEAL_KEYS, FROM_SCRATCH, Arm, Branch, SequenceSpec, StageSettings, overlay
+from cpt_algorithms.stage.identity import with_defaults
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import ConfigError, check_keys, check_type, nearest, parse_section
 from cpt_algorithms.weight_averaging.functional import WINDOW_WEIGHTS
@@ -205,9 +208,10 @@ def _baseline(
 
 def _end_of(first: Mapping[str, Any], stage: Mapping[str, Any]) -> float:
     """The learning rate that a stage ended with, as a multiplier of a later one's; a trunk's is constant."""
-    scheduler = first.get('scheduler') or {}
-    key = 'alpha_const' if scheduler.get('name') == 'infinite' else 'alpha_f'
-    end = scheduler.get(key, 0.1 if key == 'alpha_f' else None)
+    given = first.get('scheduler') or {}
+    scheduler = with_defaults(given.get('name', ''), given, registry.schedulers)
+    key = next((key for key in ('alpha_const', 'alpha_f', 'alpha') if key in scheduler), 'alpha_f')
+    end: Any = scheduler.get(key)
     check_type(f'scheduler.{key}', end, float)
     was, now = ((each.get('optimizer') or {}).get('lr', 1.0) for each in (first, stage))
     return end if was == now else end * was / now

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.checkpoints.save_folder import weights_in
 from cpt_algorithms.files import StorageError, holder_of, remove_partials, take, write_json
+from cpt_algorithms.formatting import first_of
 from cpt_algorithms.launch.processes import die_with_parent
 from cpt_algorithms.launch.wandb_runs import environment_of_children
 from cpt_algorithms.stage.identity import changes
-from cpt_algorithms.stage.parent_checks import first_of
 from cpt_algorithms.stage.record import done_with, read_record
 from cpt_algorithms.stage.restart_checks import check_restart, write_record
 from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate

@@ -21,7 +21,7 @@ from cpt_algorithms.files import (
 )
 from cpt_algorithms.replay.consumed import read_consumed
 from cpt_algorithms.replay.functional import check_budget, exact_fraction
-from cpt_algorithms.replay.mix import Stream, row_length
+from cpt_algorithms.replay.mix import Stream
 from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.replay.streams import stale_cache
 from cpt_algorithms.schedulers.phases import phases_of
@@ -53,25 +53,25 @@ def _check_remote(key: str, remote: str) -> None:
         raise ValueError(f'{key}={remote} names no bucket: {scheme}://BUCKET/FOLDER')
 
 
-def _index_of(stream: Stream) -> tuple[int, set[str]] | None:
-    """Samples and encodings; None if only training can tell: a store that is not Composer's, or a very large index."""
+def _index_of(stream: Stream) -> ShardIndex | None:
+    """The index; None if only training can tell: a store that is not Composer's, or a very large index."""
     split = stream.split or ''
     here = Path(stream.local, split, 'index.json') if stream.local else None
     if not stream.remote or stream.remote == stream.local:
         if here is None or not here.exists():
             raise FileNotFoundError(here)
-        return _summary(ShardIndex.read(here))
+        return ShardIndex.read(here)
     there = '/'.join(part for part in (stream.remote.rstrip('/'), split, 'index.json') if part)
     cached = here if here is not None and here.exists() else None
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(there)
         if is_remote(there):
             if not there.startswith(('s3://', 'gs://', 'oci://', 'azure://')):
-                return _summary(ShardIndex.read(cached)) if cached else None
+                return ShardIndex.read(cached) if cached else None
             try:
                 size = size_of(there)
                 if size > _LARGEST_INDEX and (cached is None or cached.stat().st_size == size):
-                    return _summary(ShardIndex.read(cached)) if cached else None
+                    return ShardIndex.read(cached) if cached else None
                 copy = Path(folder, 'index.json')
                 fetch(there, copy)
             except FileNotFoundError:
@@ -80,11 +80,7 @@ def _index_of(stream: Stream) -> tuple[int, set[str]] | None:
             raise FileNotFoundError(there)
         if cached and (problem := stale_cache(cached, copy.read_bytes(), there)):
             raise ValueError(problem)
-        return _summary(ShardIndex.read(copy))
-
-
-def _summary(index: ShardIndex) -> tuple[int, set[str]]:
-    return int(index.samples.sum()), {code for kind in index.kinds for code in kind['column_encodings'] or ()}
+        return ShardIndex.read(copy)
 
 
 def sizes_of(streams: Mapping[str, Stream], where: str, max_seq_len: int | None = None) -> dict[str, int | None]:
@@ -101,19 +97,20 @@ def sizes_of(streams: Mapping[str, Stream], where: str, max_seq_len: int | None 
                 'or, if all of the data is there already, leave remote out',
             )
         try:
-            sizes[name], encodings = _index_of(stream) or (None, set())
+            index = _index_of(stream)
         except FileNotFoundError as error:
             raise ValueError(f'{where}.{name}: there is no dataset; looked for {error}') from None
         except StorageError as error:
             raise type(error)(f'{where}.{name}: {error}') from None
         except ValueError as error:
             raise ValueError(f'{where}.{name}: {error}') from None
+        sizes[name] = None if index is None else int(index.samples.sum())
         if sizes[name] == 0:
             raise ValueError(f'{where}.{name}: the dataset is empty')
-        if max_seq_len is not None and encodings and not any(map(row_length, encodings)):
+        lengths = {max_seq_len} if index is None else index.row_lengths
+        if max_seq_len is not None and not any(lengths):
             log.warning('%s.%s: rows of text are not full; a budget in tokens is planned as if they were', where, name)
-        lengths = {row_length(code) for code in encodings} - {None, max_seq_len}
-        if max_seq_len is not None and lengths:
+        if max_seq_len is not None and (lengths := lengths - {None, max_seq_len}):
             raise ValueError(
                 f'{where}.{name}: max_seq_len={max_seq_len}, but the data was packed to rows of '
                 f'{lengths.pop()} tokens; set max_seq_len to that, or prepare the data again'
@@ -152,7 +149,7 @@ def check_data(stage: Stage, parent_is_there: bool) -> None:
         if (checkpoint := stream.only_seen_by) is None:
             continue
         where = f'train_loader.dataset.replay.streams.{name}.only_seen_by'
-        index = Path(stream.local or '', stream.split or '', 'index.json')
+        index = Path(stream.local or stream.remote or '', stream.split or '', 'index.json')
         # of what is still to be trained, or elsewhere, the loader itself finds out
         if index.exists() and Path(checkpoint).exists():
             # not together: another node may have no index yet

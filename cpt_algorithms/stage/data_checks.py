@@ -170,7 +170,7 @@ def _parent_problems(stage: Stage, ours: Callable[[], str | None]) -> Iterator[s
     try:
         if stage.load_path:
             parent = f'load_path={stage.load_path}'
-            found = _tokenizer_of_run(os.path.dirname(stage.load_path.rstrip('/')))
+            found = _tokenizer_of_run(os.path.dirname(stage.load_path.rstrip('/')) or '.')
         elif name := stage.pretrained_model:
             parent, theirs = f'model.pretrained_model_name_or_path={name}', _load(Tokenizer(name=name))
             if theirs is None:

@@ -34,7 +34,7 @@ from cpt_algorithms.stage.record import StageRecord
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import differences
 
-__all__ = ['MAY_DIFFER', 'OBSERVERS', 'changes', 'contents_of', 'places_of', 'results_of']
+__all__ = ['MAY_DIFFER', 'OBSERVERS', 'changes', 'contents_of', 'places_of', 'results_of', 'with_defaults']
 
 MAY_DIFFER = {
     # names and places
@@ -200,18 +200,18 @@ def results_of(stage: Stage) -> dict[str, Any]:
     kept = {key: value for key, value in given.items() if key not in MAY_DIFFER and value is not dataclasses.MISSING}
     for section, kinds in {'callbacks': _CALLBACKS, 'algorithms': (registry.algorithms,)}.items():
         kept[section] = {
-            name: _with_defaults(name, arguments or {}, *kinds)
+            name: with_defaults(name, arguments or {}, *kinds)
             for name, arguments in (stage.given.get(section) or {}).items()
             if section != 'callbacks' or (name not in OBSERVERS and _is_known(name))
         }
     for permission in ('trust_checkpoint', 'model_changes', 'train_config'):  # the last is the YAML itself
         kept['callbacks'].get('stage_start', {}).pop(permission, None)
     for section, kind in {'optimizer': registry.optimizers, 'scheduler': registry.schedulers}.items():
-        kept[section] = _with_defaults(stage.given[section].get('name', ''), stage.given[section], kind)
+        kept[section] = with_defaults(stage.given[section].get('name', ''), stage.given[section], kind)
     loader = stage.train_loader
     kinds = {'replay_text': ReplayTextDataset, 'text': StreamingTextDataset}
     defaults = _defaults_of(kinds[loader.name]) if loader.name in kinds else {}
-    whole = _with_defaults(loader.name, loader.given, registry.dataloaders)
+    whole = with_defaults(loader.name, loader.given, registry.dataloaders)
     whole['dataset'] = {**defaults, **loader.dataset.given}
     kept['train_loader'] = _without({key: value for key, value in whole.items() if key not in _WORKERS}, _DOWNLOADS)
     kept['merge'] = stage.merge and {**stage.merge.given, 'of': None}
@@ -224,7 +224,7 @@ def results_of(stage: Stage) -> dict[str, Any]:
 
 
 def _model(stage: Stage) -> dict[str, Any]:
-    given = _with_defaults(stage.model.name, stage.model.given, registry.models)
+    given = with_defaults(stage.model.name, stage.model.given, registry.models)
     if registry.models.get(stage.model.name) is ComposerMPTCausalLM:
         nested = {
             'attn_config': attn_config_defaults, 'ffn_config': ffn_config_defaults, 'init_config': init_config_defaults,
@@ -252,7 +252,8 @@ def _without(section: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any
     }
 
 
-def _with_defaults(name: str, arguments: Mapping[str, Any], *kinds: Any) -> dict[str, Any]:
+def with_defaults(name: str, arguments: Mapping[str, Any], *kinds: Any) -> dict[str, Any]:
+    """Arguments, with the defaults of what is registered under a name."""
     found = next((kind.get(name) for kind in kinds if name in kind.get_all()), None)
     return {**(_defaults_of(found) if found else {}), **arguments}
 

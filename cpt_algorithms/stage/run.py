@@ -48,6 +48,7 @@ from cpt_algorithms.files import (
     write_atomic,
     write_json,
 )
+from cpt_algorithms.ranks import on_rank_zero
 from cpt_algorithms.replay.dataset_numbers import unique_shm_prefixes
 from cpt_algorithms.replay.streams import StreamError
 from cpt_algorithms.stage.console_line import ConsoleLine
@@ -95,9 +96,7 @@ class OneWriter(Callback):
         save = saver._save_checkpoint
 
         def save_if_it_is_ours(state: State, logger: Logger) -> None:
-            there = [read_json(f'{self.folder}/writer.json')] if dist.get_global_rank() == 0 else [None]
-            dist.broadcast_object_list(there)
-            writer = there[0] or {}
+            writer = on_rank_zero(lambda: read_json(f'{self.folder}/writer.json')) or {}
             if writer.get('token') != self.token:
                 raise StoppedError(
                     f'save_folder={self.folder}: another process has started to train there '
@@ -175,19 +174,14 @@ def take_local(folder: Path, lock: FileLock) -> None:
     repair(folder)
 
 
-def take_remote(folder: str) -> tuple[str, str | None]:
-    """The same in object storage, where nothing is locked and Composer deletes nothing.
-
-    Returns:
-        The token of this start, and the newest whole checkpoint, to which ``latest`` leads now.
-    """
+def take_remote(folder: str) -> str:
+    """The same in object storage, where nothing is locked and Composer deletes nothing: the token of this start."""
     token = secrets.token_hex(8)
     write_json(f'{folder}/writer.json', {'token': token, 'host': platform.node(), 'pid': os.getpid()})
-    checkpoint = newest_complete(folder)[1]
-    if checkpoint is not None:
+    if (checkpoint := newest_complete(folder)[1]) is not None:  # to which ``latest`` leads from now on
         link = latest_link(sharded=not checkpoint.endswith('.pt'))
         write_atomic(f'{folder}/{link}.symlink', parse_uri(checkpoint)[2].encode())
-    return token, checkpoint
+    return token
 
 
 def is_at_end(stage: Stage, checkpoint: str) -> bool:
@@ -212,7 +206,7 @@ def check_or_exit(stage: Stage, what: str) -> None:
         stage: The stage.
         what: What to call its YAML.
     """
-    world_size, rank_zero = _ranks()
+    world_size, rank_zero = dist.get_world_size(), dist.get_global_rank() == 0
     if world_size > 1:  # llm-foundry's tokenizer builder wants it; train() finds it done
         dist.initialize_dist(get_device(None), timeout=stage.dist_timeout)
     problems: list[str] = []
@@ -224,10 +218,6 @@ def check_or_exit(stage: Stage, what: str) -> None:
         problems = list(dict.fromkeys(problem for each in dist.all_gather_object(problems) for problem in each))
     if problems:
         sys.exit(f'{what} was refused before training:\n{PreflightError(problems)}' if rank_zero else 1)
-
-
-def _ranks() -> tuple[int, bool]:
-    return int(os.environ.get('WORLD_SIZE', '1')), os.environ.get('RANK', '0') == '0'
 
 
 def train_stage(stage: Stage) -> None:
@@ -252,7 +242,7 @@ def train_stage(stage: Stage) -> None:
 def _train(stage: Stage) -> None:
     guard_loading()  # stage_start may say otherwise
     unique_shm_prefixes()
-    world_size, rank_zero = _ranks()
+    world_size, rank_zero = dist.get_world_size(), dist.get_global_rank() == 0
     suite, folder = stage.suite, stage.folder
     if (done := done_with(stage)) is not None:
         if rank_zero:
@@ -267,11 +257,7 @@ def _train(stage: Stage) -> None:
     cfg = {**stage.to_train_yaml(), 'save_folder': folder}
     there: list[Any] = [None] * 7
     if rank_zero:
-        token = checkpoint = None
-        if remote:
-            token, checkpoint = take_remote(folder)
-        else:
-            take_local(Path(folder), lock)
+        token = take_remote(folder) if remote else take_local(Path(folder), lock)
         latest, newest = newest_complete(folder)
         record = write_record(stage, resumes=latest > 0)
         parent_is_evaluated = exists(f'{folder}/forgetting.json') and (latest > 0 or not remote)
@@ -280,10 +266,10 @@ def _train(stage: Stage) -> None:
         if parent and is_remote(parent):
             parent = resolve_latest(parent)
         is_trained = newest is not None and is_at_end(stage, newest)
-        there = [latest, is_trained, parent_is_evaluated, checkpoint, token, parent, record.wandb_id]
+        there = [latest, is_trained, parent_is_evaluated, newest, token, parent, record.wandb_id]
     if world_size > 1:
         dist.broadcast_object_list(there)  # also waits for what rank 0 does above
-    latest, is_trained, parent_is_evaluated, checkpoint, token, cfg['load_path'], wandb_id = there
+    latest, is_trained, parent_is_evaluated, newest, token, cfg['load_path'], wandb_id = there
     cfg['loggers'] = _tracked(cfg.get('loggers') or {}, wandb_id)
     if cfg.get('log_to_console', True) and not cfg.get('progress_bar'):
         registry.loggers.register('console_line', func=ConsoleLine)
@@ -297,8 +283,8 @@ def _train(stage: Stage) -> None:
     if remote:
         # Composer's own way takes the copy that an earlier resume has left in the working folder, however old
         cfg['autoresume'] = False
-        if checkpoint:
-            cfg |= {'load_path': checkpoint, 'load_weights_only': False, 'load_ignore_keys': None}
+        if newest:
+            cfg |= {'load_path': newest, 'load_weights_only': False, 'load_ignore_keys': None}
         # half of a checkpoint may be there, or come yet from a killed process; OneWriter keeps others away
         cfg |= {'save_overwrite': True, 'save_num_checkpoints_to_keep': -1}
         fork_upload_workers()

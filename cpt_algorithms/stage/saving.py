@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from composer.callbacks import CheckpointSaver
-from composer.core import State, Timestamp
+from composer.core import State
 from composer.utils import dist, format_name_with_dist_and_time
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from safetensors import SafetensorError
@@ -112,12 +112,9 @@ def savers(state: State) -> list[CheckpointSaver]:
 
 def _left(state: State) -> str:
     """The latest checkpoint, in words."""
-    saved = [int(time.batch.value) for each in savers(state) for time in _saved(each).values()]
+    each = [saver.all_saved_checkpoints_to_timestamp for saver in savers(state)]
+    saved = [int(time.batch.value) for times in each for time in times.values()]
     return f'The latest checkpoint is that of batch {max(saved)}' if saved else 'There is no checkpoint of this run yet'
-
-
-def _saved(saver: CheckpointSaver) -> dict[str, Timestamp]:
-    return saver.all_saved_checkpoints_to_timestamp
 
 
 def _remove_half(saver: CheckpointSaver | HuggingFaceCheckpointer, state: State) -> Path:
@@ -125,8 +122,8 @@ def _remove_half(saver: CheckpointSaver | HuggingFaceCheckpointer, state: State)
     if isinstance(saver, HuggingFaceCheckpointer):
         where = Path(saver.save_dir_format_str) / saver.huggingface_folder_name_fstr
         return Path(format_name_with_dist_and_time(str(where), state.run_name, state.timestamp))
-    path = Path(next(reversed(_saved(saver))))  # noted before it is written
-    del _saved(saver)[str(path)]
+    path = Path(next(reversed(saver.all_saved_checkpoints_to_timestamp)))  # noted before it is written
+    del saver.all_saved_checkpoints_to_timestamp[str(path)]
     if state.fsdp_sharded_state_dict_enabled:
         path = path.parent
     if dist.get_global_rank() == 0:

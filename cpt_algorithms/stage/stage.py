@@ -206,11 +206,6 @@ class EMAArguments(Section):
     half_life: list[str] | str = []
 
     @property
-    def count(self) -> int:
-        """Averages that are kept."""
-        return 1 if isinstance(self.half_life, str) else len(self.half_life)
-
-    @property
     def half_lives(self) -> list[Duration]:
         """One for each average that is kept."""
         given = [self.half_life] if isinstance(self.half_life, str) else self.half_life

@@ -209,10 +209,8 @@ class StageStart(Callback):
         if self._yaml is None:
             return False
         folder = format_name_with_dist(str(self._yaml.get('save_folder')), state.run_name)
-        is_own = [os.path.abspath(os.path.dirname(state.load_path or '')) == os.path.abspath(folder)]
-        is_own[0] = is_own[0] and exists(f'{folder}/stage.json')
-        dist.broadcast_object_list(is_own)
-        return is_own[0]
+        is_own = os.path.abspath(os.path.dirname(state.load_path or '')) == os.path.abspath(folder)
+        return on_rank_zero(lambda: is_own and exists(f'{folder}/stage.json'))
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse what would only show after hours."""

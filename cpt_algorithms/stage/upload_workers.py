@@ -13,5 +13,3 @@ os.register_at_fork(after_in_child=die_with_parent)
 
 # what the recipe imports too: multiprocessing has every worker import the main script again
 import llmfoundry.command_utils  # noqa: E402, F401
-
-import cpt_algorithms.stage  # noqa: E402, F401

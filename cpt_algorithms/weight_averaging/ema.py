@@ -18,10 +18,10 @@ class EMA(AveragedWeights):
 
     ``a <- a + w (p - a)`` with ``w = (1 - 2^(-step/half_life)) / (1 - 2^(-total/half_life))``, where ``step`` is the
     time since the last update and ``total`` that since averaging began: a proper average over what was seen since
-    ``start``, in which the initial weights have no part (:func:`~cpt_algorithms.weight_averaging.ema_weight`).
+    ``start``, in which the initial weights have no part (:func:`.functional.ema_weight`).
 
     An average is called ``ema_<half-life>``, as in ``metrics/eval/german/ema_100ba/LanguageCrossEntropy``. See
-    :class:`~cpt_algorithms.weight_averaging.AveragedWeights` for evaluation, checkpoints and export.
+    :class:`~cpt_algorithms.weight_averaging.averaged_weights.AveragedWeights` for evaluation, checkpoints and export.
 
     Args:
         half_life: Time after which weights count half as much (``100ba``, ``50000000tok``, ``0.01dur``), or a list of

@@ -20,7 +20,7 @@ class LAWA(AveragedWeights):
     newest counts most). Until the window is full, over what it holds.
 
     The average is called ``lawa``, as in ``metrics/eval/german/lawa/LanguageCrossEntropy``. See
-    :class:`~cpt_algorithms.weight_averaging.AveragedWeights` for evaluation, checkpoints and export.
+    :class:`~cpt_algorithms.weight_averaging.averaged_weights.AveragedWeights` for evaluation, checkpoints and export.
 
     Args:
         interval: Time between two snapshots, such as ``1000ba``, ``500000000tok`` or ``0.01dur``.

@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from cpt_algorithms.preparation.engines import LocalEngine, num_cores
+from cpt_algorithms.launch.processes import num_cores
+from cpt_algorithms.preparation.engines import LocalEngine
 from cpt_algorithms.preparation.options import Options, make_request
 from cpt_algorithms.preparation.pipeline import prepare
 from cpt_algorithms.preparation.sources import Part, Source, find_files, parse_sources, read

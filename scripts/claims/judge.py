@@ -39,7 +39,13 @@ class Condition:
     @property
     def verdict(self) -> str:
         """``reproduced`` if the whole interval lies within the bounds, ``not reproduced`` if none of it does."""
-        return _place(self.over_seeds, self.above, self.below)
+        mean = self.over_seeds
+        if mean.half is None:
+            return INCONCLUSIVE
+        low, high = mean.mean - mean.half, mean.mean + mean.half
+        if self.above < low and high < self.below:
+            return REPRODUCED
+        return NOT_REPRODUCED if high <= self.above or self.below <= low else INCONCLUSIVE
 
     @property
     def bounds(self) -> str:
@@ -47,15 +53,6 @@ class Condition:
         if self.above == -inf:
             return f'< {self.below:g}'
         return f'> {self.above:g}' if self.below == inf else f'{self.above:g} to {self.below:g}'
-
-
-def _place(mean: OverSeeds, above: float, below: float) -> str:
-    if mean.half is None:
-        return INCONCLUSIVE
-    low, high = mean.mean - mean.half, mean.mean + mean.half
-    if above < low and high < below:
-        return REPRODUCED
-    return NOT_REPRODUCED if high <= above or below <= low else INCONCLUSIVE
 
 
 @dataclass(frozen=True)
@@ -79,11 +76,10 @@ class Finding:
     @property
     def verdict(self) -> str:
         """``reproduced`` if every condition is, ``not reproduced`` if one is not, and else inconclusive."""
-        return NOT_RUN if self.missing else _worst([condition.verdict for condition in self.conditions])
-
-
-def _worst(verdicts: Sequence[str]) -> str:
-    return next((each for each in (NOT_REPRODUCED, INCONCLUSIVE) if each in verdicts), REPRODUCED)
+        if self.missing:
+            return NOT_RUN
+        verdicts = {condition.verdict for condition in self.conditions}
+        return next((each for each in (NOT_REPRODUCED, INCONCLUSIVE) if each in verdicts), REPRODUCED)
 
 
 def judge(claims: Sequence[Claim], evidence: Any) -> list[Finding]:

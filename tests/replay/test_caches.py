@@ -9,7 +9,8 @@ import pytest
 import tiny
 from streaming import StreamingDataset
 
-from cpt_algorithms.replay import ReplayTextDataset, StreamError
+from cpt_algorithms.replay.replay_text import ReplayTextDataset
+from cpt_algorithms.replay.streams import StreamError
 from cpt_algorithms.stage.preflight import PreflightError, preflight
 from cpt_algorithms.stage.stage import Stage
 

@@ -62,7 +62,15 @@ def test_positions_behind_by_hand():
 
     assert behind() == READ
     # other weights and limits are another mix of the same data
-    assert behind(**{'replay.pile': '300 samples (def), weight 9, only the first 7 of seed 1, block 2'}) == READ
+    pile = '300 samples (def), weight 9, only the first {} of seed {}, block {}'
+    assert behind(**{'replay.pile': pile.format(7, 5, 40)}) == READ
+    with pytest.raises(ValueError, match=r'another order \(pile: seed 5, block 40 -> seed 1, block 40\)'):
+        behind(**{'replay.pile': pile.format(7, 1, 40)})
+    # replay's own order shuffles what there is
+    own = {'order': 'shuffled', 'replay.pile': pile.format(7, 5, 40)}
+    assert positions_behind(state_of(**own), json.dumps({**MIX, **own})) == READ
+    with pytest.raises(ValueError, match=r'another order \(pile: seed 5, block 40, of 7 -> seed 5, block 40, of 8\)'):
+        positions_behind(state_of(**own), json.dumps({**MIX, **own, 'replay.pile': pile.format(8, 5, 40)}))
     # what is not the same data in the same role begins at 0
     assert behind(**{'new.web': '400 samples (abd)'}) == {'pile': 24, 'code': 8}
     assert behind(**{'new.more': '1 samples (9)'}) == {'pile': 24, 'code': 8}

@@ -17,7 +17,8 @@ from streaming.base.format import reader_from_json
 from streaming.base.spanner import Spanner
 from torch.utils.data import DataLoader
 
-from cpt_algorithms.replay import ReplayTextDataset, shard_index
+from cpt_algorithms.replay import shard_index
+from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.replay.shard_index import ShardIndex, ShardOfSample, Shards
 
 

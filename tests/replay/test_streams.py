@@ -20,8 +20,10 @@ from llmfoundry.data.text_data import StreamingTextDataset
 from streaming import MDSWriter, StreamingDataset
 from torch.utils.data import DataLoader
 
-from cpt_algorithms.replay import ReplayTextDataset, StreamError, streams
+from cpt_algorithms.replay import streams
 from cpt_algorithms.replay.mix import DOWNLOAD_RETRY
+from cpt_algorithms.replay.replay_text import ReplayTextDataset
+from cpt_algorithms.replay.streams import StreamError
 from cpt_algorithms.stage.stage import Stage
 
 SEQ_LEN = 16

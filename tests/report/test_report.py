@@ -328,7 +328,7 @@ def test_single_runs_find_their_ancestors(tmp_path, no_plots):
     assert row.columns['compute vs union'].mean == 0.5
     assert [run.name for run in report.study.runs.values()] == ['old-s1', 'new-r25-s1']
     (row,) = rows(folder / 'new-none-s1', folder / 'new-none-s2').values()
-    assert row.columns['loss old'].count == 2, 'two seeds are one arm'
+    assert len(row.columns['loss old'].values) == 2, 'two seeds are one arm'
 
 
 def test_a_branch_of_a_single_run_has_what_its_trunk_had_read(tiny):

@@ -16,9 +16,14 @@ from composer.models import ComposerModel
 from composer.optim import ConstantScheduler, CosineAnnealingScheduler, DecoupledAdamW
 from torch.utils.data import DataLoader
 
-from cpt_algorithms.schedulers import InfiniteScheduler, RewarmConstantScheduler, RewarmCosineScheduler, WSDScheduler
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.schedulers.preview import preview
+from cpt_algorithms.schedulers.schedulers import (
+    InfiniteScheduler,
+    RewarmConstantScheduler,
+    RewarmCosineScheduler,
+    WSDScheduler,
+)
 
 LR = 3e-4
 BATCHES = 12

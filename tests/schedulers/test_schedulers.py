@@ -8,11 +8,16 @@ from composer.core import State, Time, Timestamp
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from llmfoundry import registry
 
-from cpt_algorithms.schedulers import InfiniteScheduler, RewarmConstantScheduler, RewarmCosineScheduler, WSDScheduler
 from cpt_algorithms.schedulers.functional import infinite, rewarm_cosine, wsd
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.schedulers.phases import Phases, phases_of
 from cpt_algorithms.schedulers.preview import preview
+from cpt_algorithms.schedulers.schedulers import (
+    InfiniteScheduler,
+    RewarmConstantScheduler,
+    RewarmCosineScheduler,
+    WSDScheduler,
+)
 
 
 def stand_in(max_duration: str, dataloader_len: int | None = None, **time: int) -> State:

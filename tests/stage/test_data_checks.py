@@ -13,7 +13,7 @@ from streaming import MDSWriter
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from cpt_algorithms.files import write_json
-from cpt_algorithms.replay import ReplayTextDataset
+from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.replay.streams import StreamError
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Stage

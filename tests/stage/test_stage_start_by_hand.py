@@ -15,7 +15,7 @@ from llmfoundry.callbacks import HuggingFaceCheckpointer
 from tiny import Number
 
 from cpt_algorithms.checkpoints.exports import export_atomically
-from cpt_algorithms.schedulers import RewarmConstantScheduler
+from cpt_algorithms.schedulers.schedulers import RewarmConstantScheduler
 from cpt_algorithms.stage import stage_start
 from cpt_algorithms.stage.stage_start import StageStart
 

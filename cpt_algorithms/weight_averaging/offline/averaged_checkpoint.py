@@ -6,7 +6,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -37,7 +36,7 @@ from cpt_algorithms.weight_averaging.offline.average import (
 )
 from cpt_algorithms.weight_averaging.offline.storage import provenance_of
 
-__all__ = ['appearing_whole', 'find_small_files', 'make_plan', 'with_composer_names', 'write_average']
+__all__ = ['find_small_files', 'make_plan', 'with_composer_names', 'write_average']
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_FILES = ('.safetensors', '.bin', '.pt', '.pth', '.h5', '.msgpack', '.onnx', '.gguf', '.index.json')
@@ -133,21 +132,6 @@ def make_plan(
     return Plan(parts, dtypes, newest, copied, kept, accumulate)
 
 
-@contextmanager
-def appearing_whole(out: Path) -> Iterator[Path]:
-    """Gives a hidden folder beside ``out``; what is made in it as ``out.name`` becomes ``out`` if nothing goes wrong.
-
-    A killed run leaves only the hidden folder, which the next run empties. One run at a time has it.
-    """
-    if out.exists() or out.is_symlink():
-        raise CheckpointError(f'{out} exists; choose another --out or delete it')
-    with hidden_sibling(out, CheckpointError(f'another run is making {out}')) as folder:
-        yield folder
-        for made in sorted(folder.iterdir(), key=lambda path: path.name == out.name):  # the result last
-            made.rename(out.with_name(made.name))
-        folder.rmdir()
-
-
 def write_average(
     plan: Plan,
     out: Path,
@@ -171,7 +155,10 @@ def write_average(
     Raises:
         CheckpointError: If ``out`` exists, another run is making it, or an input is damaged.
     """
-    with appearing_whole(out) as folder:
+    if out.exists() or out.is_symlink():
+        raise CheckpointError(f'{out} exists; choose another --out or delete it')
+    # killed, it leaves only the hidden folder, which the next run empties
+    with hidden_sibling(out, CheckpointError(f'another run is making {out}')) as folder:
         made = folder / out.name
         if to == 'hf':
             _write_hugging_face(plan, made, small_files, max_shard_size, progress)
@@ -181,6 +168,8 @@ def write_average(
             _write_sharded(plan, made, progress)
         content = json.dumps(provenance, indent=2) + '\n'
         provenance_of(made, is_file=to == 'pt').write_text(content, encoding='utf-8')
+        for each in sorted(folder.iterdir(), key=lambda path: path.name == out.name):  # the result last
+            each.rename(out.with_name(each.name))
 
 
 def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, bytes]:
