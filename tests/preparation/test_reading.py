@@ -149,6 +149,25 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path, capsys):
         prepare(tmp_path / 'none', f'--dataset=a=jsonl:{file}')
     said = capsys.readouterr().err
     assert "dataset a: none of its 80 rows has text in the column 'text'; it has: text, body" in said
+    for first in ('', '\n', 'no JSON\n'):
+        file.write_text(f'{first}{{"text": null}}\n')
+        with pytest.raises(SystemExit):
+            prepare(tmp_path / 'none', f'--dataset=a=jsonl:{file}', '--skip-broken')
+        assert 'none of its' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('encoding', [None, 'utf-8', 'utf-16-le'])
+def test_the_mark_of_an_encoding_is_no_text(encoding, tmp_path):
+    file = tmp_path / 'a.jsonl'
+    file.write_bytes('\ufeff{"text": "first"}\n{"text": "second"}\n'.encode(encoding or 'utf-8'))
+    assert read_all(f'jsonl:{file}', encoding=encoding)[0] == ['first', 'second']
+
+
+def test_a_file_where_the_data_would_go_is_refused(tmp_path, capsys):
+    (tmp_path / 'a.txt').write_text(texts_of(1)[0])
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / 'a.txt', f'--dataset=a=text:{tmp_path}/a.txt')
+    assert 'a.txt exists and was not made by this script' in capsys.readouterr().err
 
 
 def test_folders_of_save_to_disk_and_other_files_of_datasets(tmp_path):

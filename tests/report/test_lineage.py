@@ -7,7 +7,7 @@ import shutil
 
 import lineage as script
 import pytest
-from run_folders import write, write_run
+from run_folders import BATCH, LENGTH, write, write_run
 
 from cpt_algorithms.report.lineage import read_lineage
 from cpt_algorithms.report.page import write_report
@@ -24,7 +24,7 @@ def runs(tmp_path):
     write_run(
         folder / 'a-anneal', parent=f'{folder}/a/ep0-ba100-rank0.pt', batches=20, reached=5, log=['ValueError: no']
     )
-    merge = {'of': f'{folder}/a', 'batch': 100, 'last': 3, 'every': '20ba', 'weights': 'uniform'}
+    merge = {'of': f'{folder}/a', 'batch': 100, 'last': 3, 'every': f'{20 * BATCH * LENGTH}tok', 'weights': 'uniform'}
     write_run(folder / 'a-merged', {'a': 3.8}, batches=0, variables={'merge': merge}, max_duration='0ba')
     (folder / 'a' / 'huggingface' / 'ba100').mkdir(parents=True)
     return folder

@@ -542,6 +542,10 @@ def test_averages_are_plotted_of_runs_that_diverged_or_are_shorter(tmp_path, mon
     monkeypatch.setattr(sys, 'argv', ['plot_averages', *map(str, tmp_path.iterdir()), '--out', str(tmp_path / 'a.png')])
     plot_averages.main()
     assert (tmp_path / 'a.png').exists() and 'nan' in capsys.readouterr().out
+    monkeypatch.setattr(sys, 'argv', ['plot_averages', str(tmp_path / 'nowhere')])
+    with pytest.raises(SystemExit):
+        plot_averages.main()
+    assert 'nowhere is no folder with losses.json' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['report', 'lineage'])

@@ -409,6 +409,14 @@ def test_a_baseline_shares_a_first_stage_that_has_branches(infinite):
 def test_constant_eta_min_is_where_the_first_stage_ended(spec, infinite):
     arms = {'cold': {'baseline': 'constant_eta_min', 'cpp': {'precision': 'amp_bf16'}}}
     assert runs_of({**infinite, 'arms': arms})[-1].stage.given['scheduler']['alpha'] == 0.5, "a trunk's"
+    for first, end in (
+        ({'name': 'rewarm_constant', 't_warmup': '0.01dur', 'alpha': 0.5}, 0.5),
+        ({'name': 'constant_with_warmup', 't_warmup': '0ba'}, 1.0),
+        ({'name': 'cosine_with_warmup', 't_warmup': '0ba'}, 0.0),  # Composer's default, and not ours
+    ):
+        first_stage = {**spec['stages']['python'], 'scheduler': first}
+        both = {**spec, 'arms': arms, 'stages': {**spec['stages'], 'python': first_stage}}
+        assert runs_of(both)[-1].stage.given['scheduler']['alpha'] == end
     spec['stages']['cpp']['optimizer'] = {'lr': 6.0e-3}
     assert runs_of({**spec, 'arms': arms})[-1].stage.given['scheduler']['alpha'] == pytest.approx(0.05)
 

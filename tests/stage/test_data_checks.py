@@ -283,6 +283,16 @@ def by_others(folder, rows, encoding='ndarray:int32', **options):
     return folder
 
 
+def test_a_column_beside_the_tokens_says_nothing_of_the_rows(roots, tmp_path):
+    with MDSWriter(
+        out=str(tmp_path / 'more'), columns={'tokens': 'ndarray:int32:16', 'label': 'ndarray:int32:1'}
+    ) as out:
+        for _ in range(40):
+            out.write({'tokens': np.zeros(16, np.int32), 'label': np.zeros(1, np.int32)})
+    data = {'local': str(tmp_path / 'more'), 'split': None}
+    fine(config(tmp_path, roots, train_loader={'dataset': {'new': data}}, max_duration='1ba'))
+
+
 @pytest.mark.parametrize('kind', ['replay_text', 'text', 'eval'])
 def test_rows_that_other_converters_made(kind, roots, tmp_path):
     """Whatever their index says of their length: one row is looked at."""
