@@ -23,6 +23,7 @@ from cpt_algorithms.report.plots import plots_of, png, svg
 from cpt_algorithms.report.run_records import RunSet, read_runs, size_name
 from cpt_algorithms.report.tables import (
     COUNTS,
+    PRICES,
     OverSeeds,
     Row,
     Scores,
@@ -39,7 +40,7 @@ from cpt_algorithms.terminal import print_table
 
 __all__ = ['Report', 'print_report', 'rich_table', 'write_report']
 
-LOWER_IS_BETTER = ('loss', 'forgetting', 'bits per byte')
+LOWER_IS_BETTER = ('loss', 'forgetting', 'bits per byte', *PRICES)
 CHANGES = ('forgetting', 'adaptation')
 # what the cards say: the best of a column
 QUESTIONS: list[tuple[str, str, str, Any, str]] = [
@@ -210,7 +211,7 @@ def _number(row: Row, column: str, scale: int = 1) -> _Cell:
         return _Cell(percent(value.mean))
     if column.startswith('device hours'):
         return _Cell(f'{scale * value.mean:.3g}', '' if value.half is None else f'±{scale * value.half:.2g}')
-    is_change = column.startswith(CHANGES)
+    is_change = column.startswith((*CHANGES, *PRICES))
     half = '' if value.half is None else f'±{value.half:.3f}'
     return _Cell(signed(value.mean, 3) if is_change else f'{value.mean:.3f}', half)
 
@@ -259,6 +260,7 @@ def _tables(report: Report) -> list[_Table]:
         groups = {
             'validation loss (nats/token)': losses,
             'against the parent': {column: column for column in CHANGES},
+            'against retraining': {column: column for column in PRICES if any(column in row.columns for row in rows)},
             'bits per byte': {f'bits per byte {name}': losses[f'loss {name}'] for name in known},
             'last stage': {column: column for column in ('tokens', 'compute vs union')},
         }

@@ -34,7 +34,9 @@ class RunRecord:
     arm: str  # that named it
     stage: str  # the name of the stage it trains
     seed: int
-    kind: str  # update (starts from a parent), union (from scratch on everything), scratch; a branch has its trunk's
+    # update (starts from a parent), union or matched (from scratch, as long as all stages: on everything, or on the
+    # mixture of the last), scratch; a branch has its trunk's
+    kind: str
     parent: str | None  # folder of the run it starts from, if that is there
     tokens: dict[str, int]  # of its budget by stream, the new data first
     tokens_before_branch: dict[str, int]  # what a branch's parent had read where it starts; its stage took both
@@ -104,6 +106,13 @@ class RunRecord:
     def budget(self) -> int:
         """Tokens of its stage's budget."""
         return sum(self.tokens.values()) + sum(self.tokens_before_branch.values())
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """The share of each stream in its stage, to a thousandth."""
+        names = {**self.tokens, **self.tokens_before_branch}
+        counts = {name: self.tokens.get(name, 0) + self.tokens_before_branch.get(name, 0) for name in names}
+        return {name: round(count / self.budget, 3) for name, count in counts.items() if count}
 
     def tokens_until(self, batch: int | None) -> dict[str, int]:
         """Those that it had read at a batch of it; None is its end."""
@@ -265,6 +274,7 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
         plan = _plan_of(record, folder, cost.get('tokens', 0), runs)
     trunk = runs[plan['parent']] if plan['tokens_before_branch'] and plan['parent'] else None
     is_update = plan['parent'] or (record and record.parent)
+    from_scratch = plan['stage'] if plan['stage'] in ('union', 'matched') else 'scratch'
     is_finished = bool(done)
     if done and record is not None:  # of a run that is extended, or is to be, there is more to come
         is_planned = (record.config.batches or 0) >= (plan['batches'] or 0)
@@ -279,7 +289,7 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
     scored_at = [batch for of in scored.values() for results in of.values() for batch in results]
     runs[folder] = RunRecord(
         folder=folder,
-        kind=trunk.kind if trunk else 'update' if is_update else 'union' if plan['stage'] == 'union' else 'scratch',
+        kind=trunk.kind if trunk else 'update' if is_update else from_scratch,
         record=record,
         state=state,
         batch=int(done.get('batch') or cost.get('batch', 0)),

@@ -32,6 +32,7 @@ from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
 
 __all__ = [
     'COUNTS',
+    'PRICES',
     'OverSeeds',
     'Row',
     'Scores',
@@ -49,6 +50,8 @@ __all__ = [
 
 # columns that count tokens
 COUNTS = ('tokens', 'new tokens', 'replayed tokens')
+# Columns of an update: its mean loss less union's, and the two parts of that.
+PRICES = ('above union', 'price of mixture', 'price of continuing')
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Row:
     arm: str
     average: str  # '' for the training weights
     size: int | None  # parameters of the model, if known
-    kind: str  # update, union or scratch
+    kind: str  # update, union, matched or scratch
     runs: list[RunRecord]  # those that have finished, or else the one that has come furthest
     others: list[RunRecord]  # the other seeds, which have not finished
     columns: dict[str, OverSeeds]  # what it does not have is left out
@@ -131,12 +134,57 @@ def over_seeds(values: Sequence[float]) -> OverSeeds:
     return OverSeeds(float(np.mean(values)), None if spread is None else float(spread), tuple(values))
 
 
-def _columns(run: RunRecord, average: str, study: RunSet, union_hours: float | None) -> dict[str, float]:
-    """All numbers of one run, under the names they have in the table."""
+@dataclass(frozen=True)
+class _FromScratch:
+    """The finished runs from scratch of one plan, as long as all of its stages: what its updates are set against."""
+
+    runs: list[RunRecord]
+
+    @classmethod
+    def of(cls, arms: Sequence[Arm]) -> '_FromScratch':
+        """Those among some arms; not the trunks of others."""
+        kinds = ('union', 'matched')
+        found = [run for arm in arms for run in arm.runs if run.kind in kinds and run.state == 'finished']
+        most = {kind: max((run.budget for run in found if run.kind == kind), default=0) for kind in kinds}
+        return cls([run for run in found if run.budget == most[run.kind]])
+
+    def union_hours(self, study: RunSet) -> float | None:
+        """Device-hours of a union run."""
+        hours = [spent for run in self.runs if run.kind == 'union' and (spent := study.hours(run)) is not None]
+        return float(np.mean(hours)) if hours else None
+
+    def loss(self, kind: str, of: RunRecord, average: str, study: RunSet) -> float | None:
+        """Mean loss of the union, or of the matched run with an update's mixture, of the same seed."""
+        for run in self.runs:
+            if run.kind == kind and run.seed == of.seed and (kind == 'union' or run.mixture == of.mixture):
+                return _losses(run, average, study).get('loss mean')
+        return None
+
+
+def _losses(run: RunRecord, average: str, study: RunSet) -> dict[str, float]:
     losses = by_average(run.final, study.data).get(average, {})
     columns = {f'loss {name}': losses[name] for name in study.data if name in losses}
     if losses and len(columns) == len(study.data):
         columns['loss mean'] = sum(losses.values()) / len(losses)
+    return columns
+
+
+def _prices(run: RunRecord, average: str, study: RunSet, against: _FromScratch) -> dict[str, float]:
+    """``update - union = (matched - union) + (update - matched)``: the price of the mixture, and that of continuing."""
+    ours = _losses(run, average, study).get('loss mean')
+    if ours is None or run.kind != 'update' or run.state != 'finished':
+        return {}
+    union, matched = (against.loss(kind, run, average, study) for kind in ('union', 'matched'))
+    prices = {} if union is None else {'above union': ours - union}
+    if union is not None and matched is not None:
+        prices['price of mixture'] = matched - union
+    return prices if matched is None else {**prices, 'price of continuing': ours - matched}
+
+
+def _columns(run: RunRecord, average: str, study: RunSet, against: _FromScratch) -> dict[str, float]:
+    """All numbers of one run, under the names they have in the table."""
+    losses = by_average(run.final, study.data).get(average, {})
+    columns = {**_losses(run, average, study), **_prices(run, average, study, against)}
     changed = changes(run.final, run.at_start, run.old, run.new)
     suffix = f'/{average}' if average else ''
     for key, name in product(('forgetting', 'adaptation'), ('mean', *study.data)):
@@ -157,18 +205,19 @@ def _columns(run: RunRecord, average: str, study: RunSet, union_hours: float | N
         if run.state == 'finished' and run.began_from:
             # without a union run: what one would have taken at this run's pace
             estimate = hours / run.budget * run.union_tokens if run.union_tokens else None
-            against, key = (union_hours, '') if union_hours is not None else (estimate, ' (estimated)')
-            if against is not None:
-                columns[f'device hours saved{key}'] = against - hours
+            union_hours = against.union_hours(study)
+            whole, key = (union_hours, '') if union_hours is not None else (estimate, ' (estimated)')
+            if whole is not None:
+                columns[f'device hours saved{key}'] = whole - hours
     return columns
 
 
-def _row(arm: Arm, average: str, size: int | None, study: RunSet, union_hours: float | None) -> Row:
+def _row(arm: Arm, average: str, size: int | None, study: RunSet, against: _FromScratch) -> Row:
     finished = [run for run in arm.runs if run.state == 'finished']
     # the latest losses of seeds that have come to different batches have no mean
     runs = finished or [max(arm.runs, key=lambda run: run.batch)]
     others = [run for run in arm.runs if run not in runs]
-    by_run = [_columns(run, average, study, union_hours) for run in runs]
+    by_run = [_columns(run, average, study, against) for run in runs]
     names = [name for name in by_run[0] if all(name in columns for columns in by_run)]
     means = {name: over_seeds([columns[name] for columns in by_run]) for name in names}
     return Row(arm.name, average, size, arm.kind, runs, others, means)
@@ -181,13 +230,10 @@ def rows_of(study: RunSet) -> list[Row]:
         every = study.arms(size)
         for plan in dict.fromkeys(arm.runs[0].plan for arm in every):
             arms = [arm for arm in every if arm.runs[0].plan == plan]
-            union = [run for arm in arms if arm.kind == 'union' for run in arm.runs if run.state == 'finished']
-            most = max((run.budget for run in union), default=0)  # and not a trunk
-            hours = [spent for run in union if run.budget == most and (spent := study.hours(run)) is not None]
-            union_hours = float(np.mean(hours)) if hours else None
+            against = _FromScratch.of(arms)
             for arm in arms:
                 averages = dict.fromkeys(['', *(a for run in arm.runs for a in by_average(run.final, study.data))])
-                rows += [_row(arm, average, size, study, union_hours) for average in averages]
+                rows += [_row(arm, average, size, study, against) for average in averages]
     return rows
 
 
@@ -311,6 +357,11 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
     if unions:
         gap = mean['loss mean'] - min(row.columns['loss mean'].mean for row in unions)
         text += f'; its mean loss is {abs(gap):.2f} {"above" if gap > 0 else "below"} that of union'
+        if {*PRICES} <= mean.keys():
+            text += (
+                f': {signed(mean["price of mixture"], 2)} is the price of its mixture, which training from scratch on '
+                f'it pays, too, and {signed(mean["price of continuing"], 2)} that of continuing'
+            )
     others = [row for row in updates if row.arm != best.arm and best.columns['loss mean'].half is not None]
     if close := dict.fromkeys(row.arm for row in others if not _is_told_apart(best, row, 'loss mean')):
         text += f'. The seeds do not tell its mean loss from that of {" or ".join(close)}'

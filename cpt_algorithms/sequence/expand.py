@@ -103,7 +103,7 @@ def _expand_arm(
     first = next(iter(stages.values()))
     is_pretrained = parse_section(StageSettings, first).model.pretrained_model is not None
     stand_ins = [dataset for dataset, stream in spec.data.items() if is_pretrained and stream.stand_in_for]
-    earlier = list(first['replay'].get('weights', ())) if arm.baseline == 'union' else stand_ins
+    earlier = list(first['replay'].get('weights', ())) if arm.baseline in ('union', 'matched') else stand_ins
     parent: Run | None = None
     read_by: dict[str, str] = {}
     is_shared = not arm.baseline and not arm.common.given
@@ -185,8 +185,9 @@ def _baseline(
     if baseline == 'from_scratch':
         kept = {key: last[key] for key in ('new', 'max_duration')}
         return {'from_scratch': {**{key: value for key, value in first.items() if key != 'replay'}, **kept}}
-    if baseline == 'union':
-        return {'union': _union(spec, where, stages)}
+    if baseline in ('union', 'matched'):
+        whole = _union(spec, where, stages)
+        return {baseline: whole if baseline == 'union' else _matched(whole, list(stages.values())[-1])}
     for name, stage in list(stages.items())[1:]:
         if baseline in ('no_replay', 'same_data'):
             stage.pop('replay', None)
@@ -233,6 +234,13 @@ def _union(spec: SequenceSpec, where: str, stages: dict[str, dict[str, Any]]) ->
     if others := {name: budget for name, budget in tokens.items() if name != last}:
         union['replay'] = {'fraction': str(Fraction(total - tokens[last], total)), 'weights': others}
     return union
+
+
+def _matched(union: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """As long as the union, on the mixture of the last stage: what an update would be that had seen nothing else."""
+    replay = {key: value for key, value in (last.get('replay') or {}).items() if key != 'consumed_only'}
+    weights = replay.get('weights') or dict.fromkeys(union['replay'].get('weights', ()), 1)
+    return {**union, 'replay': {**replay, 'weights': weights}}
 
 
 # Branches

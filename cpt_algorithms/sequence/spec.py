@@ -25,10 +25,11 @@ __all__ = [
     'overlay',
 ]
 
-# From scratch on the data of all stages; or on the last one's. Or later stages: at the learning rate that the first one
-# ended with; re-warmed and not decayed; without replay; re-warmed on the first one's data.
-Baseline = Literal['union', 'from_scratch', 'constant_eta_min', 'constant_eta_max', 'no_replay', 'same_data']
-FROM_SCRATCH = ('union', 'from_scratch')
+# From scratch, as long as all stages, on the data of all; or on the last one's mixture; or on the last one's data, as
+# long as that. Or later stages: at the learning rate that the first one ended with; re-warmed and not decayed; without
+# replay; re-warmed on the first one's data.
+Baseline = Literal['union', 'matched', 'from_scratch', 'constant_eta_min', 'constant_eta_max', 'no_replay', 'same_data']
+FROM_SCRATCH = ('union', 'matched', 'from_scratch')
 ANNEAL_KEYS = ('t_anneal', 'anneal', 'alpha_f')
 # Filled in for every run.
 DERIVED = ('run_name', 'save_folder', 'load_path', 'load_weights_only', 'load_ignore_keys', 'autoresume', 'seed')
@@ -192,7 +193,7 @@ def _each_once(seeds: list[int]) -> list[int]:
 
 
 def _stage_names(stages: dict[str, Any]) -> dict[str, Any]:
-    if taken := [name for name in ('common', 'baseline') if name in stages]:
+    if taken := [name for name in ('common', 'baseline', *FROM_SCRATCH) if name in stages]:
         raise ValueError(f'KEY.{taken[0]}: a stage cannot have this name, which means something else in arms')
     return stages
 

@@ -96,6 +96,34 @@ def test_table_by_hand(tmp_path):
     assert {column: replay[column].mean for column in cost} == pytest.approx(cost), '360 s on 2 devices, as union'
 
 
+def test_the_distance_to_union_has_two_parts(tmp_path):
+    """Of the same seed, and of the update's own mixture."""
+    folder = write_sequence(tmp_path)
+    plan = read(folder / 'sequence.json')
+    for seed in (1, 2, 3):
+        for share, loss in ((25, 2.0), (50, 9.0)):
+            name = f'matched-r{share}-s{seed}'
+            write_run(folder / name, {'old': loss, 'new': loss + seed / 10}, batches=20, parameters=PARAMETERS)
+            tokens = {'new': 2000 - 20 * share, 'old': 20 * share}
+            plan['runs'].append(entry(name, f'matched {share} %', 'matched', seed, tokens=tokens))
+    write_plan(folder, 'tiny', {'old': 1000, 'new': 1000}, plan['runs'])
+    report = write_report([folder], tmp_path)
+    found = {row.arm: row for row in report.rows}
+    replay, matched = found['replay 25 %'].columns, found['matched 25 %']
+    assert matched.kind == 'matched'
+    # update (3.2 + 1.5) / 2 + s / 10; matched 2 + s / 20; union (2.5 + 1.2) / 2
+    prices = {'above union': 2.55 - 1.85, 'price of mixture': 2.1 - 1.85, 'price of continuing': 2.55 - 2.1}
+    assert {column: replay[column].mean for column in prices} == pytest.approx(prices)
+    assert replay['price of continuing'].values == pytest.approx((0.35 + 0.05, 0.35 + 0.1, 0.35 + 0.15))
+    assert 'price of mixture' not in found['none'].columns, 'its mixture, all new, was not trained from scratch'
+    assert found['none'].columns['above union'].mean == pytest.approx(2.7 - 1.85)
+    assert not {*prices} & {*matched.columns, *found['union'].columns}
+    assert (
+        '+0.25 is the price of its mixture' in report.findings[0] and '+0.45 that of continuing' in report.findings[0]
+    )
+    assert 'price of continuing' in report.path.read_text()
+
+
 def test_without_union_the_saving_is_an_estimate(tmp_path, no_plots):
     folder = write_sequence(tmp_path, union=False)
     columns = rows(folder)['none'].columns

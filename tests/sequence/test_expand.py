@@ -365,6 +365,27 @@ def test_a_baseline_may_be_changed(spec):
         runs_of(spec)
 
 
+def test_matched_is_the_mixture_of_the_last_stage_from_scratch(spec):
+    spec['stages']['cpp']['replay'] = {'fraction': 0.25}
+    half = {'replay': {'fraction': 0.5}}
+    spec['arms'] = {'main': {}, 'matched': {'baseline': 'matched'}, 'half': {'baseline': 'matched', 'matched': half}}
+    runs = {run.arm: run for run in runs_of(spec)}
+    whole = 901_120 + 532_480
+    assert runs['matched'].parent is None and runs['matched'].name == 'matched_cpp-s17'
+    assert runs['matched'].stage.tokens_by_stream() == {'cpp': whole * 3 // 4, 'python': whole // 4}
+    assert runs['half'].stage.tokens_by_stream() == {'cpp': whole // 2, 'python': whole // 2}
+    assert runs['matched'].stage.given['scheduler'] == spec['common']['scheduler']
+    assert runs['matched'].stage.callbacks.forgetting is None
+    # of three stages, all earlier data, in the last one's weights
+    spec['stages']['again'] = {'new': 'more', 'max_duration': '409600tok', 'replay': {'fraction': 0.5}}
+    spec['data']['more'] = {'local': 'data/more'}
+    spec['stages']['again']['replay']['weights'] = {'python': 3, 'cpp': 1}
+    spec['arms'] = {'matched': {'baseline': 'matched'}}
+    (run,) = runs_of(spec)
+    whole += 409_600
+    assert run.stage.tokens_by_stream() == {'more': whole // 2, 'python': whole * 3 // 8, 'cpp': whole // 8}
+
+
 def test_a_union_reads_a_dataset_that_comes_twice_for_both(spec):
     spec['stages']['again'] = {'new': 'python', 'max_duration': '100ba'}
     spec['arms'] = {'union': {'baseline': 'union'}}
