@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -239,63 +240,78 @@ def train_stage(stage: Stage) -> None:
         sys.exit(f'{stage.run_name} stopped: {error.filename or stage.folder}: {reason}')
 
 
-def _train(stage: Stage) -> None:
-    guard_loading()  # stage_start may say otherwise
-    unique_shm_prefixes()
-    world_size, rank_zero = dist.get_world_size(), dist.get_global_rank() == 0
-    suite, folder = stage.suite, stage.folder
-    if (done := done_with(stage)) is not None:
-        if rank_zero:
-            print(f'{stage.run_name}: finished already, at batch {done["batch"]}')
-            if suite and done.get('lm_eval') != suite and evaluate(Path(folder), suite)[1]:
-                write_json(f'{folder}/done.json', {**done, 'lm_eval': suite})
-        return
-    if problem := format_problem(stage, world_size):
-        raise StoppedError(problem)
-    remote = is_remote(folder)
-    lock = FileLock(Path(folder) / '.lock')  # a local folder is ours until we return
-    cfg = {**stage.to_train_yaml(), 'save_folder': folder}
-    there: list[Any] = [None] * 7
-    if rank_zero:
-        token = take_remote(folder) if remote else take_local(Path(folder), lock)
-        latest, newest = newest_complete(folder)
-        record = write_record(stage, resumes=latest > 0)
-        parent_is_evaluated = exists(f'{folder}/forgetting.json') and (latest > 0 or not remote)
-        # Composer finds latest-rank0.pt in object storage, but no latest-sharded-rank0
-        parent = stage.load_path
-        if parent and is_remote(parent):
-            parent = resolve_latest(parent)
-        is_trained = newest is not None and is_at_end(stage, newest)
-        there = [latest, is_trained, parent_is_evaluated, newest, token, parent, record.wandb_id]
-    if world_size > 1:
-        dist.broadcast_object_list(there)  # also waits for what rank 0 does above
-    latest, is_trained, parent_is_evaluated, newest, token, cfg['load_path'], wandb_id = there
-    cfg['loggers'] = _tracked(cfg.get('loggers') or {}, wandb_id)
+@dataclass(frozen=True)
+class _Begun:
+    """What rank 0 found, and did, in a run's folder before the trainer is made."""
+
+    latest: int  # batch of the newest checkpoint; 0 without any
+    newest: str | None  # that checkpoint
+    is_trained: bool  # whether only the export is left
+    parent_is_evaluated: bool
+    token: str | None  # of this start, in object storage
+    parent: str | None  # load_path, of which links are followed
+    wandb_id: str
+
+
+def _begin(stage: Stage, lock: FileLock) -> _Begun:
+    folder, remote, parent = stage.folder, is_remote(stage.folder), stage.load_path
+    token = take_remote(folder) if remote else take_local(Path(folder), lock)
+    latest, newest = newest_complete(folder)
+    record = write_record(stage, resumes=latest > 0)
+    parent_is_evaluated = exists(f'{folder}/forgetting.json') and (latest > 0 or not remote)
+    # Composer finds latest-rank0.pt in object storage, but no latest-sharded-rank0
+    if parent and is_remote(parent):
+        parent = resolve_latest(parent)
+    is_trained = newest is not None and is_at_end(stage, newest)
+    return _Begun(latest, newest, is_trained, parent_is_evaluated, token, parent, record.wandb_id)
+
+
+def _train_yaml(stage: Stage, begun: _Begun) -> dict[str, Any]:
+    """What LLM Foundry's ``train`` is given."""
+    cfg = {**stage.to_train_yaml(), 'save_folder': stage.folder, 'load_path': begun.parent}
+    cfg['loggers'] = _tracked(cfg.get('loggers') or {}, begun.wandb_id)
     if cfg.get('log_to_console', True) and not cfg.get('progress_bar'):
         registry.loggers.register('console_line', func=ConsoleLine)
         cfg['log_to_console'] = False
         cfg['loggers']['console_line'] = {'log_interval': str(stage.console_log_interval)}
-    if parent_is_evaluated:
+    if begun.parent_is_evaluated:
         cfg['eval_first'] = False
-    if not latest:
+    if not begun.latest:
         # there is nothing to resume; Composer would ask W&B for it, which fails if W&B is offline
         cfg['autoresume'] = False
-    if remote:
+    if is_remote(stage.folder):
         # Composer's own way takes the copy that an earlier resume has left in the working folder, however old
         cfg['autoresume'] = False
-        if newest:
-            cfg |= {'load_path': newest, 'load_weights_only': False, 'load_ignore_keys': None}
+        if begun.newest:
+            cfg |= {'load_path': begun.newest, 'load_weights_only': False, 'load_ignore_keys': None}
         # half of a checkpoint may be there, or come yet from a killed process; OneWriter keeps others away
         cfg |= {'save_overwrite': True, 'save_num_checkpoints_to_keep': -1}
         fork_upload_workers()
         registry.callbacks.register('one_writer', func=OneWriter)
-        cfg['callbacks']['one_writer'] = {'folder': folder, 'token': token}
+        cfg['callbacks']['one_writer'] = {'folder': stage.folder, 'token': begun.token}
     # killed between the last checkpoint and the end of the export
-    cfg['only_hf_checkpoint'] = is_trained
+    cfg['only_hf_checkpoint'] = begun.is_trained
     registry.callbacks.register('datasets_built', func=DatasetsBuilt)
     cfg['callbacks']['datasets_built'] = {}
     registry.callbacks.register('ending', func=Ending)
     cfg['callbacks']['ending'] = {'max_duration': str(stage.max_duration)}
+    return cfg
+
+
+def _train(stage: Stage) -> None:
+    guard_loading()  # stage_start may say otherwise
+    unique_shm_prefixes()
+    rank_zero, folder = dist.get_global_rank() == 0, stage.folder
+    if (done := done_with(stage)) is not None:
+        if rank_zero:
+            print(f'{stage.run_name}: finished already, at batch {done["batch"]}')
+            if stage.suite and done.get('lm_eval') != stage.suite and evaluate(Path(folder), stage.suite)[1]:
+                write_json(f'{folder}/done.json', {**done, 'lm_eval': stage.suite})
+        return
+    if problem := format_problem(stage, dist.get_world_size()):
+        raise StoppedError(problem)
+    lock = FileLock(Path(folder) / '.lock')  # a local folder is ours until we return
+    cfg = _train_yaml(stage, on_rank_zero(lambda: _begin(stage, lock)))
     if os.environ.get('LOCAL_RANK', '0') == '0':
         take(DATASETS_LOCK, f'{stage.run_name}, building model and datasets')
     # what the first step used, at any python_log_level
@@ -307,17 +323,22 @@ def _train(stage: Stage) -> None:
         DATASETS_LOCK.release(force=True)  # which it had kept if it failed before the datasets were built
     wait_for_uploads(trainer)
     if rank_zero:
-        now = trainer.state.timestamp
-        time = {'ep': now.epoch.value, 'ba': now.batch.value, 'sp': now.sample.value, 'tok': now.token.value}
-        done = {'batch': time['ba'], 'time': time, 'max_duration': str(stage.max_duration), 'lm_eval': None}
-        write_json(f'{folder}/done.json', done)
-        print(f'{stage.run_name}: finished at batch {time["ba"]}; checkpoints and export lie in {folder}')
-        if suite:
-            # their memory is wanted for the exported models
-            for optimizer in trainer.state.optimizers:
-                optimizer.state.clear()
-            trainer.state.model.to_empty(device='meta')
-            metrics, complete = evaluate(Path(folder), suite)
-            trainer.logger.log_metrics(metrics)
-            if complete:
-                write_json(f'{folder}/done.json', {**done, 'lm_eval': suite})
+        _finish(stage, trainer)
+
+
+def _finish(stage: Stage, trainer: Trainer) -> None:
+    """Note that a run is done, and judge what it exported."""
+    now, folder = trainer.state.timestamp, stage.folder
+    time = {'ep': now.epoch.value, 'ba': now.batch.value, 'sp': now.sample.value, 'tok': now.token.value}
+    done = {'batch': time['ba'], 'time': time, 'max_duration': str(stage.max_duration), 'lm_eval': None}
+    write_json(f'{folder}/done.json', done)
+    print(f'{stage.run_name}: finished at batch {time["ba"]}; checkpoints and export lie in {folder}')
+    if stage.suite:
+        # their memory is wanted for the exported models
+        for optimizer in trainer.state.optimizers:
+            optimizer.state.clear()
+        trainer.state.model.to_empty(device='meta')
+        metrics, complete = evaluate(Path(folder), stage.suite)
+        trainer.logger.log_metrics(metrics)
+        if complete:
+            write_json(f'{folder}/done.json', {**done, 'lm_eval': stage.suite})
