@@ -296,7 +296,7 @@ def test_a_job_fails_as_a_whole_if_one_node_does(slurm, run, monkeypatch, wait):
 def test_a_requeued_job_goes_on_from_its_latest_checkpoint(slurm, run, data, numbers, wait):
     write(run, data, max_duration='48ba', scheduler={'t_warmup': '4ba'})
     handle = make_launcher(resources_of({'slurm': SLURM}), jobs=1)(RECIPE, run)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(run.glob('ep0-ba*')):
         assert handle.poll() is None
         assert time.monotonic() < deadline
