@@ -204,12 +204,15 @@ def test_scales(root, monkeypatch, many, slow):
     cases(spoilt(both, values=ALL), read, root, 2000 if slow else 60, slow)
 
 
-@pytest.mark.parametrize(('place', 'value'), [(('nproc',), {'a': 1}), (('common', 'global_train_batch_size'), {})])
+@pytest.mark.parametrize(
+    ('place', 'value'),
+    [(('sequence', 'nproc'), {'a': 1}), (('common', 'global_train_batch_size'), {}), (('lr',), 1e30)],
+)
 def test_what_was_found_in_scales_is_refused(root, monkeypatch, place, value):
-    """A mapping where the sequence has none."""
+    """A mapping where the sequence has none; a rate that takes the weight decay with it."""
     monkeypatch.chdir(tiny.ROOT)
     scale = yaml.safe_load(Path('yamls/scales/tiny.yaml').read_text(encoding='utf-8'))
-    spoil(scale, 'put', place if place[0] == 'common' else ('sequence', *place), value)
+    spoil(scale, 'put', place, value)
     path = root.parent / f'{root.name}-scale.yaml'
     path.write_text(yaml.safe_dump(scale), encoding='utf-8')
     with pytest.raises(ValueError, match=place[-1]):

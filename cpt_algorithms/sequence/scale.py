@@ -128,6 +128,8 @@ def _changed(value: Any, shorter: Callable[[str], str], factor: float) -> Any:
             if key in (changed.get('optimizer') or {}):
                 check_type(f'optimizer.{key}', changed['optimizer'][key], float)
                 changed['optimizer'][key] = float(f'{changed["optimizer"][key] * factor:.6g}')
+        if (decay := (changed.get('optimizer') or {}).get('weight_decay', 0)) >= 1:
+            raise ValueError(f'scale.lr: optimizer.weight_decay goes with it, and would be {decay:g}, not below 1')
         return changed
     if isinstance(value, list):
         items = [_changed(item, shorter, factor) for item in value]
