@@ -260,7 +260,6 @@ def _tables(report: Report) -> list[_Table]:
         groups = {
             'validation loss (nats/token)': losses,
             'against the parent': {column: column for column in CHANGES},
-            'against retraining': {column: column for column in PRICES if any(column in row.columns for row in rows)},
             'bits per byte': {f'bits per byte {name}': losses[f'loss {name}'] for name in known},
             'last stage': {column: column for column in ('tokens', 'compute vs union')},
         }
@@ -346,6 +345,7 @@ def _cost_table(report: Report) -> _Table:
     longest = max((run.hours or 0 for run in study.runs.values()), default=0)
     scale, unit = (60, 'minutes') if longest < 1 else (1, 'hours')
     hours = f'{next(iter(devices)).upper() if len(devices) == 1 else "device"}-{unit}'
+    prices = [column for column in PRICES if any(column in row.columns for row in report.rows)]
     lines, is_estimate = [], False
     for row in report.rows:
         if row.average:
@@ -355,12 +355,13 @@ def _cost_table(report: Report) -> _Table:
             guess = _number(row, 'device hours saved (estimated)', scale)
             saved, is_estimate = _Cell(f'≈ {guess.text}', guess.small), True
         cells = [_number(row, column) for column in ('new tokens', 'replayed tokens', 'flops', 'compute vs union')]
-        lines.append(_line(study, row, [*cells, spent, saved]))
+        lines.append(_line(study, row, [*cells, spent, saved, *(_number(row, column) for column in prices)]))
     note = 'Of the last stage of each arm: what came before is paid for already. Compute: 6 × parameters N × tokens T.'
     if is_estimate:
         note += ' ≈: union was not run to its end; estimated from the hours that this run took for a token.'
     heads = [('tokens', _heads(['new', 'replayed'])), ('compute', _heads(['6 N T', 'compute vs union']))]
-    return _Table('Cost', note, [*heads, (f'measured {hours}', _heads(['spent', 'saved against union']))], lines)
+    heads += [(f'measured {hours}', _heads(['spent', 'saved against union']))]
+    return _Table('Cost', note, [*heads, *([('mean loss', _heads(prices))] if prices else [])], lines)
 
 
 def _versions(study: RunSet) -> list[tuple[str, str]]:
