@@ -55,7 +55,9 @@ def convert(file: Path, out: Path) -> None:
     names = {'bos_token': 'bos', 'eos_token': 'eos', 'unk_token': 'unknown', 'pad_token': 'padding'}
     ids = {token: said(f'ggml.{name}_token_id') for token, name in names.items()}
     special = {token: backend.id_to_token(number) for token, number in ids.items() if number is not None}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    # else it gives generate() token_type_ids, too, which no decoder takes
+    inputs = ['input_ids', 'attention_mask']
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=inputs, **special)
     tokenizer.chat_template = said('chat_template')
     AutoModelForCausalLM.from_pretrained(**where).save_pretrained(out)
     tokenizer.save_pretrained(out)

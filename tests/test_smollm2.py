@@ -62,6 +62,7 @@ def test_the_gguf_becomes_what_transformers_reads_of_it(made, monkeypatch):
     assert [tokenizer.bos_token_id, tokenizer.eos_token_id] == said
     text = '#include <vector>\nint main() { return 0; }  // naïve\n'
     assert tokenizer.decode(tokenizer(text)['input_ids']) == text, 'nothing is added'
+    assert {*tokenizer(text)} == {'input_ids', 'attention_mask'}, 'what generate() takes'
 
 
 def test_the_untouched_model_is_the_parent(updated):

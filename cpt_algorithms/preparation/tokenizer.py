@@ -126,7 +126,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
     options: dict[str, Any] = {'vocab_size': vocab_size, 'special_tokens': [EOS], 'initial_alphabet': alphabet}
     trainer = trainers.BpeTrainer(**options, show_progress=False)  # pyright: ignore[reportCallIssue]
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
+    # else it gives generate() token_type_ids, too, which no decoder takes
+    inputs = ['input_ids', 'attention_mask']
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS, model_input_names=inputs)
 
 
 def load_tokenizer(name: str, flag: str = '--tokenizer') -> HFTokenizer:

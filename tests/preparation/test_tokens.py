@@ -51,6 +51,7 @@ def prose(seed, count=4000):
 def tokenizers():
     """Of the kinds that models have: GPT-2, Llama 2, Llama 3, T5, BERT."""
     texts = [prose(seed, 500) for seed in range(20)]
+    assert {*train_tokenizer(texts, 400)('text')} == {'input_ids', 'attention_mask'}, 'what generate() takes'
     gpt2 = train_tokenizer(texts, 400).backend_tokenizer
     llama2, llama3 = Tokenizer(models.BPE(byte_fallback=True, unk_token='?')), Tokenizer(models.BPE(ignore_merges=True))
     llama2.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
