@@ -355,7 +355,8 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
     text = f'{best.name}: {did} of {old} and learned {mean["adaptation"]:.2f} of {new}, {cost}'
     unions = [row for row in done if row.kind == 'union' and not row.average and row.is_finite]
     if unions:
-        gap = mean['loss mean'] - min(row.columns['loss mean'].mean for row in unions)
+        lowest = min(row.columns['loss mean'].mean for row in unions)
+        gap = mean.get('above union', mean['loss mean'] - lowest)  # of the same seeds, if they are
         text += f'; its mean loss is {abs(gap):.2f} {"above" if gap > 0 else "below"} that of union'
         if {*PRICES} <= mean.keys():
             text += (
