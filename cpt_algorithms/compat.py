@@ -6,7 +6,7 @@ functions. Each is mended when its module is imported, whoever imports it first,
 itself asks for this; so does an entry point that llm-foundry loads for every training, whatever its YAML names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -107,3 +107,21 @@ def _(lr_scheduler: ModuleType) -> None:
         return {key: value for key, value in stock(self).items() if key != '_is_initial'}
 
     lr_scheduler.LambdaLR.state_dict = state_dict
+
+
+@_mends('composer.trainer.trainer', 'Trainer', 'with dropout, a run resumed within an epoch is not the one left alone')
+def _(module: ModuleType) -> None:
+    """Composer 0.32 restores random numbers where it skips batches; a dataset that knows its place has none to skip."""
+    from composer.utils import reproducibility
+
+    stock = module.Trainer._iter_dataloader
+
+    def batches(trainer: Any, mode: Any) -> Iterator[Any]:
+        for batch in stock(trainer, mode):
+            # as late as where it skips: to make an iterator, and an evaluation before it, draw random numbers
+            if mode == module.TrainerMode.TRAIN and 'train' in trainer.state.dataset_resumption and trainer._rng_state:
+                reproducibility.load_rng_state(trainer._rng_state)
+                trainer._rng_state = None
+            yield batch
+
+    module.Trainer._iter_dataloader = batches

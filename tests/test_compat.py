@@ -45,6 +45,8 @@ PRIVATE = {
     '_extract_param_groups': 'llmfoundry.utils.builders',
     '_read_binary_tokenized_sample': 'llmfoundry.data.text_data',
     '_save_checkpoint': 'llmfoundry.callbacks.hf_checkpointer',
+    '_iter_dataloader': 'composer.trainer.trainer',
+    '_rng_state': 'composer.trainer.trainer',
     '_get_eval_progress_string': 'composer.loggers.console_logger',
     '_get_progress_string': 'composer.loggers.console_logger',
     '_log_to_console': 'composer.loggers.console_logger',

@@ -187,19 +187,12 @@ def stopped(cfg, at):
         tiny.run(tiny.merge(cfg, {'save_interval': '1ba', 'callbacks': {'stop': {'at': at}}}))
 
 
-@pytest.fixture(scope='module')
-def without_dropout(tmp_path_factory, data):
-    # whose random numbers Composer does not restore in the middle of an epoch
-    cfg = config(tmp_path_factory.mktemp('without_dropout'), data, 'straight')
-    return cfg, tiny.run(cfg)
-
-
 @pytest.mark.parametrize(
     'at', [pytest.param(4, id='before the window is full', marks=pytest.mark.slow), pytest.param(6, id='mid-window')]
 )
-def test_a_resumed_run_is_the_straight_one(without_dropout, data, tmp_path, at):
-    straight, lines = without_dropout
-    cfg = config(tmp_path, data, 'resumed')
+def test_a_resumed_run_is_the_straight_one(averaged, data, tmp_path, at):
+    straight, lines = averaged
+    cfg = config(tmp_path, data, 'resumed', model=DROPOUT)
     stopped(cfg, at)  # resumed at batch 3 and 5: between two snapshots
     assert tiny.run(cfg) == lines
     for name in ('EMA', 'LAWA'):
