@@ -247,6 +247,8 @@ def _load_without_data(file: Path | BinaryIO, where: str) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:  # whose directory stands at the end
             records = archive.infolist()
+            for record in records:
+                archive.open(record).close()  # which reads the header in front of it, as torch does
             ends = sorted([*(record.header_offset for record in records), archive.start_dir])
     except Exception as error:
         raise CheckpointError(f'{where} is damaged: it is cut off, or no file of torch.save ({error})') from None
@@ -327,7 +329,7 @@ def _lawa_weights(meta: str | None) -> str:
 
 
 def _plain(described: Any) -> dict[str, Any]:
-    """``state.metadata`` in plain types: Composer puts a version there that has a class of its own."""
+    """A section of the state in plain types: Composer puts a version there that has a class of its own."""
     return json.loads(json.dumps(described or {}))
 
 
@@ -583,4 +585,5 @@ def time_of(path: str | Path) -> dict[str, int]:
 
 def model_config_of(path: str | Path) -> dict[str, Any]:
     """The Hugging Face configuration of the model in a Composer checkpoint of llm-foundry; empty if it has none."""
-    return state_of(path, 'integrations', 'huggingface', 'model', 'config').get('content') or {}
+    with _refusing_other_forms(Path(path)):
+        return _plain(state_of(path, 'integrations', 'huggingface', 'model', 'config').get('content'))

@@ -18,7 +18,7 @@ from cpt_algorithms.checkpoints.guard import TRUST
 from cpt_algorithms.checkpoints.open import load_structure, model_config_of, open_checkpoint, read_metadata
 from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
 from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names
-from cpt_algorithms.formatting import first_of
+from cpt_algorithms.formatting import first_of, one_line
 from cpt_algorithms.stage.on_meta import model_on_meta, tokenizer_of
 from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.stage import Model, Stage
@@ -147,7 +147,10 @@ def _model_changes(path: str, stage: Stage) -> list[str]:
             return []
         there = _config_on_meta(record.config.model, stage)
     elif content := model_config_of(path):
-        there = type(here).from_dict(dict(content))
+        try:
+            there = type(here).from_dict(content)
+        except Exception as error:
+            raise ValueError(f'load_path={path}: what it says of its model cannot be read: {one_line(error)}') from None
     else:
         return []
     allowed = stage.callbacks.stage_start.model_changes if stage.callbacks.stage_start else []
