@@ -15,11 +15,12 @@ from collections import defaultdict
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import pytest
-import recorder
 import tiny
 import torch
+from judge_of_kills import lines_of, objections
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -294,6 +295,9 @@ class Stage:
             'export': lambda: half_exported(self.run),
         }.get(phase, lambda: half_saved(self.run))()
 
+    def lines(self, rank):
+        return lines_of(self.folder / f'{self.name}.jsonl', rank)
+
     def results(self):
         exported = exported_by(self.run)
         assert len(exported) == 3, 'the weights, and two averages'
@@ -301,15 +305,15 @@ class Stage:
             name: json.loads((self.run / f'{name}.json').read_text()) for name in ('losses', 'forgetting', 'done')
         }
         del written['losses']['cost']['device_seconds']
-        lines = [recorder.read(self.folder / f'{self.name}.jsonl', rank) for rank in range(len(self.ranks))]
         assert not half_saved(self.run) and not half_exported(self.run)
-        return {'exports': exported, 'written': written, 'lines': lines}
+        return {'exports': exported, 'written': written}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('ranks', 'rounds'), [(1, 10), (2, 5)])
 def test_a_stage(ranks, rounds, data, tmp_path, tally):
     sharded = {'state_dict_type': 'sharded'} if ranks > 1 else None
+    dropout = {'resid_pdrop': 0.1, 'emb_pdrop': 0.1}  # so that random numbers count
     over = {'max_duration': '4ba', 'save_interval': '4ba', 'fsdp_config': sharded}
     Stage(tmp_path, tiny.config(tmp_path, data, 'parent', **over), ranks).finish()
     replay = {'fraction': 0.25, 'streams': {'old': {'local': str(data['old']), 'split': 'train'}}}
@@ -318,13 +322,13 @@ def test_a_stage(ranks, rounds, data, tmp_path, tally):
         callbacks = {
             'final_loss': {'window': '6ba', 'interval': '3ba'}, 'forgetting': {'new': ['new'], 'old': ['old']},
             'ema': {'half_life': '4ba'}, 'lawa': {'k': 3, 'interval': '2ba'},
-            'moments': {'path': str(tmp_path / f'{name}.moments')},
+            'moments': {'path': str(tmp_path / f'{name}.moments')}, 'recorder': {'digests': ranks == 1},
         }  # fmt: skip
         cfg = tiny.config(
             tmp_path, data, name, load_path=str(tmp_path / 'parent' / ('ep0-ba4' if ranks > 1 else 'ep0-ba4-rank0.pt')),
             max_duration='36ba', save_interval='3ba', eval_interval='4ba', save_num_checkpoints_to_keep=2,
             train_loader={'dataset': {'replay': replay}}, callbacks=callbacks, fsdp_config=sharded,
-            eval_loader=[tiny.eval_loader(label, data[label]) for label in ('old', 'new')],
+            eval_loader=[tiny.eval_loader(label, data[label]) for label in ('old', 'new')], model=dropout,
         )  # fmt: skip
         return Stage(tmp_path, cfg, ranks)
 
@@ -343,6 +347,8 @@ def test_a_stage(ranks, rounds, data, tmp_path, tally):
             tally.add(phase, ranks, at_work, bool(killed.is_half_way(phase)))
             check_whole(killed.run, expected['exports'])
         killed.finish()
+        for rank in range(ranks):
+            assert not objections(killed.lines(rank), straight.lines(rank)), number
         assert killed.results() == expected, number
         for phase in PHASES:
             tally.same[phase, ranks] = (number + 1, rounds)
@@ -350,6 +356,52 @@ def test_a_stage(ranks, rounds, data, tmp_path, tally):
     assert kills >= 0.9 * rounds * len(PHASES), 'the others came after its end'
     for phase in ('save', 'average', 'export'):
         assert tally.half[phase, ranks], f'no kill hit the middle of {phase}'
+
+
+@pytest.fixture(scope='module')
+def lost():
+    table = Table('save_interval', 'kills', title='Lost by a kill', title_justify='left')
+    for head in ('batches computed again, median (most)', 'restart to first new batch, median (most)'):
+        table.add_column(head, justify='right')
+    yield table
+    Console(width=110).print(table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('interval', [1, 4, 16])
+def test_what_a_kill_costs(interval, data, tmp_path, lost, rounds=5):
+    """Of a process that makes its own imports, as a restart does."""
+    chance, again, seconds = seeded(f'save_interval {interval}ba'), [], []
+    for number in range(rounds):
+        cfg = tiny.config(tmp_path, data, f'run-{number}', max_duration='64ba', save_interval=f'{interval}ba')
+        path = tiny.save(cfg, tmp_path / f'{number}.yaml')
+
+        def batches(name=cfg['run_name']):
+            written = tmp_path / f'{name}.jsonl.rank0'
+            return [line['batch'] for line in lines_of(tmp_path / f'{name}.jsonl')] if written.exists() else []
+
+        def until(is_so, path=path):
+            process, begun = tiny.start(tiny.RECIPE, path), time.monotonic()
+            while not is_so():
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.01)
+            took = time.monotonic() - begun
+            process.kill()
+            process.communicate()
+            return took
+
+        ahead = chance.randint(16, 40)
+        until(lambda: len(batches()) >= ahead)  # noqa: B023
+        before = batches()
+        seconds.append(until(lambda: batches()[-1] > before[-1]))  # noqa: B023
+        again.append(before[-1] + 1 - batches()[len(before)])
+        assert 0 <= again[-1] <= interval
+    lost.add_row(
+        f'{interval}ba',
+        str(rounds),
+        f'{median(again):g} ({max(again)})',
+        f'{median(seconds):.1f} s ({max(seconds):.1f})',
+    )
 
 
 # Of a sequence of two stages: until when it is left alone, and seconds within which it is then killed.

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
 from streaming import StreamingDataset
 
+from cpt_algorithms.checkpoints.open import time_of
 from cpt_algorithms.replay.lazy_dataset import LazyStreamingDataset
 from cpt_algorithms.sequence.expand import Run, expand
 from cpt_algorithms.sequence.read import read_sequence
@@ -287,6 +289,20 @@ def recipe_here(cfg: dict[str, Any], folder: Path) -> None:
     finally:
         sys.argv = words
         gc.collect()  # the run's lock
+
+
+def killed_after(cfg: dict[str, Any], batch: int) -> int:
+    """Leave the folder of a finished run as a kill between two batches does; returns the batch of its latest checkpoint."""
+    run = Path(cfg['save_folder'])
+    shutil.rmtree(run / 'huggingface')
+    (run / 'done.json').unlink()
+    for path in run.glob('ep*-ba*'):
+        if time_of(path)['ba'] > batch:
+            path.unlink()
+    newest = max(run.glob('ep*-ba*'), key=lambda path: time_of(path)['ba'])
+    (run / 'latest-rank0.pt').unlink()
+    (run / 'latest-rank0.pt').symlink_to(newest.name)
+    return time_of(newest)['ba']
 
 
 def start(script: Path, *arguments: object) -> subprocess.Popen[str]:

@@ -3,29 +3,12 @@
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 import pytest
 import recorder
 import tiny
 from streaming import MDSWriter
-
-from cpt_algorithms.checkpoints.open import time_of
-
-
-def killed_after(cfg, folder, batch):
-    """The folder of a finished run as a kill between two batches leaves it."""
-    run = Path(cfg['save_folder'])
-    shutil.rmtree(run / 'huggingface')
-    (run / 'done.json').unlink()
-    for path in run.glob('ep*-ba*'):
-        if time_of(path)['ba'] > batch:
-            path.unlink()
-    newest = max(run.glob('ep*-ba*'), key=lambda path: time_of(path)['ba'])
-    (run / 'latest-rank0.pt').unlink()
-    (run / 'latest-rank0.pt').symlink_to(newest.name)
-    return time_of(newest)['ba']
 
 
 def done(cfg):
@@ -56,7 +39,7 @@ def test_rows_of_text_are_trained_to_the_last_token(data, text, tmp_path):
     straight, lines = done(cfg), recorder.read(tmp_path / 'run.jsonl')
     assert straight['time']['tok'] >= 1024
     assert straight['batch'] > 1024 / tiny.TOKENS_PER_BATCH, 'rows are not full'
-    latest = killed_after(cfg, tmp_path, straight['batch'] - 5)
+    latest = tiny.killed_after(cfg, straight['batch'] - 5)
     assert latest >= 1024 / tiny.TOKENS_PER_BATCH, 'where full rows would have been enough'
     tiny.recipe_here(cfg, tmp_path)
     assert done(cfg) == straight
@@ -78,7 +61,7 @@ def test_a_run_of_epochs_goes_on_to_its_last(data, tmp_path):
     tiny.recipe_here(cfg, tmp_path)
     assert done(cfg)['time'] == {'ep': 2, 'ba': 20, 'sp': 800, 'tok': 12800}
     lines = recorder.read(tmp_path / 'run.jsonl')
-    assert killed_after(cfg, tmp_path, 12) == 10
+    assert tiny.killed_after(cfg, 12) == 10
     tiny.recipe_here(cfg, tmp_path)
     assert done(cfg)['time']['ep'] == 2
     assert recorder.read(tmp_path / 'run.jsonl') == lines
@@ -116,7 +99,7 @@ def test_patience_goes_on_where_a_kill_found_it(data, tmp_path):
     tiny.recipe_here(cfg, tmp_path)
     straight, lines = done(cfg), recorder.read(tmp_path / 'run.jsonl')
     assert straight['batch'] == 5
-    assert killed_after(cfg, tmp_path, 4) == 4
+    assert tiny.killed_after(cfg, 4) == 4
     tiny.recipe_here(cfg, tmp_path)
     assert done(cfg) == straight
     assert recorder.read(tmp_path / 'run.jsonl') == lines
@@ -128,7 +111,7 @@ def test_a_run_that_was_stopped_and_killed_before_its_export_is_exported(data, t
     cfg = stopped_early(tmp_path, data, scheduler=schedule)
     tiny.recipe_here(cfg, tmp_path)
     straight, trained = done(cfg), (tmp_path / 'run.jsonl.rank0').read_text()
-    assert killed_after(cfg, tmp_path, 5) == 5
+    assert tiny.killed_after(cfg, 5) == 5
     tiny.recipe_here(cfg, tmp_path)
     assert (tmp_path / 'run.jsonl.rank0').read_text() == trained, 'nothing more'
     assert done(cfg) == straight
@@ -147,7 +130,7 @@ FROZEN = {'optimizer': {'disable_grad': ['transformer.wte']}}
 def test_a_restart_of_another_run_is_refused_and_leaves_all_as_it_was(change, data, tmp_path):
     cfg = tiny.config(tmp_path, data, 'run', scheduler={'name': 'cosine_with_warmup', 't_warmup': '2ba'})
     tiny.recipe_here(cfg, tmp_path)
-    killed_after(cfg, tmp_path, 5)
+    tiny.killed_after(cfg, 5)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'run').rglob('*')}
     with pytest.raises(SystemExit, match='holds a run with other settings .* -> '):
         tiny.recipe_here(tiny.merge(cfg, change), tmp_path)
