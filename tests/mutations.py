@@ -120,4 +120,6 @@ def names_it(message: str, where: list[Place]) -> bool:
         return True  # and shows the key
     if 'means the same runs as arms.' in message:
         return True  # what made them alike may be what is no longer there
+    if 'no earlier stage has read other data to replay' in message:
+        return True  # and names the stage that was left; the one before it is no longer there
     return any(re.search(rf'(?<!\w){re.escape(key)}(?!\w)', message) for key in keys)

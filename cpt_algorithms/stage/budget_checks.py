@@ -58,11 +58,11 @@ def _index_of(stream: Stream) -> ShardIndex | None:
     split = stream.split or ''
     here = Path(stream.local, split, 'index.json') if stream.local else None
     if not stream.remote or stream.remote == stream.local:
-        if here is None or not here.exists():
+        if here is None or not os.path.exists(here):  # a split may be too long a name to ask the path
             raise FileNotFoundError(here)
         return ShardIndex.read(here)
     there = '/'.join(part for part in (stream.remote.rstrip('/'), split, 'index.json') if part)
-    cached = here if here is not None and here.exists() else None
+    cached = here if here is not None and os.path.exists(here) else None
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(there)
         if is_remote(there):
@@ -76,7 +76,7 @@ def _index_of(stream: Stream) -> ShardIndex | None:
                 fetch(there, copy)
             except FileNotFoundError:
                 raise FileNotFoundError(there) from None
-        elif not copy.exists():
+        elif not os.path.exists(copy):
             raise FileNotFoundError(there)
         if cached and (problem := stale_cache(cached, copy.read_bytes(), there)):
             raise ValueError(problem)

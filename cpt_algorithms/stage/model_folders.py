@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a model or tokenizer that a YAML names by its folder is there, and can be read as one."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,14 +36,15 @@ def find_folder_problems(stage: Stage) -> Iterator[str]:
 
 def _problem(name: str, needs_config: bool) -> str | None:
     path = Path(name)
-    files = [path.name] if path.is_file() else [each.name for each in path.iterdir()] if path.is_dir() else []
+    is_file, is_dir = os.path.isfile(name), os.path.isdir(name)  # a name may be too long to ask the path
+    files = [path.name] if is_file else [each.name for each in path.iterdir()] if is_dir else []
     ggufs = [file for file in files if file.endswith('.gguf')]
     if ggufs and 'config.json' not in files:
-        folder = path.parent if path.is_file() else path
+        folder = path.parent if is_file else path
         return ' is a GGUF: ' + _CONVERT.format(folder=str(folder), file=ggufs[0])
-    if path.is_file():
+    if is_file:
         return f' is a file; name the folder that it lies in, {path.parent}'
-    if path.is_dir():
+    if is_dir:
         missing = needs_config and 'config.json' not in files
         return ' has no config.json: name the folder of a Hugging Face model' if missing else None
     # a name on the hub is `name` or `owner/name`, and no folder of that owner lies here
