@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import wandb_files
@@ -115,6 +116,7 @@ def test_a_metric_that_nobody_logs_is_refused_under_wandbs_own_agent(tmp_path, m
         wandb = {
             'WANDB_MODE': 'online', 'WANDB_BASE_URL': f'http://127.0.0.1:{server.server_port}', 'WANDB_API_KEY': 'a' * 40,
             'WANDB_DIR': str(tmp_path), 'WANDB_AGENT_MAX_INITIAL_FAILURES': '1', 'PYTHONPATH': str(ROOT),
+            'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]),  # it starts `python`
         }  # fmt: skip
         agent = subprocess.run(
             [sys.executable, '-m', 'wandb', 'agent', 'me/project/s', '--count', '1'],
