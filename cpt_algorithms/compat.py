@@ -116,12 +116,15 @@ def _(module: ModuleType) -> None:
 
     stock = module.Trainer._iter_dataloader
 
+    def restore(trainer: Any, mode: Any) -> None:
+        if mode == module.TrainerMode.TRAIN and 'train' in trainer.state.dataset_resumption and trainer._rng_state:
+            reproducibility.load_rng_state(trainer._rng_state)
+            trainer._rng_state = None
+
     def batches(trainer: Any, mode: Any) -> Iterator[Any]:
         for batch in stock(trainer, mode):
-            # as late as where it skips: to make an iterator, and an evaluation before it, draw random numbers
-            if mode == module.TrainerMode.TRAIN and 'train' in trainer.state.dataset_resumption and trainer._rng_state:
-                reproducibility.load_rng_state(trainer._rng_state)
-                trainer._rng_state = None
+            restore(trainer, mode)  # as late as where it skips: to make an iterator draws random numbers
             yield batch
+        restore(trainer, mode)  # if nothing is left of the epoch
 
     module.Trainer._iter_dataloader = batches

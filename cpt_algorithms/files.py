@@ -236,9 +236,10 @@ def write_atomic(place: str | Path, content: bytes) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what :func:`write_atomic` leaves in a folder if it is killed, unless it is younger than a minute."""
+    """Remove what :func:`write_atomic` leaves of JSON and YAML if it is killed, unless it is younger than a minute."""
     for path in folder.glob('.*'):
-        if re.fullmatch(r'\..+\.[0-9a-f]{8}', path.name) and abs(time.time() - path.stat().st_mtime) > 60:
+        ours = re.fullmatch(r'\..+\.(json|yaml)\.[0-9a-f]{8}', path.name) and path.is_file()
+        if ours and abs(time.time() - path.stat().st_mtime) > 60:
             path.unlink(missing_ok=True)
 
 

@@ -155,7 +155,8 @@ def kill(job: str) -> None:
 
 
 def squeue(*words: str) -> None:
-    assert words[:2] == ('--noheader', '--states=all') and words[3] == '--format=%i|%T', words
+    assert words[:3] == ('--all', '--noheader', '--states=all') and words[4] == '--format=%i|%T', words
+    assert not any(key.startswith('SQUEUE_') for key in os.environ), 'which narrow what is listed'
     if (FOLDER / 'deaf').exists():
         sys.exit('slurm_load_jobs error: Unable to contact slurm controller (connect failure)')
     for job, value in states(FOLDER).items():

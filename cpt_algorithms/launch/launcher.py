@@ -251,9 +251,11 @@ class _Queue:
     def ask(self) -> dict[str, str] | None:
         """The state of each job; None if there is no answer."""
         self._asked, before = time.monotonic(), self._states
-        command = ['squeue', '--noheader', '--states=all', f'--user={os.getuid()}', '--format=%i|%T']
+        # --all: of hidden partitions, too; what a shell sets for squeue would leave out others
+        command = ['squeue', '--all', '--noheader', '--states=all', f'--user={os.getuid()}', '--format=%i|%T']
+        env = {key: value for key, value in os.environ.items() if not key.startswith('SQUEUE_')}
         try:
-            said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+            said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=env).stdout
             self._states = dict(line.strip().split('|', 1) for line in said.splitlines() if '|' in line)
         except (OSError, subprocess.SubprocessError) as error:
             self._states = None

@@ -192,7 +192,8 @@ class RunSet:
         if run.parent is None:
             return run.base_benchmarks
         parent = self.runs[run.parent]
-        return parent.benchmarks if run.begins is None else parent.benchmarks_at(run.begins)
+        # of a parent whose folder cannot be written, the run itself has them
+        return run.base_benchmarks | (parent.benchmarks if run.begins is None else parent.benchmarks_at(run.begins))
 
     def chain(self, run: RunRecord) -> list[RunRecord]:
         """The run with its ancestors, the oldest first."""

@@ -84,6 +84,13 @@ def expand(spec: SequenceSpec, names: Mapping[str, str] = MappingProxyType({})) 
     all_names = [run.name for run in runs.values()]
     if clash := [name for name in all_names if all_names.count(name) > 1]:
         raise ValueError(f'two arms or stages would both be kept in the folder {clash[0]}; name them differently')
+    parents = {run.parent for run in runs.values() if not run.tokens_before_branch}
+    firsts = {f'{run.stage_name} only' for run in runs.values() if run.name in parents and run.parent is None}
+    rows = [(run.arm, run.seed) for run in runs.values() if run.name not in parents]
+    if alike := [row for row in rows if row[0] in firsts or rows.count(row) > 1]:
+        raise ValueError(
+            f'two rows of the report would both be called {alike[0][0]!r}; name an arm or branch differently'
+        )
     return list(runs.values())
 
 
@@ -101,9 +108,16 @@ def _expand_arm(
     is_from_scratch = arm.baseline in FROM_SCRATCH
     # of a union, replayed data is new, too; a pretrained model has read its stand-ins
     first = next(iter(stages.values()))
-    is_pretrained = parse_section(StageSettings, first).model.pretrained_model is not None
-    stand_ins = [dataset for dataset, stream in spec.data.items() if is_pretrained and stream.stand_in_for]
-    earlier = list(first['replay'].get('weights', ())) if arm.baseline in ('union', 'matched') else stand_ins
+    base = parse_section(StageSettings, first).model.pretrained_model
+    if base is not None and is_from_scratch:
+        raise ValueError(
+            f'arms.{name}.baseline={arm.baseline}: {base} is pretrained, so that nothing starts from scratch, and what '
+            f'it has read is not known; leave the arm out, or give it common: {{model: {{pretrained: false}}}}'
+        )
+    earlier = [dataset for dataset, stream in spec.data.items() if base is not None and stream.stand_in_for]
+    if arm.baseline in ('union', 'matched'):
+        read = dict.fromkeys(each for stage in spec.merged.values() for each in _names(stage['new']))
+        earlier = [dataset for dataset in read if dataset not in _names(first['new'])]
     parent: Run | None = None
     read_by: dict[str, str] = {}
     is_shared = not arm.baseline and not arm.common.given
@@ -239,8 +253,7 @@ def _union(spec: SequenceSpec, where: str, stages: dict[str, dict[str, Any]]) ->
 def _matched(union: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
     """As long as the union, on the mixture of the last stage: what an update would be that had seen nothing else."""
     replay = {key: value for key, value in (last.get('replay') or {}).items() if key != 'consumed_only'}
-    weights = replay.get('weights') or dict.fromkeys(union['replay'].get('weights', ()), 1)
-    return {**union, 'replay': {**replay, 'weights': weights}}
+    return {**union, 'replay': replay}
 
 
 # Branches
@@ -291,7 +304,8 @@ def _trunk(given: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str,
     per_batch = per_batch_of(unit, stage.global_train_batch_size, stage.max_seq_len) or 1
     callbacks = dict(given.get('callbacks') or {})
     if points - {end}:
-        callbacks['branch_points'] = {'at': sorted(points - {end})}
+        own = callbacks.get('branch_points') or {}
+        callbacks['branch_points'] = {**own, 'at': sorted({*(points - {end}), *(own.get('at') or ())})}
     trunk = {**given, 'max_duration': f'{end * per_batch}{unit}', 'callbacks': callbacks}
     return {key: value for key, value in trunk.items() if key != 'branches'}, starts
 
@@ -340,7 +354,7 @@ class _RunFactory:
         if parent is not None:
             config['load_path'] = f'{parent.folder}/{latest_link(parent.stage.is_sharded)}'
         else:  # there is no state to keep
-            config['callbacks']['stage_start'] = {'optimizer_state': 'reset'}
+            config['callbacks']['stage_start']['optimizer_state'] = 'reset'
         if self.stage not in FROM_SCRATCH:
             new = list(config['train_loader']['dataset']['new'])
             if old := [name for name in dict.fromkeys(self.earlier) if name not in new]:
@@ -405,6 +419,7 @@ def _train_yaml(
 ) -> dict[str, Any]:
     """A stage's YAML, but for names and places; ``read_by``: the checkpoint of who learned each dataset."""
     stage = parse_section(StageSettings, given)
+    _refuse_set_here(given)
     config = {key: copy.deepcopy(value) for key, value in given.items() if key not in _OURS}
     new = _names(given['new'])
     for name in [*new, *earlier]:
@@ -425,10 +440,31 @@ def _train_yaml(
     callbacks = config.get('callbacks') or {}
     config['callbacks'] = {
         **callbacks,
-        'stage_start': {'optimizer_state': stage.optimizer_state},
+        'stage_start': {**(callbacks.get('stage_start') or {}), 'optimizer_state': stage.optimizer_state},
         'final_loss': callbacks.get('final_loss') or {},
     }
     return config
+
+
+# What a sequence sets inside the sections of a stage, each with what says it instead.
+_SET_HERE = {
+    'callbacks.stage_start.optimizer_state': "the stage's optimizer_state",
+    'train_loader.name': 'nothing: it is replay_text',
+    'train_loader.dataset.new': "the stage's new",
+    'train_loader.dataset.replay': "the stage's replay",
+    'train_loader.dataset.split': 'nothing: it is train',
+    'eval_loader.label': 'data: a dataset is its label',
+    'eval_loader.dataset.split': 'nothing: it is val',
+}
+
+
+def _refuse_set_here(given: Mapping[str, Any]) -> None:
+    for key, instead in _SET_HERE.items():
+        section: Any = given
+        for word in key.split('.'):
+            section = section.get(word) if isinstance(section, Mapping) else None
+        if section is not None:
+            raise ValueError(f'{key}={section!r} is set by the sequence for each run; leave it out ({instead} says it)')
 
 
 def _replay(

@@ -255,7 +255,8 @@ def _row_problems(streams: list[_Stream], model: Model) -> Iterator[str]:
         except Exception as error:  # of any format and storage; that there is no data at all is said by another check
             log.info('%s: how long its rows are is not known: %r', stream.where, error)
             continue
-        if row is not None and not row.keys() & {'tokens', 'text'}:
+        reads_rows = stream.loader.name in ('text', 'replay_text')  # others read what they are told to
+        if reads_rows and row is not None and not row.keys() & {'tokens', 'text'}:
             yield f'{stream.where}: its rows hold {", ".join(row)}, and llm-foundry reads tokens, or text'
         if row is None or 'text' in row or 'tokens' not in row:  # text is cut and padded by llm-foundry
             tokens = None

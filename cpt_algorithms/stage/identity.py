@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ MAY_DIFFER = {
     # names and places
     'run_name', 'save_folder', 'code_paths', 'variables', 'metadata', 'flatten_metadata',
     # how it is saved, logged and watched
-    'save_interval', 'save_num_checkpoints_to_keep', 'only_composer_checkpoint', 'loggers', 'log_config',
+    'save_interval', 'save_num_checkpoints_to_keep', 'loggers', 'log_config',
     'log_to_console', 'console_log_interval', 'progress_bar', 'python_log_level', 'profiler',
     # on what it is judged
     'eval_loader', 'eval_interval', 'eval_first', 'eval_subset_num_batches', 'icl_tasks', 'icl_seq_len',
@@ -67,6 +68,7 @@ _PARENTS = ('load_path', 'only_seen_by', 'resume_after')
 _CALLBACKS = (registry.callbacks, registry.callbacks_with_config)
 _PACKAGES = ('composer', 'llmfoundry', 'cpt_algorithms')
 _ENDS = 2**16
+_SHARE = re.compile(r'[\d.e-]+\s*dur')
 INDEX = 'index.json'
 MODEL = 'model.pretrained_model_name_or_path'
 
@@ -213,12 +215,13 @@ def results_of(stage: Stage) -> dict[str, Any]:
     defaults = _defaults_of(kinds[loader.name]) if loader.name in kinds else {}
     whole = with_defaults(loader.name, loader.given, registry.dataloaders)
     whole['dataset'] = {**defaults, **loader.dataset.given}
+    whole['dataset'].pop('max_passes', None)  # a permission
     kept['train_loader'] = _without({key: value for key, value in whole.items() if key not in _WORKERS}, _DOWNLOADS)
     kept['merge'] = stage.merge and {**stage.merge.given, 'of': None}
     kept['fsdp_config'] = {'mixed_precision': (stage.given.get('fsdp_config') or {}).get('mixed_precision')}
     kept['tokenizer'] = {**stage.tokenizer.given, 'name': None}
     kept['model'] = _model(stage)
-    if not _takes_dur(stage):  # nothing that was trained changes if the end moves
+    if not (_takes_dur(stage) or _has_share(kept['callbacks'])):  # nothing that was trained changes if the end moves
         kept['max_duration'] = None
     return _plain({key: value for key, value in kept.items() if value not in ({}, [])})  # the same as none
 
@@ -278,6 +281,13 @@ def _takes_dur(stage: Stage) -> bool:
         return True
     arguments = scheduler.arguments if isinstance(scheduler, PhaseScheduler) else vars(scheduler)
     return any('dur' in str(value) for value in arguments.values())
+
+
+def _has_share(value: Any) -> bool:
+    """Whether a time in a section is a share of the whole."""
+    if isinstance(value, Mapping):
+        return any(map(_has_share, value.values()))
+    return any(map(_has_share, value)) if isinstance(value, list | tuple) else bool(_SHARE.fullmatch(str(value)))
 
 
 def _plain(value: Any, key: str = '') -> Any:

@@ -109,6 +109,7 @@ def preflight(stage: Stage, world_size: int = 1, parent_is_there: bool = True) -
         *(lambda section=section: _check_mapping(section, stage) for section in _MAPPINGS),
         *(lambda where=where, loader=loader: _check_loader(where, loader) for where, loader in stage.loaders),
         lambda: check_labels(stage),
+        *(lambda where=where, loader=loader: _check_evaluated(where, loader, stage) for where, loader in stage.loaders),
         lambda: check_fsdp(stage),
         lambda: check_documents(stage),
         lambda: _check_callbacks(stage.callbacks),
@@ -171,8 +172,9 @@ def _check_top_level(stage: Stage) -> None:
     for key in ('icl_tasks', 'eval_gauntlet'):
         if isinstance(path := stage.given.get(key), str) and not Path(path).is_file():
             raise ValueError(f'{key}={short_repr(path)} is no file')
-    if stage.given.get('only_hf_checkpoint'):
-        raise ValueError('only_hf_checkpoint=true trains nothing; leave it out, a stage exports at its end')
+    for key in ('only_hf_checkpoint', 'only_composer_checkpoint'):
+        if stage.given.get(key):
+            raise ValueError(f'{key}=true trains nothing; leave it out, a stage saves and exports at its end')
     if missing := [key for key in _REQUIRED_HERE if not getattr(stage, key)]:
         raise ValueError(' and '.join(missing) + (' is missing' if len(missing) == 1 else ' are missing'))
 
@@ -235,6 +237,11 @@ def _check_loader(where: str, loader: Loader) -> None:
         )
     if loader.name == 'replay_text':
         check_keys(f'{where}.dataset', dataset.given, DATASET_KEYS | COLLATOR_KEYS)
+        if dataset.given.get('replication') not in (None, 1):
+            raise ValueError(
+                f'{where}.dataset.replication={dataset.given["replication"]}: Composer counts the rows that several '
+                'ranks read as several, so that a restart would leave some out; leave replication out'
+            )
     elif loader.name == 'text':
         # llm-foundry silently drops what it does not know
         allowed = {*inspect.signature(StreamingTextDataset).parameters, *inspect.signature(StreamingDataset).parameters}
@@ -245,6 +252,15 @@ def _check_loader(where: str, loader: Loader) -> None:
                 'use name: replay_text with the same streams under dataset.new'
             )
         sizes_of(loader.streams(where), where)
+
+
+def _check_evaluated(where: str, loader: Loader, stage: Stage) -> None:
+    part = stage.eval_subset_num_batches
+    if where.startswith('eval_loader') and loader.dataset.given.get('shuffle') and part != -1:
+        raise ValueError(
+            f'{where}.dataset.shuffle=true: the {part} batches of eval_subset_num_batches would be others at each '
+            'evaluation, and not compared; leave shuffle out'
+        )
 
 
 def _check_workers(where: str, loader: Loader) -> None:
@@ -267,6 +283,14 @@ def _check_scheduler(stage: Stage) -> None:
     phases_of(stage.scheduler.given, stage.max_duration)  # of epochs, when the data is known
 
 
+# Callbacks of LLM Foundry with which a run cannot be resumed, and what to use.
+_NOT_RESUMED = {
+    'curriculum_learning': 'its state is none that a restart may load; use the stages of a sequence',
+    'dataset_swap': 'its state is none that a restart may load; use the stages of a sequence',
+    'global_lr_scaling': 'each restart would scale the learning rate once more; write optimizer.lr as it is meant',
+}
+
+
 def _check_callbacks(callbacks: Callbacks) -> None:
     for name in ('stage_start', 'final_loss', 'forgetting', 'ema', 'lawa', 'branch_points'):
         section: Section | None = getattr(callbacks, name)
@@ -278,6 +302,8 @@ def _check_callbacks(callbacks: Callbacks) -> None:
             except ValueError as error:
                 where = '' if f'callbacks.{name}' in str(error) else f'callbacks.{name}: '
                 raise ValueError(f'{where}{error}') from None
+    for name in _NOT_RESUMED.keys() & callbacks.given.keys():
+        raise ValueError(f'callbacks.{name}: {_NOT_RESUMED[name]}')
     if (callbacks.given.get('kill_loss_spike') or {}).get('log_only') is False:
         raise ValueError(
             'callbacks.kill_loss_spike.log_only=false: the losses that it judges by are those of each rank and in no '

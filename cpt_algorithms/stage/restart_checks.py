@@ -75,6 +75,14 @@ def check_saving(stage: Stage) -> None:
         return
     folder = stage.folder
     check_writable('save_folder', folder, 'choose another')
+    exported = str(((stage.given.get('callbacks') or {}).get('hf_checkpointer') or {}).get('save_folder') or folder)
+    place = Path(exported.replace('{run_name}', str(stage.run_name)))
+    is_own = str(stage.run_name) in place.parts or place.absolute().is_relative_to(Path(folder).absolute())
+    if not is_own and not is_remote(exported):
+        raise ValueError(
+            f"callbacks.hf_checkpointer.save_folder={exported} is not this run's own, and another run's export there "
+            f'would be replaced; use {exported.rstrip("/")}/{{run_name}}, or leave it out'
+        )
     try:
         there = weights_in(folder)
         newest = newest_complete(folder)[1]
@@ -170,7 +178,7 @@ def format_problem(stage: Stage, world_size: int) -> str | None:
     key, path = ('save_folder', newest) if newest else ('load_path', stage.load_path)
     if path is None:
         return None
-    is_sharded = Path(path, '.metadata').exists() or bool(re.search(r'latest-sharded-rank0|ep\d+-ba\d+/?$', path))
+    is_sharded = bool(re.search(r'latest-sharded-rank0|ep\d+-ba\d+/?$', path)) or exists(f'{path}/.metadata')
     if is_sharded == (stage.is_sharded and world_size > 1):
         return None
     found = f'{key}={path} is {"" if is_sharded else "not "}sharded, and this start reads checkpoints that are'

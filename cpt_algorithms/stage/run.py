@@ -276,6 +276,8 @@ def _train_yaml(stage: Stage, begun: _Begun) -> dict[str, Any]:
         cfg['loggers']['console_line'] = {'log_interval': str(stage.console_log_interval)}
     if begun.parent_is_evaluated:
         cfg['eval_first'] = False
+    if dist.get_world_size() == 1 and cfg['model'].get('init_device') == 'mixed':
+        cfg['model'] = {**cfg['model'], 'init_device': 'cpu'}  # all that one process can mean
     if not begun.latest:
         # there is nothing to resume; Composer would ask W&B for it, which fails if W&B is offline
         cfg['autoresume'] = False

@@ -497,8 +497,11 @@ def read_model_file(path: str) -> dict[str, Any]:
 def _filled_in(given: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     """See :meth:`Stage.from_yaml`; ``stage`` is what the YAML says, read."""
     filled: dict[str, Any] = {'autoresume': True, **given, 'callbacks': {**(given.get('callbacks') or {})}}
+    filled.setdefault('device_train_microbatch_size', 'auto')  # LLM Foundry's default, which it does not fill in
     if stage.eval_loader:
-        filled['eval_loader'] = [_resilient(loader) for loader in stage.eval_loader]
+        loaders = [_resilient(loader) for loader in stage.eval_loader]
+        # one without a label is no list to LLM Foundry
+        filled['eval_loader'] = loaders if stage.eval_loader[0].label else loaders[0]
     if stage.load_path and stage.callbacks.stage_start is not None:
         filled.setdefault('load_weights_only', not stage.keeps_optimizer_state)
         if stage.keeps_optimizer_state:

@@ -7,8 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 from tiny import ROOT, merge, runs_of
 
-from cpt_algorithms.sequence.expand import descendants
-from cpt_algorithms.sequence.spec import Baseline
+from cpt_algorithms.sequence.expand import descendants, expand
+from cpt_algorithms.sequence.read import load_yaml
+from cpt_algorithms.sequence.spec import Baseline, SequenceSpec
 
 QUICKSTART = ROOT / 'yamls' / 'sequence' / 'quickstart.yaml'
 
@@ -468,3 +469,57 @@ def test_a_branch_may_learn_other_data_and_replay_its_trunks(infinite):
     infinite['stages']['cpp']['branches'] = {'x': {'t_anneal': '40ba', 'new': 'python'}}
     branch = runs_of(infinite)[-1].stage.given
     assert branch['train_loader']['dataset']['replay']['streams']['cpp']['only_seen_by'] == branch['load_path']
+
+
+def quick(arms, **over):
+    """Runs of a sequence of three stages whose data need not be there."""
+    spec = {**load_yaml([str(QUICKSTART)]), 'arms': arms, 'lm_eval': None, **over}
+    return expand(SequenceSpec.from_yaml({key: value for key, value in spec.items() if value is not None}))
+
+
+def test_matched_has_the_mixture_of_the_update_whatever_it_replays():
+    data = {name: {'local': f'data/{name}'} for name in ('python', 'cpp', 'more')}
+    stages = {name: {'max_duration': '409600tok'} for name in data}
+    replay = {'replay': {'fraction': 0.25, 'weights': {'python': 1}}}
+    runs = quick({'x': {'more': replay}, 'm': {'baseline': 'matched', 'matched': replay}}, data=data, stages=stages)
+    update, matched = (
+        next(run for run in runs if run.arm == arm and run.stage_name == stage)
+        for arm, stage in (('x', 'more'), ('m', 'matched'))
+    )
+    assert matched.stage.train_loader.dataset.replay['streams'].keys() == {'python'}
+    assert matched.batches == 3 * update.batches
+
+
+def test_nothing_starts_from_scratch_with_a_pretrained_model():
+    model = {'name': 'hf_causal_lm', 'pretrained': True, 'pretrained_model_name_or_path': 'nobody/base'}
+    common = {**load_yaml([str(QUICKSTART)])['common'], 'model': model}
+    for baseline in ('union', 'matched', 'from_scratch'):
+        with pytest.raises(ValueError, match=f'arms.b.baseline={baseline}: nobody/base is pretrained'):
+            quick({'b': {'baseline': baseline}}, common=common)
+
+
+@pytest.mark.parametrize('name', ['infinite LR, 5 %, anneal', 'python only'])
+def test_two_rows_of_the_report_are_not_called_the_same(name):
+    arms = load_yaml([str(QUICKSTART)])['arms']
+    with pytest.raises(ValueError, match=f"would both be called '{name}'"):
+        quick({**arms, name: {'cpp': {'replay': {'fraction': 0.5}}}})
+
+
+def test_what_a_sequence_sets_is_not_taken_from_a_stage():
+    common = load_yaml([str(QUICKSTART)])['common']
+    given = {
+        'callbacks.stage_start.optimizer_state': {'callbacks': {'stage_start': {'optimizer_state': 'keep'}}},
+        'train_loader.name': {'train_loader': {'name': 'text'}},
+        'eval_loader.dataset.split': {'eval_loader': {'dataset': {'split': 'test'}}},
+    }
+    for key, over in given.items():
+        with pytest.raises(ValueError, match=key):
+            quick({'a': {}}, common=merge(common, over))
+    with pytest.raises(ValueError, match='split'):
+        quick({'a': {}}, data={'python': {'local': 'x', 'split': 'train_small'}, 'cpp': {'local': 'y'}})
+
+
+def test_what_a_stage_says_beside_what_a_sequence_sets_is_kept():
+    common = load_yaml([str(QUICKSTART)])['common']
+    runs = quick({'a': {}}, common=merge(common, {'callbacks': {'stage_start': {'trust_checkpoint': True}}}))
+    assert all(run.stage.callbacks.stage_start.trust_checkpoint for run in runs)

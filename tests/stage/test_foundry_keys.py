@@ -145,6 +145,13 @@ REFUSED = {
     'parent without stage_start': ({'load_path': 'x.pt', 'callbacks': {'stage_start': None}}, 'callbacks.stage_start'),
     'adapter': ({'model': {'peft_config': {'peft_type': 'LORA'}}}, 'model.peft_config'),
     'no training': ({'only_hf_checkpoint': True}, 'only_hf_checkpoint=true'),
+    'nor this': ({'only_composer_checkpoint': True}, 'only_composer_checkpoint=true'),
+    'ranks that read the same': ({'train_loader': {'dataset': {'replication': 2}}}, 'train_loader.dataset.replication=2'),
+    "another run's exports": (
+        {'callbacks': {'hf_checkpointer': {'save_folder': 'exports', 'save_interval': '1dur'}}}, 'use exports/{run_name}',
+    ),
+    'scaled at each restart': ({'callbacks': {'global_lr_scaling': {}}}, 'callbacks.global_lr_scaling: each restart'),
+    'a state that is not loaded': ({'callbacks': {'dataset_swap': {}}}, 'callbacks.dataset_swap: its state'),
     '8 bits': ({'model': {'load_in_8bit': True}}, 'model.load_in_8bit'),
     'masked tokens': ({'train_loader': {'dataset': {'mlm_probability': 0.15}}}, 'mlm_probability=0.15'),
     'documents that end nowhere': (
@@ -160,6 +167,40 @@ def test_what_is_refused_by_a_rule(case, llama, data, tmp_path):
     if said.startswith('model.'):
         cfg['model'] = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': llama, **over['model']}
     assert any(said in problem for problem in problems(cfg)), problems(cfg)
+
+
+def test_evaluations_of_a_part_are_of_the_same_rows(data, tmp_path):
+    loader = tiny.eval_loader('new', data['new'])
+    shuffled = {**loader, 'dataset': {**loader['dataset'], 'shuffle': True}}
+    cfg = tiny.config(tmp_path, data, 'run', eval_loader=[shuffled])
+    preflight(Stage.from_yaml(cfg))
+    cfg['eval_subset_num_batches'] = 1
+    assert any('eval_loader[0].dataset.shuffle=true: the 1 batches' in problem for problem in problems(cfg))
+
+
+def test_exports_elsewhere_have_the_runs_name(data, tmp_path):
+    for place in (f'{tmp_path}/exports/{{run_name}}', f'{tmp_path}/run/hf', 's3://bucket/exports'):
+        exporter = {'hf_checkpointer': {'save_folder': place, 'save_interval': '1dur'}}
+        found = _problems_if_any(tiny.config(tmp_path, data, 'run', callbacks=exporter))
+        assert not any('hf_checkpointer.save_folder' in problem for problem in found)
+
+
+def _problems_if_any(cfg):
+    try:
+        preflight(Stage.from_yaml(cfg))
+    except ValueError as error:
+        return str(error).splitlines()
+    return []
+
+
+def test_what_llm_foundry_takes_reaches_it_as_it_does(data, tmp_path):
+    """One evaluator without a label is no list to it, and it does not fill in the microbatch."""
+    loader = {key: value for key, value in tiny.eval_loader('', data['new']).items() if key != 'label'}
+    cfg = tiny.config(tmp_path, data, 'run', eval_loader=loader)
+    assert isinstance(Stage.from_yaml(cfg).to_train_yaml()['eval_loader'], dict)
+    tiny.run(cfg)
+    del cfg['device_train_microbatch_size']
+    assert Stage.from_yaml(cfg).to_train_yaml()['device_train_microbatch_size'] == 'auto'
 
 
 def test_evaluators_must_see_the_documents_too(data, tmp_path):

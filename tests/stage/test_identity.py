@@ -48,6 +48,7 @@ def test_the_card_says_the_list():
         'mixed_precision',
         'stage_start.trust_checkpoint',
         'stage_start.model_changes',
+        'max_passes',
         'model',
     }
     assert top - elsewhere == MAY_DIFFER | set(identity._OF_THE_MACHINE)

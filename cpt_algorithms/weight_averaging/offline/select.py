@@ -143,7 +143,7 @@ def find(inputs: Sequence[str], order_matters: bool = False) -> list[Found]:
     found: list[Found] = []
     for given in inputs:
         place, path = _Bucket(given) if is_remote(given) else _Here(), given.rstrip('/') or given
-        is_glob = glob.has_magic(path)
+        is_glob = glob.has_magic(path) and not os.path.lexists(path)
         matches = place.glob(path) if is_glob else [path]
         if not is_glob and not _is_checkpoint(place, path):
             # an empty answer is explained when the folder itself is opened
