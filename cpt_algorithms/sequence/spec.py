@@ -171,7 +171,7 @@ class Dataset(Stream):
     """A dataset; ``stand_in_for`` says that it stands in for data that is not known."""
 
     stand_in_for: str | None = None
-    split: _set_here = None
+    split: _set_here = None  # pyright: ignore[reportInvalidTypeForm]
 
     @property
     def stream(self) -> dict[str, Any]:
