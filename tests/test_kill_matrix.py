@@ -373,7 +373,7 @@ def test_what_a_kill_costs(interval, data, tmp_path, lost, rounds=5):
     """Of a process that makes its own imports, as a restart does."""
     chance, again, seconds = seeded(f'save_interval {interval}ba'), [], []
     for number in range(rounds):
-        cfg = tiny.config(tmp_path, data, f'run-{number}', max_duration='64ba', save_interval=f'{interval}ba')
+        cfg = tiny.config(tmp_path, data, f'run-{number}', max_duration='48ba', save_interval=f'{interval}ba')
         path = tiny.save(cfg, tmp_path / f'{number}.yaml')
 
         def batches(name=cfg['run_name']):
@@ -390,7 +390,7 @@ def test_what_a_kill_costs(interval, data, tmp_path, lost, rounds=5):
             process.communicate()
             return took
 
-        ahead = chance.randint(16, 40)
+        ahead = chance.randint(16, 36)
         until(lambda: len(batches()) >= ahead)  # noqa: B023
         before = batches()
         seconds.append(until(lambda: batches()[-1] > before[-1]))  # noqa: B023

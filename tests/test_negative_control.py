@@ -89,6 +89,18 @@ def test_the_judge_names_a_learning_rate_that_was_left_out(of_stock_schedule, mo
     assert objections(lines_of(folder / 'run.jsonl'), lines) == ['learning rate']
 
 
+def test_a_run_killed_before_its_first_checkpoint_draws_what_it_would_have_drawn(straight):
+    """Its parent has been evaluated, and is not again."""
+    cfg, folder, lines = straight
+    killed(cfg, folder, lines)
+    for path in [*(folder / 'run').glob('ep0-*'), *(folder / 'run').glob('latest*')]:
+        path.unlink()
+    tiny.recipe_here(cfg, folder)
+    found = lines_of(folder / 'run.jsonl')
+    assert len(found) == KILLED_AFTER + BATCHES
+    assert not objections(found, lines)
+
+
 def test_the_judge_misses_batches(straight):
     *_, lines = straight
     assert objections(lines[:-1], lines) == [f'batch {BATCHES - 1} is missing']

@@ -2,6 +2,7 @@
 """Suites of lm-eval tasks, as YAMLs under ``yamls/eval`` say them. Imports lm-eval only to look up a task's name."""
 
 import glob
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -100,6 +101,15 @@ def load_suite(given: str | Path | Sequence[str]) -> Suite:
         return parse_section(Suite, read_yaml(path, list(map(str, overrides))))
     except ConfigError as error:
         raise ValueError(f'{path}: {"; ".join(error.problems)}') from None
+
+
+def digest_of(given: str | Path | Sequence[str]) -> str:
+    """A hash of what a suite asks, which may change under one name.
+
+    Raises:
+        ValueError: As :func:`load_suite` does.
+    """
+    return hashlib.sha256(load_suite(given).model_dump_json().encode()).hexdigest()[:32]
 
 
 def read_result(path: Path) -> Any:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``manifest.json``: the request and the result, of this preparation and of earlier ones."""
 
+import hashlib
 import json
 import os
 import platform
@@ -119,6 +120,12 @@ class Manifest(_Record):
     datasets: dict[str, DatasetRecord]
     engine: str
     versions: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """A hash of what was asked for and what came of it, whoever made it."""
+        content = self.model_dump_json(include={'request', 'tokenizer', 'datasets'})
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def versions() -> dict[str, str]:

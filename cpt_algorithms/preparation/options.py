@@ -123,7 +123,7 @@ def make_request(
             if source.kind != 'installed' and (found := files[str(source)])
         },
         tokenizer_hash=tokenizer_hash,
-        earlier={data.location: data.manifest.tokenizer.hash for data in earlier},
+        earlier={data.location: data.manifest.digest for data in earlier},
         max_seq_len=max_seq_len,
         near_duplicates=near,
     )

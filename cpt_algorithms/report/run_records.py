@@ -58,6 +58,8 @@ class RunRecord:
     bytes_per_token: dict[str, float]  # of each dataset
     # what differs between the plan of its sequence that it was trained by and today's; nothing if that is today's
     other_plan: tuple[str, ...] = ()
+    # not so of a branch of an earlier stage, nor of a trunk that ends before its stage: they are compared with no other
+    is_whole: bool = True
     newest: int = 0  # batch of its newest export, or its end
     # {suite: {average, or '' for the training weights: {batch: lm-eval result}}}, of its exports
     scored: dict[str, dict[str, dict[int, Any]]] = field(default_factory=dict)
@@ -109,10 +111,17 @@ class RunRecord:
 
     @property
     def mixture(self) -> dict[str, float]:
-        """The share of each stream in its stage, to a thousandth."""
+        """The share of each stream in its stage."""
         names = {**self.tokens, **self.tokens_before_branch}
         counts = {name: self.tokens.get(name, 0) + self.tokens_before_branch.get(name, 0) for name in names}
-        return {name: round(count / self.budget, 3) for name, count in counts.items() if count}
+        return {name: count / self.budget for name, count in counts.items() if count}
+
+    def has_mixture_of(self, other: 'RunRecord') -> bool:
+        """Whether the shares of its streams are those of another run, but for a sample."""
+        ours, theirs = self.mixture, other.mixture
+        length = other.config.max_seq_len if other.config else None
+        sample = (length or 0) / other.budget + (length or 0) / self.budget
+        return ours.keys() == theirs.keys() and all(abs(ours[name] - theirs[name]) <= sample + 1e-9 for name in ours)
 
     def tokens_until(self, batch: int | None) -> dict[str, int]:
         """Those that it had read at a batch of it; None is its end."""
@@ -361,7 +370,14 @@ def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, Run
             then, now = plans[plan], plans[today]
             other = tuple(differences(then['stages'], now['stages']) or differences(then, now) or ['its data'])
         parent, name = run['parent'] and f'{folder}/{run["parent"]}', f'{folder}/{run["name"]}'
-        read_run(name, runs, {**known, 'parent': parent, 'union_tokens': None, 'other_plan': other})
+        stages = plans[plan]['tokens']  # not those of a union
+        last = next(reversed(stages), None)
+        is_trunk = any(each['parent'] == run['name'] and each['tokens_before_branch'] for each in sequence['runs'])
+        budget = sum(run['tokens'].values()) + sum(run['tokens_before_branch'].values())
+        is_short = is_trunk and budget < stages.get(run['stage'], 0)
+        is_last = run['stage'] not in stages or run['stage'] == last and not is_short
+        known |= {'parent': parent, 'union_tokens': None, 'other_plan': other, 'is_whole': is_last}
+        read_run(name, runs, known)
         of_plan.setdefault(plan, []).append(name)
     for plan, names in of_plan.items():
         read, stages = [runs[name] for name in names], plans[plan]['tokens']

@@ -156,7 +156,7 @@ class _FromScratch:
     def loss(self, kind: str, of: RunRecord, average: str, study: RunSet) -> float | None:
         """Mean loss of the union, or of the matched run with an update's mixture, of the same seed."""
         for run in self.runs:
-            if run.kind == kind and run.seed == of.seed and (kind == 'union' or run.mixture == of.mixture):
+            if run.kind == kind and run.seed == of.seed and (kind == 'union' or run.has_mixture_of(of)):
                 return _losses(run, average, study).get('loss mean')
         return None
 
@@ -172,7 +172,7 @@ def _losses(run: RunRecord, average: str, study: RunSet) -> dict[str, float]:
 def _prices(run: RunRecord, average: str, study: RunSet, against: _FromScratch) -> dict[str, float]:
     """``update - union = (matched - union) + (update - matched)``: the price of the mixture, and that of continuing."""
     ours = _losses(run, average, study).get('loss mean')
-    if ours is None or run.kind != 'update' or run.state != 'finished':
+    if ours is None or run.kind != 'update' or run.state != 'finished' or not run.is_whole:
         return {}
     union, matched = (against.loss(kind, run, average, study) for kind in ('union', 'matched'))
     prices = {} if union is None else {'above union': ours - union}
@@ -312,9 +312,10 @@ def _is_told_apart(row: Row, other: Row, column: str) -> bool:
 def contenders(rows: Sequence[Row], size: int | None, other_plan: tuple[str, ...] = ()) -> list[Row]:
     """Finished rows that are compared with each other: updates of a parent, or without any, runs from scratch.
 
-    Not those that have diverged, or ended with what is no number, or were trained by another plan of their sequence.
+    Not those that have diverged, or ended with what is no number, or were trained by another plan of their sequence;
+    nor branches of an earlier stage, nor trunks that are shorter than their stage.
     """
-    of_size = [row for row in rows if row.size == size and row.other_plan == other_plan]
+    of_size = [row for row in rows if row.size == size and row.other_plan == other_plan and row.runs[0].is_whole]
     kind = 'update' if any(row.kind == 'update' for row in of_size) else 'scratch'
     able = [row for row in of_size if row.kind == kind and row.is_finished]
     return [row for row in able if row.is_finite and not row.has_diverged]

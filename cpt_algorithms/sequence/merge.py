@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.checkpoints.save_folder import weights_in
+from cpt_algorithms.evaluation.suite import digest_of
 from cpt_algorithms.files import StorageError, holder_of, remove_partials, take, write_json
 from cpt_algorithms.formatting import first_of
 from cpt_algorithms.launch.processes import die_with_parent
@@ -42,7 +43,8 @@ def merge_stage(stage: Stage, average_script: Path) -> None:
     except ValueError as error:
         sys.exit(f'{stage.run_name} stopped: {error}')
     done = done_with(stage)
-    if done and (not suite or done['lm_eval'] == suite):
+    asked = digest_of(suite) if suite else None
+    if done and (not suite or done['lm_eval'] == asked):
         print(f'{stage.run_name}: finished already')
         return
     rank_zero, lock = os.environ.get('RANK', '0') == '0', FileLock(folder / '.lock')
@@ -67,7 +69,7 @@ def merge_stage(stage: Stage, average_script: Path) -> None:
         done = {'batch': 0, 'time': {}, 'max_duration': str(stage.max_duration), 'lm_eval': None}
         write_json(folder / 'done.json', done)
         if suite and evaluate(folder, suite)[1]:
-            write_json(folder / 'done.json', {**done, 'lm_eval': suite})
+            write_json(folder / 'done.json', {**done, 'lm_eval': asked})
 
 
 def _made(folder: Path, merge: Merge) -> tuple[Path, Path]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from cpt_algorithms.checkpoints.save_folder import newest_complete
+from cpt_algorithms.evaluation.suite import digest_of
 from cpt_algorithms.files import holder_of, read_json, remove_partials, take, write_atomic, write_json
 from cpt_algorithms.launch.launcher import Handle, Start
 from cpt_algorithms.sequence.expand import Run
@@ -49,7 +50,7 @@ def recipe_of(run: Run) -> str:
 def is_done(run: Run) -> bool:
     """Whether a run is trained, exported and evaluated."""
     done = done_with(run.stage)
-    return done is not None and run.stage.suite in (None, done.get('lm_eval'))
+    return done is not None and (run.stage.suite is None or done.get('lm_eval') == digest_of(run.stage.suite))
 
 
 def _plan_of(spec: SequenceSpec) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from cpt_algorithms.checkpoints.save_folder import (
     resolve_latest,
 )
 from cpt_algorithms.evaluation.lm_eval import evaluate_runs
-from cpt_algorithms.evaluation.suite import load_suite
+from cpt_algorithms.evaluation.suite import digest_of, load_suite
 from cpt_algorithms.files import (
     StorageError,
     exists,
@@ -307,8 +307,9 @@ def _train(stage: Stage) -> None:
     if (done := done_with(stage)) is not None:
         if rank_zero:
             print(f'{stage.run_name}: finished already, at batch {done["batch"]}')
-            if stage.suite and done.get('lm_eval') != stage.suite and evaluate(Path(folder), stage.suite)[1]:
-                write_json(f'{folder}/done.json', {**done, 'lm_eval': stage.suite})
+            asked = digest_of(stage.suite) if stage.suite else None
+            if stage.suite and done.get('lm_eval') != asked and evaluate(Path(folder), stage.suite)[1]:
+                write_json(f'{folder}/done.json', {**done, 'lm_eval': asked})
         return
     if problem := format_problem(stage, dist.get_world_size()):
         raise StoppedError(problem)
@@ -343,4 +344,4 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         metrics, complete = evaluate(Path(folder), stage.suite)
         trainer.logger.log_metrics(metrics)
         if complete:
-            write_json(f'{folder}/done.json', {**done, 'lm_eval': stage.suite})
+            write_json(f'{folder}/done.json', {**done, 'lm_eval': digest_of(stage.suite)})

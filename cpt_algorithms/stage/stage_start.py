@@ -4,6 +4,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,8 @@ class StageStart(Callback):
     Checkpoints are looked at before they are loaded, and exports of ``hf_checkpointer`` appear whole or not at all.
     FSDP2 on CPU sums the gradients of the ranks; here it averages them, as it does on GPUs.
 
-    A loss that is not finite stops the run before anything is saved, and so do weights that are not.
+    A loss that is not finite stops the run before anything is saved, and so do weights that are not. Evaluations take
+    no random numbers from training.
 
     It also refuses, before the first batch: a budget that needs more data than there is; training from batch 0 into a
     folder that holds checkpoints; algorithms that keep tensors in their state under FSDP (every rank would be given
@@ -103,6 +105,7 @@ class StageStart(Callback):
         self._stage: Stage | None = None
         self._loaded: str | None = None
         self._state: State | None = None
+        self._random: AbstractContextManager | None = None
         self._checked = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,6 +263,17 @@ class StageStart(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Stop on a loss that is no number."""
         check_loss(state)
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Keep the random numbers, of which the iterator of a loader takes one."""
+        self._random = torch.random.fork_rng(devices=[])
+        self._random.__enter__()
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Give them back: what is evaluated, and when, changes no training."""
+        if self._random is not None:
+            self._random.__exit__(None, None, None)
+            self._random = None
 
 
 def _plain(value: Any) -> Any:
