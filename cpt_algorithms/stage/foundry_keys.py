@@ -232,7 +232,7 @@ def _icl_tasks(given: Any) -> list[Any]:
 
 
 def check_documents(stage: Stage) -> None:
-    """Refuse a model that attends within documents, on data whose loader does not say where they end.
+    """Refuse a model that attends within documents without data that says where they end, and the reverse.
 
     Args:
         stage: The stage.
@@ -240,11 +240,15 @@ def check_documents(stage: Stage) -> None:
     Raises:
         ValueError: Naming the first loader.
     """
-    if not (stage.model.given.get('attn_config') or {}).get('attn_uses_sequence_id'):
-        return
+    is_masked = (stage.model.given.get('attn_config') or {}).get('attn_uses_sequence_id')
     for where, loader in stage.loaders:
-        ends = [loader.dataset.given.get(key) for key in ('eos_token_id', 'bos_token_id')]
-        if loader.name in ('text', 'replay_text') and ends == [None, None]:
+        ends = [key for key in ('eos_token_id', 'bos_token_id') if loader.dataset.given.get(key) is not None]
+        if ends and stage.model.name == 'hf_causal_lm':
+            raise ValueError(
+                f'{where}.dataset.{ends[0]}: Composer does not give a Hugging Face model the sequence_id that follows '
+                'from it: it would attend across documents all the same; leave it out'
+            )
+        if is_masked and loader.name in ('text', 'replay_text') and not ends:
             raise ValueError(
                 f'{where}.dataset.eos_token_id is missing (or bos_token_id), and model.attn_config.'
                 'attn_uses_sequence_id is true: without it, the model would attend across documents there, or fail at '

@@ -126,6 +126,8 @@ def test_published_and_documented_keys_pass(kind, loader, llama, data, tmp_path,
         'eos_token_id': 200, 'override_eos_token_id_mismatch_error': True, 'override_bos_token_id_mismatch_error': True,
         'seq_parallel_replication': 1, 'mlm_probability': None, 'replication': None, 'token_encoding_type': 'int64',
     }  # fmt: skip
+    if kind == 'hf':  # which sees no documents: refused below
+        del read_by_collator['eos_token_id']
     dataset = cfg['train_loader']['dataset'] | read_by_collator | {'shuffle_seed': 17}
     if loader == 'text':
         dataset |= {'local': str(data['new']), 'split': 'train', 'remote': None, 'shuffle_algo': 'py1e'}
@@ -201,6 +203,15 @@ def test_what_llm_foundry_takes_reaches_it_as_it_does(data, tmp_path):
     tiny.run(cfg)
     del cfg['device_train_microbatch_size']
     assert Stage.from_yaml(cfg).to_train_yaml()['device_train_microbatch_size'] == 'auto'
+
+
+@pytest.mark.parametrize('where', ['train_loader', 'eval_loader[0]'])
+def test_a_hugging_face_model_sees_no_documents(where, llama, data, tmp_path):
+    loader = tiny.eval_loader('new', data['new'])
+    cfg = tiny.config(tmp_path, data, 'run', eval_loader=[loader])
+    cfg['model'] = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': llama, 'pretrained': True}
+    (cfg['train_loader'] if where == 'train_loader' else loader)['dataset']['eos_token_id'] = 255
+    assert any(f'{where}.dataset.eos_token_id: Composer does not give' in problem for problem in problems(cfg))
 
 
 def test_evaluators_must_see_the_documents_too(data, tmp_path):
