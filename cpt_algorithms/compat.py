@@ -128,3 +128,18 @@ def _(module: ModuleType) -> None:
         restore(trainer, mode)  # if nothing is left of the epoch
 
     module.Trainer._iter_dataloader = batches
+
+
+@_mends(
+    'streaming.base.dataset', 'StreamingDataset', 'a run resumed between two epochs reads the order of the last one'
+)
+def _(module: ModuleType) -> None:
+    """Between two epochs Composer counts from the beginning of the next, and Streaming 0.13 is still in the last."""
+    stock = module.StreamingDataset.state_dict
+
+    def state_dict(self: Any, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        state = stock(self, num_samples, from_beginning)
+        is_between = from_beginning and not num_samples
+        return {**state, 'epoch': self.next_epoch, 'sample_in_epoch': 0} if is_between else state
+
+    module.StreamingDataset.state_dict = state_dict

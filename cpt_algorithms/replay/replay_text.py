@@ -282,9 +282,6 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Streaming's state, and as JSON, a leaf each in sharded checkpoints, the mix and the samples read of each."""
         state = super().state_dict(num_samples, from_beginning)
-        if from_beginning and not num_samples:
-            # between two epochs Composer counts from the beginning of the next, and Streaming is still in the last
-            state |= {'epoch': self.next_epoch, 'sample_in_epoch': 0}
         slots = max(state['epoch'], 0) * self.num_batches * self.global_batch_size + state['sample_in_epoch']
         counts = self.sequence.interleaving.counts(slots)
         consumed = {name: start + n for name, start, n in zip(self.names, self.sequence.starts, counts, strict=True)}

@@ -226,7 +226,10 @@ class StageStart(Callback):
             duration = Duration.parse('max_duration', state.max_duration.to_timestring())
             batches = duration.batches(dataset.global_batch_size, dataset.max_seq_len)
             passes = int(duration.value) * dataset.slots_per_pass
-            dataset.check_budget(passes if batches is None else batches * dataset.global_batch_size)
+            try:
+                dataset.check_budget(passes if batches is None else batches * dataset.global_batch_size)
+            except ValueError as error:  # of a branch, which begins where its trunk had read to
+                raise StoppedError(str(error)) from None
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """At the first batch of a stage, compare what the optimizer is about to use with the YAML."""

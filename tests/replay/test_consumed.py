@@ -214,9 +214,15 @@ def test_preflight_knows_how_much_that_is(parent, data, tmp_path):
 
 
 @pytest.mark.long
-def test_epochs_go_on_after_a_restart_at_their_end(data, tmp_path):
+@pytest.mark.parametrize('is_ours', [True, False], ids=['replay_text', 'text'])
+def test_epochs_go_on_after_a_restart_at_their_end(is_ours, data, tmp_path):
     """A pass has 25 batches. Stock: a checkpoint at the end of an epoch is one at its beginning, and it is read again."""
-    loader = {'dataset': {'new': {'local': str(data['older']), 'split': 'train'}, 'max_passes': 2}}
+    stream = {'local': str(data['older']), 'split': 'train'}
+    loader = {'dataset': {'new': stream, 'max_passes': 2}}
+    if not is_ours:
+        dataset = {'shuffle': True, 'max_seq_len': tiny.SEQ_LEN, **stream}
+        workers = {'num_workers': 0, 'prefetch_factor': None, 'persistent_workers': False}
+        loader = {'name': 'text', 'drop_last': True, 'dataset': dataset, **workers}
     over = {'max_duration': '29ba', 'train_loader': loader, 'save_interval': '1ep'}
     straight = tiny.run(tiny.config(tmp_path, data, 'straight', **over))
     stopped = tiny.config(tmp_path, data, 'stopped', **tiny.merge(over, {'callbacks': {'stop': {'at': 27}}}))
@@ -224,6 +230,8 @@ def test_epochs_go_on_after_a_restart_at_their_end(data, tmp_path):
         tiny.run(stopped)
     resumed = tiny.run(tiny.merge(stopped, {'callbacks': {'stop': None}}))
     assert [resumed[batch]['rows'] for batch in range(29)] == [straight[batch]['rows'] for batch in range(29)]
+    if not is_ours:
+        return
     state = dataset_state_of(tmp_path / 'stopped' / 'latest-rank0.pt')
     assert json.loads(state['consumed']) == {'new': 8 * 29}
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import tiny
 
+from cpt_algorithms.stage.saving import StoppedError
 from cpt_algorithms.stage.stage_start import KEEP_OPTIMIZER_IGNORE_KEYS
 
 PARENTS = {
@@ -176,6 +177,6 @@ def test_too_little_data_is_said_before_the_first_batch(data, tmp_path):
     cfg = tiny.config(
         tmp_path, data, 'run', max_duration=f'{51 * tiny.TOKENS_PER_BATCH}tok', scheduler={'t_warmup': '0tok'}
     )
-    with pytest.raises(ValueError, match='too little data: a budget of 6,528 tokens'):
+    with pytest.raises(StoppedError, match='too little data: a budget of 6,528 tokens'):
         tiny.run(cfg)
     assert not (tmp_path / 'run.jsonl.rank0').exists()
