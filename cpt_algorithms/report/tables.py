@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from math import isfinite, sqrt
+from math import inf, isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +141,21 @@ class _FromScratch:
     runs: list[RunRecord]
 
     @classmethod
-    def of(cls, arms: Sequence[Arm]) -> '_FromScratch':
-        """Those among some arms; not the trunks of others."""
-        kinds = ('union', 'matched')
-        found = [run for arm in arms for run in arm.runs if run.kind in kinds and run.state == 'finished']
-        most = {kind: max((run.budget for run in found if run.kind == kind), default=0) for kind in kinds}
-        return cls([run for run in found if run.budget == most[run.kind]])
+    def of(cls, arms: Sequence[Arm], study: RunSet) -> '_FromScratch':
+        """Those among some arms; not the trunks of others. Of several unions, the one with the lowest mean loss."""
+        found: dict[str, list[list[RunRecord]]] = {'union': [], 'matched': []}
+        for arm in (arm for arm in arms if arm.kind in found):
+            found[arm.kind].append([run for run in arm.runs if run.state == 'finished'])
+        whole = {
+            kind: [[run for run in runs if run.budget == max(run.budget for each in of for run in each)] for runs in of]
+            for kind, of in found.items()
+        }
+
+        def loss(runs: list[RunRecord]) -> float:
+            losses = [_losses(run, '', study).get('loss mean', inf) for run in runs]
+            return float(np.mean(losses)) if losses else inf
+
+        return cls([*min(whole['union'], key=loss, default=[]), *(run for runs in whole['matched'] for run in runs)])
 
     def union_hours(self, study: RunSet) -> float | None:
         """Device-hours of a union run."""
@@ -230,7 +239,7 @@ def rows_of(study: RunSet) -> list[Row]:
         every = study.arms(size)
         for plan in dict.fromkeys(arm.runs[0].plan for arm in every):
             arms = [arm for arm in every if arm.runs[0].plan == plan]
-            against = _FromScratch.of(arms)
+            against = _FromScratch.of(arms, study)
             for arm in arms:
                 averages = dict.fromkeys(['', *(a for run in arm.runs for a in by_average(run.final, study.data))])
                 rows += [_row(arm, average, size, study, against) for average in averages]

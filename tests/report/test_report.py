@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from math import log, nan, sqrt
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from cpt_algorithms.report import plots
 from cpt_algorithms.report.page import rich_table, write_report
 from cpt_algorithms.report.plots import plots_of
 from cpt_algorithms.report.run_records import read_runs
-from cpt_algorithms.report.tables import finding, missing, over_seeds, rows_of, scores_of
+from cpt_algorithms.report.tables import contenders, finding, missing, over_seeds, rows_of, scores_of
 
 PATH = Path(__file__).parents[2]
 
@@ -448,6 +449,45 @@ def test_three_stages(tiny, tmp_path, no_plots):
     assert names == ['old only', 'replay 25 %', 'union', 'none'], 'stages between are no rows'
     last = report.rows[-1].runs[0]
     assert [run.name for run in report.study.chain(last)] == ['old-s1', 'new-none-s1', 'more-none-s1']
+
+
+def test_only_what_ends_where_the_sequence_does_is_compared(tiny):
+    """A branch of a stage between, and a trunk that its branch leaves, would be the best: they have done less."""
+    trunk = f'{tiny}/new-none-s1/latest-rank0.pt'
+    write_run(tiny / 'more-none-s1', {'old': 4.5, 'new': 4.0}, trunk, batches=5)
+    write_run(tiny / 'more-anneal-s1', {'old': 4.6, 'new': 4.1}, f'{tiny}/more-none-s1/ep0-ba5-rank0.pt', batches=5)
+    write_run(tiny / 'new-anneal-s1', {'old': 1.0, 'new': 0.5}, trunk, batches=5)
+    added = [
+        entry('more-none-s1', 'none', 'more', 1, 'new-none-s1', {'more': 500}),
+        entry('more-anneal-s1', 'none, anneal', 'more', 1, 'more-none-s1', {'more': 500}, before={'more': 500}),
+        entry('new-anneal-s1', 'none, anneal after new', 'new', 1, 'new-none-s1', {'new': 500}, before={'new': 500}),
+    ]
+    plan = read(tiny / 'sequence.json')
+    added = [{**each, 'batches': 5} for each in added]
+    write_plan(tiny, 'tiny', {'old': 1000, 'new': 1000, 'more': 1000}, [*plan['runs'], *added])
+    found = rows(tiny)
+    assert [row.arm for row in contenders(list(found.values()), PARAMETERS)] == ['none, anneal']
+    assert 'above union' not in found['none, anneal after new'].columns and 'above union' not in found['none'].columns
+
+
+def test_the_lowest_union_is_the_one_that_counts_in_whatever_order(tmp_path):
+    folder = write_sequence(tmp_path, seeds=(1,))
+    write_run(folder / 'other-s1', {'old': 2.0, 'new': 1.0}, batches=20)
+    other = entry('other-s1', 'union low lr', 'union', 1, tokens={'new': 1000, 'old': 1000})
+    runs = read(folder / 'sequence.json')['runs']
+    for each in ([*runs, other], [other, *runs]):
+        write_plan(folder, 'tiny', {'old': 1000, 'new': 1000}, each)
+        assert rows(folder)['replay 25 %'].columns['above union'].mean == pytest.approx((3.3 + 1.6) / 2 - 1.5)
+
+
+def test_a_mixture_is_the_same_but_for_a_sample(tmp_path):
+    """1 of 20 samples is 0.05 of one, and not of another number of them."""
+    folder = write_sequence(tmp_path, seeds=(1,))
+    runs = {run.name: run for run in read_runs([folder]).given}
+    update, union = runs['new-r25-s1'], runs['union-s1']
+    assert not update.has_mixture_of(union)
+    assert replace(union, tokens={'new': 1450, 'old': 550}).has_mixture_of(update)
+    assert not replace(union, tokens={'new': 1300, 'old': 700}).has_mixture_of(update)
 
 
 def test_only_seeds_are_drawn_as_seeds(tmp_path):
