@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from cpt_algorithms.checkpoints.save_folder import batch_of, checkpoint_name, newest_complete
 from cpt_algorithms.sequence.expand import Run, descendants
@@ -13,7 +14,11 @@ from cpt_algorithms.stage.preflight import PreflightError, preflight
 from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.restart_checks import restart_problem
 
-__all__ = ['adopted', 'check']
+__all__ = ['adopted', 'check', 'records_in']
+
+
+# Runs by name: the record of each, and what its results follow from.
+Records = Mapping[str, tuple[StageRecord, Mapping[str, Any]]]
 
 
 def check(runs: Sequence[Run], ranks: int, is_plan: bool = False) -> list[str]:
@@ -89,32 +94,40 @@ def _checkpoints_of(run: Run) -> list[str]:
     return [place for place in places if place]
 
 
-def adopted(expand: Callable[[Mapping[str, str]], list[Run]]) -> list[Run]:
+def adopted(
+    expand: Callable[[Mapping[str, str]], list[Run]], look: Callable[[Path], Records] | None = None
+) -> list[Run]:
     """The runs of a sequence, those that are there already under the name they have there.
 
-    A run that several arms share is called after the first of them, and arms are sorted, removed and renamed.
+    A run that several arms share is called after the first of them, and arms are sorted, removed and renamed; a trial
+    is called after its parameters, one of which may be new and as it was.
+
+    Args:
+        expand: The runs, some of them under other names than they would be given.
+        look: The runs in a folder. Default: :func:`records_in`.
     """
     names: dict[str, str] = {}
     while True:
         runs = expand(names)
         unknown = [run for run in runs if not (run.folder / 'stage.json').exists()]
-        there = _records(unknown, {run.name for run in runs})
-        results = {name: results_of(record.config) for name, record in there.items()}
+        taken, folders = {run.name for run in runs}, {run.folder.parent for run in unknown}
+        there = {name: each for folder in folders for name, each in (look or records_in)(folder).items()}
         found = None
         for run in unknown:
-            same = (name for name, each in results.items() if each == results_of(run.stage))
-            if found := next((name for name in same if not changes(there[name], run.stage)), None):
+            results = results_of(run.stage)
+            same = (name for name, (_, each) in there.items() if each == results and name not in taken)
+            if found := next((name for name in same if not changes(there[name][0], run.stage)), None):
                 names = {old: found if new == run.name else new for old, new in names.items()} | {run.name: found}
                 break
         if found is None:
             return runs
 
 
-def _records(unknown: Sequence[Run], taken: set[str]) -> dict[str, StageRecord]:
+def records_in(folder: Path) -> Records:
+    """The runs in a sequence's folder, by name; what cannot be read is left out."""
     found = {}
-    for folder in {run.folder.parent for run in unknown}:
-        for path in folder.glob('*/stage.json'):
-            if path.parent.name not in taken:
-                with suppress(ValueError):
-                    found[path.parent.name] = read_record(path.parent)
-    return {name: record for name, record in found.items() if record is not None}
+    for path in folder.glob('*/stage.json'):
+        with suppress(ValueError):
+            if (record := read_record(path.parent)) is not None:
+                found[path.parent.name] = record, results_of(record.config)
+    return found

@@ -8,6 +8,7 @@ puts in place of ``${args_no_hyphens}``. Nothing here imports wandb.
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
@@ -150,8 +151,10 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
     Raises:
         ValueError: If a parameter names no stage, or would make one trial cost more than another; as ``expand`` does.
     """
+    from cpt_algorithms.sequence.check import adopted, records_in  # seconds that trials_of does not need
+
     expand(spec.with_arms(None))  # what is wrong without any trial is said without one
-    stages = list(spec.stages)
+    stages, look = list(spec.stages), cache(records_in)
     runs: dict[str, Run] = {}
     for trial in trials:
         overrides = _overrides(trial, stages)
@@ -160,7 +163,8 @@ def expand_trials(spec: SequenceSpec, trials: Sequence[Sequence[str]]) -> list[R
             if path[0] == 'model' or set(_COMPUTE) & set(path):
                 name = f'{stage}.{".".join(path)}'
                 raise ValueError(f'{name} would make one trial cost more than another; set it for all in the sequence')
-        for run in expand(spec.with_arms({_arm(leaves, stages[-1]): overrides})):
+        of_trial = spec.with_arms({_arm(leaves, stages[-1]): overrides})
+        for run in adopted(partial(expand, of_trial), look):
             if runs.setdefault(run.name, run).stage != run.stage:
                 raise ValueError(f'two trials would both be kept in the folder {run.name}; make them differ more')
     return list(runs.values())

@@ -16,6 +16,8 @@ from cpt_algorithms.checkpoints.save_folder import checkpoint_name, latest_link
 from cpt_algorithms.files import read_json, write_json
 from cpt_algorithms.sequence.check import check
 from cpt_algorithms.sequence.run import is_done, run_all
+from cpt_algorithms.sequence.spec import SequenceSpec
+from cpt_algorithms.sequence.sweep import expand_trials
 from cpt_algorithms.stage.preflight import PreflightError
 from cpt_algorithms.stage.restart_checks import write_record
 
@@ -253,3 +255,17 @@ def test_a_run_whose_folder_was_renamed_is_the_same_and_goes_on(spec):
     assert [run.name for run in runs] == ['old-A-s17', 'new-A-s17', 'put aside']
     Path('runs/put aside/done.json').unlink()
     check(planned(spec), 1)
+
+
+def test_a_trial_with_another_parameter_that_is_as_it_was_is_found_again(spec):
+    """What a sweep has trained is not trained again under a longer name."""
+    sequence = SequenceSpec.from_yaml({**spec, 'arms': None})
+    trained = expand_trials(sequence, [['new.replay.fraction=0.25'], ['new.replay.fraction=0.5']])
+    for run in trained:
+        if not run.folder.exists():
+            as_trained(run)
+    lr = spec['common']['optimizer']['lr']
+    trials = [[f'new.replay.fraction={share}', f'new.optimizer.lr={lr}'] for share in (0.25, 0.5)]
+    again = expand_trials(sequence, [*trials, ['new.replay.fraction=0.25', f'new.optimizer.lr={2 * lr}']])
+    assert [run.name for run in again if is_done(run)] == [run.name for run in trained]
+    assert len(again) == len(trained) + 1
