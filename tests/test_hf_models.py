@@ -25,6 +25,7 @@ from cpt_algorithms.report.page import write_report
 from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.report.tables import rows_of
 from cpt_algorithms.stage.preflight import preflight
+from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.restart_checks import write_record
 from cpt_algorithms.stage.stage import Stage
 
@@ -165,7 +166,7 @@ def test_a_sequence_from_a_base(updated, bases, tmp_path):
     kind, folder = updated
     shutil.copytree(folder / 'update', tmp_path / 'first-s17')
     common = {'arm': 'replay', 'seed': 17, 'tokens': {'new': 768, 'old': 256}, 'tokens_before_branch': {}, 'batches': 8}
-    common |= {'plan': 'p'}
+    common |= {'plan': 'p', 'judged_by': read_record(str(tmp_path / 'first-s17')).config.judged_by}
     runs = [
         {'name': 'first-s17', 'stage': 'first', 'parent': None, **common},
         {'name': 'second-s17', 'stage': 'second', 'parent': 'first-s17', **common},

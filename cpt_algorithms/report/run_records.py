@@ -376,8 +376,11 @@ def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, Run
         budget = sum(run['tokens'].values()) + sum(run['tokens_before_branch'].values())
         is_short = is_trunk and budget < stages.get(run['stage'], 0)
         is_last = run['stage'] not in stages or run['stage'] == last and not is_short
+        judged = known.pop('judged_by')
         known |= {'parent': parent, 'union_tokens': None, 'other_plan': other, 'is_whole': is_last}
         read_run(name, runs, known)
+        if (config := runs[name].config) and (unlike := differences(config.judged_by, judged)):
+            runs[name] = replace(runs[name], other_plan=(*other, *unlike))
         of_plan.setdefault(plan, []).append(name)
     for plan, names in of_plan.items():
         read, stages = [runs[name] for name in names], plans[plan]['tokens']

@@ -22,7 +22,7 @@ from cpt_algorithms.files import holder_of, read_json, remove_partials, take, wr
 from cpt_algorithms.launch.launcher import Handle, Start
 from cpt_algorithms.sequence.expand import Run
 from cpt_algorithms.sequence.spec import SequenceSpec
-from cpt_algorithms.stage.identity import MAY_DIFFER
+from cpt_algorithms.stage.identity import decisive
 from cpt_algorithms.stage.record import done_with
 from cpt_algorithms.stage.restart_checks import restart_problem
 
@@ -55,10 +55,7 @@ def is_done(run: Run) -> bool:
 
 def _plan_of(spec: SequenceSpec) -> dict[str, Any]:
     """What all arms of a sequence have in common: only arms of one plan are compared."""
-    stages = {
-        name: {key: value for key, value in stage.items() if key not in MAY_DIFFER and key != 'tokenizer'}
-        for name, stage in spec.merged.items()
-    }
+    stages = {name: decisive(stage) for name, stage in spec.merged.items()}
     return {'data': list(spec.data), 'tokens': spec.stage_tokens, 'stages': stages}
 
 
@@ -79,6 +76,7 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
             'tokens': run.stage.tokens_by_stream(),
             'tokens_before_branch': run.tokens_before_branch,
             'batches': run.batches,
+            'judged_by': run.stage.judged_by,
             'plan': name,
         }
         for run in runs

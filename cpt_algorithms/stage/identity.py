@@ -35,7 +35,7 @@ from cpt_algorithms.stage.record import StageRecord
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import differences
 
-__all__ = ['MAY_DIFFER', 'OBSERVERS', 'changes', 'contents_of', 'places_of', 'results_of', 'with_defaults']
+__all__ = ['MAY_DIFFER', 'OBSERVERS', 'changes', 'contents_of', 'decisive', 'places_of', 'results_of', 'with_defaults']
 
 MAY_DIFFER = {
     # names and places
@@ -224,6 +224,14 @@ def results_of(stage: Stage) -> dict[str, Any]:
     if not (_takes_dur(stage) or _has_share(kept['callbacks'])):  # nothing that was trained changes if the end moves
         kept['max_duration'] = None
     return _plain({key: value for key, value in kept.items() if value not in ({}, [])})  # the same as none
+
+
+def decisive(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a part of a YAML its results follow from, as it is written, by the same rule."""
+    kept = {key: value for key, value in section.items() if key not in MAY_DIFFER and key != 'tokenizer'}
+    inside = {'train_loader': {*_WORKERS, *_DOWNLOADS, 'max_passes'}, 'model': _OF_THE_MACHINE, 'callbacks': OBSERVERS}
+    found = {key: _without(value, inside[key]) if key in inside else value for key, value in kept.items() if value}
+    return {key: value for key, value in found.items() if value}
 
 
 def _model(stage: Stage) -> dict[str, Any]:

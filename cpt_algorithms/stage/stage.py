@@ -440,6 +440,13 @@ class Stage(Section):
         return self.load_path or self.pretrained_model
 
     @property
+    def judged_by(self) -> dict[str, Any]:
+        """How much of its evaluation data it is judged on, and by which final loss: others are not compared with it."""
+        final = self.callbacks.final_loss.given if self.callbacks.final_loss else {}
+        how = {key: value for key, value in final.items() if key != 'save_folder'}
+        return {'eval_subset_num_batches': self.eval_subset_num_batches, 'final_loss': how}
+
+    @property
     def begins(self) -> tuple[str, int | None] | None:
         """The run's folder that it begins from, and the batch there, None if its name does not say; None of none."""
         if self.merge:

@@ -13,7 +13,7 @@ EMA = [[2, 8, 5.5], [4, 16, 3.5], [6, 24, 1.0], [8, 32, 5.75]]
 
 
 def write(folder, seeds=(2, 1), finished=(1, 2)):
-    tokens = {'tokens': {'new': 32}, 'tokens_before_branch': {}, 'batches': 8}
+    tokens = {'tokens': {'new': 32}, 'tokens_before_branch': {}, 'batches': 8, 'judged_by': {}}
     planned = {'arm': 'a', 'stage': 'x', 'parent': None, 'plan': 'p', **tokens}
     runs = [{**planned, 'name': f'a-s{seed}', 'seed': seed} for seed in seeds]
     plan = {'plan': 'p', 'plans': {'p': {'tokens': {}}}}

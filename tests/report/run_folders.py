@@ -5,6 +5,7 @@ import json
 
 BATCH, LENGTH, PARAMETERS = 2, 50, 1000
 START = {'old': 3.0, 'new': 5.0}
+JUDGED = {'eval_subset_num_batches': -1, 'final_loss': {}}
 
 
 def read(path):
@@ -76,7 +77,7 @@ def write_run(
 def entry(name, arm, stage, seed, parent=None, tokens=None, before=None):
     """A run as a sequence plans it."""
     return {'name': name, 'arm': arm, 'stage': stage, 'seed': seed, 'parent': parent, 'tokens': tokens, 'batches': 10,
-            'tokens_before_branch': before or {}, 'plan': 'p'}  # fmt: skip
+            'tokens_before_branch': before or {}, 'plan': 'p', 'judged_by': JUDGED}  # fmt: skip
 
 
 def write_plan(folder, name, stages, runs, data=('old', 'new')):

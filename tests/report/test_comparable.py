@@ -112,8 +112,9 @@ def finish(folder, run, forgot):
     """As if it had been trained."""
     parent = f'{folder}/{run.parent}/latest-rank0.pt' if run.parent else None
     start = {'python': 3.0, 'cpp': 5.0}
-    length = {key: run.stage.given[key] for key in ('max_duration', 'global_train_batch_size', 'max_seq_len')}
-    write_run(folder / run.name, {'python': 3.0 + forgot, 'cpp': 1.0}, parent, start=start, **length)
+    kept = ('max_duration', 'global_train_batch_size', 'max_seq_len', 'callbacks', 'eval_subset_num_batches')
+    given = {key: run.stage.given[key] for key in kept if key in run.stage.given}
+    write_run(folder / run.name, {'python': 3.0 + forgot, 'cpp': 1.0}, parent, start=start, **given)
     if parent:
         write(folder / run.name / 'forgetting.json', {
             'old': ['python'], 'new': ['cpp'], 'parent': start, 'bytes_per_token': {},
@@ -155,6 +156,31 @@ def test_trials_of_another_plan_are_kept_and_compared_only_with_each_other(tmp_p
     [line] = [line for line in missing(study, rows_of(study)) if 'another plan' in line]
     assert 'cpp.max_duration: ' in line and '-> 3276800tok' in line
     assert line.count('cpp-optimizer.lr_0.00') == 2
+
+
+def test_what_is_judged_on_more_data_is_not_compared_with_what_was_judged_on_less(tmp_path):
+    before = spec_of(tmp_path, eval_subset_num_batches=4)
+    for run in expand_trials(before, [['cpp.optimizer.lr=0.002']]):
+        finish(tmp_path, run, forgot=0.0)
+    spec = spec_of(tmp_path)
+    runs = expand_trials(spec, [['cpp.optimizer.lr=0.002'], ['cpp.optimizer.lr=0.003']])
+    sequence_run.write_sequence(spec, runs)
+    for run in runs:
+        if not (tmp_path / run.name / 'done.json').exists():
+            finish(tmp_path, run, forgot=0.5)
+    study = read_runs([tmp_path])
+    found = rows_of(study)
+    assert [row.arm for row in contenders(found, 1000)] == ['optimizer.lr=0.003']
+    assert any('eval_subset_num_batches: 4 -> -1' in line for line in missing(study, found))
+
+
+@pytest.mark.parametrize(
+    'over',
+    [{'train_loader': {'num_workers': 3, 'dataset': {'cache_limit': '1gb'}}}, {'callbacks': {'speed_monitor': {}}}],
+)
+def test_what_changes_no_result_changes_no_plan(over, tmp_path):
+    plans = [sequence_run._plan_of(spec_of(tmp_path, **each)) for each in ({}, over)]
+    assert plans[0] == plans[1]
 
 
 def test_arms_that_are_left_out_of_a_sequence_are_left_out_of_its_report(tmp_path):
