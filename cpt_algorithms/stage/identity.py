@@ -230,8 +230,11 @@ def decisive(section: Mapping[str, Any]) -> dict[str, Any]:
     """What of a part of a YAML its results follow from, as it is written, by the same rule."""
     kept = {key: value for key, value in section.items() if key not in MAY_DIFFER and key != 'tokenizer'}
     inside = {'train_loader': {*_WORKERS, *_DOWNLOADS, 'max_passes'}, 'model': _OF_THE_MACHINE, 'callbacks': OBSERVERS}
-    found = {key: _without(value, inside[key]) if key in inside else value for key, value in kept.items() if value}
-    return {key: value for key, value in found.items() if value}
+    found = {
+        key: _without(value, inside.get(key, ())) if isinstance(value, Mapping) else value
+        for key, value in kept.items()
+    }
+    return {key: value for key, value in found.items() if value not in ({}, None)}
 
 
 def _model(stage: Stage) -> dict[str, Any]:

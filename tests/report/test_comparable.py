@@ -20,7 +20,7 @@ from cpt_algorithms.report.page import _tables, write_report
 from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.report.tables import contenders, finding, missing, rows_of, summary_of
 from cpt_algorithms.sequence import run as sequence_run
-from cpt_algorithms.sequence.read import read_sequence
+from cpt_algorithms.sequence.read import load_yaml, read_sequence
 from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.sequence.sweep import expand_trials
 
@@ -181,6 +181,14 @@ def test_what_is_judged_on_more_data_is_not_compared_with_what_was_judged_on_les
 def test_what_changes_no_result_changes_no_plan(over, tmp_path):
     plans = [sequence_run._plan_of(spec_of(tmp_path, **each)) for each in ({}, over)]
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize('path', sorted(QUICKSTART.parent.glob('*.yaml')), ids=lambda path: path.stem)
+def test_the_plan_of_every_sequence_can_be_written(path, monkeypatch):
+    monkeypatch.chdir(QUICKSTART.parents[2])
+    plan = sequence_run._plan_of(SequenceSpec.from_yaml(load_yaml([str(path)])))
+    assert json.loads(json.dumps(plan)) == plan
+    assert all('model' in stage and 'eval_interval' not in stage for stage in plan['stages'].values())
 
 
 def test_arms_that_are_left_out_of_a_sequence_are_left_out_of_its_report(tmp_path):
