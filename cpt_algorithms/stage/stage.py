@@ -507,8 +507,8 @@ def _filled_in(given: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     filled.setdefault('device_train_microbatch_size', 'auto')  # LLM Foundry's default, which it does not fill in
     if stage.eval_loader:
         loaders = [_resilient(loader) for loader in stage.eval_loader]
-        # one without a label is no list to LLM Foundry
-        filled['eval_loader'] = loaders if stage.eval_loader[0].label else loaders[0]
+        is_unnamed = len(loaders) == 1 and not stage.eval_loader[0].label  # which is no list to LLM Foundry
+        filled['eval_loader'] = loaders[0] if is_unnamed else loaders
     if stage.load_path and stage.callbacks.stage_start is not None:
         filled.setdefault('load_weights_only', not stage.keeps_optimizer_state)
         if stage.keeps_optimizer_state:

@@ -200,6 +200,8 @@ def test_what_llm_foundry_takes_reaches_it_as_it_does(data, tmp_path):
     loader = {key: value for key, value in tiny.eval_loader('', data['new']).items() if key != 'label'}
     cfg = tiny.config(tmp_path, data, 'run', eval_loader=loader)
     assert isinstance(Stage.from_yaml(cfg).to_train_yaml()['eval_loader'], dict)
+    several = {**cfg, 'eval_loader': [loader, tiny.eval_loader('old', data['old'])]}
+    assert len(Stage.from_yaml(several).to_train_yaml()['eval_loader']) == 2, 'none is dropped'
     tiny.run(cfg)
     del cfg['device_train_microbatch_size']
     assert Stage.from_yaml(cfg).to_train_yaml()['device_train_microbatch_size'] == 'auto'
