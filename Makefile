@@ -42,7 +42,7 @@ data/smollm2/manifest.json: | data/smollm2-model
 
 # For scripts/claims/claims.py: a small vocabulary, and as many tokens as its longest stage reads.
 data-claims: $(VENV)/installed
-	$(BIN)/python scripts/prepare_data.py --out data/claims --vocab-size 512 --max-seq-len 64 --max-train-tokens 4300000 \
+	$(BIN)/python scripts/prepare_data.py --out data/claims --vocab-size 512 --max-seq-len 64 --max-train-tokens 6500000 \
 		--max-val-tokens 32768 --dataset python=installed:python --dataset stdlib=installed:stdlib \
 		--dataset cpp=installed:cpp --dataset split_1=installed:python --dataset split_2=installed:python \
 		--dataset split_3=installed:python

@@ -316,7 +316,7 @@ def _open_monolithic(path: Path) -> Checkpoint:
     window = sorted((lawa.get('window') or {}).items(), key=lambda item: int(item[0]))
     averages = {name: stored(each) for name, each in (ema.get('averages') or {}).items()}
     kept = averages, [stored(each) for _, each in window], _lawa_weights(lawa.get('meta'))
-    about = dict(state.get('integrations') or {}), _plain(state.get('metadata'))
+    about = _about(path, state.get('integrations'), state.get('metadata'))
     return Checkpoint(path, 'pt', tensors, prefix, aliases, *kept, *about)
 
 
@@ -326,6 +326,20 @@ def _prefix_of(names: Iterable[str]) -> str:
 
 def _lawa_weights(meta: str | None) -> str:
     return json.loads(meta or '{}').get('weights', 'uniform')
+
+
+def _about(path: Path, integrations: Any, described: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``integrations`` in the form in which Composer fills them, and ``metadata`` in plain types."""
+    if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(integrations)):
+        raise CheckpointError(f'{path}: state.integrations holds a tensor')
+    found = dict(integrations or {})
+    saved = found.get('huggingface') or {}
+    _plain(((saved.get('model') or {}).get('config') or {}).get('content')).keys()
+    for name, entry in (saved.get('tokenizer') or {}).items():
+        form = {'.json': (dict, list), '.txt': list, '.model': bytes}.get(entry['file_extension'], (str, bytes))
+        if not isinstance(name, str) or not isinstance(entry['content'], form):
+            raise TypeError(f'the content of {name!r}, a file of its tokenizer, is a {type(entry["content"]).__name__}')
+    return found, _plain(described)
 
 
 def _plain(described: Any) -> dict[str, Any]:
@@ -531,7 +545,7 @@ def _open_sharded(folder: Path) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f'{folder} holds no state.model, so it is not from Composer; expected {SUPPORTED}')
     averages = ema, [window[slot] for slot in sorted(window)], _lawa_weights(meta)
-    about = words.get('integrations') or {}, _plain(words.get('metadata'))
+    about = _about(folder, words.get('integrations'), words.get('metadata'))
     return Checkpoint(folder, 'sharded', tensors, prefix, {}, *averages, *about)
 
 

@@ -12,6 +12,7 @@ from composer.loggers import Logger
 
 from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
 from cpt_algorithms.checkpoints.open import state_of, time_of
+from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.stage.record import has_reached
 
@@ -68,6 +69,6 @@ def has_ended(checkpoint: str | Path, max_duration: Duration) -> bool:
     """Whether a checkpoint is the last of its run: it has reached its end, or was stopped on the way to it."""
     try:
         kept = json.loads(state_of(checkpoint, 'callbacks', 'Ending').get('ending', '{}'))
-    except UnsafeCheckpointError:  # which is refused, or trusted, where it is loaded
-        return False
+    except UnsafeCheckpointError:  # which is refused, or trusted, where it is loaded; its name says the batch
+        return has_reached({'ba': batch_of(checkpoint) or 0}, max_duration)
     return kept.get('ended') == str(max_duration) or has_reached(time_of(checkpoint), max_duration)

@@ -6,10 +6,10 @@
     python scripts/claims/claims.py --quick     # an eighth of the tokens: that the machinery works, in under 20 minutes
 
 Trains the sequences of yamls/claims/ (recipes/sequence.py; run the same command again after any interruption), and what
-is compared with union also with other numbers of tokens and other widths of the model. papers.py states each claim and
+is compared with union also with other widths of the model and tokens per parameter. papers.py states each claim and
 its bounds. A claim is *reproduced* if the 95 % intervals over seeds (Student's t) of all its quantities lie within
-their bounds, *not reproduced* if one lies outside, and *inconclusive at this scale* otherwise. Ends with
-FOLDER/claims.json, claims.md and claims.png.
+their bounds, *not reproduced* if one lies outside, and *inconclusive at this scale* otherwise; without bounds it is
+*measured*. Ends with FOLDER/claims.json, claims.md and claims.png.
 """
 
 import argparse
@@ -38,18 +38,12 @@ def main() -> None:
     from cpt_algorithms.terminal import print_table
 
     started = time.monotonic()
-
-    def run(tokens: int, d_model: int | None = None) -> Evidence:
-        folder = arguments.folder / (f'{tokens}tok' + (f'-d_model_{d_model}' if d_model else ''))
-        train(folder, tokens, arguments.jobs, d_model)
-        return Evidence(folder)
-
     full = QUICK if arguments.quick else FULL
-    evidence = run(full)
-    ran = {full: [evidence]}
-    for tokens, d_model in () if arguments.quick else TREND:
-        ran.setdefault(tokens, []).append(run(tokens, d_model))
-    findings, points, made = judge(CLAIMS, evidence), trend(ran), made_with()
+    train(arguments.folder / f'{full}tok', full, arguments.jobs)
+    for model in () if arguments.quick else TREND:
+        train(arguments.folder / model.name, model.tokens, arguments.jobs, model)
+    evidence = Evidence(arguments.folder / f'{full}tok')
+    findings, points, made = judge(CLAIMS, evidence), trend([evidence, *map(evidence.of, TREND)]), made_with()
     if arguments.quick:
         made += '; --quick: models that have barely begun to learn, so that the verdicts say little about the claims'
     print_table(table(findings, f'stages of {full:,} tokens; {made}'), console)

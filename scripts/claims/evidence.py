@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from judge import Runs
 from kept_checkpoints import KeptCheckpoints
-from training import RECOMMENDED, SEQUENCES
+from training import RECOMMENDED, SEQUENCES, Model
 
 from cpt_algorithms.weight_averaging.functional import window_weights
 
@@ -15,15 +15,20 @@ __all__ = ['Evidence', 'window_loss']
 
 
 class Evidence:
-    """All sequences at one number of tokens.
+    """All sequences of one model, at one number of tokens.
 
     Args:
-        folder: Where their folders are.
+        folder: Where their folders are, beside those of other models.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.weak, self.strong, self.infinite, self.averaging = (Runs(folder / name) for name in SEQUENCES)
         self.shifts = {'weak': (self.weak, 'stdlib'), 'strong': (self.strong, 'cpp')}
+
+    def of(self, model: Model) -> 'Evidence':
+        """The same of another model."""
+        return Evidence(self.folder.parent / model.name)
 
     def forgetting(self, shift: str, arm: str = '') -> np.ndarray:
         """On Python, of an update."""
@@ -48,11 +53,25 @@ class Evidence:
         """Of the model."""
         return self.shifts[shift][0].named('python')[0].parameters or 0
 
+    def tokens(self, shift: str) -> int:
+        """Of each stage."""
+        return self.shifts[shift][0].named('python')[0].budget
+
     def gap(self, shift: str) -> np.ndarray:
-        """Mean loss minus union's, of the replay fraction that the paper recommends for the shift."""
-        return self.mean_loss(shift, self.after(shift, RECOMMENDED[shift])) - self.mean_loss(
-            shift, f'union_{self.shifts[shift][1]}'
-        )
+        """Update minus union: mean loss with the replay fraction that the paper recommends for the shift."""
+        return self._updated(shift) - self.mean_loss(shift, f'union_{self.shifts[shift][1]}')
+
+    def mixture(self, shift: str) -> np.ndarray:
+        """Matched minus union: what the update's mixture costs a model that is trained on nothing else."""
+        new = self.shifts[shift][1]
+        return self.mean_loss(shift, f'matched_{new}') - self.mean_loss(shift, f'union_{new}')
+
+    def continuing(self, shift: str) -> np.ndarray:
+        """Update minus matched: what it costs to have seen something else before."""
+        return self._updated(shift) - self.mean_loss(shift, f'matched_{self.shifts[shift][1]}')
+
+    def _updated(self, shift: str) -> np.ndarray:
+        return self.mean_loss(shift, self.after(shift, RECOMMENDED[shift]))
 
     def spike(self, run: str) -> np.ndarray:
         """How far the loss on Python rises in the first tenth of an update."""

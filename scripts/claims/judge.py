@@ -15,7 +15,7 @@ from cpt_algorithms.report.tables import OverSeeds, over_seeds
 __all__ = ['Claim', 'Condition', 'Finding', 'NotRun', 'Runs', 'judge']
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = 'reproduced', 'not reproduced', 'inconclusive at this scale'
-NOT_RUN = 'not run'
+NOT_RUN, MEASURED = 'not run', 'measured'
 
 
 class NotRun(ValueError):
@@ -24,7 +24,7 @@ class NotRun(ValueError):
 
 @dataclass(frozen=True)
 class Condition:
-    """A quantity, and where its mean over seeds must lie: between ``above`` and ``below``."""
+    """A quantity, and where its mean over seeds must lie, between ``above`` and ``below``; without both, anywhere."""
 
     what: str  # in words, with its unit if it is not nats per token
     values: Sequence[float] | np.ndarray  # of each seed
@@ -39,6 +39,8 @@ class Condition:
     @property
     def verdict(self) -> str:
         """``reproduced`` if the whole interval lies within the bounds, ``not reproduced`` if none of it does."""
+        if self.above == -inf and self.below == inf:
+            return MEASURED
         mean = self.over_seeds
         if mean.half is None:
             return INCONCLUSIVE
@@ -51,6 +53,8 @@ class Condition:
     def bounds(self) -> str:
         """As people read it."""
         if self.above == -inf:
+            if self.below == inf:
+                return ''
             return f'< {self.below:g}'
         return f'> {self.above:g}' if self.below == inf else f'{self.above:g} to {self.below:g}'
 
@@ -79,7 +83,7 @@ class Finding:
         if self.missing:
             return NOT_RUN
         verdicts = {condition.verdict for condition in self.conditions}
-        return next((each for each in (NOT_REPRODUCED, INCONCLUSIVE) if each in verdicts), REPRODUCED)
+        return next((each for each in (NOT_REPRODUCED, INCONCLUSIVE, MEASURED) if each in verdicts), REPRODUCED)
 
 
 def judge(claims: Sequence[Claim], evidence: Any) -> list[Finding]:

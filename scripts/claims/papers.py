@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from evidence import Evidence, window_loss
 from judge import Claim, Condition
-from training import RECOMMENDED, SPACING
+from training import RECOMMENDED, SPACING, TREND
 
 from cpt_algorithms.evaluation.functional import steps_saved
 
@@ -14,6 +14,8 @@ __all__ = ['CLAIMS', 'EMAS', 'PAPERS_EMA']
 
 EMAS = ('ema_0.012dur', 'ema_0.035dur', 'ema_0.1dur')
 PAPERS_EMA = 'ema_6738tok'  # 0.9 at each batch of 1024 tokens
+# What counts as free of charge, in nats per token, once a model has seen some hundred tokens per parameter.
+FREE = 0.03
 # What counts as equal: twice what the first paper rounds its losses to, in nats per token.
 EQUAL = 0.02
 CLAIMS: list[Claim] = []
@@ -182,6 +184,39 @@ def c11(of: Evidence) -> list[Condition]:
         at = runs.final(before, before), runs.final(f'{before}-infinite', before)
         rises.append(runs.rise(cosine, before, at[0], 0.2) - runs.rise(infinite, before, at[1], 0.2))
     conditions.append(Condition('rise at boundaries, cosine minus infinite', np.mean(rises, axis=0), above=0))
+    return conditions
+
+
+@claim('no paper separates it')
+def c15(of: Evidence) -> list[Condition]:
+    """Continuing costs nothing: the update is level with its own mixture from scratch at full compute."""
+    return [
+        Condition(
+            f'update minus matched, {shift}, {percent} %, {model.tokens_per_parameter} tokens per parameter',
+            of.of(model).continuing(shift),
+            above=-FREE,
+            below=FREE,
+        )
+        for shift, percent in RECOMMENDED.items()
+        for model in TREND
+        if model.d_model == 8 and model.tokens_per_parameter >= 400
+    ]
+
+
+@claim('no paper separates it')
+def c16(of: Evidence) -> list[Condition]:
+    """What the mixture costs changes with the size of the model, at equal tokens per parameter."""
+    sizes = [model for model in TREND if model.tokens_per_parameter == 100]
+    conditions = []
+    for shift in RECOMMENDED:
+        prices = [of.of(model).mixture(shift) for model in sizes]
+        conditions += [
+            Condition(f'matched minus union, {shift}, d_model {model.d_model}', price)
+            for model, price in zip(sizes, prices, strict=True)
+        ]
+        count = min(map(len, prices))  # of the seeds of all
+        largest = f'd_model {sizes[-1].d_model} minus {sizes[0].d_model}'
+        conditions.append(Condition(f'the same, {shift}, {largest}', prices[-1][:count] - prices[0][:count]))
     return conditions
 
 

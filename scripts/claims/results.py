@@ -9,13 +9,21 @@ from typing import Any
 import matplotlib
 from evidence import Evidence
 from judge import Condition, Finding, NotRun
+from papers import FREE
 from rich.table import Table
 from training import RECOMMENDED
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
-__all__ = ['Point', 'as_data', 'draw', 'number_of', 'page', 'table', 'trend']
+__all__ = ['GAPS', 'Point', 'as_data', 'draw', 'number_of', 'page', 'table', 'trend']
+
+
+GAPS = {
+    'update minus union': Evidence.gap,
+    'matched minus union: the mixture': Evidence.mixture,
+    'update minus matched: continuing': Evidence.continuing,
+}
 
 
 def number_of(condition: Condition) -> str:
@@ -27,7 +35,7 @@ def number_of(condition: Condition) -> str:
 def measured(condition: Condition) -> str:
     """The same, and what it means if not that the claim holds."""
     number = number_of(condition)
-    return number if condition.verdict == 'reproduced' else f'{number} ({condition.verdict})'
+    return number if condition.verdict in ('reproduced', 'measured') else f'{number} ({condition.verdict})'
 
 
 def table(findings: Sequence[Finding], title: str) -> Table:
@@ -50,24 +58,25 @@ def table(findings: Sequence[Finding], title: str) -> Table:
 
 @dataclass(frozen=True)
 class Point:
-    """Mean loss minus union's under a shift, with so many parameters and tokens of each stage."""
+    """The gap to union and its two parts under a shift, with so many parameters and tokens of each stage."""
 
     label: str
     parameters: int
     tokens: int
-    gap: Condition
+    gaps: Mapping[str, Condition]  # as GAPS has them
 
 
-def trend(ran: Mapping[int, Sequence[Evidence]]) -> list[Point]:
-    """The gap to union under each shift, model by model, at each number of tokens where it was run."""
+def trend(ran: Sequence[Evidence]) -> list[Point]:
+    """The gaps under each shift, model by model, at each number of tokens where they were run."""
     points = []
     for shift in ('weak', 'strong'):
-        for tokens, evidence in ((tokens, each) for tokens, several in ran.items() for each in several):
+        for evidence in ran:
             try:
-                gap, parameters = Condition('', evidence.gap(shift)), evidence.parameters(shift)
+                gaps = {what: Condition(what, gap(evidence, shift)) for what, gap in GAPS.items()}
+                size = evidence.parameters(shift), evidence.tokens(shift)
             except NotRun:
                 continue
-            points.append(Point(f'{shift} shift, {RECOMMENDED[shift]} % replay', parameters, tokens, gap))
+            points.append(Point(f'{shift} shift, {RECOMMENDED[shift]} % replay', *size, gaps))
     order = {point.label: index for index, point in enumerate(points)}
     return sorted(points, key=lambda point: (order[point.label], point.parameters, point.tokens))
 
@@ -83,8 +92,10 @@ def page(findings: Sequence[Finding], points: Sequence[Point], made: str) -> str
                 decides = f'{condition.what}: {measured(condition).partition(" (")[0]}'
             whole.append(f'| {claim.name} | {condition.what} | {condition.bounds} | {measured(condition)} |')
         short.append(f'| {claim.name} {claim.says} | {claim.paper} | {decides} | {finding.verdict} |')
-    gaps = ['| shift | parameters | tokens of each stage | mean loss minus union |', '|---|---|---|---|']
-    gaps += [f'| {each.label} | {each.parameters:,} | {each.tokens:,} | {number_of(each.gap)} |' for each in points]
+    gaps = [f'| shift | parameters | tokens of each stage | per parameter | {" | ".join(GAPS)} |', '|---' * 7 + '|']
+    for each in points:
+        size = f'{each.parameters:,} | {each.tokens:,} | {each.tokens / each.parameters:.0f}'
+        gaps.append(f'| {each.label} | {size} | {" | ".join(map(number_of, each.gaps.values()))} |')
     return '\n'.join([made, '', *short, '', *whole, '', *gaps, ''])
 
 
@@ -107,7 +118,7 @@ def as_data(findings: Sequence[Finding], points: Sequence[Point], made: str) -> 
             'shift': each.label,
             'parameters': each.parameters,
             'tokens': each.tokens,
-            'values': [*map(float, each.gap.values)],
+            'gaps': {what: [*map(float, gap.values)] for what, gap in each.gaps.items()},
         }
         for each in points
     ]
@@ -115,31 +126,31 @@ def as_data(findings: Sequence[Finding], points: Sequence[Point], made: str) -> 
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """How the gap to union changes with the tokens of a stage and the size of the model."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout='constrained')
+    """How the gap to union, and its two parts, change with the tokens of each parameter and the size of the model."""
+    figure, panels = plt.subplots(1, len(GAPS), figsize=(11, 4.2), layout='constrained', sharex=True, sharey=True)
     labels = list(dict.fromkeys(each.label for each in points))
     sizes = sorted({each.parameters for each in points})
     series = list(dict.fromkeys((each.label, each.parameters) for each in points))
-    for index, (label, parameters) in enumerate(series):
-        aside = 1.05 ** (index - len(series) / 2)  # or the intervals would hide each other
-        line = [each for each in points if (each.label, each.parameters) == (label, parameters)]
-        means = [each.gap.over_seeds for each in line]
-        axes.errorbar(
-            [each.tokens * aside for each in line],
-            [mean.mean for mean in means],
-            yerr=[mean.half or 0.0 for mean in means],
-            color=f'C{labels.index(label)}',
-            marker='os^D'[sizes.index(parameters) % 4],
-            capsize=3,
-            label=f'{label}, {parameters:,} parameters',
-        )
-    axes.axhline(0, color='black', linewidth=0.8)
-    axes.axhline(0.03, color='grey', linewidth=0.8, linestyle='--', label='bound of C5')
-    axes.set_xscale('log')
-    ticks = sorted({each.tokens for each in points})
-    axes.set_xticks(ticks, [f'{tokens:,}' for tokens in ticks])
-    axes.minorticks_off()
-    axes.set(xlabel='tokens of each stage', ylabel='mean loss minus union, nats/token')
-    figure.legend(loc='outside upper center', ncols=2, fontsize='small', frameon=False)
+    for what, axes in zip(GAPS, panels, strict=True):
+        for index, (label, parameters) in enumerate(series):
+            aside = 1.05 ** (index - len(series) / 2)  # or the intervals would hide each other
+            line = [each for each in points if (each.label, each.parameters) == (label, parameters)]
+            means = [each.gaps[what].over_seeds for each in line]
+            axes.errorbar(
+                [each.tokens / each.parameters * aside for each in line],
+                [mean.mean for mean in means],
+                yerr=[mean.half or 0.0 for mean in means],
+                color=f'C{labels.index(label)}',
+                marker='os^D'[sizes.index(parameters) % 4],
+                capsize=3,
+                label=f'{label}, {parameters:,} parameters',
+            )
+        axes.axhline(0, color='black', linewidth=0.8)
+        axes.axhspan(-FREE, FREE, color='grey', alpha=0.2, label=f'within {FREE}')
+        axes.set_xscale('log')
+        axes.set(xlabel='tokens per parameter, each stage', title=what)
+    panels[0].set_ylabel('mean loss, nats/token')
+    shown = panels[0].get_legend_handles_labels()
+    figure.legend(*shown, loc='outside upper center', ncols=3, fontsize='small', frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

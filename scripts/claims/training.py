@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -10,14 +11,39 @@ import yaml
 from cpt_algorithms.files import write_atomic
 from cpt_algorithms.terminal import make_console
 
-__all__ = ['FULL', 'QUICK', 'RECOMMENDED', 'SEQUENCES', 'SPACING', 'TREND', 'console', 'stage_times', 'train']
+__all__ = ['FULL', 'QUICK', 'RECOMMENDED', 'SEQUENCES', 'SPACING', 'TREND', 'Model', 'console', 'stage_times', 'train']
 
 console = make_console()
 ROOT = Path(__file__).resolve().parents[2]
 FULL, QUICK = 1_048_576, 131_072
-# How near union an update comes changes with the tokens of its stages and the model: also trained are these, (tokens,
-# d_model). The YAMLs have 32.
-TREND = ((FULL // 4, 32), (4 * FULL, 32), (FULL, 64), (4 * FULL, 16))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A width, and how long its stages are."""
+
+    d_model: int
+    tokens_per_parameter: int
+
+    @property
+    def tokens(self) -> int:
+        """Of each stage."""
+        return self.tokens_per_parameter * {8: 6_368, 16: 15_808, 32: 43_904}[self.d_model]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f'd_model_{self.d_model}-{self.tokens_per_parameter}_tokens_per_parameter'
+
+    @property
+    def seeds(self) -> list[int]:
+        """More of what is quickly trained."""
+        return [17, 18, 19, 20, 21] if self.d_model == 8 else [17, 18, 19]
+
+
+# Also trained, as far as they are compared with union and matched; the YAMLs' model is of width 32, and reads 24 tokens
+# per parameter.
+TREND = (*(Model(8, tokens) for tokens in (25, 100, 400, 1000)), Model(16, 100), Model(32, 100))
 # What the paper recommends: percent of replay under each shift.
 RECOMMENDED = {'weak': 5, 'strong': 25}
 SEQUENCES = ('weak_shift', 'strong_shift', 'infinite', 'averaging')
@@ -49,23 +75,24 @@ def stage_times(sequence: str, tokens: int) -> dict[str, int]:
     return times
 
 
-def train(folder: Path, tokens: int, jobs: int, d_model: int | None = None) -> None:
+def train(folder: Path, tokens: int, jobs: int, model: Model | None = None) -> None:
     """Run the sequences; one that fails does not stop the others.
 
     Args:
         folder: Where their folders are.
         tokens: See :func:`stage_times`.
         jobs: Runs at a time.
-        d_model: If given, only what is compared with union, with a model of this width. Default: everything, with
-            the YAMLs' models.
+        model: If given, only what is compared with union and matched, with a model of this width. Default:
+            everything, with the YAMLs' models.
     """
-    for name in ('weak_shift', 'strong_shift') if d_model else SEQUENCES:
+    for name in ('weak_shift', 'strong_shift') if model else SEQUENCES:
         path = ROOT / 'yamls' / 'claims' / f'{name}.yaml'
-        if d_model:
+        if model:
             spec = yaml.safe_load(path.read_text(encoding='utf-8'))
             percent = RECOMMENDED[name.removesuffix('_shift')]
-            spec['arms'] = {arm: spec['arms'][arm] for arm in (f'replay {percent} %', 'union')}
-            spec['common']['model']['d_model'] = d_model
+            spec['arms'] = {arm: spec['arms'][arm] for arm in (f'replay {percent} %', 'union', 'matched')}
+            spec['seeds'] = model.seeds
+            spec['common']['model']['d_model'] = model.d_model
             path = folder / f'{name}.yaml'
             write_atomic(path, yaml.safe_dump(spec, sort_keys=False).encode())
         settings = [f'variables.{key}={value}' for key, value in stage_times(name, tokens).items()]

@@ -32,6 +32,10 @@ class Evil:
     def __reduce__(self):
         return os.system, (f'touch {self.sign}',)
 
+    def __deepcopy__(self, memo):
+        """As itself: Python copies by what ``__reduce__`` says, and would run it."""
+        return self
+
 
 def evil_algorithm(sign: Path) -> list:
     """No pickle at all: Composer evaluates this text."""

@@ -157,6 +157,7 @@ def judge(kind, how, rng, original, folder, preflight_of, capsys, counts):
     folder.mkdir()
     sign, path = folder.parent / 'sign', folder / original.name
     spoilt_copy(original, path, KINDS[kind][how], rng, sign)
+    assert not sign.exists(), 'spoiling runs nothing'
     before = files(folder.parent)
 
     readers = [as_composer_does, dataset_state_of] if kind != 'hf' else []

@@ -10,9 +10,9 @@ from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.open import INDEX, SINGLE, model_config_of, open_checkpoint
 
 
-def saved(path, config):
+def saved(path, config, tokenizer=None):
     """A checkpoint of one weight."""
-    described = {'huggingface': {'model': {'config': {'content': config}}}}
+    described = {'huggingface': {'model': {'config': {'content': config}}, 'tokenizer': tokenizer or {}}}
     torch.save({'state': {'model': {'weight': torch.ones(4)}, 'integrations': described}}, path)
     return path
 
@@ -45,3 +45,15 @@ def test_a_setting_of_the_model_that_is_a_tensor(tmp_path):
     assert model_config_of(saved(tmp_path / 'right.pt', {'n_heads': 2})) == {'n_heads': 2}
     with pytest.raises(CheckpointError, match=r'wrong\.pt is not of the form of a checkpoint'):
         model_config_of(saved(tmp_path / 'wrong.pt', {'n_heads': torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r'wrong\.pt: state\.integrations holds a tensor'):
+        open_checkpoint(tmp_path / 'wrong.pt')
+
+
+@pytest.mark.parametrize(
+    'entry', ['lawa', {'file_extension': '.txt', 'content': 'a line'}, {'content': {}}, {'file_extension': '.json'}]
+)
+def test_files_of_a_tokenizer_are_of_the_form_that_composer_gives_them(entry, tmp_path):
+    right = {'merges.txt': {'file_extension': '.txt', 'content': ['a line']}}
+    assert open_checkpoint(saved(tmp_path / 'right.pt', {}, right)).hugging_face[1] == right
+    with pytest.raises(CheckpointError, match=r'wrong\.pt is not of the form of a checkpoint'):
+        open_checkpoint(saved(tmp_path / 'wrong.pt', {}, {**right, 'x': entry}))

@@ -112,6 +112,16 @@ def test_a_pt_file_that_runs_code(kind, place, trained, data, tmp_path):
     assert sign.exists()
 
 
+def test_a_trusted_run_that_only_lacks_its_export(trained, data, tmp_path):
+    shutil.copytree(trained, tmp_path, symlinks=True, dirs_exist_ok=True)
+    spoil(tmp_path / 'run' / 'ep0-ba2-rank0.pt', 'pickle', tmp_path / 'sign')
+    trusting = {'callbacks': {'stage_start': {'trust_checkpoint': True}}}
+    cfg = config(tmp_path, data, 'newest of its own', max_duration='2ba', **trusting)
+    write_record(tmp_path / 'run', cfg)
+    tiny.recipe_here(cfg, tmp_path)
+    assert json.loads((tmp_path / 'run' / 'done.json').read_text())['batch'] == 2
+
+
 def test_a_parent_in_object_storage(trained, data, tmp_path, bucket):
     shutil.copytree(trained / 'run', tmp_path / 'run', symlinks=True)
     sign, checkpoint = tmp_path / 'sign', tmp_path / 'run' / 'ep0-ba2-rank0.pt'

@@ -65,6 +65,7 @@ WEAK = {
     'stdlib-replay_50pct': (2.9, 3.05, 3.5),
     'from_scratch_stdlib-from_scratch': (3.6, 3.1, 3.6),
     'union_stdlib': (2.99, 3.04, 3.0),
+    'matched_stdlib': (3.04, 3.02, 3.04),
 }
 STRONG = {
     'python': (3.0, 6.0, 3.0),
@@ -85,6 +86,7 @@ STRONG = {
     'cpp-same_data_double_eta_max': (2.9, 6.0, 3.2),
     'from_scratch_cpp-from_scratch': (6.0, 2.3, 6.0),
     'union_cpp': (3.0, 2.1, 3.0),
+    'matched_cpp': (3.06, 2.03, 3.06),
 }
 INFINITE = {
     'split_1': (3.0, 3.0, 3.0),
@@ -147,8 +149,11 @@ def kind_of(run):
 
 @pytest.fixture(scope='module')
 def true_world(tmp_path_factory, plans):
-    """All claims hold in it."""
-    folder = tmp_path_factory.mktemp('world')
+    """All claims hold in it, with models of any size."""
+    folder = tmp_path_factory.mktemp('worlds') / 'one'
+    folder.mkdir()
+    for model in training.TREND:
+        (folder.parent / model.name).symlink_to(folder)
     for name, (spec, runs) in plans.items():
         write_sequence(SequenceSpec.from_yaml({**spec.given, 'folder': str(folder / name)}), runs)
         assert {kind_of(each) for each in runs} == set(TABLES[name])
@@ -201,9 +206,13 @@ def write(folder, data, made_up, run):
 
 def test_every_claim_is_reproduced_where_it_holds(world):
     found = judge(papers.CLAIMS, world())
-    names = [*(f'C{i}' for i in range(1, 12)), *(f'W{i}' for i in range(1, 11))]
+    names = [*(f'C{i}' for i in range(1, 12)), 'C15', 'C16', *(f'W{i}' for i in range(1, 11))]
     assert [finding.claim.name for finding in found] == names
-    assert {finding.claim.name: finding.conditions for finding in found if finding.verdict != 'reproduced'} == {}
+    others = {finding.claim.name: finding for finding in found if finding.verdict != 'reproduced'}
+    assert {name: finding.verdict for name, finding in others.items()} == {'C16': 'measured'}
+    prices = [float(np.mean(condition.values)) for condition in others['C16'].conditions]
+    weak, strong = (3.04 + 3.02 - 2.99 - 3.04) / 2, (3.06 + 2.03 - 3.0 - 2.1) / 2
+    assert prices == pytest.approx([weak, weak, weak, 0, strong, strong, strong, 0])
 
 
 def worse(average, share):
@@ -222,6 +231,7 @@ FALSE = {
     'C9': ('strong_shift/cpp-warm_up_2pct', (4.3, 2.0, 4.3)),
     'C10': ('strong_shift/cpp-same_data', (2.9, 6.0, 2.99)),
     'C11': ('infinite/split_3-infinite-anneal', (2.9, 2.9, 2.9)),
+    'C15': ('strong_shift/matched_cpp', (3.2, 2.03, 3.2)),
     'W1': ('averaging/python-constant', worse),
     'W2': ('averaging/python-constant_a_tenth', lambda average, share: 5 - share - (0.5 if average else 0)),
     'W4': ('averaging/python-constant', lambda average, share: 4 - share - (0.05 if average else 0)),
@@ -252,18 +262,23 @@ def test_a_run_that_is_missing_or_unfinished_is_named(world, true_world, tmp_pat
     assert found['C7'].verdict == 'reproduced'
 
 
-def test_the_trend_with_tokens(world, tmp_path, monkeypatch):
-    smaller, larger = world(), world()
+def test_the_trend_with_tokens_and_size(world, tmp_path, monkeypatch):
+    small, large, long = world(), world(), world()
     nothing_yet = evidence.Evidence(tmp_path / 'nowhere')
-    monkeypatch.setattr(larger, 'parameters', lambda shift: 2)
-    points = results.trend({8000: [larger, smaller], 1000: [smaller], 32000: [nothing_yet]})
+    monkeypatch.setattr(large, 'parameters', lambda shift: 2)
+    monkeypatch.setattr(long, 'tokens', lambda shift: 8000)
+    points = results.trend([large, long, small, nothing_yet])
     labels = ('weak shift, 5 % replay', 'strong shift, 25 % replay')
-    places = ((1, 1000), (1, 8000), (2, 8000))
+    places = ((1, 8000), (1, 131072), (2, 131072))
     assert [(each.label, each.parameters, each.tokens) for each in points] == [
         (label, *place) for label in labels for place in places
     ]
-    assert results.number_of(points[0].gap) == f'{(3.05 + 3.008 - 2.99 - 3.04) / 2:+.3f} ± 0.000'
+    gaps = [np.mean(gap.values) for gap in points[0].gaps.values()]
+    union, matched, update = 2.99 + 3.04, 3.04 + 3.02, 3.05 + 3.008
+    assert gaps == pytest.approx([(update - union) / 2, (matched - union) / 2, (update - matched) / 2])
     lines = results.page([], points, 'made here').splitlines()
-    assert '| strong shift, 25 % replay | 1 | 8,000 | -0.005 ± 0.000 |' in lines
+    assert (
+        '| strong shift, 25 % replay | 1 | 8,000 | 8000 | -0.005 ± 0.000 | -0.005 ± 0.000 | +0.000 ± 0.000 |' in lines
+    )
     results.draw(points, tmp_path / 'claims.png')
     assert (tmp_path / 'claims.png').stat().st_size > 10_000

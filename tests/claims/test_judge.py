@@ -87,6 +87,7 @@ SPREAD, ALIKE = [0.1, 0.2, 0.3], [1, 1, 1]
         (ALIKE, -np.inf, 1, 'not reproduced'),
         (ALIKE, -np.inf, 1.5, 'reproduced'),
         ([5.0], 0, np.inf, 'inconclusive at this scale'),
+        (SPREAD, -np.inf, np.inf, 'measured'),
     ],
 )
 def test_a_condition_is_judged_by_its_whole_interval(values, above, below, verdict):
@@ -95,16 +96,17 @@ def test_a_condition_is_judged_by_its_whole_interval(values, above, below, verdi
 
 def test_bounds_and_interval():
     assert Condition('', SPREAD).over_seeds.half == pytest.approx(0.2484, abs=1e-4)
-    assert [Condition('', [], *at).bounds for at in ((0.5,), (0.5, 1.5), (-np.inf, 1))] == [
+    assert [Condition('', [], *at).bounds for at in ((0.5,), (0.5, 1.5), (-np.inf, 1), ())] == [
         '> 0.5',
         '0.5 to 1.5',
         '< 1',
+        '',
     ]
 
 
 def test_a_claim_is_as_good_as_its_worst_condition():
     good, bad = Condition('', [1, 1, 1], above=0), Condition('', [-1, -1, -1], above=0)
-    open_ = Condition('', [1, -1, 0], above=0)
+    open_, measured = Condition('', [1, -1, 0], above=0), Condition('', [1, -1, 0])
     claim = Claim('C0', 'says', 'paper', lambda evidence: [])
 
     def verdict(*conditions):
@@ -113,6 +115,8 @@ def test_a_claim_is_as_good_as_its_worst_condition():
     assert verdict(good, good) == 'reproduced'
     assert verdict(good, open_) == 'inconclusive at this scale'
     assert verdict(open_, bad, good) == 'not reproduced'
+    assert verdict(measured, good) == 'measured'
+    assert verdict(measured, bad) == 'not reproduced'
 
 
 def test_every_claim_has_a_finding():
