@@ -54,7 +54,8 @@ def why_unknown(config: Mapping[str, Any]) -> str | None:
     """Why the installed transformers cannot read a ``config.json``, in one line; None if it is not for its type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if (kind := config.get('model_type')) in CONFIG_MAPPING or 'auto_map' in config:
+    kind = config.get('model_type')
+    if kind is None or kind in CONFIG_MAPPING or 'auto_map' in config:  # the first is of no known file
         return None
     others = 'that of STACK=current does' if kind in CURRENT_ONLY else 'nor does that of STACK=current (4.57)'
     return f'transformers {version("transformers")} does not know model_type={kind}; {others} (README, "Two stacks")'
@@ -143,3 +144,99 @@ def _(module: ModuleType) -> None:
         return {**state, 'epoch': self.next_epoch, 'sample_in_epoch': 0} if is_between else state
 
     module.StreamingDataset.state_dict = state_dict
+
+
+@_mends(
+    'composer.trainer._patch_pytorch',
+    'patch_unshard_for_automicrobatching',
+    "with FSDP1 and device_train_microbatch_size: auto, name 'unshard_with_sync' is not defined",
+)
+def _(patch_pytorch: ModuleType) -> None:
+    """Composer 0.32 has what it looks for with torch before 2.7.1 only."""
+    if hasattr(patch_pytorch, 'unshard_with_sync'):
+        return
+    from composer.utils import dist
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    stock = FlatParamHandle.unshard
+
+    def unshard_with_sync(self: Any) -> None:
+        def alloc() -> Any:
+            found = type(self)._alloc_padded_unsharded_flat_param(self)
+            # a rank that ran out of memory meets the others in these two, as Composer has it
+            ran_out, is_alive = (self.flat_param.new_zeros(1).byte() for _ in range(2))
+            dist.all_reduce(ran_out, reduce_operation='MAX')
+            dist.all_reduce(is_alive, reduce_operation='MIN')
+            if ran_out.item():
+                raise RuntimeError('CUDA out of memory encountered on a different rank')
+            return found
+
+        self._alloc_padded_unsharded_flat_param = alloc
+        try:
+            stock(self)
+        finally:
+            del self._alloc_padded_unsharded_flat_param
+
+    vars(patch_pytorch).update(original_unshard=stock, unshard_with_sync=unshard_with_sync)
+
+
+@_mends('llmfoundry.models.mpt.modeling_mpt', 'PartialLlamaConfig', "MPT with rope_impl: hf: '_create_id_label_maps'")
+def _(modeling_mpt: ModuleType) -> None:
+    """Since transformers 4.56 a configuration looks at more of itself while it is made than llm-foundry lets it."""
+    vars(modeling_mpt)['_ALLOWED_LLAMA_CONFIG_KEYS'] |= {
+        '_create_id_label_maps',
+        '_attn_implementation',
+        '_attn_implementation_internal',
+        'sub_configs',
+    }
+
+
+@_mends('transformers.activations', 'XIELUActivation', 'Apertus: FSDP expects uniform original parameter dtype')
+def _(activations: ModuleType) -> None:
+    """In transformers 4.57 its parameters are bfloat16 in a model of any type."""
+    if not hasattr(activations, 'XIELUActivation'):
+        return
+    import torch
+
+    stock = activations.XIELUActivation.__init__
+
+    def init(self: Any, *arguments: Any, **options: Any) -> None:
+        stock(self, *arguments, **{'dtype': torch.get_default_dtype(), **options})
+
+    activations.XIELUActivation.__init__ = init
+
+
+@_mends(
+    'transformers.tokenization_utils_base',
+    'PreTrainedTokenizerBase',
+    'a cached tokenizer of more than 100,000 tokens asks the network, and is said to be wrong',
+)
+def _(tokenization_utils_base: ModuleType) -> None:
+    """Since 4.57.3 transformers asks the hub whether a large tokenizer is one of Mistral's, unless it is told."""
+    base, name = tokenization_utils_base.PreTrainedTokenizerBase, '_patch_mistral_regex'
+    if (stock := getattr(base, name, None)) is None:
+        return
+
+    def patch(cls: Any, tokenizer: Any, *arguments: Any, fix_mistral_regex: Any = None, **options: Any) -> Any:
+        if fix_mistral_regex is None:
+            return tokenizer
+        return stock.__func__(cls, tokenizer, *arguments, fix_mistral_regex=fix_mistral_regex, **options)
+
+    setattr(base, name, classmethod(patch))
+
+
+@_mends(
+    'composer.utils.checkpoint',
+    'dist_cp_load',
+    "a sharded checkpoint of the other stack's transformers: Missing key ...huggingface.model.config.content.dtype",
+)
+def _(checkpoint: ModuleType) -> None:
+    """Composer asks for every setting and token that today's model would save, and then reads none of it."""
+    stock = checkpoint.dist_cp_load
+
+    def dist_cp_load(state_dict: dict[str, Any], *arguments: Any, **options: Any) -> None:
+        for key in ('integrations', 'metadata'):
+            (state_dict.get('state') or {}).pop(key, None)
+        stock(state_dict, *arguments, **options)
+
+    vars(checkpoint)['dist_cp_load'] = dist_cp_load

@@ -284,6 +284,8 @@ def check_writable(key: str, folder: str, advice: str) -> None:
     """
     if is_remote(folder):
         return
+    if os.path.islink(folder) and not os.path.exists(folder):
+        raise StorageError(f'{key}: {folder} leads to {os.readlink(folder)}, which is not there; {advice}')
     there = nearest_existing(folder)
     if not there.is_dir():
         raise StorageError(f'{key}: {there} is no folder; {advice}')

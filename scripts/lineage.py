@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         roots = read_lineage(arguments.folders)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     if arguments.json:
         print(to_json([root.data for root in roots]))

@@ -3,26 +3,33 @@
 
 import ast
 import io
+import json
 import pickle
 import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 import pytest
+import tokenizers
 import torch
+import torch.distributed.checkpoint as dcp
 from llmfoundry.models.hf import hf_fsdp
 from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
 from transformers import (
     CONFIG_MAPPING,
+    AutoTokenizer,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 import cpt_algorithms
@@ -76,6 +83,7 @@ PRIVATE = {
     '_last_lr': 'torch.optim.lr_scheduler',
     '_spec': 'torch.distributed.tensor._api',
     'FakeTensorMode': 'torch._subclasses.fake_tensor',
+    'FlatParamHandle': 'torch.distributed.fsdp._flat_param',
     'compute_local_shape_and_global_offset': 'torch.distributed.tensor._utils',
     'set_element': 'torch.distributed.checkpoint._traverse',
     'tree_leaves': 'torch.utils._pytree',
@@ -200,9 +208,99 @@ def test_the_type_of_weights_in_a_configuration(key):
     assert weights_dtype_key({key: 'float32', 'model_type': 'llama'}) == key
 
 
+@pytest.mark.parametrize('ran_out', [False, True])
+def test_ranks_that_look_for_a_microbatch_wait_for_each_other(ran_out, monkeypatch):
+    """Between the memory for the gathered parameters and the gathering; on either stack, by whoever defines it."""
+    from composer.trainer import _patch_pytorch
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    seen = []
+
+    class Handle:
+        flat_param, device = torch.ones(4), 'cpu'
+
+        def needs_unshard(self):
+            return True
+
+        def _alloc_padded_unsharded_flat_param(self):
+            seen.append('alloc')
+
+        def _all_gather_flat_param(self, found):
+            seen.append('gather')
+
+        def _use_unsharded_flat_param(self, found):
+            seen.append('use')
+
+    def reduce(tensor, reduce_operation):
+        seen.append(reduce_operation)
+        tensor.fill_(ran_out)
+
+    monkeypatch.setattr('composer.utils.dist.all_reduce', reduce)
+    stock = FlatParamHandle.unshard
+    _patch_pytorch.patch_unshard_for_automicrobatching(auto_microbatch_size_found=False)
+    try:
+        with pytest.raises(RuntimeError, match='CUDA out of memory') if ran_out else nullcontext():
+            FlatParamHandle.unshard(Handle())
+    finally:
+        _patch_pytorch.patch_unshard_for_automicrobatching(auto_microbatch_size_found=True)
+    assert FlatParamHandle.unshard is stock
+    assert seen == ['alloc', 'MAX', 'MIN', *([] if ran_out else ['gather', 'use'])]
+
+
+def test_mpt_turns_by_position():
+    rope = {
+        'rope': True,
+        'rope_impl': 'hf',
+        'rope_hf_config': {'type': 'no_scaling', 'factor': 1.0},
+        'attn_impl': 'torch',
+    }
+    torch.manual_seed(0)
+    model = MPTForCausalLM(
+        MPTConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=16, vocab_size=32, attn_config=rope)
+    ).eval()
+    same = model(torch.tensor([[3, 5, 7, 5]])).logits, model(torch.tensor([[5, 3, 7, 5]])).logits
+    assert not torch.allclose(same[0][:, -1], same[1][:, -1])
+
+
+@pytest.mark.skipif('apertus' not in CONFIG_MAPPING, reason='the other stack knows it')
+def test_activations_have_the_type_of_the_model():
+    from transformers.activations import ACT2FN
+
+    with torch.device('cpu'):
+        assert {each.dtype for each in ACT2FN['xielu'].parameters()} == {torch.float32}
+
+
+def test_a_large_tokenizer_is_loaded_without_the_network(tmp_path, monkeypatch, caplog):
+    """As a name on the hub that is in its cache: transformers 4.57.3 asks the hub about each."""
+    vocab = {f't{number}': number for number in range(100_010)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, 't0')))
+    tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'llama', 'transformers_version': '4.57.6'}))
+    monkeypatch.setattr('huggingface_hub.model_info', lambda name: pytest.fail('the hub was asked'))
+    with caplog.at_level('WARNING', logger='transformers'):
+        found = AutoTokenizer.from_pretrained(tmp_path)
+    assert found('t7 t9')['input_ids'] == [7, 9]
+    assert 'regex' not in caplog.text
+
+
+def test_a_sharded_checkpoint_need_not_describe_the_model_as_today(monkeypatch):
+    from composer.utils import checkpoint
+
+    saved = {'state.model.w': torch.ones(2)}
+    asked = {
+        'state': {'model': {'w': torch.zeros(2)}, 'integrations': {'huggingface': {'dtype': 'x'}}, 'metadata': {'x': 1}}
+    }
+    with TemporaryDirectory() as folder:
+        dcp.save(saved, checkpoint_id=folder)
+        checkpoint.dist_cp_load(asked, storage_reader=dcp.FileSystemReader(folder))
+    assert asked['state']['model']['w'].tolist() == [1, 1]
+
+
 def test_which_stack_knows_a_model(tmp_path):
     known = {kind for kind in CURRENT_ONLY if kind in CONFIG_MAPPING}
     assert known == (CURRENT_ONLY if version('transformers') >= '4.57' else set())
+    assert why_unknown({}) is None, 'another check speaks of it'
     assert why_unknown({'model_type': 'llama'}) is None is why_unknown({'model_type': 'x', 'auto_map': {}})
     assert 'nor does that of STACK=current' in why_unknown({'model_type': 'gemma4'})
     if not known:

@@ -271,6 +271,14 @@ def test_a_base_that_is_not_whole_is_refused(bases, data, tmp_path):
     [found] = tiny.problems(cfg)
     assert 'gpt_neox.layers.1.' in found and 'would be dropped' in found
     (base / 'config.json').write_text(json.dumps(config))
+    (base / 'training_args.bin').write_bytes(b'')  # which the trainer of transformers leaves
+    (base / 'config.json').write_text(json.dumps({**config, 'vocab_size': 300}))
+    [found] = tiny.problems(cfg)
+    assert 'gpt_neox.embed_in.weight has another shape than it says' in found
+    (base / 'config.json').write_text(json.dumps({**config, 'quantization_config': {'quant_method': 'mxfp4'}}))
+    [found] = tiny.problems(cfg)
+    assert f'={base} is quantized (quantization_config in its config.json)' in found
+    (base / 'config.json').write_text(json.dumps(config))
     (base / 'model.safetensors').unlink()
     [found] = tiny.problems(cfg)
     assert f'{base} is no checkpoint' in found
@@ -294,7 +302,9 @@ def test_a_tokenizer_that_is_not_the_bases_is_refused(bases, data, tmp_path):
     assert f'{base} has no tokenizer that can be loaded' in found
     small = make('llama', tmp_path / 'small', data['tokenizer'], vocab_size=250)
     [found] = tiny.problems(stage(tmp_path, data, 'run', small))
-    assert 'has 256 tokens, more than the 250 of the model: name the tokenizer of the model' in found
+    assert (
+        'has 256 tokens, more than the 250 of the model: set model.allow_embedding_resizing: true, or name the' in found
+    )
 
 
 def test_several_ranks_cannot_begin_on_the_meta_device(bases, data, tmp_path):

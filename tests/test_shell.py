@@ -13,6 +13,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpt_algorithms.launch import processes
 from cpt_algorithms.launch.processes import OF_A_LAUNCHER, refuse_launcher
 from cpt_algorithms.launch.wandb_runs import environment_of_children
 from cpt_algorithms.preparation.options import Options
@@ -93,6 +94,19 @@ def test_a_launchers_variable_is_named(variable, monkeypatch):
     with pytest.raises(SystemExit, match=rf'^{variable}=2 in the environment: sequence.py .*python.* `nproc`'):
         sequence.main()
     assert not environment_of_children(os.environ).keys() & set(OF_A_LAUNCHER)
+
+
+def test_a_rank_of_torchrun_is_one_of_composer(monkeypatch):
+    monkeypatch.setattr(processes, 'die_with_parent', lambda: None)
+    for key, value in {'LOCAL_RANK': '1', 'WORLD_SIZE': '4', 'GROUP_RANK': '1'}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv('NODE_RANK', raising=False)
+    processes.die_with_launcher()
+    assert os.environ['NODE_RANK'] == '1'
+    for key in ('GROUP_RANK', 'NODE_RANK'):
+        monkeypatch.delenv(key)
+    with pytest.raises(SystemExit, match='NODE_RANK is not: start the ranks with composer or torchrun'):
+        processes.die_with_launcher()
 
 
 COMMANDS = sorted([*tiny.ROOT.glob('recipes/*.py'), *tiny.ROOT.glob('scripts/**/*.py')])

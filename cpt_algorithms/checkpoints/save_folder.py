@@ -135,8 +135,13 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """What has the name of a checkpoint, and its batch, the newest first."""
     with _reading(folder):
         paths = list(folder.iterdir()) if folder.is_dir() else []
-    found = ((_CHECKPOINT.fullmatch(path.name), path) for path in paths)
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+    found = [(int(match[1]), path) for path in paths if (match := _CHECKPOINT.fullmatch(path.name))]
+    for _, path in found:
+        if path.is_symlink() and not path.exists():  # on a disk that is away, perhaps: not the same as none
+            raise CheckpointError(
+                f'{path} leads to {os.readlink(path)}, which is not there; put it back, or remove the link'
+            )
+    return sorted(found, reverse=True)
 
 
 def _complete_objects(folder: str) -> Iterator[tuple[int, str]]:

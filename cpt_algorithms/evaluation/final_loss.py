@@ -166,8 +166,12 @@ class FinalLoss(Callback):
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Write the file; log the final losses, before the last checkpoint is saved."""
         self._since = time.monotonic()
+        if is_over := not batches_left(state):
+            # a run may be stopped by the evaluation of one dataset, after that of others
+            for rows in self.losses.values():
+                rows[-1][3] = float(rows[-1][3] or rows[-1][0] == state.timestamp.batch.value)
         self._write(state)
-        if not batches_left(state):
+        if is_over:
             final = self.final()
             for label, mean in final.items():
                 logger.log_metrics({f'final_loss/{label}': mean['mean'], f'final_loss/{label}_stderr': mean['stderr']})

@@ -34,9 +34,17 @@ def num_cores() -> int:
 
 
 def die_with_launcher() -> None:
-    """The same for a rank of a launcher: killed, it must not train on beside the restarted run."""
-    if 'LOCAL_RANK' in os.environ:
-        die_with_parent()
+    """The same for a rank of a launcher: killed, it must not train on beside the restarted run.
+
+    Exits if the launcher does not say what Composer asks for; torchrun calls the rank of a node by another name.
+    """
+    if 'LOCAL_RANK' not in os.environ:
+        return
+    die_with_parent()
+    if 'GROUP_RANK' in os.environ:
+        os.environ.setdefault('NODE_RANK', os.environ['GROUP_RANK'])
+    if int(os.environ.get('WORLD_SIZE', '1')) > 1 and 'NODE_RANK' not in os.environ:
+        sys.exit('LOCAL_RANK is in the environment, and NODE_RANK is not: start the ranks with composer or torchrun')
 
 
 def refuse_launcher(remedy: str = '') -> None:

@@ -298,7 +298,8 @@ class ResilientStream(Stream):
     ) -> None:
         if stream.get('remote') and not stream.get('local'):
             # Streaming's own choice must not be there yet, and no restart would find it
-            stream['local'] = os.path.join(gettempdir(), f'streaming_{get_hash("xxh64", stream["remote"].encode())}')
+            name = f'streaming_{os.getuid()}_{get_hash("xxh64", stream["remote"].encode())}'
+            stream['local'] = os.path.join(gettempdir(), name)
         super().__init__(**stream)
         self.local = os.path.abspath(self.local)  # as files in it are listed
         self.cache_limit = bytes_to_int(cache_limit) if cache_limit else None

@@ -351,7 +351,7 @@ def read_runs(folders: Sequence[str | Path]) -> RunSet:
             given.append(folder)
             singles |= {run.folder: run for run in [*_ancestors(runs[folder].parent, runs), runs[folder]]}
     missing_parents = {
-        run.name: run.began_from.rpartition('/')[0]
+        run.name: run.began_from.rstrip('/').rpartition('/')[0]
         for run in singles.values()
         if run.config and run.began_from and not run.parent and not run.config.pretrained_model
     }

@@ -103,7 +103,7 @@ def annealed(
     for each in callbacks.values():
         if each.get('save_folder') == trunk.save_folder:
             each['save_folder'] = save_folder
-    callbacks['stage_start'] = {'optimizer_state': 'keep'}
+    callbacks['stage_start'] = {**(callbacks.get('stage_start') or {}), 'optimizer_state': 'keep'}
     for name in ('ema', 'lawa'):  # of the trunk, which go on
         if name in callbacks and getattr(trunk.callbacks, name):
             callbacks[name]['resume_after'] = checkpoint

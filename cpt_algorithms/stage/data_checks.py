@@ -150,10 +150,12 @@ def _model_problems(stage: Stage, tokenizer: PreTrainedTokenizerBase | None) -> 
         return
     section = 'model' if stage.model.name == 'mpt_causal_lm' else 'model.config_overrides'
     if tokenizer is not None and vocab_size is not None and len(tokenizer) > vocab_size:
-        enlarge = '' if stage.pretrained_model else f'set {section}.vocab_size to at least {len(tokenizer)}, or '
+        enlarge = f'{section}.vocab_size to at least {len(tokenizer)}'
+        if stage.pretrained_model:  # some are published with tokens of which the text model knows nothing
+            enlarge = 'model.allow_embedding_resizing: true'
         yield (
             f'tokenizer={stage.tokenizer.name} has {len(tokenizer):,} tokens, more than the {vocab_size:,} of the '
-            f'model: {enlarge}name the tokenizer of the model'
+            f'model: set {enlarge}, or name the tokenizer of the model'
         )
     lengths = {'max_seq_len': stage.max_seq_len}
     lengths |= {f'{where}.dataset.max_seq_len': each.dataset.max_seq_len or 0 for where, each in stage.loaders}
@@ -170,7 +172,9 @@ def _parent_problems(stage: Stage, ours: Callable[[], str | None]) -> Iterator[s
     try:
         if stage.load_path:
             parent = f'load_path={stage.load_path}'
-            found = _tokenizer_of_run(os.path.dirname(stage.load_path.rstrip('/')) or '.')
+            place = stage.load_path.rstrip('/')
+            # it may be a link into a run
+            found = _tokenizer_of_run(os.path.dirname(place if is_remote(place) else os.path.realpath(place)) or '.')
         elif name := stage.pretrained_model:
             parent, theirs = f'model.pretrained_model_name_or_path={name}', _load(Tokenizer(name=name))
             if theirs is None:

@@ -4,6 +4,7 @@
 import ast
 import dataclasses
 import inspect
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from composer.callbacks import EarlyStopper
 from composer.core import Precision
 from composer.distributed.mosaic_parallelism import SHARDING_MAP, get_mixed_precision
 from composer.models import ComposerModel
@@ -27,6 +29,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_VALIDATION_FUNCTIONS
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from cpt_algorithms.duration import Duration
 from cpt_algorithms.evaluation.functional import check_labels as check_names
 from cpt_algorithms.files import read_yaml
 from cpt_algorithms.keys_read import keys_read
@@ -266,6 +269,11 @@ def check_fsdp(stage: Stage) -> None:
         ValueError: Naming the first.
     """
     given = stage.given.get('fsdp_config') or {}
+    if given and stage.device_train_microbatch_size == 'auto' and os.environ.get('FSDP_VERSION', '1') == '2':
+        raise ValueError(
+            'device_train_microbatch_size=auto, its default, is not possible with FSDP2 (FSDP_VERSION=2 in the '
+            'environment): name a size'
+        )
     known = {field.name for kind in (FSDPConfig, FSDP2Config) for field in dataclasses.fields(kind)}
     check_keys('fsdp_config', given, {name for name in known if not name.startswith('_')})
     strategies = [name for name in SHARDING_MAP if not name.startswith('_')]
@@ -283,7 +291,7 @@ def check_fsdp(stage: Stage) -> None:
 
 
 def check_early_stopper(stage: Stage, metrics: Callable[[bool], list[str]]) -> None:
-    """Refuse a metric that nothing measures, which Composer looks for at the first evaluation only.
+    """Refuse what Composer reads at the first evaluation only, and a loss of which it would take the highest for best.
 
     Args:
         stage: The stage.
@@ -302,3 +310,13 @@ def check_early_stopper(stage: Stage, metrics: Callable[[bool], list[str]]) -> N
     metric, known = given['monitor'], metrics(label == 'train')
     if metric not in known:
         raise ValueError(f'{where}.monitor={short_repr(metric)} is not measured there; {nearest(str(metric), known)}')
+    comparisons = ('gt', 'greater', 'lt', 'less')
+    if (comp := given.get('comp')) is not None and str(comp).lower() not in comparisons:
+        raise ValueError(f'{where}.comp={short_repr(comp)}: {nearest(str(comp), comparisons)}')
+    if not isinstance(patience := given.get('patience', 1), int):
+        Duration.parse(f'{where}.patience', patience, units=('ba', 'ep'))
+    if comp is None and 'entropy' in metric.lower() and EarlyStopper(metric, label).comp_func is torch.greater:
+        raise ValueError(
+            f'{where}.comp is missing, and Composer takes the highest {metric} for the best: the run would stop '
+            'because it learns; use comp: less'
+        )

@@ -35,7 +35,17 @@ from cpt_algorithms.stage.record import StageRecord
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import differences
 
-__all__ = ['MAY_DIFFER', 'OBSERVERS', 'changes', 'contents_of', 'decisive', 'places_of', 'results_of', 'with_defaults']
+__all__ = [
+    'MAY_DIFFER',
+    'OBSERVERS',
+    'changes',
+    'contents_of',
+    'decisive',
+    'judging_of',
+    'places_of',
+    'results_of',
+    'with_defaults',
+]
 
 MAY_DIFFER = {
     # names and places
@@ -64,6 +74,7 @@ _DOWNLOADS = {
     'allow_unsafe_types',
 }  # fmt: skip
 _OF_THE_MACHINE = ('init_device', 'attn_impl', 'attn_implementation', 'use_flash_attention_2')
+_LOSSES = {'final_loss', 'forgetting', 'early_stopper'}  # keep those of evaluations
 _PARENTS = ('load_path', 'only_seen_by', 'resume_after')
 _CALLBACKS = (registry.callbacks, registry.callbacks_with_config)
 _PACKAGES = ('composer', 'llmfoundry', 'cpt_algorithms')
@@ -73,28 +84,56 @@ INDEX = 'index.json'
 MODEL = 'model.pretrained_model_name_or_path'
 
 
-def changes(record: StageRecord, stage: Stage) -> list[str]:
+def changes(record: StageRecord, stage: Stage, goes_on: bool = False) -> list[str]:
     """What differs between a run that was begun and a stage, a line for each; none if they are the same.
 
     Args:
         record: Of the run.
         stage: The stage.
+        goes_on: Whether the run is to be trained further: what it is judged by is compared, too, if it keeps losses.
+            Default: ``False``.
 
     Cost: :func:`contents_of`.
     """
-    then, now = places_of(record.config), places_of(stage)
+    begun = record.config
+    then, now = places_of(begun, goes_on), places_of(stage, goes_on)
     contents = contents_of(stage)
     moved = []
     for key in sorted({*then, *now}):
         before, after = record.contents.get(key), contents.get(key)
-        spelled = (_absolute(then.get(key)), _absolute(now.get(key)))
-        if before != after if before and after else spelled[0] != spelled[1]:
+        is_same = before == after if before and after else _is_same_place(then.get(key), begun, now.get(key), stage)
+        if not is_same:
             moved.append(f'{key}: {_said(then.get(key), before)} -> {_said(now.get(key), after)}')
-    return [*differences(results_of(record.config), results_of(stage)), *moved]
+    found = differences(results_of(begun), results_of(stage))
+    return [*found, *(differences(judging_of(begun), judging_of(stage)) if goes_on else []), *moved]
 
 
-def _absolute(place: str | None) -> str | None:
-    return place if place is None or is_remote(place) else os.path.abspath(place)
+def _keeps_losses(stage: Stage) -> bool:
+    return not _LOSSES.isdisjoint(stage.given.get('callbacks') or ())
+
+
+def judging_of(stage: Stage) -> dict[str, Any]:
+    """How a run is judged: losses that it keeps cannot be set beside those of another evaluation; empty without any."""
+    if not _keeps_losses(stage):
+        return {}
+    loaders = {
+        str(loader.label or index): _without(loader.given, _WORKERS | _DOWNLOADS)
+        for index, loader in enumerate(stage.eval_loader)
+    }
+    found = {'eval_loader': loaders, 'eval_subset_num_batches': stage.eval_subset_num_batches}
+    if stage.eval_subset_num_batches != -1:
+        found['device_eval_batch_size'] = stage.given.get('device_eval_batch_size')
+    if 'early_stopper' in stage.given['callbacks']:
+        found['eval_interval'] = stage.given.get('eval_interval')
+    return _plain(found)
+
+
+def _is_same_place(before: str | None, old: Stage, after: str | None, new: Stage) -> bool:
+    """Whether two paths are one, however they are spelled, or both were moved together with their runs."""
+    if before is None or after is None or is_remote(before) or is_remote(after):
+        return before == after
+    here, there = os.path.abspath(before), os.path.abspath(after)
+    return here == there or os.path.relpath(here, old.folder) == os.path.relpath(there, new.folder)
 
 
 def _said(place: str | None, content: str | None) -> str:
@@ -112,7 +151,7 @@ def contents_of(stage: Stage) -> dict[str, str]:
     Cost: 128 KiB of each file of a parent, a tokenizer's ``tokenizer.json``, the index of each stream.
     """
     found = {}
-    for key, place in places_of(stage).items():
+    for key, place in places_of(stage, True).items():
         try:
             if key == 'tokenizer.name':
                 digest = _tokenizer_digest(folder_of_pretrained(place))
@@ -178,20 +217,23 @@ def _digest(files: Mapping[str, Path]) -> str | None:
     return whole.hexdigest()[:32] if files else None
 
 
-def places_of(stage: Stage) -> dict[str, str]:
-    """The paths of a YAML that its results follow from, by key."""
+def places_of(stage: Stage, goes_on: bool = False) -> dict[str, str]:
+    """The paths of a YAML that its results follow from, by key; of a run that goes on, those of its evaluation, too."""
     parent = f'{stage.merge.of}/{latest_link(stage.is_sharded)}' if stage.merge else stage.load_path
     found = {'tokenizer.name': stage.tokenizer.name, 'load_path': parent}
     found[MODEL] = stage.model.pretrained_model_name_or_path
     found['train_loader.dataset.resume_after'] = stage.train_loader.dataset.resume_after
-    for key, stream in stage.train_loader.streams('train_loader').items():
+    loaders = stage.loaders if goes_on and _keeps_losses(stage) else stage.loaders[:1]
+    streams = ((f'{where}.{key}', each) for where, loader in loaders for key, each in loader.streams(where).items())
+    for key, stream in streams:
         both = [
             '/'.join([place.rstrip('/'), *([stream.split] if stream.split else []), INDEX])
             for place in (stream.local, stream.remote)
             if place
         ]
-        found[f'train_loader.{key}'] = both[0] if Path(both[0]).exists() else both[-1]
-        found[f'train_loader.{key}.only_seen_by'] = getattr(stream, 'only_seen_by', None)
+        if both:
+            found[key] = both[0] if Path(both[0]).exists() else both[-1]
+        found[f'{key}.only_seen_by'] = getattr(stream, 'only_seen_by', None)
     return {key: place for key, place in found.items() if place}
 
 

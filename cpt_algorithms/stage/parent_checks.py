@@ -14,10 +14,18 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers.configuration_utils import PretrainedConfig
 
 from cpt_algorithms.checkpoints.errors import UnsafeCheckpointError
+from cpt_algorithms.checkpoints.exports import folder_of_pretrained
 from cpt_algorithms.checkpoints.guard import TRUST
-from cpt_algorithms.checkpoints.open import load_structure, model_config_of, open_checkpoint, read_metadata
+from cpt_algorithms.checkpoints.open import (
+    INDEX,
+    SINGLE,
+    load_structure,
+    model_config_of,
+    open_checkpoint,
+    read_metadata,
+)
 from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
-from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names
+from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names, read_json
 from cpt_algorithms.formatting import first_of, one_line
 from cpt_algorithms.stage.on_meta import model_on_meta, tokenizer_of
 from cpt_algorithms.stage.record import read_record
@@ -47,8 +55,8 @@ def _parent_shapes(path: str) -> Shapes:
 
 def _remote_parent_shapes(path: str) -> Shapes | None:
     """The same in object storage, where one file is not downloaded for it: its run's YAML tells; None without that."""
-    real = resolve_latest(path)
-    folder, _, name = real.rstrip('/').rpartition('/')
+    real = resolve_latest(path).rstrip('/')
+    folder, _, name = real.rpartition('/')
     if exists(f'{real}/.metadata'):
         with tempfile.TemporaryDirectory() as here:
             fetch(f'{real}/.metadata', Path(here) / '.metadata')
@@ -142,7 +150,7 @@ def _model_changes(path: str, stage: Stage) -> list[str]:
     """Settings of the parent's model that are others here, and show in no shape."""
     here = _config_on_meta(stage.model, stage)
     if is_remote(path):
-        record = read_record(resolve_latest(path).rpartition('/')[0])
+        record = read_record(resolve_latest(path).rstrip('/').rpartition('/')[0])
         if record is None or record.config.model.name != stage.model.name:
             return []
         there = _config_on_meta(record.config.model, stage)
@@ -193,17 +201,31 @@ def check_hugging_face(stage: Stage) -> None:
                 f'model.config_overrides={overrides} does not fit the pretrained {pretrained}, of which something '
                 f'would be dropped or left at random: {first_of(found)}'
             )
-    if Path(pretrained).is_dir() and not any(Path(pretrained).glob('*.bin')):
-        _check_weights(pretrained, model_on_meta(model).model)
+    try:
+        folder = folder_of_pretrained(pretrained)
+    except ValueError:  # of what is not here yet, or nowhere, others speak
+        return
+    config = read_json(folder / 'config.json') or {}
+    if quantized := next((key for key in ('quantization_config', 'compression_config') if config.get(key)), None):
+        raise ValueError(
+            f'model.pretrained_model_name_or_path={pretrained} is quantized ({quantized} in its config.json), and what '
+            'is trained, averaged and exported here are whole weights; load it dequantized with transformers, save it, '
+            'and name that folder'
+        )
+    # transformers reads others only where there are none of these
+    if (folder / SINGLE).exists() or (folder / INDEX).exists() or not any(folder.glob('pytorch_model*.bin')):
+        _check_weights(folder, model_on_meta(model).model)
 
 
-def _check_weights(base: str, model: Any) -> None:
+def _check_weights(base: Path, model: Any) -> None:
     """Ask transformers, which only warns of it, what it would drop of the weights in a folder or leave at random."""
     stored = {name: torch.empty(one.shape, device='meta') for name, one in open_checkpoint(base).tensors.items()}
     options = {'device_map': {'': 'meta'}, 'ignore_mismatched_sizes': True, 'output_loading_info': True}
     _, found = type(model).from_pretrained(None, config=model.config, state_dict=stored, **options)
     problems = [f'{name} would be left at random' for name in found['missing_keys']]
     problems += [f'{name} would be dropped' for name in found['unexpected_keys']]
-    problems += [f'{name} is {there} there and {here} here' for name, there, here in found['mismatched_keys']]
+    # names alone, or each with both shapes, by the release
+    misshapen = [each if isinstance(each, str) else each[0] for each in found['mismatched_keys']]
+    problems += [f'{name} has another shape than it says' for name in misshapen]
     if problems:
         raise ValueError(f'the weights in {base} do not fit its configuration: {first_of(problems)}')

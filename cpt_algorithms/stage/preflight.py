@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from cpt_algorithms.checkpoints.save_folder import newest_complete
 from cpt_algorithms.evaluation.suite import check_suite, load_suite
 from cpt_algorithms.files import NoStoreError, StorageError, is_remote, read_json
+from cpt_algorithms.formatting import first_of
 from cpt_algorithms.replay.replay_text import COLLATOR_KEYS, DATASET_KEYS, ReplayTextDataset
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.budget_checks import check_data, check_ends, sizes_of
@@ -37,9 +38,11 @@ from cpt_algorithms.stage.foundry_keys import (
     check_model_keys,
     check_optimizer,
 )
+from cpt_algorithms.stage.identity import judging_of
 from cpt_algorithms.stage.model_folders import find_folder_problems
 from cpt_algorithms.stage.on_meta import model_on_meta, tokenizer_of
 from cpt_algorithms.stage.parent_checks import check_hugging_face, check_parent
+from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.rehearsal import rehearse
 from cpt_algorithms.stage.restart_checks import check_format, check_restart, check_saving
 from cpt_algorithms.stage.stage import (
@@ -52,7 +55,16 @@ from cpt_algorithms.stage.stage import (
     Stage,
     Tokenizer,
 )
-from cpt_algorithms.validation import ConfigError, PathStr, Section, check_keys, check_type, nearest, short_repr
+from cpt_algorithms.validation import (
+    ConfigError,
+    PathStr,
+    Section,
+    check_keys,
+    check_type,
+    differences,
+    nearest,
+    short_repr,
+)
 
 __all__ = ['PreflightError', 'preflight']
 
@@ -393,10 +405,10 @@ def _check_forgetting(stage: Stage, parent_is_there: bool) -> None:
             raise ValueError(f'{where}: no eval_loader has the label {unknown[0]!r}; {hint}')
     # a restart has them in its checkpoint
     if given.parent_losses and parent_is_there and not newest_complete(stage.folder)[0]:
-        _check_parent_losses(given.parent_losses, [*given.old, *given.new])
+        _check_parent_losses(stage, given.parent_losses, [*given.old, *given.new])
 
 
-def _check_parent_losses(place: str, labels: Sequence[str]) -> None:
+def _check_parent_losses(stage: Stage, place: str, labels: Sequence[str]) -> None:
     where = 'callbacks.forgetting.parent_losses'
     try:
         losses = read_json(place)
@@ -411,6 +423,10 @@ def _check_parent_losses(place: str, labels: Sequence[str]) -> None:
     if lacking := [label for label in labels if label not in known]:
         hint = nearest(lacking[0], known)
         raise ValueError(f'{where}={place}: the parent was not evaluated on {lacking[0]!r}; {hint}')
+    if record := read_record(place.rpartition('/')[0]):
+        then, now = ({**judging_of(each), 'eval_interval': None} for each in (record.config, stage))
+        if found := differences(then, now):
+            raise ValueError(f'{where}={place}: the parent was judged otherwise ({first_of(found)}); judge as there')
 
 
 def _check_lm_eval(stage: Stage) -> None:
@@ -421,6 +437,17 @@ def _check_lm_eval(stage: Stage) -> None:
             f'variables.lm_eval={stage.suite} wants the export in a local save_folder, which is {stage.save_folder}; '
             'copy the export and use scripts/evaluate.py'
         )
+    exported = (stage.given.get('callbacks') or {}).get('hf_checkpointer') or {}
+    own = f'{exported.get("save_folder", "")}'.replace('{run_name}', str(stage.run_name))
+    for key, is_elsewhere in {
+        'save_folder': own and os.path.abspath(own) != os.path.abspath(stage.folder),
+        'huggingface_folder_name': exported.get('huggingface_folder_name', 'ba{batch}') != 'ba{batch}',
+    }.items():
+        if is_elsewhere:
+            raise ValueError(
+                f'callbacks.hf_checkpointer.{key}={short_repr(exported[key])}: variables.lm_eval looks for the export '
+                'in huggingface/ba{batch} of save_folder; leave one of them out'
+            )
     try:
         problems = check_suite(load_suite(stage.suite))
     except ValueError as error:

@@ -72,6 +72,8 @@ def _blame(tokenizer: Any, error: Exception) -> str:
         if tokenizer.is_fast
         else 'name a folder that has it as tokenizer.json alone'
     )
+    if name == 'additional_chat_templates':  # which transformers makes of a list
+        remedy = 'keep one chat_template in tokenizer_config.json of a copy of that folder'
     return f'tokenizer={tokenizer.name_or_path}: {name} cannot be put into a checkpoint ({said}); {remedy}'
 
 

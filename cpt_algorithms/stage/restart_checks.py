@@ -129,7 +129,7 @@ def restart_problem(stage: Stage) -> str | None:
         return str(error)
     if record is None:
         return None
-    if changed := changes(record, stage):
+    if changed := changes(record, stage, goes_on=done_with(stage) is None):
         if record.run_name != stage.run_name:
             return (
                 f'save_folder={stage.folder} holds the checkpoints of run {record.run_name!r}, and run_name is '
@@ -223,6 +223,7 @@ def write_record(stage: Stage, resumes: bool = False) -> StageRecord:
     except ValueError:  # of another version, or damaged: it is written again
         before = None
     kept = before.contents if before is not None and resumes else {}
+    is_same = before is not None and (resumes or not changes(before, stage, goes_on=True))
     record = {
         'run_name': stage.run_name,
         'parent': stage.parent,
@@ -230,10 +231,10 @@ def write_record(stage: Stage, resumes: bool = False) -> StageRecord:
         'config': stage.to_train_yaml(),
         'versions': {name: version(name) for name in STACK},
         'contents': {**contents_of(stage), **kept},
-        'wandb_id': (before and before.wandb_id) or secrets.token_hex(4),
+        'wandb_id': (is_same and before is not None and before.wandb_id) or secrets.token_hex(4),
     }
     if not is_remote(folder) and losses.exists() and not resumes:
-        if before is None or dict(before.given) != record or len(record['contents']) < len(places_of(stage)):
+        if before is None or dict(before.given) != record or len(record['contents']) < len(places_of(stage, True)):
             losses.unlink()
     (Path(folder) / 'failed.json').unlink(missing_ok=True)  # of an earlier start
     write_json(f'{folder}/stage.json', record)

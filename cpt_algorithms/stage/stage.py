@@ -451,7 +451,8 @@ class Stage(Section):
         """The run's folder that it begins from, and the batch there, None if its name does not say; None of none."""
         if self.merge:
             return self.merge.of, self.merge.batch
-        return (self.load_path.rpartition('/')[0] or '.', batch_of(self.load_path)) if self.load_path else None
+        place = (self.load_path or '').rstrip('/')
+        return (place.rpartition('/')[0] or '.', batch_of(place)) if place else None
 
     @property
     def is_branch(self) -> bool:

@@ -22,6 +22,7 @@ from cpt_algorithms.checkpoints.save_folder import (
     repair,
     weights_in,
 )
+from cpt_algorithms.files import StorageError, check_writable
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,18 @@ def test_what_cannot_be_read_for_a_moment_is_not_taken_for_half_written(ask, num
             ask(tmp_path)
     assert sorted(tmp_path.iterdir()) == there
     ask(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['ep0-ba8', 'ep0-ba8-rank0.pt'])
+def test_a_link_that_leads_nowhere_is_a_checkpoint_that_is_away(name, tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / name).symlink_to(tmp_path / 'archive' / name)
+    for ask in (newest_complete, half_written, repair):
+        with pytest.raises(CheckpointError, match=f'{name} leads to {tmp_path}/archive/{name}, which is not there'):
+            ask(tmp_path / 'run')
+    (tmp_path / 'gone').symlink_to(tmp_path / 'archive')
+    with pytest.raises(StorageError, match=f'save_folder: {tmp_path}/gone leads to {tmp_path}/archive, which is not'):
+        check_writable('save_folder', str(tmp_path / 'gone'), 'choose another')
 
 
 def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):

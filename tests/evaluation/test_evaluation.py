@@ -61,6 +61,19 @@ def test_an_extended_run_has_one_final_window():
     assert callback.final() == {'x': {'mean': 1.5, 'stderr': 0.5, 'count': 2}}
 
 
+def test_a_run_that_one_dataset_stops_ends_with_the_losses_of_all(monkeypatch):
+    """Composer's early stopper ends it between two evaluations, and only the later one sees that it is over."""
+    callback, logged = FinalLoss(window='4ba', interval='2ba'), {}
+    callback.losses = {'x': [[6, 0, 3.0, 0.0], [7, 0, 2.0, 0.0]], 'y': [[6, 0, 3.0, 0.0], [7, 0, 4.0, 1.0]]}
+    over = SimpleNamespace(
+        timestamp=Timestamp(batch=7), max_duration=Time.from_batch(7), evaluators=[SimpleNamespace(label=f'eval/{name}') for name in 'xy'],
+        device=SimpleNamespace(name='cpu'),
+    )  # fmt: skip
+    monkeypatch.setattr('cpt_algorithms.evaluation.final_loss.batches_left', lambda state: 0)
+    callback.eval_after_all(over, SimpleNamespace(log_metrics=logged.update))
+    assert (logged['final_loss/x'], logged['final_loss/y'], logged['final_loss/mean']) == (2.0, 4.0, 3.0)
+
+
 def test_device_time_is_that_of_the_ranks_which_trained(monkeypatch):
     clock = iter([0, 10, 100, 105])
     monkeypatch.setattr(f'{FinalLoss.__module__}.time.monotonic', lambda: next(clock))

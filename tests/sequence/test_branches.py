@@ -284,6 +284,8 @@ def test_a_branch_is_judged_against_the_parent_of_its_trunk_wherever_that_lies(j
         with pytest.raises(SystemExit, match=rf'callbacks.forgetting.parent_losses(=|: ){losses}.* ?{message}'):
             run(judged / 'ep0-ba4-rank0.pt', *words)
     losses.write_text(json.dumps(theirs))
+    with pytest.raises(SystemExit, match=r'the parent was judged otherwise \(eval_subset_num_batches: -1 -> 1; '):
+        run(judged / 'ep0-ba4-rank0.pt', *words, 'eval_subset_num_batches=1')
     run(judged / 'ep0-ba4-rank0.pt', *words)
     ours = json.loads((judged.parent / 'judged-anneal-ba4' / 'forgetting.json').read_text())
     assert ours['parent'] == theirs['parent']

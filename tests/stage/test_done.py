@@ -10,6 +10,9 @@ import recorder
 import tiny
 from streaming import MDSWriter
 
+from cpt_algorithms.stage.restart_checks import write_record
+from cpt_algorithms.stage.stage import Stage
+
 
 def done(cfg):
     return json.loads((Path(cfg['save_folder']) / 'done.json').read_text())
@@ -119,6 +122,16 @@ def test_a_run_that_was_stopped_and_killed_before_its_export_is_exported(data, t
     # it was over at the end that it had, and not at another; its patience is over at once
     tiny.recipe_here({**cfg, 'max_duration': '16ba'}, tmp_path)
     assert done(cfg)['batch'] == 6
+
+
+def test_what_begins_anew_as_another_run_is_no_part_of_the_old_ones_curve(data, tmp_path):
+    """Its folder has no checkpoint yet; under the same identity W&B would drop what it has logged before."""
+    stage = Stage.from_yaml(tiny.config(tmp_path, data, 'run'))
+    first = write_record(stage).wandb_id
+    assert write_record(stage).wandb_id == first
+    other = write_record(stage.but(optimizer={**stage.given['optimizer'], 'lr': 2e-3})).wandb_id
+    assert other != first
+    assert write_record(stage, resumes=True).wandb_id == other
 
 
 FROZEN = {'optimizer': {'disable_grad': ['transformer.wte']}}

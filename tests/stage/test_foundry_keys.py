@@ -271,6 +271,7 @@ def test_labels_of_tasks_in_a_file(labels, icl, said, data, tmp_path):
         assert found.startswith(f'icl_tasks={path}') and '\n' not in found, found
 
 
+STOPPER = {'monitor': 'LanguageCrossEntropy', 'dataloader_label': 'eval/a'}
 # What Composer drops, looks for at the first evaluation, or refuses on several ranks only.
 LATE = {
     'a key of FSDP': ({'fsdp_config': {'sharding_strateg': 'FULL_SHARD'}}, "fsdp_config.sharding_strateg .* 'sharding_strategy'"),
@@ -280,6 +281,9 @@ LATE = {
     'a metric': ({'callbacks': {'early_stopper': {'monitor': 'Loss', 'dataloader_label': 'eval/a'}}}, "early_stopper.monitor='Loss'"),
     'of training': ({'callbacks': {'early_stopper': {'monitor': 'LanguageCrossEntropy', 'dataloader_label': 'train'}}}, 'early_stopper.monitor='),
     'an evaluator': ({'callbacks': {'early_stopper': {'monitor': 'LanguageCrossEntropy', 'dataloader_label': 'a'}}}, "dataloader_label='a'.* eval/a"),
+    'the highest loss': ({'callbacks': {'early_stopper': STOPPER}}, 'early_stopper.comp is missing, .*; use comp: less'),
+    'no comparison': ({'callbacks': {'early_stopper': {**STOPPER, 'comp': 'min'}}}, "early_stopper.comp='min'"),
+    'a patience': ({'callbacks': {'early_stopper': {**STOPPER, 'comp': 'less', 'patience': '9tok'}}}, "early_stopper.patience='9tok' .* in ba or ep"),
     'no checkpoint': ({'save_num_checkpoints_to_keep': 0}, 'save_num_checkpoints_to_keep=0'),
     'no interval': ({'save_interval': '0ba'}, "save_interval='0ba'"),
     'a unit': ({'console_log_interval': '10tok'}, "console_log_interval='10tok' .* in ba or ep"),
@@ -298,11 +302,10 @@ def test_what_would_be_seen_late_is_seen_at_once(case, data, tmp_path):
 
 
 def test_an_early_stopper_of_what_is_measured_passes(data, tmp_path):
-    stopper = {'monitor': 'LanguageCrossEntropy', 'dataloader_label': 'eval/a', 'patience': '2ba'}
     loaders = [tiny.eval_loader(label, data['new']) for label in 'ab']
-    assert (
-        problems(tiny.config(tmp_path, data, 'stop', eval_loader=loaders, callbacks={'early_stopper': stopper})) == []
-    )
+    for over in ({'patience': '2ba', 'comp': 'LT'}, {'monitor': 'LanguagePerplexity', 'patience': 2}):
+        stopper = {'early_stopper': {**STOPPER, **over}}
+        assert problems(tiny.config(tmp_path, data, 'stop', eval_loader=loaders, callbacks=stopper)) == []
 
 
 # typing errors and keys in a wrong place; every one was silently dropped

@@ -170,6 +170,55 @@ def test_a_path_is_what_lies_behind_it(stage, tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(kept)
 
 
+def test_what_is_moved_with_the_run_is_the_same_though_it_is_gone(stage, tmp_path):
+    """A finished run whose parent's checkpoints were deleted, moved together with it."""
+    record = record_of(Stage.from_yaml(stage))
+    (tmp_path / 'parent.pt').unlink()
+    elsewhere = tmp_path.parent / f'{tmp_path.name}-elsewhere'
+    shutil.copytree(tmp_path, elsewhere)
+    assert changes(record, moved(stage, str(tmp_path), str(elsewhere))) == []
+    assert changes(record, moved(stage, 'parent.pt', 'other.pt')) != []
+
+
+@pytest.mark.parametrize('place', ['runs/base/ep1-ba20', 'runs/base/ep1-ba20/'])
+def test_a_parent_as_the_shell_completes_its_name(place, data, tmp_path):
+    assert Stage.from_yaml(tiny.config(tmp_path, data, 'run', load_path=place)).begins == ('runs/base', 20)
+
+
+KEEPS_LOSSES = {
+    'final_loss': {},
+    'early_stopper': {'monitor': 'LanguagePerplexity', 'dataloader_label': 'eval/old'},
+}
+
+
+@pytest.mark.parametrize('keeps', ['', *KEEPS_LOSSES])
+def test_a_run_that_goes_on_is_judged_as_before(keeps, data, tmp_path):
+    shutil.copytree(data['old'], tmp_path / 'old')
+    cfg = tiny.config(
+        tmp_path, data, 'run', eval_loader=[tiny.eval_loader('old', tmp_path / 'old')], eval_interval='2ba',
+        eval_subset_num_batches=2, callbacks={keeps: KEEPS_LOSSES[keeps]} if keeps else {},
+    )  # fmt: skip
+    stage = Stage.from_yaml(cfg)
+    record, folder = record_of(stage), Path(stage.folder)
+    write_json(folder / 'stage.json', dict(record.given))
+    torch.save({}, folder / 'ep0-ba4-rank0.pt')
+    others = {
+        'eval_subset_num_batches': ({'eval_subset_num_batches': 4}, 'eval_subset_num_batches: 2 -> 4'),
+        'device_eval_batch_size': ({'device_eval_batch_size': 2}, 'device_eval_batch_size: '),
+        'an evaluator more': ({'eval_loader': [*cfg['eval_loader'], tiny.eval_loader('new', data['new'])]}, 'eval_loader.new: '),
+        'other data': ({'eval_loader': [tiny.eval_loader('old', data['new'])]}, 'eval_loader[0].dataset: '),
+        'eval_interval': ({'eval_interval': '1ba'}, 'eval_interval: 2ba -> 1ba' if keeps == 'early_stopper' else ''),
+        'the same elsewhere': ({'eval_loader': [tiny.eval_loader('old', data['old'])]}, ''),
+        'other workers': ({'eval_loader': [{**cfg['eval_loader'][0], 'num_workers': 1}]}, ''),
+    }  # fmt: skip
+    for change, said in others.values():
+        other = Stage.from_yaml({**cfg, **change})
+        assert changes(record, other) == [], 'a run that is done'
+        found = restart_problem(other) or ''
+        assert (said in found) if keeps and said else not found, found
+        assert restart_problem(stage) is None
+
+
 SPELLED = {
     ('scheduler', 't_warmup'): ['4ba', '4BA', '04ba', '4e0ba'],
     ('max_duration',): ['8ba', ' 8ba', '8.0ba'],

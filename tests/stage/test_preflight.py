@@ -72,6 +72,14 @@ BAD = {
     'two lengths': ({'max_seq_len': 32}, 'train_loader.dataset.max_seq_len=16', 'max_seq_len=32'),
     'tokenizer': ({'tokenizer': {'name': 'no/where'}}, 'tokenizer', 'no/where'),
     'optimizer state': ({'callbacks': {'stage_start': {'optimizer_state': 'keeep'}}}, "stage_start.optimizer_state='keeep'", 'keep'),
+    'export elsewhere': (
+        {'variables': {'lm_eval': 'english'}, 'callbacks': {'hf_checkpointer': {'save_folder': 'away/{run_name}', 'save_interval': '1dur'}}},
+        "callbacks.hf_checkpointer.save_folder='away/{run_name}'", 'variables.lm_eval',
+    ),
+    'export of another name': (
+        {'variables': {'lm_eval': 'english'}, 'callbacks': {'hf_checkpointer': {'huggingface_folder_name': 'x', 'save_folder': '', 'save_interval': '1dur'}}},
+        "callbacks.hf_checkpointer.huggingface_folder_name='x'", 'variables.lm_eval',
+    ),
     'final loss window': ({'callbacks': {'final_loss': {'window': '10tok'}}}, 'final_loss.window', '10tok', 'ba'),
     'code path': ({'code_paths': ['nowhere.py']}, 'code_paths', 'nowhere.py'),
     'no such parent': ({'load_path': 'nowhere.pt'}, 'load_path=nowhere.pt'),
