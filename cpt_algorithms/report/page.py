@@ -241,13 +241,13 @@ def _tables(report: Report) -> list[_Table]:
     note += '; bold: the best.' if any(len(contenders(rows, size)) > 1 for size in study.sizes) else '.'
     if any(len(row.runs) == 1 for row in rows) and any(len(row.runs) > 1 for row in rows):
         note += ' Rows with one seed have no interval.'
-    able = {key: contenders(rows, *key) for key in {(row.size, row.other_plan) for row in rows}}
+    able = {key: contenders(rows, *key) for key in {(row.size, row.peers) for row in rows}}
     if len(study.sizes) > 1:
         lines = []
         for name in dict.fromkeys(row.name for row in rows):
             by_size = {row.size: row for row in rows if row.name == name}
             cells = [
-                _ranked(by_size[size], column, able[size, by_size[size].other_plan]) if size in by_size else _Cell()
+                _ranked(by_size[size], column, able[size, by_size[size].peers]) if size in by_size else _Cell()
                 for size in study.sizes
                 for column in (*losses, *CHANGES)
             ]
@@ -256,7 +256,7 @@ def _tables(report: Report) -> list[_Table]:
         heads = [(size_name(size), _heads([*losses.values(), *CHANGES])) for size in study.sizes]
         first = _Table('Final loss by model size', note, heads, lines)
     else:
-        known = [name for name in study.data if name in study.bytes_per_token]
+        known = [name for name in study.data if any(f'bits per byte {name}' in row.columns for row in rows)]
         groups = {
             'validation loss (nats/token)': losses,
             'against the parent': {column: column for column in CHANGES},
@@ -266,7 +266,7 @@ def _tables(report: Report) -> list[_Table]:
         every = [column for columns in groups.values() for column in columns]
         lines = []
         for row in rows:
-            cells = [_ranked(row, column, able[row.size, row.other_plan]) for column in every]
+            cells = [_ranked(row, column, able[row.size, row.peers]) for column in every]
             finished, every_seed = len(row.runs) * row.is_finished, len(row.runs) + len(row.others)
             seeds = str(every_seed) if finished == every_seed else f'{finished} of {every_seed}'
             lines.append(_line(study, row, [*cells, _Cell(seeds)]))

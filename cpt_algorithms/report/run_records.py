@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The content of run folders as plain data: one reader for the report, lineage and the claims."""
 
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from cpt_algorithms.checkpoints.exports import exports
 from cpt_algorithms.evaluation.functional import has_diverged, without_averages
 from cpt_algorithms.evaluation.suite import read_result
 from cpt_algorithms.files import exists, is_remote, null_as_nan, read_json
-from cpt_algorithms.formatting import short
+from cpt_algorithms.formatting import first_of, short
 from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import differences
@@ -128,10 +130,30 @@ class RunRecord:
         return self.tokens if batch is None or self.config is None else self.config.tokens_until(batch)
 
     @property
+    def peers(self) -> tuple[str, ...]:
+        """What it is compared with: runs of one plan that are judged alike, in the tokens of one tokenizer."""
+        if self.record is None:
+            return self.other_plan
+        judged = json.dumps(self.record.config.judged_by, sort_keys=True)
+        return (*self.other_plan, judged, self.record.contents.get('tokenizer.name', ''))
+
+    @property
+    def read(self) -> tuple[dict[str, int], dict[str, int]]:
+        """``tokens`` and ``tokens_before_branch``, but of a run that was stopped early only what it has read."""
+        trained, batches = self.cost.get('batch', inf), self.batches or 0
+        was_stopped = self.state == 'finished' and trained < batches
+        return self.tokens_until(trained) if was_stopped else self.tokens, self.tokens_before_branch
+
+    @property
+    def spent(self) -> int:
+        """Tokens that it has read, or will have."""
+        return sum(sum(tokens.values()) for tokens in self.read)
+
+    @property
     def replayed(self) -> int:
         """Those that are not new data; from scratch, all data is new."""
-        new = sum(next(iter(tokens.values()), 0) for tokens in (self.tokens, self.tokens_before_branch))
-        return self.budget - new if self.kind == 'update' else 0
+        new = sum(next(iter(tokens.values()), 0) for tokens in self.read)
+        return self.spent - new if self.kind == 'update' else 0
 
     @cached_property
     def has_diverged(self) -> bool:
@@ -189,10 +211,10 @@ class RunSet:
         """Model sizes, the smallest first; None if nothing is known of a run's."""
         return sorted({run.parameters for run in self.given}, key=lambda size: size or 0)
 
-    @property
-    def bytes_per_token(self) -> dict[str, float]:
-        """Of each dataset: a matter of text and tokenizer, so also known for runs without a parent."""
-        return {name: value for run in self.runs.values() for name, value in run.bytes_per_token.items()}
+    def bytes_per_token(self, run: RunRecord) -> dict[str, float]:
+        """Of each dataset: a matter of text and tokenizer, so also known for runs without a parent beside others."""
+        others = [other for other in self.runs.values() if other.sequence == run.sequence]
+        return {name: value for each in (*others, run) for name, value in each.bytes_per_token.items()}
 
     def parent_benchmarks(self, run: RunRecord) -> dict[str, dict[str, Any]]:
         """Of what a run began from, if that was scored; of a branch, of what its trunk began from, as for losses."""
@@ -355,9 +377,26 @@ def read_runs(folders: Sequence[str | Path]) -> RunSet:
         for run in singles.values()
         if run.config and run.began_from and not run.parent and not run.config.pretrained_model
     }
+    _tell_tasks_apart(runs.values())
     data = list(dict.fromkeys([*data, *_datasets(singles.values())]))
     asked = [run for run in runs.values() if run.folder in given]
     return RunSet(', '.join(dict.fromkeys(names)), data, runs, asked, missing_parents)
+
+
+def _tell_tasks_apart(runs: Iterable[RunRecord]) -> None:
+    """A task that was asked otherwise than the first of its name has another name: what differs stands in it."""
+    entries: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for run in runs:
+        scored = [(suite, each) for suite, of in run.scored.items() for found in of.values() for each in found.values()]
+        scored += [(suite, result) for suite, of in run.base_benchmarks.items() for result in of.values()]
+        for suite, result in scored:
+            tasks, result['tasks'] = result['tasks'], {}
+            for task, answers in tasks.items():
+                asked = answers.get('entry') or {}
+                first = entries.setdefault((suite, task), asked)
+                unlike = [key for key in {**first, **asked} if asked.get(key) != first.get(key)]
+                how = first_of([f'{key}: {asked.get(key)}' for key in unlike])
+                result['tasks'][f'{task} ({how})' if unlike else task] = answers
 
 
 def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, RunRecord]) -> list[str]:
@@ -376,7 +415,7 @@ def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, Run
         budget = sum(run['tokens'].values()) + sum(run['tokens_before_branch'].values())
         is_short = is_trunk and budget < stages.get(run['stage'], 0)
         is_last = run['stage'] not in stages or run['stage'] == last and not is_short
-        judged = known.pop('judged_by')
+        judged, _ = known.pop('judged_by'), known.pop('is_trial', None)
         known |= {'parent': parent, 'union_tokens': None, 'other_plan': other, 'is_whole': is_last}
         read_run(name, runs, known)
         if (config := runs[name].config) and (unlike := differences(config.judged_by, judged)):

@@ -101,9 +101,9 @@ class Row:
         return any(run.has_diverged for run in self.runs)
 
     @property
-    def other_plan(self) -> tuple[str, ...]:
-        """Of its runs: only rows of one plan are compared."""
-        return self.runs[0].other_plan
+    def peers(self) -> tuple[str, ...]:
+        """Of its runs: only rows of which it is the same are compared."""
+        return self.runs[0].peers
 
     @property
     def note(self) -> str:
@@ -199,21 +199,21 @@ def _columns(run: RunRecord, average: str, study: RunSet, against: _FromScratch)
     for key, name in product(('forgetting', 'adaptation'), ('mean', *study.data)):
         if f'{key}/{name}{suffix}' in changed:
             columns[key if name == 'mean' else f'{key} {name}'] = changed[f'{key}/{name}{suffix}']
-    lengths = study.bytes_per_token
+    lengths = study.bytes_per_token(run)
     columns |= {
         f'bits per byte {name}': bits_per_byte(losses[name], lengths[name]) for name in lengths if name in losses
     }
-    columns |= {'tokens': run.budget, 'new tokens': run.budget - run.replayed, 'replayed tokens': run.replayed}
+    columns |= {'tokens': run.spent, 'new tokens': run.spent - run.replayed, 'replayed tokens': run.replayed}
     if run.parameters is not None:
-        columns['flops'] = training_flops(run.parameters, run.budget)
+        columns['flops'] = training_flops(run.parameters, run.spent)
     if run.union_tokens:
-        columns['compute vs union'] = run.budget / run.union_tokens
+        columns['compute vs union'] = run.spent / run.union_tokens
     hours = study.hours(run)
     if hours is not None:
         columns['device hours'] = hours
         if run.state == 'finished' and run.began_from:
             # without a union run: what one would have taken at this run's pace
-            estimate = hours / run.budget * run.union_tokens if run.union_tokens else None
+            estimate = hours / run.spent * run.union_tokens if run.union_tokens else None
             union_hours = against.union_hours(study)
             whole, key = (union_hours, '') if union_hours is not None else (estimate, ' (estimated)')
             if whole is not None:
@@ -249,7 +249,7 @@ def rows_of(study: RunSet) -> list[Row]:
 def summary_of(rows: Sequence[Row], data: Sequence[str], arm: str) -> dict[str, float]:
     """Metrics of a sweep: final losses, forgetting and adaptation of the last stage of an arm."""
     summary = {}
-    for row in (row for row in rows if row.arm == arm and row.is_finished):
+    for row in (row for row in rows if row.arm == arm and row.is_finished and not row.others):
         for key, column, mean in (
             ('final_loss', 'loss', 'loss mean'),
             ('final_forgetting', 'forgetting', 'forgetting'),
@@ -318,21 +318,29 @@ def _is_told_apart(row: Row, other: Row, column: str) -> bool:
     return found is not None and found.half is not None and abs(found.mean) > found.half
 
 
-def contenders(rows: Sequence[Row], size: int | None, other_plan: tuple[str, ...] = ()) -> list[Row]:
+def contenders(rows: Sequence[Row], size: int | None, peers: tuple[str, ...] | None = None) -> list[Row]:
     """Finished rows that are compared with each other: updates of a parent, or without any, runs from scratch.
 
-    Not those that have diverged, or ended with what is no number, or were trained by another plan of their sequence;
-    nor branches of an earlier stage, nor trunks that are shorter than their stage.
+    Not those that have diverged, or ended with what is no number, or were trained by another plan of their sequence, or
+    judged otherwise; nor branches of an earlier stage, nor trunks that are shorter than their stage.
     """
-    of_size = [row for row in rows if row.size == size and row.other_plan == other_plan and row.runs[0].is_whole]
+    peers = _foremost(rows, size) if peers is None else peers
+    of_size = [row for row in rows if row.size == size and row.peers == peers and row.runs[0].is_whole]
     kind = 'update' if any(row.kind == 'update' for row in of_size) else 'scratch'
     able = [row for row in of_size if row.kind == kind and row.is_finished]
     return [row for row in able if row.is_finite and not row.has_diverged]
 
 
+def _foremost(rows: Sequence[Row], size: int | None) -> tuple[str, ...]:
+    """Which rows a report speaks of: those by the plan of today, and of them those that are judged as the first."""
+    of_today = [row for row in rows if row.size == size and not row.runs[0].other_plan]
+    return next((row.peers for row in of_today if row.runs[0].record), ())
+
+
 def finding(rows: Sequence[Row], size: int | None) -> str:
     """The answer in a sentence or two: the arm with the lowest mean loss, what it forgot, learned and cost."""
-    rows = [row for row in rows if row.size == size and not row.other_plan]
+    foremost = _foremost(rows, size)
+    rows = [row for row in rows if row.size == size and row.peers in (foremost, ())]  # those that have not begun
     finished = [row for row in rows if row.is_finished]
     done = [row for row in finished if 'loss mean' in row.columns]
     able = [row for row in contenders(rows, size) if 'loss mean' in row.columns]
@@ -408,6 +416,13 @@ def missing(study: RunSet, rows: Sequence[Row]) -> Iterator[str]:
         names = ', '.join(run.name for run in runs if run.other_plan == plan)
         how = f'Trained by another plan of their sequence ({first_of(plan)}, in the plan of today)'
         yield f'{how}, and compared only with each other: {names}'
+    of_today = [row for row in rows if not row.runs[0].other_plan and row.runs[0].record and not row.average]
+    for size in dict.fromkeys(row.size for row in of_today):
+        unlike = [row for row in of_today if row.size == size and row.peers != _foremost(rows, size)]
+        for peers in dict.fromkeys(row.peers for row in unlike):
+            names = ', '.join(study.label(row.name, size) for row in unlike if row.peers == peers)
+            how = 'Judged by another evaluation or final loss, or in the tokens of another tokenizer'
+            yield f'{how}, and compared only with each other: {names}'
     for run in runs:
         if run.has_diverged:
             first, *_, last = (loss for _, _, loss in run.training_loss)

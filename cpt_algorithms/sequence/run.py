@@ -62,7 +62,8 @@ def _plan_of(spec: SequenceSpec) -> dict[str, Any]:
 def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) -> None:
     """Write ``sequence.json``: which runs belong together, and which of them are compared, for the report.
 
-    With ``keep``, those of other trials that are there stay, with the plan that they were trained by.
+    Those of trials that are there stay, with the plan that they were trained by; with ``keep``, which makes these runs
+    trials, all others.
     """
     path, plan = Path(spec.folder) / 'sequence.json', _plan_of(spec)
     name = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -77,6 +78,7 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
             'tokens_before_branch': run.tokens_before_branch,
             'batches': run.batches,
             'judged_by': run.stage.judged_by,
+            'is_trial': keep,
             'plan': name,
         }
         for run in runs
@@ -86,9 +88,10 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
     take(lock, f'sequence {spec.name}')
     try:
         remove_partials(path.parent)
-        before: dict[str, Any] = (read_json(path) if keep else None) or {'runs': [], 'plans': {}}
+        before: dict[str, Any] = read_json(path) or {'runs': [], 'plans': {}}
         names = {run.name for run in runs}
-        all_runs = [*planned, *(other for other in before['runs'] if other['name'] not in names)]
+        others = [other for other in before['runs'] if other['name'] not in names]
+        all_runs = [*planned, *(other for other in others if keep or other.get('is_trial'))]
         used = {run['plan'] for run in all_runs}
         plans = {key: each for key, each in before['plans'].items() if key in used} | {name: plan}
         given = {'name': spec.name, 'data': list(spec.data), 'plan': name, 'plans': plans, 'runs': all_runs}

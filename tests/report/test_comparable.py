@@ -20,6 +20,7 @@ from cpt_algorithms.report.page import _tables, write_report
 from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.report.tables import contenders, finding, missing, rows_of, summary_of
 from cpt_algorithms.sequence import run as sequence_run
+from cpt_algorithms.sequence.expand import expand
 from cpt_algorithms.sequence.read import load_yaml, read_sequence
 from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.sequence.sweep import expand_trials
@@ -115,6 +116,7 @@ def finish(folder, run, forgot):
     kept = ('max_duration', 'global_train_batch_size', 'max_seq_len', 'callbacks', 'eval_subset_num_batches')
     given = {key: run.stage.given[key] for key in kept if key in run.stage.given}
     write_run(folder / run.name, {'python': 3.0 + forgot, 'cpp': 1.0}, parent, start=start, **given)
+    change(folder / run.name / 'losses.json', lambda measured: measured['cost'].update(batch=run.batches))
     if parent:
         write(folder / run.name / 'forgetting.json', {
             'old': ['python'], 'new': ['cpp'], 'parent': start, 'bytes_per_token': {},
@@ -139,9 +141,7 @@ def test_trials_of_another_plan_are_kept_and_compared_only_with_each_other(tmp_p
     rows = {row.arm: row for row in rows_of(read_runs([tmp_path]))}
     assert {'optimizer.lr=0.002 (other plan)', 'optimizer.lr=0.003 (other plan)'} <= rows.keys() and len(done) == 5
     ours = [row.arm for row in contenders(list(rows.values()), 1000)]
-    theirs = [
-        row.arm for row in contenders(list(rows.values()), 1000, rows['optimizer.lr=0.002 (other plan)'].other_plan)
-    ]
+    theirs = [row.arm for row in contenders(list(rows.values()), 1000, rows['optimizer.lr=0.002 (other plan)'].peers)]
     assert sorted(ours) == ['optimizer.lr=0.004', 'optimizer.lr=0.005', 'optimizer.lr=0.006']
     assert sorted(theirs) == ['optimizer.lr=0.002 (other plan)', 'optimizer.lr=0.003 (other plan)']
     said = finding(list(rows.values()), 1000)
@@ -174,6 +174,50 @@ def test_what_is_judged_on_more_data_is_not_compared_with_what_was_judged_on_les
     assert any('eval_subset_num_batches: 4 -> -1' in line for line in missing(study, found))
 
 
+def test_several_sequences_are_compared_as_far_as_they_are_judged_alike(tmp_path):
+    """Here the second is judged on less, in the tokens of a tokenizer of its own."""
+    for name, length, over in (('one', 4.0, {}), ('two', 8.0, {'eval_subset_num_batches': 4})):
+        write_sequence(tmp_path / name, seeds=(1,))
+        for folder in (tmp_path / name).glob('*-s1'):
+            change(folder / 'stage.json', lambda stage, over=over: stage['config'].update(over))
+            if (folder / 'forgetting.json').exists():
+                change(
+                    folder / 'forgetting.json',
+                    lambda kept, length=length: kept.update(bytes_per_token={'old': length, 'new': length}),
+                )
+        change(
+            tmp_path / name / 'sequence.json',
+            lambda plan, over=over: [run['judged_by'].update(over) for run in plan['runs']],
+        )
+    alone = {row.arm: row.columns['bits per byte old'].mean for row in rows_of(read_runs([tmp_path / 'one']))}
+    for order in (('one', 'two'), ('two', 'one')):
+        study = read_runs([tmp_path / name for name in order])
+        rows = rows_of(study)
+        together = {row.arm: row.columns['bits per byte old'].mean for row in rows}
+        assert {arm: together[f'{arm} (one)'] for arm in alone} == alone
+        assert {row.arm for row in contenders(rows, 1000)} == {f'{arm} ({order[0]})' for arm in ('none', 'replay 25 %')}
+        assert f'({order[0]}): ' in finding(rows, 1000)
+        [line] = [line for line in missing(study, rows) if line.startswith('Judged by another evaluation')]
+        assert f'({order[1]})' in line and f'({order[0]})' not in line
+
+
+def test_a_run_that_was_stopped_early_has_read_what_it_has_read(tmp_path):
+    write_sequence(tmp_path, seeds=(1,))
+    run = tmp_path / 'new-none-s1'
+    change(run / 'losses.json', lambda measured: measured['cost'].update(batch=4, tokens=400))
+    (row,) = [row for row in rows_of(read_runs([tmp_path])) if row.arm == 'none']
+    assert {key: row.columns[key].mean for key in ('tokens', 'new tokens', 'compute vs union')} == {
+        'tokens': 400, 'new tokens': 400, 'compute vs union': 0.2,
+    }  # fmt: skip
+
+
+def test_a_trial_with_a_seed_that_failed_has_no_number(tmp_path):
+    write_sequence(tmp_path, seeds=(1, 2))
+    assert summary_of(rows_of(read_runs([tmp_path])), ['old', 'new'], 'none')['final_loss/old'] == pytest.approx(4.15)
+    (tmp_path / 'new-none-s2' / 'done.json').unlink()
+    assert summary_of(rows_of(read_runs([tmp_path])), ['old', 'new'], 'none') == {}
+
+
 @pytest.mark.parametrize(
     'over',
     [{'train_loader': {'num_workers': 3, 'dataset': {'cache_limit': '1gb'}}}, {'callbacks': {'speed_monitor': {}}}],
@@ -189,6 +233,18 @@ def test_the_plan_of_every_sequence_can_be_written(path, monkeypatch):
     plan = sequence_run._plan_of(SequenceSpec.from_yaml(load_yaml([str(path)])))
     assert json.loads(json.dumps(plan)) == plan
     assert all('model' in stage and 'eval_interval' not in stage for stage in plan['stages'].values())
+
+
+def test_trials_stay_when_the_sequence_itself_is_run(tmp_path):
+    spec = spec_of(tmp_path)
+    trials = expand_trials(spec, [['cpp.optimizer.lr=0.002']])
+    sequence_run.write_sequence(spec, trials, keep=True)
+    plain = expand(spec)
+    for _ in range(2):
+        sequence_run.write_sequence(spec, plain)
+        assert {run['name'] for run in read(tmp_path / 'sequence.json')['runs']} == {
+            run.name for run in [*plain, *trials]
+        }
 
 
 def test_arms_that_are_left_out_of_a_sequence_are_left_out_of_its_report(tmp_path):

@@ -212,12 +212,12 @@ def test_model_sizes_side_by_side(tmp_path, no_plots):
     assert 'none (10.0 M parameters)' in line and '1.00 k' not in line
 
 
-def benchmark(folder, right, missing=(), export='ba10'):
+def benchmark(folder, right, missing=(), export='ba10', shots=0):
     """`right` of 4 items."""
     values = [int(item < right) for item in range(4)]
-    task = {'task': 'x', 'version': 1, 'num_fewshot': 0, 'metric': 'acc', 'higher_is_better': True, 'stderr': 0.2,
+    task = {'task': 'x', 'version': 1, 'num_fewshot': shots, 'metric': 'acc', 'higher_is_better': True, 'stderr': 0.2,
             'score': right / 4, 'count': 4, 'values': values, 'weights': [1] * 4,
-            'entry': {'task': 'x'}, 'items': 'abcd'}  # fmt: skip
+            'entry': {'task': 'x', 'num_fewshot': shots}, 'items': 'abcd'}  # fmt: skip
     bits = {**task, 'metric': 'bits_per_byte', 'higher_is_better': False, 'score': right / 8, 'weights': [2] * 4}
     write(
         folder / 'huggingface' / 'lm_eval' / 'english' / f'{export}.json',
@@ -248,6 +248,17 @@ def test_benchmarks_by_hand(tiny, tmp_path, no_plots):
     assert 'Losses and benchmarks' in page and '-50.00 ± 28.87' in page
     saved = read(tmp_path / 'out' / 'report.json')['benchmarks']
     assert saved[1]['against parent']['arc']['noise'] is True
+
+
+def test_answers_to_another_question_have_a_column_of_their_own(tiny, tmp_path, no_plots):
+    benchmark(tiny / 'new-none-s1', 1)
+    benchmark(tiny / 'new-r25-s1', 3, shots=25)
+    found = scored(read_runs([tiny]))
+    assert list(found['none'].tasks) == ['arc', 'wiki'], 'as the first was asked'
+    assert list(found['replay 25 %'].tasks) == ['arc (num_fewshot: 25)', 'wiki (num_fewshot: 25)']
+    assert found['none'].mean is None is found['replay 25 %'].mean
+    page = write_report([tiny], tmp_path / 'out').path.read_text()
+    assert '25-shot' in page and '0-shot' in page
 
 
 def test_a_run_is_compared_with_the_checkpoint_that_it_began_from(tiny):
