@@ -30,7 +30,6 @@ from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.restart_checks import write_record
 from cpt_algorithms.stage.stage import Stage
 
-
 # of parameters in two types, unless compat.py mends it
 SPLIT = ['apertus'] if 'apertus' in CONFIG_MAPPING else []
 
