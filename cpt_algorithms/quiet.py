@@ -12,6 +12,8 @@ _KNOWN = (
     'pkg_resources is deprecated',  # llm-foundry's callbacks
     'The `use_auth_token` argument is deprecated',  # llm-foundry to transformers
     'To copy construct from a tensor',  # Composer's trainer
+    'Using a non-tuple sequence for multidimensional indexing',  # llm-foundry's initialisation, since torch 2.9
+    '`torch.jit.script` is deprecated',  # Composer's import, since torch 2.10
     'Specifying the ConsoleLogger via `loggers`',  # which the recipe does
     'Specifying `eval_interval=',  # the default, of a stage without evaluators
     "'pin_memory' argument is set as true but no accelerator",  # the default, on CPU

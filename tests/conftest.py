@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +80,30 @@ def no_power_cuts() -> Iterator[None]:
 def runs_share_what_they_can() -> None:
     """Of one process, and of this machine."""
     import tiny  # noqa: F401 - importing it is what does it
+
+
+@pytest.fixture(autouse=True, scope='session')
+def iterators() -> list[Any]:
+    """Every iterator over a StreamingDataset of this process, whose two threads read ahead."""
+    from streaming.base import dataset
+
+    made: list[Any] = []
+    original = dataset._Iterator.__init__
+
+    def init(self: Any, *args, **kwargs) -> None:
+        original(self, *args, **kwargs)
+        made.append(self)
+
+    dataset._Iterator.__init__ = init
+    return made
+
+
+@pytest.fixture(autouse=True)
+def end_iterators(iterators: list[Any]) -> Iterator[None]:
+    """Streaming ends an iterator that was left with its process: the threads of some dozens take a core."""
+    yield
+    while iterators:
+        iterators.pop().non_blocking_exit()
 
 
 @cache

@@ -51,7 +51,7 @@ BROKEN = {
     b'{"text": "caf\xe9"}': 'byte {at}, 0xe9, is not UTF-8: it looks like cp1252; give --encoding cp1252',
     b'{"text": "%b"}' % 'Привет, как дела'.encode('cp1251'): 'give the --encoding of its script, such as cp1251',
     b'{"text": "cut': 'no JSON from its column 10 on',
-    b'[' * 5000: 'its JSON is nested too deeply',
+    b'[' * 15_000: 'its JSON is nested too deeply',
     b'{"id": 3}': "no column 'text' (--text-key); it has: id",
     b'{"text": 3}': "column 'text' holds int, not text",
     b'[1]': "a line holds list, not an object with 'text'",
