@@ -14,11 +14,13 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
 import torch
 import torch.distributed.checkpoint as dcp
+from composer.loggers import Logger, WandBLogger
 from llmfoundry.models.hf import hf_fsdp
 from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
 from transformers import (
@@ -282,6 +284,13 @@ def test_a_large_tokenizer_is_loaded_without_the_network(tmp_path, monkeypatch, 
         found = AutoTokenizer.from_pretrained(tmp_path)
     assert found('t7 t9')['input_ids'] == [7, 9]
     assert 'regex' not in caplog.text
+
+
+def test_a_run_of_wandb_has_an_address(tmp_path):
+    logger = WandBLogger(project='x', init_kwargs={'dir': str(tmp_path), 'mode': 'offline'})
+    logger.init(SimpleNamespace(run_name='x'), Logger(SimpleNamespace(run_name='x'), destinations=[]))
+    logger.post_close()
+    assert logger.run_url is None, 'offline'
 
 
 def test_a_sharded_checkpoint_need_not_describe_the_model_as_today(monkeypatch):

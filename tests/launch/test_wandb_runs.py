@@ -53,15 +53,9 @@ def test_the_agents_run_gets_the_summary_and_children_have_their_own(tmp_path):
 
 def wandb_files_say(folder, run_id):
     """The sweep that a run belongs to, and whether it failed."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
     (path,) = folder.glob(f'wandb/offline-run-*/run-{run_id}.wandb')
-    store, sweep, failed = DataStore(), '', None
-    store.open_for_scan(str(path))
-    while data := store.scan_data():
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    sweep, failed = '', None
+    for record in wandb_files.records(path):
         sweep = record.run.sweep_id or sweep
         failed = record.exit.exit_code != 0 if record.HasField('exit') else failed
     return sweep, failed

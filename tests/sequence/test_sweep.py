@@ -44,9 +44,12 @@ def grid(parameters, **more):
 def asked_of_the_agent(sweep, values, folder, monkeypatch):
     """What W&B's agent starts for one trial, from the words after the program on."""
     started = []
-    monkeypatch.setattr(
-        agent, 'AgentProcess', lambda command, env: started.append(command) or type('Process', (), {})()
-    )
+
+    def start(command, **how):  # of which later releases have more
+        started.append(command)
+        return type('Process', (), {})()
+
+    monkeypatch.setattr(agent, 'AgentProcess', start)
     monkeypatch.setenv('WANDB_DIR', str(folder))
     monkeypatch.setenv('WANDB_SWEEP_ID', 'sweep')
     monkeypatch.setenv('WANDB_RUN_ID', 'given back when the test ends')
