@@ -218,7 +218,7 @@ def _(tokenization_utils_base: ModuleType) -> None:
         return
 
     def patch(cls: Any, tokenizer: Any, *arguments: Any, fix_mistral_regex: Any = None, **options: Any) -> Any:
-        if fix_mistral_regex is None:
+        if fix_mistral_regex is None and 'fix_mistral_regex' not in (options.get('init_kwargs') or {}):
             return tokenizer
         return stock.__func__(cls, tokenizer, *arguments, fix_mistral_regex=fix_mistral_regex, **options)
 

@@ -73,6 +73,10 @@ def is_complete(path: str | Path) -> bool:
             names is whole or deleted.
     """
     path = Path(path)
+    if _leads_nowhere(path):  # to a disk that is away, perhaps: not the same as none
+        raise CheckpointError(
+            f'{path} leads to {os.readlink(path)}, which is not there; put it back, or remove the link'
+        )
     with _reading(path):
         try:
             if not path.is_dir():
@@ -92,6 +96,10 @@ def is_complete(path: str | Path) -> bool:
                 f'{path / name} is damaged: it has {sizes[name]:,} bytes, of which {end:,} are to be read'
             )
     return ends.keys() <= sizes.keys()
+
+
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def _is_zip(path: Path) -> bool:
@@ -136,11 +144,6 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     with _reading(folder):
         paths = list(folder.iterdir()) if folder.is_dir() else []
     found = [(int(match[1]), path) for path in paths if (match := _CHECKPOINT.fullmatch(path.name))]
-    for _, path in found:
-        if path.is_symlink() and not path.exists():  # on a disk that is away, perhaps: not the same as none
-            raise CheckpointError(
-                f'{path} leads to {os.readlink(path)}, which is not there; put it back, or remove the link'
-            )
     return sorted(found, reverse=True)
 
 
@@ -166,7 +169,7 @@ def half_written(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: If a checkpoint cannot be read.
     """
-    found = [path for _, path in _checkpoints(folder)]
+    found = [path for _, path in _checkpoints(folder) if not _leads_nowhere(path)]
     whole = [path for path in found if is_complete(path)]
     ends = {*found[:1], *(found[-1:] if whole else [])}
     return [path for path in ends if path not in whole and _is_begun(path)]

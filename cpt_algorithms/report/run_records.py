@@ -19,7 +19,7 @@ from cpt_algorithms.files import exists, is_remote, null_as_nan, read_json
 from cpt_algorithms.formatting import first_of, short
 from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.stage import Stage
-from cpt_algorithms.validation import differences
+from cpt_algorithms.validation import differences, short_repr
 
 __all__ = ['Arm', 'RunRecord', 'RunSet', 'find_run', 'read_run', 'read_runs', 'read_until', 'size_name']
 
@@ -134,8 +134,12 @@ class RunRecord:
         """What it is compared with: runs of one plan that are judged alike, in the tokens of one tokenizer."""
         if self.record is None:
             return self.other_plan
-        judged = json.dumps(self.record.config.judged_by, sort_keys=True)
-        return (*self.other_plan, judged, self.record.contents.get('tokenizer.name', ''))
+        return (*self.other_plan, json.dumps(self.record.config.judged_by, sort_keys=True), self.tokenizer)
+
+    @property
+    def tokenizer(self) -> str:
+        """What its tokenizer makes of text, as a hash; nothing if that is not known."""
+        return self.record.contents.get('tokenizer.name', '') if self.record else ''
 
     @property
     def read(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -213,7 +217,9 @@ class RunSet:
 
     def bytes_per_token(self, run: RunRecord) -> dict[str, float]:
         """Of each dataset: a matter of text and tokenizer, so also known for runs without a parent beside others."""
-        others = [other for other in self.runs.values() if other.sequence == run.sequence]
+        others = [
+            other for other in self.runs.values() if (other.sequence, other.tokenizer) == (run.sequence, run.tokenizer)
+        ]
         return {name: value for each in (*others, run) for name, value in each.bytes_per_token.items()}
 
     def parent_benchmarks(self, run: RunRecord) -> dict[str, dict[str, Any]]:
@@ -386,17 +392,20 @@ def read_runs(folders: Sequence[str | Path]) -> RunSet:
 def _tell_tasks_apart(runs: Iterable[RunRecord]) -> None:
     """A task that was asked otherwise than the first of its name has another name: what differs stands in it."""
     entries: dict[tuple[str, str], Mapping[str, Any]] = {}
+    scored = []
     for run in runs:
-        scored = [(suite, each) for suite, of in run.scored.items() for found in of.values() for each in found.values()]
-        scored += [(suite, result) for suite, of in run.base_benchmarks.items() for result in of.values()]
-        for suite, result in scored:
-            tasks, result['tasks'] = result['tasks'], {}
-            for task, answers in tasks.items():
-                asked = answers.get('entry') or {}
-                first = entries.setdefault((suite, task), asked)
-                unlike = [key for key in {**first, **asked} if asked.get(key) != first.get(key)]
-                how = first_of([f'{key}: {asked.get(key)}' for key in unlike])
-                result['tasks'][f'{task} ({how})' if unlike else task] = answers
+        for suite, of in run.scored.items():
+            # what no table shows comes last
+            scored += [(suite, each, at != run.newest) for found in of.values() for at, each in found.items()]
+        scored += [(suite, result, True) for suite, of in run.base_benchmarks.items() for result in of.values()]
+    for suite, result, _ in sorted(scored, key=lambda each: each[2]):
+        tasks, result['tasks'] = result['tasks'], {}
+        for task, answers in tasks.items():
+            asked = answers.get('entry') or {}
+            first = entries.setdefault((suite, task), asked)
+            unlike = [key for key in {**first, **asked} if asked.get(key) != first.get(key)]
+            how = first_of([f'{key}: {short_repr(asked.get(key))}' for key in unlike])
+            result['tasks'][f'{task} ({how})' if unlike else task] = answers
 
 
 def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, RunRecord]) -> list[str]:

@@ -165,7 +165,9 @@ class _FromScratch:
     def loss(self, kind: str, of: RunRecord, average: str, study: RunSet) -> float | None:
         """Mean loss of the union, or of the matched run with an update's mixture, of the same seed."""
         for run in self.runs:
-            if run.kind == kind and run.seed == of.seed and (kind == 'union' or run.has_mixture_of(of)):
+            if run.peers != of.peers or run.seed != of.seed:
+                continue
+            if run.kind == kind and (kind == 'union' or run.has_mixture_of(of)):
                 return _losses(run, average, study).get('loss mean')
         return None
 
@@ -332,9 +334,9 @@ def contenders(rows: Sequence[Row], size: int | None, peers: tuple[str, ...] | N
 
 
 def _foremost(rows: Sequence[Row], size: int | None) -> tuple[str, ...]:
-    """Which rows a report speaks of: those by the plan of today, and of them those that are judged as the first."""
-    of_today = [row for row in rows if row.size == size and not row.runs[0].other_plan]
-    return next((row.peers for row in of_today if row.runs[0].record), ())
+    """Which rows a report speaks of: by the plan of today, and judged as the first update, or without any the first."""
+    of_today = [row for row in rows if row.size == size and not row.runs[0].other_plan and row.runs[0].record]
+    return next((row.peers for row in sorted(of_today, key=lambda row: row.kind != 'update')), ())
 
 
 def finding(rows: Sequence[Row], size: int | None) -> str:

@@ -90,8 +90,12 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
         remove_partials(path.parent)
         before: dict[str, Any] = read_json(path) or {'runs': [], 'plans': {}}
         names = {run.name for run in runs}
-        others = [other for other in before['runs'] if other['name'] not in names]
-        all_runs = [*planned, *(other for other in others if keep or other.get('is_trial'))]
+        others = {other['name']: other for other in before['runs'] if other['name'] not in names}
+        kept = [other for other in others.values() if keep or other.get('is_trial')]
+        for other in kept:  # with all that they began from
+            if (parent := others.get(other['parent'])) and parent not in kept:
+                kept.append(parent)
+        all_runs = [*planned, *(other for other in others.values() if other in kept)]
         used = {run['plan'] for run in all_runs}
         plans = {key: each for key, each in before['plans'].items() if key in used} | {name: plan}
         given = {'name': spec.name, 'data': list(spec.data), 'plan': name, 'plans': plans, 'runs': all_runs}

@@ -173,8 +173,9 @@ def _parent_problems(stage: Stage, ours: Callable[[], str | None]) -> Iterator[s
         if stage.load_path:
             parent = f'load_path={stage.load_path}'
             place = stage.load_path.rstrip('/')
-            # it may be a link into a run
-            found = _tokenizer_of_run(os.path.dirname(place if is_remote(place) else os.path.realpath(place)) or '.')
+            found = _tokenizer_of_run(os.path.dirname(place) or '.')
+            if found is None and not is_remote(place):  # it may be a link into a run
+                found = _tokenizer_of_run(os.path.dirname(os.path.realpath(place)))
         elif name := stage.pretrained_model:
             parent, theirs = f'model.pretrained_model_name_or_path={name}', _load(Tokenizer(name=name))
             if theirs is None:

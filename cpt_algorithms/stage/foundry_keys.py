@@ -4,7 +4,6 @@
 import ast
 import dataclasses
 import inspect
-import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -269,11 +268,6 @@ def check_fsdp(stage: Stage) -> None:
         ValueError: Naming the first.
     """
     given = stage.given.get('fsdp_config') or {}
-    if given and stage.device_train_microbatch_size == 'auto' and os.environ.get('FSDP_VERSION', '1') == '2':
-        raise ValueError(
-            'device_train_microbatch_size=auto, its default, is not possible with FSDP2 (FSDP_VERSION=2 in the '
-            'environment): name a size'
-        )
     known = {field.name for kind in (FSDPConfig, FSDP2Config) for field in dataclasses.fields(kind)}
     check_keys('fsdp_config', given, {name for name in known if not name.startswith('_')})
     strategies = [name for name in SHARDING_MAP if not name.startswith('_')]

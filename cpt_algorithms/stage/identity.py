@@ -32,7 +32,7 @@ from cpt_algorithms.replay.shard_index import ShardIndex
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.schedulers.phases import build
 from cpt_algorithms.stage.record import StageRecord
-from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.stage.stage import Loader, Stage
 from cpt_algorithms.validation import differences
 
 __all__ = [
@@ -96,6 +96,7 @@ def changes(record: StageRecord, stage: Stage, goes_on: bool = False) -> list[st
     Cost: :func:`contents_of`.
     """
     begun = record.config
+    goes_on = goes_on and _keeps_losses(begun) and _keeps_losses(stage)
     then, now = places_of(begun, goes_on), places_of(stage, goes_on)
     contents = contents_of(stage)
     moved = []
@@ -116,16 +117,24 @@ def judging_of(stage: Stage) -> dict[str, Any]:
     """How a run is judged: losses that it keeps cannot be set beside those of another evaluation; empty without any."""
     if not _keeps_losses(stage):
         return {}
-    loaders = {
-        str(loader.label or index): _without(loader.given, _WORKERS | _DOWNLOADS)
-        for index, loader in enumerate(stage.eval_loader)
-    }
-    found = {'eval_loader': loaders, 'eval_subset_num_batches': stage.eval_subset_num_batches}
+    loaders: dict[str, Any] = {}
+    for where, loader in stage.loaders[1:]:
+        whole = with_defaults(loader.name, loader.given, registry.dataloaders)
+        defaults = _defaults_of(StreamingTextDataset) if loader.name == 'text' else {}
+        whole['dataset'] = {**defaults, **loader.dataset.given}
+        how = _without(whole, _WORKERS | _DOWNLOADS | {'stream_name', 'stream_config'})
+        loaders[_name_of(where, loader)] = how
+    found = {**loaders, 'eval_subset_num_batches': stage.eval_subset_num_batches}
     if stage.eval_subset_num_batches != -1:
         found['device_eval_batch_size'] = stage.given.get('device_eval_batch_size')
     if 'early_stopper' in stage.given['callbacks']:
-        found['eval_interval'] = stage.given.get('eval_interval')
+        found['eval_interval'] = stage.given.get('eval_interval', 1)
     return _plain(found)
+
+
+def _name_of(where: str, loader: Loader) -> str:
+    """The key of a loader, wherever in their list it stands."""
+    return where if loader.label is None else f'eval_loader.{loader.label}'
 
 
 def _is_same_place(before: str | None, old: Stage, after: str | None, new: Stage) -> bool:
@@ -224,7 +233,11 @@ def places_of(stage: Stage, goes_on: bool = False) -> dict[str, str]:
     found[MODEL] = stage.model.pretrained_model_name_or_path
     found['train_loader.dataset.resume_after'] = stage.train_loader.dataset.resume_after
     loaders = stage.loaders if goes_on and _keeps_losses(stage) else stage.loaders[:1]
-    streams = ((f'{where}.{key}', each) for where, loader in loaders for key, each in loader.streams(where).items())
+    streams = [
+        (f'{_name_of(where, loader)}.{key}', each)
+        for where, loader in loaders
+        for key, each in loader.streams(where).items()
+    ]
     for key, stream in streams:
         both = [
             '/'.join([place.rstrip('/'), *([stream.split] if stream.split else []), INDEX])

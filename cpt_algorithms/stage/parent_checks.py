@@ -212,8 +212,10 @@ def check_hugging_face(stage: Stage) -> None:
             'is trained, averaged and exported here are whole weights; load it dequantized with transformers, save it, '
             'and name that folder'
         )
-    # transformers reads others only where there are none of these
-    if (folder / SINGLE).exists() or (folder / INDEX).exists() or not any(folder.glob('pytorch_model*.bin')):
+    shards = (read_json(folder / INDEX) or {}).get('weight_map', {}).values()
+    is_whole = (folder / SINGLE).exists() or (shards and all((folder / name).exists() for name in shards))
+    # what is missing in a cache is downloaded; of a folder, transformers reads others where there are none of these
+    if is_whole or (Path(pretrained).is_dir() and not any(folder.glob('pytorch_model*.bin'))):
         _check_weights(folder, model_on_meta(model).model)
 
 

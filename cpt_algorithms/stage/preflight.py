@@ -372,6 +372,12 @@ def _check_batch_size(stage: Stage, world_size: int) -> None:
             f'global_train_batch_size={stage.global_train_batch_size} is not divisible by the {world_size} ranks '
             '(nproc)'
         )
+    is_fsdp2 = stage.fsdp_config and world_size > 1 and os.environ.get('FSDP_VERSION', '1') == '2'
+    if stage.device_train_microbatch_size == 'auto' and is_fsdp2:
+        raise ValueError(
+            'device_train_microbatch_size=auto, its default, is not possible with FSDP2 (FSDP_VERSION=2 in the '
+            'environment): name a size'
+        )
 
 
 def _check_averages(stage: Stage, world_size: int) -> None:
@@ -423,9 +429,12 @@ def _check_parent_losses(stage: Stage, place: str, labels: Sequence[str]) -> Non
     if lacking := [label for label in labels if label not in known]:
         hint = nearest(lacking[0], known)
         raise ValueError(f'{where}={place}: the parent was not evaluated on {lacking[0]!r}; {hint}')
-    if record := read_record(place.rpartition('/')[0]):
-        then, now = ({**judging_of(each), 'eval_interval': None} for each in (record.config, stage))
-        if found := differences(then, now):
+    if record := read_record(place.rpartition('/')[0] or '.'):
+        then, now = (judging_of(each) for each in (record.config, stage))
+        others = {'eval_interval', *(key for key in {**then, **now} if key.startswith('eval_loader'))}
+        others -= {f'eval_loader.{label}' for label in labels}
+        then, now = ({key: value for key, value in how.items() if key not in others} for how in (then, now))
+        if then and (found := differences(then, now)):
             raise ValueError(f'{where}={place}: the parent was judged otherwise ({first_of(found)}); judge as there')
 
 

@@ -85,7 +85,8 @@ def check_saving(stage: Stage) -> None:
         )
     try:
         there = weights_in(folder)
-        newest = newest_complete(folder)[1]
+        is_done = done_with(stage) is not None
+        newest = None if is_done else newest_complete(folder)[1]
     except StorageError as error:
         raise type(error)(f'save_folder: {error}') from None
     if is_remote(folder) and stage.save_num_checkpoints_to_keep != -1:
@@ -102,10 +103,10 @@ def check_saving(stage: Stage) -> None:
             f'save_folder={folder} holds the checkpoints of a run that this recipe did not start: they would be '
             'resumed from or overwritten; choose another save_folder'
         )
-    if not is_remote(folder) and done_with(stage) is None:
+    if not is_remote(folder) and not is_done:
         check_links(Path(folder))
     # of whole checkpoints, check_restart says whose they are; in object storage half of one is replaced
-    if newest is not None or is_remote(folder) or done_with(stage) is not None:
+    if newest is not None or is_remote(folder) or is_done:
         return
     # exports are whole or not there, and of a run that ended once, all there is
     is_begun_again = not exists(f'{folder}/done.json') and not changes(record, stage)
@@ -120,7 +121,7 @@ def check_saving(stage: Stage) -> None:
 def restart_problem(stage: Stage) -> str | None:
     """What keeps a stage from going on in its folder: a run that was begun there as another; None if nothing does."""
     try:
-        if not (newest_complete(stage.folder)[0] or exists(f'{stage.folder}/done.json')):
+        if not (exists(f'{stage.folder}/done.json') or newest_complete(stage.folder)[0]):
             return None
         record = read_record(stage.folder)
     except StorageError:  # check_saving reports it
@@ -223,7 +224,10 @@ def write_record(stage: Stage, resumes: bool = False) -> StageRecord:
     except ValueError:  # of another version, or damaged: it is written again
         before = None
     kept = before.contents if before is not None and resumes else {}
-    is_same = before is not None and (resumes or not changes(before, stage, goes_on=True))
+    try:
+        is_same = before is not None and (resumes or not changes(before, stage, goes_on=True))
+    except ValueError:  # its parts are no longer registered
+        is_same = False
     record = {
         'run_name': stage.run_name,
         'parent': stage.parent,

@@ -156,9 +156,13 @@ def test_what_cannot_be_read_for_a_moment_is_not_taken_for_half_written(ask, num
 def test_a_link_that_leads_nowhere_is_a_checkpoint_that_is_away(name, tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / name).symlink_to(tmp_path / 'archive' / name)
-    for ask in (newest_complete, half_written, repair):
+    for ask in (newest_complete, repair):
         with pytest.raises(CheckpointError, match=f'{name} leads to {tmp_path}/archive/{name}, which is not there'):
             ask(tmp_path / 'run')
+    newer = saved(tmp_path / 'run', 12)
+    assert newest_complete(tmp_path / 'run') == (12, str(newer)), 'no start needs the older one'
+    repair(tmp_path / 'run')
+    assert (tmp_path / 'run' / name).is_symlink()
     (tmp_path / 'gone').symlink_to(tmp_path / 'archive')
     with pytest.raises(StorageError, match=f'save_folder: {tmp_path}/gone leads to {tmp_path}/archive, which is not'):
         check_writable('save_folder', str(tmp_path / 'gone'), 'choose another')

@@ -245,6 +245,10 @@ def test_trials_stay_when_the_sequence_itself_is_run(tmp_path):
         assert {run['name'] for run in read(tmp_path / 'sequence.json')['runs']} == {
             run.name for run in [*plain, *trials]
         }
+    sequence_run.write_sequence(spec, [])  # as if its first stage had another name since
+    kept = {run['name']: run for run in read(tmp_path / 'sequence.json')['runs']}
+    assert kept.keys() == {run.name for run in trials}, 'with what they began from'
+    read_runs([tmp_path])
 
 
 def test_arms_that_are_left_out_of_a_sequence_are_left_out_of_its_report(tmp_path):

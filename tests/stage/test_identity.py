@@ -206,9 +206,11 @@ def test_a_run_that_goes_on_is_judged_as_before(keeps, data, tmp_path):
         'eval_subset_num_batches': ({'eval_subset_num_batches': 4}, 'eval_subset_num_batches: 2 -> 4'),
         'device_eval_batch_size': ({'device_eval_batch_size': 2}, 'device_eval_batch_size: '),
         'an evaluator more': ({'eval_loader': [*cfg['eval_loader'], tiny.eval_loader('new', data['new'])]}, 'eval_loader.new: '),
-        'other data': ({'eval_loader': [tiny.eval_loader('old', data['new'])]}, 'eval_loader[0].dataset: '),
+        'other data': ({'eval_loader': [tiny.eval_loader('old', data['new'])]}, 'eval_loader.old.dataset: '),
         'eval_interval': ({'eval_interval': '1ba'}, 'eval_interval: 2ba -> 1ba' if keeps == 'early_stopper' else ''),
         'the same elsewhere': ({'eval_loader': [tiny.eval_loader('old', data['old'])]}, ''),
+        'a default': ({'eval_loader': [{**cfg['eval_loader'][0], 'dataset': {**cfg['eval_loader'][0]['dataset'], 'shuffle': False}}]}, ''),
+        'no losses': ({'callbacks': {key: each for key, each in cfg['callbacks'].items() if key != 'final_loss'}}, ''),
         'other workers': ({'eval_loader': [{**cfg['eval_loader'][0], 'num_workers': 1}]}, ''),
     }  # fmt: skip
     for change, said in others.values():
