@@ -7,6 +7,7 @@ itself asks for this; so does an entry point that llm-foundry loads for every tr
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,10 @@ __all__ = [
     'MENDED',
     'NUMPY_CORES',
     'PATH_MODULES',
+    'SETTINGS_OF_ALL',
     'WEIGHTS_DTYPE',
     'as_given',
+    'rope_validation',
     'weights_dtype_key',
     'why_unknown',
 ]
@@ -30,6 +33,19 @@ NUMPY_CORES = ('core', '_core')
 PATH_MODULES = ('pathlib', 'pathlib._local')
 # What config.json calls the type of the weights: transformers before 4.56, and since.
 WEIGHTS_DTYPE = ('torch_dtype', 'dtype')
+
+# What every configuration had before transformers 5, so that each checkpoint's has it.
+SETTINGS_OF_ALL = frozenset(
+    """
+    add_cross_attention bad_words_ids begin_suppress_tokens bos_token_id cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id is_decoder length_penalty
+    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores pad_token_id
+    prefix pruned_heads remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p
+    torch_dtype torchscript typical_p use_bfloat16
+    """.split()
+)
 
 # Causal models that transformers 4.57 (the stack `current`) knows and 4.51 (`pinned`) does not.
 CURRENT_ONLY = frozenset(
@@ -59,6 +75,15 @@ def why_unknown(config: Mapping[str, Any]) -> str | None:
         return None
     others = 'that of STACK=current does' if kind in CURRENT_ONLY else 'nor does that of STACK=current (4.57)'
     return f'transformers {version("transformers")} does not know model_type={kind}; {others} (README, "Two stacks")'
+
+
+def rope_validation(kind: str) -> Callable[..., Any] | None:
+    """The function of transformers that reads the settings of this kind of RoPE; None if it has none."""
+    rope: Any = import_module('transformers.modeling_rope_utils')
+
+    if (by_kind := getattr(rope, 'ROPE_VALIDATION_FUNCTIONS', None)) is not None:  # before transformers 5
+        return by_kind.get(kind)
+    return getattr(rope.RotaryEmbeddingConfigMixin, f'_validate_{kind}_rope_parameters', None)
 
 
 def weights_dtype_key(config: Mapping[str, Any]) -> str:
@@ -93,10 +118,47 @@ def _(modeling_mpt: ModuleType) -> None:
     """Since transformers 4.50 models do not inherit ``generate``, and are then given a cache that MPT cannot use."""
     from transformers.generation.utils import GenerationMixin
 
-    mpt = modeling_mpt.MPTForCausalLM
+    mpt: Any = modeling_mpt.MPTForCausalLM
     if not issubclass(mpt, GenerationMixin):
         mpt.__bases__ = (*mpt.__bases__, GenerationMixin)
         mpt._supports_default_dynamic_cache = classmethod(lambda cls: False)
+    if hasattr(mpt, 'get_expanded_tied_weights_keys'):  # transformers 5 maps tied names, and MPT has no second one
+        stock = vars(mpt)['tie_weights']
+        for name, value in {
+            '_tied_weights_keys': {},
+            'all_tied_weights_keys': {},
+            'tie_weights': lambda self, **_: stock(self),
+        }.items():
+            setattr(mpt, name, value)
+
+
+@_mends(
+    'transformers.models.auto.modeling_auto',
+    'AutoModelForCausalLM',
+    "LlamaForCausalLM.__init__() got an unexpected keyword argument 'use_auth_token'",
+)
+def _(modeling_auto: ModuleType) -> None:
+    """Since transformers 5 what llm-foundry always gives is handed on to the model, where nothing takes it."""
+    stock = modeling_auto.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(cls: Any, name: Any, *arguments: Any, **options: Any) -> Any:
+        kept = {key: value for key, value in options.items() if key not in ('use_auth_token', 'load_in_8bit') or value}
+        return stock.__func__(cls, name, *arguments, **kept)
+
+    modeling_auto.AutoModelForCausalLM.from_pretrained = classmethod(from_pretrained)
+
+
+@_mends(
+    'llmfoundry.models.utils.meta_init_context',
+    'init_on_device',
+    "Parameter.__new__() got an unexpected keyword argument '_is_hf_initialized'",
+)
+def _(meta_init_context: ModuleType) -> None:
+    """Since transformers 5 parameters have a mark that they were initialised, which accelerate's function knows."""
+    if int(version('transformers').partition('.')[0]) >= 5:
+        from accelerate import init_on_device
+
+        vars(meta_init_context)['init_on_device'] = init_on_device
 
 
 @_mends('torch.optim.lr_scheduler', 'LambdaLR', 'Missing key in checkpoint state_dict: ...LambdaLR._is_initial')

@@ -2,12 +2,14 @@
 """What other releases of the packages below break is mended, and what of them is private is there."""
 
 import ast
+import inspect
 import io
 import json
 import pickle
 import pkgutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib import import_module
@@ -23,8 +25,10 @@ import torch.distributed.checkpoint as dcp
 from composer.loggers import Logger, WandBLogger
 from llmfoundry.models.hf import hf_fsdp
 from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
+from llmfoundry.models.utils import init_empty_weights
 from transformers import (
     CONFIG_MAPPING,
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     GPT2Config,
@@ -42,10 +46,12 @@ from cpt_algorithms.compat import (
     NUMPY_CORES,
     PATH_MODULES,
     WEIGHTS_DTYPE,
+    rope_validation,
     weights_dtype_key,
     why_unknown,
 )
 
+TRANSFORMERS = int(version('transformers').partition('.')[0])
 # Private names of other packages that the library uses or overrides, each with the module that has it.
 PRIVATE = {
     '_attn_implementation': 'transformers.configuration_utils',
@@ -178,6 +184,32 @@ def test_mpt_generates():
         by_hand = torch.cat([by_hand, model(by_hand).logits[:, -1:].argmax(-1)], dim=1)
     how = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert model.generate(tokens, generation_config=how).tolist() == by_hand.tolist()
+
+
+def test_a_model_is_not_given_what_is_off(tmp_path):
+    """llm-foundry always gives both, and transformers 5 hands them on to the model."""
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', FutureWarning)  # of transformers 4, which takes them
+        AutoModelForCausalLM.from_pretrained(tmp_path, use_auth_token=False, load_in_8bit=False)
+
+
+def test_a_model_that_is_initialised_is_made_without_storage():
+    with init_empty_weights():
+        module = torch.nn.Module()
+        given = torch.nn.Parameter(torch.ones(2))
+        if TRANSFORMERS >= 5:
+            given._is_hf_initialized = True
+        module.register_parameter('weight', given)
+    assert module.weight.is_meta
+
+
+@pytest.mark.parametrize(
+    ('kind', 'reads'), [('yarn', 'beta_fast'), ('llama3', 'low_freq_factor'), ('linear', 'factor'), ('other', None)]
+)
+def test_the_reader_of_a_kind_of_rope(kind, reads):
+    reader = rope_validation(kind)
+    assert reader is None if reads is None else f"'{reads}'" in inspect.getsource(reader).replace('"', "'")
 
 
 def test_the_state_of_a_scheduler_is_that_of_every_release():

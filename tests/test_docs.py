@@ -224,9 +224,9 @@ def big_data(tmp_path_factory, data):
     for name in ('python', 'cpp'):
         for kind in ('passages', 'continuations'):
             (root / 'lm_eval' / f'{name}_{kind}.jsonl').touch()
-    rows = np.random.default_rng(0).integers(0, 2048, (8, 128), dtype=np.int32)
+    rows = np.random.default_rng(0).integers(0, 512, (8, 128), dtype=np.int32)
     for name in ('python', 'cpp'):
-        for split, samples in (('train', 15_625), ('val', 160)):
+        for split, samples in (('train', 33_600), ('val', 160)):
             with MDSWriter(out=str(root / name / split), columns={'tokens': 'ndarray:int32:128'}) as writer:
                 for index in range(samples):
                     writer.write({'tokens': rows[index % 8]})

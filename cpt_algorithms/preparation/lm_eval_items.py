@@ -73,16 +73,15 @@ def continuations(documents: Sequence[str], length: int, count: int) -> list[dic
 
 
 def write_lm_eval(folder: Path, dataset: str, documents: Sequence[str], max_seq_len: int) -> dict[str, int]:
-    """Write the data of lm-eval tasks, of two characters per token that a model can read at once.
+    """Write the data of lm-eval tasks, of a character per token that a model can read at once.
 
     Returns:
         Rows of each kind; one that has none gets no file.
     """
-    length = 2 * max_seq_len
     documents = [text[:DOCUMENT_CHARACTERS] for text in documents]
     rows = {
-        'passages': [{'text': piece} for _, piece in in_hash_order(documents, length)[:ITEMS]],
-        'continuations': continuations(documents, length, ITEMS),
+        'passages': [{'text': piece} for _, piece in in_hash_order(documents, max_seq_len)[:ITEMS]],
+        'continuations': continuations(documents, max_seq_len, ITEMS),
     }
     folder.mkdir(exist_ok=True)
     for kind, items in rows.items():

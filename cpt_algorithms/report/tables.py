@@ -369,6 +369,10 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
     old, new = (' and '.join(names) for names in (best.runs[0].old, best.runs[0].new))
     forgot = mean['forgetting']
     did = f'forgot {forgot:.2f} nats/token' if forgot >= 0.005 else f'forgot nothing ({signed(forgot, 2)} nats/token)'
+    without = [row for row in updates if not (row.average or row.runs[0].replayed)]
+    if without and best.runs[0].replayed:
+        other = min(without, key=lambda row: row.columns['loss mean'].mean)
+        did += f' ({other.columns["forgetting"].mean:.2f} without replay)'
     cost = f'for {short(mean["tokens"])} tokens'
     if 'compute vs union' in mean:
         cost = f'for {percent(mean["compute vs union"])} of the compute of training on everything'
@@ -377,11 +381,11 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
     if unions:
         lowest = min(row.columns['loss mean'].mean for row in unions)
         gap = mean.get('above union', mean['loss mean'] - lowest)  # of the same seeds, if they are
-        text += f'; its mean loss is {abs(gap):.2f} {"above" if gap > 0 else "below"} that of union'
+        text += f'; its mean loss is {abs(gap):.3f} {"above" if gap > 0 else "below"} that of union'
         if {*PRICES} <= mean.keys():
             text += (
-                f': {signed(mean["price of mixture"], 2)} is the price of its mixture, which training from scratch on '
-                f'it pays, too, and {signed(mean["price of continuing"], 2)} that of continuing'
+                f': {signed(mean["price of mixture"], 3)} is the price of its mixture, which training from scratch on '
+                f'it pays, too, and {signed(mean["price of continuing"], 3)} that of continuing'
             )
     others = [row for row in updates if row.arm != best.arm and best.columns['loss mean'].half is not None]
     if close := dict.fromkeys(row.arm for row in others if not _is_told_apart(best, row, 'loss mean')):
@@ -460,20 +464,19 @@ def _missing_benchmarks(runs: Sequence[RunRecord]) -> Iterator[str]:
                 if run.newest not in results:
                     who = f'{run.name}, {average}' if average else run.name
                     yield f'lm-eval {suite}: no results of {who} at batch {run.newest}, only at batch {max(results)}'
-            for average, result in run.benchmarks.get(suite, {}).items():
-                for task, scored in result['tasks'].items():
-                    if cut := cuts_of(scored):
-                        who = f'{run.name}, {average}' if average else run.name
-                        yield f'lm-eval {suite}: {task}: {cut} prompts are longer than {who} can read, and were cut'
-        reasons: dict[tuple[str, str], list[str]] = {}
-        evaluated = {run.name for run in runs if suite in run.benchmarks}
+        said: dict[str, list[str]] = {}
         for run in runs:
             for result in run.benchmarks.get(suite, {}).values():
+                for task, scored in result['tasks'].items():
+                    if cut := cuts_of(scored):
+                        line = f'{task}: {cut} prompts are longer than the model can read, and were cut'
+                        said.setdefault(line, []).append(run.name)
                 for task, reason in result.get('missing', {}).items():
-                    reasons.setdefault((task, reason), []).append(run.name)
-        for (task, reason), of in reasons.items():
-            where = 'everywhere' if set(of) == evaluated else f'in {", ".join(dict.fromkeys(of))}'
-            yield f'lm-eval {suite}: {task} is missing {where}: {reason}'
+                    said.setdefault(f'{task} is missing: {reason}', []).append(run.name)
+        evaluated = {run.name for run in runs if suite in run.benchmarks}
+        for line, of in said.items():
+            where = 'all runs' if set(of) == evaluated else ', '.join(dict.fromkeys(of))
+            yield f'lm-eval {suite}: {where}: {line}'
 
 
 def flat(row: Row) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from llmfoundry.models.utils.config_defaults import attn_config_defaults, init_c
 from llmfoundry.utils.builders import _extract_param_groups, build_eval_loaders, build_optimizer
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from transformers.configuration_utils import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_VALIDATION_FUNCTIONS
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from cpt_algorithms.compat import SETTINGS_OF_ALL, rope_validation
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.evaluation.functional import check_labels as check_names
 from cpt_algorithms.files import read_yaml
@@ -70,7 +70,7 @@ def check_model_keys(model: Model) -> None:
     """
     given = model.given
     if registry.models.get(model.name) is ComposerMPTCausalLM:
-        settings = {name for name in vars(PretrainedConfig()) if not name.startswith('_')}
+        settings = {name for name in SETTINGS_OF_ALL | vars(PretrainedConfig()).keys() if not name.startswith('_')}
         read = _parameters(ComposerMPTCausalLM) | _parameters(MPTConfig) | settings
         check_keys('model', given, read | keys_read(MPTBlock.__init__, 'kwargs') | TAKEN_BY_BUILDERS['model'])
         _check_init(given.get('init_config') or {})
@@ -100,7 +100,7 @@ def _check_nested(where: str, given: Any, known: Mapping[str, Any], is_rope: boo
     """What stands in a section is what stands there by default; of RoPE, what transformers reads of its kind."""
     check_type(where, given, Mapping[str, Any])
     kinds = {str(key) for key in known} | ({'type', 'rope_type'} if is_rope else set())
-    if is_rope and (reader := ROPE_VALIDATION_FUNCTIONS.get(str(given.get('rope_type', given.get('type'))))):
+    if is_rope and (reader := rope_validation(str(given.get('rope_type', given.get('type'))))):
         kinds |= {
             each.value
             for each in ast.walk(_source(reader))

@@ -25,6 +25,7 @@ from cpt_algorithms.checkpoints.open import (
     read_metadata,
 )
 from cpt_algorithms.checkpoints.save_folder import newest_complete, resolve_latest
+from cpt_algorithms.compat import SETTINGS_OF_ALL
 from cpt_algorithms.files import StorageError, exists, fetch, is_remote, list_names, read_json
 from cpt_algorithms.formatting import first_of, one_line
 from cpt_algorithms.stage.on_meta import model_on_meta, tokenizer_of
@@ -138,7 +139,7 @@ _NOT_OF_THE_MODEL = {
     'attn_impl',
     'auto_map',
 }
-_NOT_OF_THE_MODEL |= PretrainedConfig().to_dict().keys() - {'tie_word_embeddings'}
+_NOT_OF_THE_MODEL |= (SETTINGS_OF_ALL | PretrainedConfig().to_dict().keys()) - {'tie_word_embeddings'}
 
 
 def _config_on_meta(model: Model, stage: Stage) -> PretrainedConfig:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from evidence import Evidence, window_loss
 from judge import Claim, Condition
-from training import RECOMMENDED, SPACING, TREND
+from training import RECOMMENDED, SPACING, TREND, WIDTH
 
 from cpt_algorithms.evaluation.functional import steps_saved
 
@@ -206,17 +206,17 @@ def c15(of: Evidence) -> list[Condition]:
 @claim('no paper separates it')
 def c16(of: Evidence) -> list[Condition]:
     """What the mixture costs changes with the size of the model, at equal tokens per parameter."""
-    sizes = [model for model in TREND if model.tokens_per_parameter == 100]
+    sizes = {model.d_model: of.of(model) for model in TREND if model.tokens_per_parameter == 25} | {WIDTH: of}
     conditions = []
     for shift in RECOMMENDED:
-        prices = [of.of(model).mixture(shift) for model in sizes]
+        prices = {width: evidence.mixture(shift) for width, evidence in sizes.items()}
         conditions += [
-            Condition(f'matched minus union, {shift}, d_model {model.d_model}', price)
-            for model, price in zip(sizes, prices, strict=True)
+            Condition(f'matched minus union, {shift}, d_model {width}', price) for width, price in prices.items()
         ]
-        count = min(map(len, prices))  # of the seeds of all
-        largest = f'd_model {sizes[-1].d_model} minus {sizes[0].d_model}'
-        conditions.append(Condition(f'the same, {shift}, {largest}', prices[-1][:count] - prices[0][:count]))
+        least, most = min(prices), max(prices)
+        count = min(map(len, prices.values()))  # of the seeds of all
+        difference = prices[most][:count] - prices[least][:count]
+        conditions.append(Condition(f'the same, {shift}, d_model {most} minus {least}', difference))
     return conditions
 
 

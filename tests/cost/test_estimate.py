@@ -432,8 +432,8 @@ def test_the_command_plans_a_sequence(tmp_path, capsys):
     assert 'updating against training from scratch' in text
     assert 'compute, 1 x h100' in text, 'its nodes x nproc'
     costs = json.loads((tmp_path / 'costs.json').read_text())
-    assert costs['cpp-replay_5pct-s1']['tokens'] == {'cpp': 505_856, 'python': 26_624}
-    assert costs['python-s1']['size']['parameters'] == 873_600
+    assert costs['cpp-replay_5pct-s1']['tokens'] == {'cpp': 2_432_000, 'python': 128_000}
+    assert costs['python-s1']['size']['parameters'] == 16_832
 
 
 def test_the_command_plans_a_paper_at_a_laptops_size(capsys):

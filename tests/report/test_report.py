@@ -119,9 +119,10 @@ def test_the_distance_to_union_has_two_parts(tmp_path):
     assert 'price of mixture' not in found['none'].columns, 'its mixture, all new, was not trained from scratch'
     assert found['none'].columns['above union'].mean == pytest.approx(2.7 - 1.85)
     assert not {*prices} & {*matched.columns, *found['union'].columns}
-    assert (
-        '+0.25 is the price of its mixture' in report.findings[0] and '+0.45 that of continuing' in report.findings[0]
-    )
+    said = report.findings[0]
+    assert '+0.250 is the price of its mixture' in said and '+0.450 that of continuing' in said
+    forgot = {arm: found[arm].columns['forgetting'].mean for arm in ('replay 25 %', 'none')}
+    assert f'forgot {forgot["replay 25 %"]:.2f} nats/token ({forgot["none"]:.2f} without replay) of old' in said
     assert 'price of continuing' in report.path.read_text()
 
 
@@ -138,7 +139,7 @@ def test_without_union_the_saving_is_an_estimate(tmp_path, no_plots):
 def test_finding(tmp_path):
     folder = write_sequence(tmp_path)
     found = finding(rows_of(read_runs([folder])), PARAMETERS)
-    for number in ('replay 25 %', '0.40', '3.30', '50 %', '0.70 above'):
+    for number in ('replay 25 %', '0.40', '3.30', '50 %', '0.700 above'):
         assert number in found
     for seed, old in ((1, 3.9), (2, 3.0), (3, 5.0)):
         write_run(folder / f'new-none-s{seed}', {'old': old, 'new': 1.0}, f'{folder}/old-s{seed}/latest-rank0.pt')

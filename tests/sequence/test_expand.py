@@ -31,20 +31,21 @@ def test_quickstart_runs(spec):
         'python-infinite_LR_5pct-anneal-s17': 'python-infinite_LR_5pct-s17',
         'cpp-infinite_LR_5pct-s17': 'python-infinite_LR_5pct-s17',
         'cpp-infinite_LR_5pct-anneal-s17': 'cpp-infinite_LR_5pct-s17',
+        'matched_cpp-s17': None,
         'union_cpp-s17': None,
     }
 
 
 def test_arms_are_compute_equivalent(spec):
     runs = {run.name: run.stage.tokens_by_stream() for run in runs_of(spec)}
-    assert runs['cpp-s17'] == {'cpp': 532_480}
-    assert runs['cpp-replay_25pct-s17'] == {'cpp': 399_360, 'python': 133_120}
+    assert runs['cpp-s17'] == {'cpp': 2_560_000}
+    assert runs['cpp-replay_25pct-s17'] == {'cpp': 1_920_000, 'python': 640_000}
     whole = {sum(tokens.values()) for name, tokens in runs.items() if name.startswith('cpp') and 'infinite' not in name}
-    assert whole == {532_480}
+    assert whole == {2_560_000}
     branch = next(run for run in runs_of(spec) if run.name == 'cpp-infinite_LR_5pct-anneal-s17')
-    assert sum(branch.tokens_before_branch.values()) + sum(runs[branch.name].values()) == 532_480
+    assert sum(branch.tokens_before_branch.values()) + sum(runs[branch.name].values()) == 2_560_000
     # from scratch on exactly the tokens of the stages
-    assert runs['union_cpp-s17'] == {'cpp': 532_480, 'python': 901_120}
+    assert runs['union_cpp-s17'] == {'cpp': 2_560_000, 'python': 3_072_000}
 
 
 def test_a_run_is_a_plain_stage_yaml(spec):
@@ -66,7 +67,7 @@ def test_an_override_that_names_a_scheduler_replaces_it(spec):
 
 def test_seeds_multiply_and_seed_the_data(spec):
     runs = runs_of({**spec, 'seeds': [1, 2]})
-    assert len(runs) == 20
+    assert len(runs) == 22
     assert {run.stage.given['train_loader']['dataset']['shuffle_seed'] for run in runs if run.seed == 2} == {2}
     assert all(run.parent is None or run.parent.endswith(f's{run.seed}') for run in runs)
 
@@ -75,7 +76,7 @@ def test_union_of_three_stages_reads_each_budget(spec):
     spec['data']['english'] = {'local': 'data/english'}
     spec['stages']['late'] = {'new': 'english', 'max_duration': '100ba'}
     spec['arms'] = {'union': {'baseline': 'union'}}
-    assert runs_of(spec)[-1].stage.tokens_by_stream() == {'english': 409_600, 'python': 901_120, 'cpp': 532_480}
+    assert runs_of(spec)[-1].stage.tokens_by_stream() == {'english': 204_800, 'python': 3_072_000, 'cpp': 2_560_000}
 
 
 def test_three_stages_replay_everything_earlier(spec):
@@ -131,7 +132,7 @@ def test_stages_with_a_parent_are_judged_against_it(spec):
     assert runs['cpp-s17']['forgetting'] == {'new': ['cpp'], 'old': ['python'], **folder}
     assert 'forgetting' not in runs['python-s17']
     assert 'forgetting' not in runs['union_cpp-s17']
-    third = merge(spec, {'stages': {'again': {'new': 'python', 'max_duration': '532480tok'}}, 'arms': {'union': None}})
+    third = merge(spec, {'stages': {'again': {'new': 'python', 'max_duration': '2560000tok'}}, 'arms': {'union': None}})
     runs = {run.name: run for run in runs_of(third)}
     forgetting = runs['again-replay_5pct-s17'].stage.callbacks.forgetting
     assert (forgetting.new, forgetting.old) == (['python'], ['cpp'])
@@ -139,7 +140,7 @@ def test_stages_with_a_parent_are_judged_against_it(spec):
 
 
 def test_a_middle_stage_that_no_arm_changes_has_no_arms_name(spec):
-    three = {'python': {}, 'cpp': {}, 'last': {'new': 'python', 'max_duration': '532480tok'}}
+    three = {'python': {}, 'cpp': {}, 'last': {'new': 'python', 'max_duration': '2560000tok'}}
     arms = {'low': {'last': {'optimizer': {'lr': 1e-4}}}, 'high': {'last': {'optimizer': {'lr': 1e-2}}}}
     runs = runs_of({**merge(spec, {'stages': three}), 'arms': arms})
     assert [run.name for run in runs] == ['python-s17', 'cpp-s17', 'last-low-s17', 'last-high-s17']
@@ -224,7 +225,7 @@ def test_a_trunk_stays_constant_and_each_stage_leaves_an_annealed_model(infinite
     judged = {'new': ['cpp'], 'old': ['python'], 'parent_losses': losses, 'save_folder': last['save_folder']}
     assert last['callbacks']['forgetting'] == judged
     assert 'forgetting' not in annealed['callbacks']
-    assert [run.tokens_before_branch for run in runs_of(infinite)][-1] == {'cpp': 52 * 4096, 'python': 52 * 4096}
+    assert [run.tokens_before_branch for run in runs_of(infinite)][-1] == {'cpp': 52 * 2048, 'python': 52 * 2048}
 
 
 def test_branches_start_where_their_length_says(infinite):
@@ -349,10 +350,10 @@ def test_baselines_follow_from_the_stages(spec):
     assert runs['constant_eta_min']['scheduler'] == {'name': 'rewarm_constant', 't_warmup': '0dur', 'alpha': 0.1}
     assert runs['constant_eta_max']['scheduler'] == {'name': 'rewarm_constant', 't_warmup': '0.01dur', 'alpha': 1.0}
     tokens = {run.arm: run.stage.tokens_by_stream() for run in runs_of(spec)}
-    assert tokens['constant_eta_min'] == tokens['constant_eta_max'] == {'cpp': 505_856, 'python': 26_624}
-    assert tokens['no_replay'] == {'cpp': 532_480}
-    assert tokens['same_data'] == {'python': 532_480}
-    assert tokens['from_scratch'] == {'cpp': 532_480}
+    assert tokens['constant_eta_min'] == tokens['constant_eta_max'] == {'cpp': 2_432_000, 'python': 128_000}
+    assert tokens['no_replay'] == {'cpp': 2_560_000}
+    assert tokens['same_data'] == {'python': 2_560_000}
+    assert tokens['from_scratch'] == {'cpp': 2_560_000}
     for name in ('no_replay', 'same_data', 'from_scratch', 'union'):
         assert runs[name]['scheduler'] == cosine
     assert ['load_path' in runs[name] for name in ('from_scratch', 'union', 'same_data')] == [False, False, True]
@@ -371,7 +372,7 @@ def test_matched_is_the_mixture_of_the_last_stage_from_scratch(spec):
     half = {'replay': {'fraction': 0.5}}
     spec['arms'] = {'main': {}, 'matched': {'baseline': 'matched'}, 'half': {'baseline': 'matched', 'matched': half}}
     runs = {run.arm: run for run in runs_of(spec)}
-    whole = 901_120 + 532_480
+    whole = 3_072_000 + 2_560_000
     assert runs['matched'].parent is None and runs['matched'].name == 'matched_cpp-s17'
     assert runs['matched'].stage.tokens_by_stream() == {'cpp': whole * 3 // 4, 'python': whole // 4}
     assert runs['half'].stage.tokens_by_stream() == {'cpp': whole // 2, 'python': whole // 2}
@@ -390,7 +391,7 @@ def test_matched_is_the_mixture_of_the_last_stage_from_scratch(spec):
 def test_a_union_reads_a_dataset_that_comes_twice_for_both(spec):
     spec['stages']['again'] = {'new': 'python', 'max_duration': '100ba'}
     spec['arms'] = {'union': {'baseline': 'union'}}
-    assert runs_of(spec)[-1].stage.tokens_by_stream() == {'python': 901_120 + 409_600, 'cpp': 532_480}
+    assert runs_of(spec)[-1].stage.tokens_by_stream() == {'python': 3_072_000 + 204_800, 'cpp': 2_560_000}
 
 
 def test_the_first_stage_may_update_a_base_model_whose_data_has_a_stand_in(spec):
@@ -439,7 +440,7 @@ def test_constant_eta_min_is_where_the_first_stage_ended(spec, infinite):
         first_stage = {**spec['stages']['python'], 'scheduler': first}
         both = {**spec, 'arms': arms, 'stages': {**spec['stages'], 'python': first_stage}}
         assert runs_of(both)[-1].stage.given['scheduler']['alpha'] == end
-    spec['stages']['cpp']['optimizer'] = {'lr': 6.0e-3}
+    spec['stages']['cpp']['optimizer'] = {'lr': 12.0e-3}
     assert runs_of({**spec, 'arms': arms})[-1].stage.given['scheduler']['alpha'] == pytest.approx(0.05)
 
 
@@ -448,7 +449,7 @@ def test_a_union_has_the_unit_of_the_schedule(infinite):
     trunk, annealed = runs_of(infinite)
     assert (trunk.stage.given['max_duration'], annealed.stage.given['max_duration']) == ('324ba', '26ba')
     infinite['stages']['cpp'] = {'new': 'python', 'max_duration': '130ba'}
-    assert runs_of(infinite)[0].stage.tokens_by_stream() == {'python': 324 * 4096}
+    assert runs_of(infinite)[0].stage.tokens_by_stream() == {'python': 324 * 2048}
 
 
 def test_a_first_stage_has_no_optimizer_to_keep(infinite):
