@@ -16,7 +16,7 @@ quickstart: data
 
 # Text that is already on this machine: Python sources (D0) and C++ headers (D1).
 data: $(VENV)/installed
-	$(BIN)/python scripts/prepare_data.py --out $(DATA) --vocab-size 512 --max-train-tokens 4300000 --max-val-tokens 32768
+	$(BIN)/python scripts/prepare_data.py --out $(DATA) --vocab-size 512 --max-train-tokens 4300000 --max-val-tokens 65536
 
 # The same for `scale=tiny`: a dataset for each name in yamls/sequence/, much the way the papers' differ.
 data-tiny: $(VENV)/installed

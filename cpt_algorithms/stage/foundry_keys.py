@@ -78,12 +78,13 @@ def check_model_keys(model: Model) -> None:
             nested = (given.get('attn_config') or {}).get(name)
             if isinstance(default, Mapping) and nested:
                 _check_nested(f'model.attn_config.{name}', nested, default, is_rope=name == 'rope_hf_config')
-    elif model.name == 'hf_causal_lm' and any(
-        isinstance(each, Mapping) for each in model.config_overrides.given.values()
+    elif (
+        model.name == 'hf_causal_lm'
+        and (name_or_path := model.pretrained_model_name_or_path)
+        and any(isinstance(each, Mapping) for each in model.config_overrides.given.values())
     ):
-        code = given.get('trust_remote_code', True)
         try:
-            config = AutoConfig.from_pretrained(model.pretrained_model_name_or_path, trust_remote_code=code)
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=given.get('trust_remote_code', True))
         except (OSError, ValueError):  # which another check says
             return
         for name, nested in model.config_overrides.given.items():
