@@ -304,6 +304,23 @@ def _(checkpoint: ModuleType) -> None:
     vars(checkpoint)['dist_cp_load'] = dist_cp_load
 
 
+@_mends(
+    'torch.distributed.checkpoint.metadata',
+    'TensorProperties',
+    'a sharded checkpoint of a later torch: too many values to unpack (expected 5)',
+)
+def _(metadata: ModuleType) -> None:
+    """In torch 2.15 its state ends with strides, which no reader needs."""
+    if 'strides' in metadata.TensorProperties.__dataclass_fields__:
+        return
+    stock = metadata.TensorProperties.__setstate__
+
+    def __setstate__(self: Any, state: tuple[Any, ...]) -> None:
+        stock(self, state[:5])
+
+    metadata.TensorProperties.__setstate__ = __setstate__
+
+
 @_mends('wandb.sdk.wandb_run', 'Run', "'Run' object has no attribute 'get_url'")
 def _(wandb_run: ModuleType) -> None:
     """Composer's logger asks a run for its address in a way that wandb has given up."""

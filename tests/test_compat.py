@@ -26,6 +26,7 @@ from composer.loggers import Logger, WandBLogger
 from llmfoundry.models.hf import hf_fsdp
 from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
 from llmfoundry.models.utils import init_empty_weights
+from torch.distributed.checkpoint.metadata import TensorProperties
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -230,6 +231,13 @@ def test_paths_in_the_metadata_of_a_sharded_checkpoint(module, tmp_path):
     words = b''.join(pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode() for text in (module, 'PosixPath'))
     code = pickle.PROTO + b'\x04' + words + pickle.STACK_GLOBAL + pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.STOP
     assert _MetadataUnpickler(io.BytesIO(code)).load() == PurePosixPath()
+
+
+def test_metadata_of_a_later_torch():
+    of_five = TensorProperties(dtype=torch.bfloat16).__getstate__()[:5]
+    found = TensorProperties.__new__(TensorProperties)
+    found.__setstate__((*of_five, (2, 1)))
+    assert (found.dtype, found.requires_grad) == (torch.bfloat16, False)
 
 
 @pytest.mark.parametrize('core', NUMPY_CORES)

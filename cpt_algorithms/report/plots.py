@@ -28,7 +28,8 @@ __all__ = ['plots_of', 'png', 'svg']
 
 # Okabe and Ito's colours without their yellow, then Paul Tol's: told apart by colour-blind people
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#882255', '#999933', '#332288', '#44AA99')
-UNION, SHARED, INK, FAINT = '#000000', '#8a8f98', '#22303c', '#d5dae1'
+RETRAINED = {'union': '#000000', 'matched': '#7c5a43'}
+SHARED, INK, FAINT = '#8a8f98', '#22303c', '#d5dae1'
 MARKERS = 'osD^vPXp*h'
 AVERAGE_STYLES = ('-.', ':', (0, (4, 1.5)), (0, (1, 1, 4, 1)))
 WIDTH, HEIGHT = 4.3, 3.0  # inches; 9-point letters are still legible at the width of a phone
@@ -141,9 +142,10 @@ def _figure() -> tuple[Figure, Axes]:
 
 def _colours(arms: Sequence[Arm]) -> dict[str, str]:
     """An arm has one colour in all plots; first stages by themselves are not lines of their own."""
-    names = [arm.name for arm in arms if arm.kind == 'update'] or [arm.name for arm in arms if arm.kind != 'union']
+    updates = [arm.name for arm in arms if arm.kind == 'update']
+    names = updates or [arm.name for arm in arms if arm.kind not in RETRAINED]
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
-    return colours | {arm.name: UNION for arm in arms if arm.kind == 'union'}
+    return colours | {arm.name: RETRAINED[arm.kind] for arm in arms if arm.kind in RETRAINED}
 
 
 @dataclass
