@@ -29,15 +29,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--forgetting', type=float, default=0.0, help='allowed, in nats per token; default: 0')
     parser.add_argument('--out', type=Path, help='draw pilots, law and answer')
     parser.add_argument('--json', type=Path, help='write the numbers')
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
 
     ignore_known_warnings()
     from cpt_algorithms.files import write_json  # seconds that --help does not need
     from cpt_algorithms.foresight.answers import smallest_share
-    from cpt_algorithms.foresight.show import draw, table
+    from cpt_algorithms.foresight.show import draw, print_answers
     from cpt_algorithms.report.pilots import pilots_of
     from cpt_algorithms.report.run_records import read_runs
-    from cpt_algorithms.terminal import make_console, print_table
+    from cpt_algorithms.terminal import make_console
 
     found: dict[str, tuple[list[Pilots], Answer]] = {}
     try:
@@ -46,10 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f'{", ".join(map(str, given.folders))}: {error}')
     console = make_console()
-    print_table(table({old: answer for old, (_, answer) in found.items()}, given.forgetting), console)
-    for old, (_, answer) in found.items():
-        for warning in answer.warnings:
-            console.print(f'{old}: {warning}')
+    print_answers({old: answer for old, (_, answer) in found.items()}, given.forgetting, console)
     if given.json:
         write_json(given.json, {old: asdict(answer) for old, (_, answer) in found.items()})
     if given.out:

@@ -20,6 +20,9 @@ from tiny import ROOT
 
 from cpt_algorithms.cost.tables import print_costs
 from cpt_algorithms.evaluation import lm_eval
+from cpt_algorithms.foresight.answers import Answer
+from cpt_algorithms.foresight.fits import Estimate
+from cpt_algorithms.foresight.show import print_answers
 from cpt_algorithms.report.page import Report, print_report
 from cpt_algorithms.report.tables import OverSeeds, Row
 from cpt_algorithms.sequence.expand import expand
@@ -93,9 +96,16 @@ def of_a_preparation(console):
         prepare_data.print_counts(manifest, LONG)
 
 
+def of_foresight(console):
+    loss = Estimate(2.3456, 2.1234, 2.5678)
+    answer = Answer(Estimate(0.0987, 0.0654, 0.1345), dict.fromkeys(names(2), loss), (), 0.1234, ())
+    print_answers({LONG: answer}, 0.05, console)
+
+
 TABLES = {
     'cpt_algorithms/cost/tables.py': of_costs,
     'cpt_algorithms/evaluation/lm_eval.py': of_lm_eval,
+    'cpt_algorithms/foresight/show.py': of_foresight,
     'cpt_algorithms/report/page.py': of_the_report,
     'cpt_algorithms/sequence/show.py': of_a_sequence,
     'scripts/average_checkpoints.py': of_an_average,

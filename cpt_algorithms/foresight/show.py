@@ -7,15 +7,17 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from cpt_algorithms.foresight.answers import Answer, Pilots
 from cpt_algorithms.foresight.fits import Estimate
+from cpt_algorithms.terminal import print_table
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
-__all__ = ['draw', 'table']
+__all__ = ['draw', 'print_answers']
 
 
 def _interval(found: Estimate, digits: int, scale: float = 1, unit: str = '') -> str:
@@ -26,17 +28,22 @@ def _interval(found: Estimate, digits: int, scale: float = 1, unit: str = '') ->
     return f'{value} ({low} to {high})'
 
 
-def table(answers: Mapping[str, Answer], allowed: float) -> Table:
-    """The smallest share for each old dataset, and the loss on new data there."""
+def print_answers(answers: Mapping[str, Answer], allowed: float, console: Console) -> None:
+    """The smallest share for each old dataset, the loss on each new one there, and warnings."""
     said = f'forgetting of at most {allowed:g} nats/token' if allowed else 'nothing is forgotten'
-    shown = Table(title=f'smallest replay fraction with which {said}, 95 % interval', title_justify='left')
-    for column in ('old data', 'replay fraction', 'loss there', 'error of a pilot left out'):
+    shown = Table(title=f'smallest replay fraction with which {said}, 95 % intervals', title_justify='left')
+    for column in ('old data', 'new data'):
         shown.add_column(column, overflow='fold')
+    for column in ('replay fraction', 'loss on new', 'error of a pilot left out'):
+        shown.add_column(column, justify='right')
     for old, answer in answers.items():
-        losses = ', '.join(f'{name} {_interval(loss, 3)}' for name, loss in answer.on_new.items())
         error = '-' if answer.error is None else f'{answer.error:.4f}'
-        shown.add_row(old, _interval(answer.share, 1, 100, ' %'), losses, error)
-    return shown
+        for new, loss in answer.on_new.items():
+            shown.add_row(old, new, _interval(answer.share, 1, 100, ' %'), _interval(loss, 3), error)
+    print_table(shown, console)
+    for old, answer in answers.items():
+        for warning in answer.warnings:
+            console.print(f'{old}: {warning}')
 
 
 def draw(found: Mapping[str, tuple[Sequence[Pilots], Answer]], allowed: float, path: Path) -> None:
