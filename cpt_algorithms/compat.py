@@ -132,6 +132,14 @@ def _(modeling_mpt: ModuleType) -> None:
             setattr(mpt, name, value)
 
 
+@_mends('llmfoundry.models.mpt.configuration_mpt', 'MPTConfig', "'MPTConfig' object has no attribute 'pad_token_id'")
+def _(configuration_mpt: ModuleType) -> None:
+    """Since transformers 5 a configuration has no tokens but those that its class names."""
+    if int(version('transformers').partition('.')[0]) >= 5:
+        for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+            setattr(configuration_mpt.MPTConfig, name, None)
+
+
 @_mends(
     'transformers.models.auto.modeling_auto',
     'AutoModelForCausalLM',

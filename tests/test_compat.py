@@ -187,6 +187,11 @@ def test_mpt_generates():
     assert model.generate(tokens, generation_config=how).tolist() == by_hand.tolist()
 
 
+def test_mpt_has_the_tokens_that_every_configuration_had():
+    config = MPTConfig()
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+
+
 def test_a_model_is_not_given_what_is_off(tmp_path):
     """llm-foundry always gives both, and transformers 5 hands them on to the model."""
     GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)).save_pretrained(tmp_path)
