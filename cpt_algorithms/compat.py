@@ -124,7 +124,14 @@ def _(modeling_mpt: ModuleType) -> None:
         mpt._supports_default_dynamic_cache = classmethod(lambda cls: False)
     if hasattr(mpt, 'get_expanded_tied_weights_keys'):  # transformers 5 maps tied names, and MPT has no second one
         stock = vars(mpt)['tie_weights']
+        prepare = mpt.prepare_inputs_for_generation
+
+        def with_mask(self: Any, input_ids: Any, *arguments: Any, attention_mask: Any = None, **options: Any) -> Any:
+            mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
+            return prepare(self, input_ids, *arguments, attention_mask=mask, **options)
+
         for name, value in {
+            'prepare_inputs_for_generation': with_mask,
             '_tied_weights_keys': {},
             'all_tied_weights_keys': {},
             'tie_weights': lambda self, **_: stock(self),
