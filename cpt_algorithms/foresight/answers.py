@@ -78,8 +78,8 @@ def smallest_share(pilots: Sequence[Pilots], allowed: float = 0.0) -> Answer:
             )
             raise ValueError(f'{who}every pilot forgets less than {allowed:.3f}, {advice}')
     laws = tuple(mixing_law(each.shares, each.forgetting) for each in pilots)
-    if wrong := next((each.seed for each, law in zip(pilots, laws, strict=True) if law.k >= 0), None):
-        raise ValueError(f'seed {wrong}: pilots with more old data forgot more, so that no share is the smallest')
+    if wrong := [each.seed for each, law in zip(pilots, laws, strict=True) if law.k >= 0]:
+        raise ValueError(f'seed {wrong[0]}: pilots with more old data forgot more, so that no share is the smallest')
     found = [law.share_at(allowed) for law in laws]
     share = found[0] if len(found) == 1 else over_seeds([each.value for each in found])
     on_new = {}

@@ -35,8 +35,8 @@ def least_robust(
     starts: Sequence[Sequence[float]],
     bounds: tuple[Sequence[float], Sequence[float]],
     huber: float,
-) -> tuple[Array, float]:
-    """Parameters of the lowest robust cost from all starts, and that cost.
+) -> Array:
+    """Parameters of the lowest robust cost from all starts.
 
     Args:
         residuals: Of the parameters, in nats per token.
@@ -47,8 +47,7 @@ def least_robust(
     low, high = (np.asarray(end, dtype=float) for end in bounds)
     options = {'bounds': (low, high), 'loss': 'huber', 'f_scale': huber, 'x_scale': 'jac'}
     found = [least_squares(residuals, np.clip(start, low, high), **options) for start in starts]
-    best = min(found, key=lambda each: each.cost)
-    return best.x, float(best.cost)
+    return min(found, key=lambda each: each.cost).x
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
@@ -158,7 +157,7 @@ def mixing_law(shares: Sequence[float], losses: Sequence[float]) -> MixingLaw:
     best = (((ends[:, None] + heights[:, None] * shapes - y) ** 2).sum(axis=1)).argmin()
     starts = [(float(ends[best]), float(slopes[best]), log(heights[best]))]
     low, high = ((-STEEPEST, -1e-2), (1e-2, STEEPEST))[sign > 0]
-    (c, k, b), _ = least_robust(residuals, starts, ((-np.inf, low, -25.0), (float(y.min()), high, 25.0)), HUBER)
+    c, k, b = least_robust(residuals, starts, ((-np.inf, low, -25.0), (float(y.min()), high, 25.0)), HUBER)
     return MixingLaw(float(c), float(k), float(b), tuple(map(float, shares)), tuple(map(float, losses)))
 
 
@@ -179,5 +178,5 @@ def annealing_law(s1: ArrayLike, s2: ArrayLike, losses: ArrayLike, huber: float 
 
     starts = [(y.min() - 0.3, log(0.5), alpha, c) for alpha in (0.3, 0.5, 0.8) for c in (0.1, 1.0)]
     bounds = ((0.0, -10.0, 0.01, -100.0), (float(y.min()), 10.0, 3.0, 1e4))
-    (l0, log_a, alpha, c), _ = least_robust(residuals, starts, bounds, huber)
+    l0, log_a, alpha, c = least_robust(residuals, starts, bounds, huber)
     return {'l0': float(l0), 'a': float(np.exp(log_a)), 'alpha': float(alpha), 'c': float(c)}
