@@ -15,6 +15,12 @@ Every window of five along the run; and the average that the run's own EMA callb
     python scripts/average_checkpoints.py 'runs/stage/ep*-ba*' --window 5 --out runs/windows
     python scripts/average_checkpoints.py runs/stage/ep0-ba9000-rank0.pt --average ema_100ba --out runs/ema
 
+A point between a model and the one that it was continued from, and what an instruct model learned, on new weights::
+
+    python scripts/average_checkpoints.py runs/stage/latest-rank0.pt --parent runs/base/latest-rank0.pt --alpha 0.6 \
+        --out runs/between
+    python scripts/average_checkpoints.py runs/stage/huggingface/ba9000 --plus INSTRUCT --minus BASE --out runs/chat
+
 An INPUT is a Composer .pt file, a Composer sharded folder, a Hugging Face safetensors file or folder, a quoted glob of
 these, or a run's save_folder: all its ``ep*-ba*`` checkpoints, or its ``huggingface/ba*`` exports if it has no others.
 A glob and a save_folder are sorted by batch, or by the numbers in other names; a list stays as it is given, oldest
@@ -23,20 +29,16 @@ which needs disk for all inputs.
 """
 
 import argparse
-import os
-import platform
 import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-from tqdm import tqdm
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.files import StorageError, is_remote
@@ -44,13 +46,12 @@ from cpt_algorithms.launch.processes import OneLineParser, refuse_launcher, run_
 from cpt_algorithms.terminal import make_console, print_table
 from cpt_algorithms.validation import with_home
 from cpt_algorithms.weight_averaging.offline.select import AverageError, Found, find, latest, windows_of
-from cpt_algorithms.weight_averaging.offline.storage import download, refuse_existing, require_disk, upload_result
+from cpt_algorithms.weight_averaging.offline.storage import download, refuse_existing, upload_result
 
 # torch and Composer (7 s) are imported where they are used: a wrong argument answers at once.
 
 DTYPES = ('bfloat16', 'float16', 'float32', 'float64')
 DEFAULT_DECAY = 0.9
-LIBRARIES = ('cpt-algorithms', 'mosaicml', 'safetensors', 'torch', 'transformers')
 
 
 def make_parser() -> OneLineParser:
@@ -67,6 +68,16 @@ def make_parser() -> OneLineParser:
         help='uniform, linear, ema, one_minus_sqrt, or numbers with sum 1, oldest first, such as 0.2,0.3,0.5 '
         '(default: uniform)',
     )
+    add('--parent', help='with --alpha A: (1 - A) PARENT + A INPUT')
+    add(
+        '--alpha', type=float, metavar='A', help='see --parent; 0 is the parent, 1 the input, others may be beyond them'
+    )
+    add(
+        '--plus',
+        metavar='OTHER',
+        help='with --minus BASE: INPUT + (OTHER - BASE), such as an instruct model and its base',
+    )
+    add('--minus', metavar='BASE', help='see --plus')
     add('--decay', type=float, help=f'of --weights ema, for each step into the past (default: {DEFAULT_DECAY})')
     add('--last', type=int, metavar='K', help='only the latest K (default: all)')
     add('--every', metavar='NU', help='with --last: those NU batches apart, such as 1000ba, back from the newest')
@@ -108,16 +119,60 @@ def check_options(options: argparse.Namespace) -> None:
         raise AverageError(f'--config {options.config}: there is no config.json')
 
 
-def weights_of(options: argparse.Namespace, count: int) -> list[float]:
+def others_of(options: argparse.Namespace) -> list[tuple[str, float]]:
+    """What --parent, or --plus and --minus add to the one input, and what it weighs."""
+    pairs = (('parent', 'alpha'), ('plus', 'minus'))
+    given = [name for pair in pairs for name in pair if getattr(options, name) is not None]
+    if not given:
+        return []
+    for one, other in (*pairs, *(pair[::-1] for pair in pairs)):
+        if one in given and other not in given:
+            raise AverageError(f'--{one} {getattr(options, one)} needs --{other}')
+    ours = {'weights': 'uniform', 'last': None, 'window': None, 'average': None}
+    others = given[2:] + [name for name, usual in ours.items() if getattr(options, name) != usual]
+    if others:
+        raise AverageError(f'--{others[0]} {getattr(options, others[0])} does not go with --{given[0]}')
+    if options.alpha is not None:
+        if not isfinite(options.alpha):
+            raise AverageError(f'--alpha {options.alpha}: expected a number')
+        return [(options.parent, 1 - options.alpha)]
+    return [(options.minus, -1.0), (options.plus, 1.0)]
+
+
+def one_of(given: str) -> Found:
+    """The one checkpoint that an argument names."""
+    found = find([given])
+    if len(found) > 1:
+        raise AverageError(f'{given} holds {len(found)} checkpoints, and one is wanted, such as {found[-1].path}')
+    return found[0]
+
+
+def weights_of(options: argparse.Namespace, window: Sequence[Found]) -> list[float]:
     """The weights of a window."""
     from cpt_algorithms.weight_averaging.functional import window_weights
 
     is_numbers = options.weights[:1] in '+-.0123456789'
     try:
         kind = [float(weight) for weight in options.weights.split(',')] if is_numbers else options.weights
-        return window_weights(kind, count, options.decay)
+        weights = window_weights(kind, len(window), options.decay)
     except ValueError as error:
         raise AverageError(f'--weights {options.weights}: {error}') from None
+    if not all(0 <= weight <= 1 for weight in weights):
+        raise AverageError(
+            f'--weights {options.weights}: weights below 0 or above 1 make no average. {meant(window, weights)}'
+        )
+    return weights
+
+
+def meant(window: Sequence[Found], weights: Sequence[float]) -> str:
+    """The command for a sum that is no average."""
+    paths = [one.path for one in window]
+    if len(paths) == 2:
+        return f'For a point beyond the ends of a line: {paths[1]} --parent {paths[0]} --alpha {weights[1]:g}'
+    if sorted(weights) == [-1, 1, 1]:
+        base = paths.pop(weights.index(-1))
+        return f'For what one model learned, on another: {paths[0]} --plus {paths[1]} --minus {base}'
+    return 'Sums with names are INPUT --parent PARENT --alpha A, and INPUT --plus OTHER --minus BASE'
 
 
 def print_inputs(found: Sequence[Found], weights: Sequence[float], out: str, average: str | None) -> None:
@@ -139,57 +194,26 @@ def output_of(options: argparse.Namespace, window: Sequence[Found]) -> str:
     return f'{options.out.rstrip("/")}/{window[-1].name}' + ('.pt' if options.to == 'pt' else '')
 
 
-def average(
-    options: argparse.Namespace, window: Sequence[Found], paths: Sequence[Path], weights: list[float], out: Path
-) -> None:
-    """Check a window, and unless it is a dry run average it into ``out``."""
-    import torch
-
-    from cpt_algorithms.checkpoints.open import files_of, open_checkpoint
-    from cpt_algorithms.weight_averaging.offline import averaged_checkpoint as to
-
-    checkpoints = [open_checkpoint(path) for path in paths]
-    small_files = to.find_small_files(checkpoints[-1], options.config) if options.to == 'hf' else {}
-    if options.to != 'hf':
-        if options.config and not any(checkpoint.kind == 'hf' for checkpoint in checkpoints):
-            raise AverageError(f'--config {options.config}: with --to {options.to}, only for Hugging Face inputs')
-        checkpoints = to.with_composer_names(checkpoints, options.config)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    accumulate = getattr(torch, options.accumulate)
-    plan = to.make_plan(checkpoints, weights, options.average, dtype, accumulate, options.may_differ)
-    require_disk(out.parent, plan.written_bytes, f'writing {out.name}')
-    if options.dry_run:
-        return
-    inputs = []
-    for one, checkpoint, weight in zip(window, checkpoints, weights, strict=True):
-        stats = [file.stat() for file in files_of(checkpoint)]
-        size, modified = sum(stat.st_size for stat in stats), max(stat.st_mtime for stat in stats)
-        place = one.path if is_remote(one.path) else os.path.abspath(one.path)
-        inputs.append({'path': place, 'weight': weight, 'bytes': size, 'modified': modified})
-    provenance: dict[str, Any] = {
-        'averaged': options.average or 'weights',
-        'inputs': inputs,
-        'weights': options.weights,
-        'decay': options.decay if options.weights == 'ema' else None,
-        **plan.described(),
-        'to': options.to,
-        'versions': {'python': platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-    }
-    with tqdm(total=plan.read_bytes, desc=out.name, unit='B', unit_scale=True, disable=None) as bar:
-        to.write_average(plan, out, options.to, provenance, small_files, options.max_shard_size, bar.update)
-
-
 def run(options: argparse.Namespace) -> None:
     """Find, show, check and average."""
-    options.inputs, options.out = with_home(options.inputs), with_home(options.out)  # quoted, the shell leaves a ~
+    for name in ('inputs', 'out', 'parent', 'plus', 'minus'):  # quoted, the shell leaves a ~
+        setattr(options, name, with_home(getattr(options, name)))
     check_options(options)
-    # without an order, which one is the newest is not known
-    order_matters = options.weights != 'uniform' or options.window is not None or options.may_differ
-    found = find(options.inputs, order_matters)
-    if options.last is not None:
-        found = latest(found, options.last, options.every)
-    windows = windows_of(found, options.window, options.stride or 1)
-    weights = weights_of(options, len(windows[0]))
+    others = others_of(options)
+    if others:
+        if len(options.inputs) > 1:
+            raise AverageError(f'--{"alpha" if options.parent else "plus"} is for one INPUT, not {len(options.inputs)}')
+        found = [*(one_of(path) for path, _ in others), one_of(options.inputs[0])]
+        windows = [found]
+        weights = [*(weight for _, weight in others), options.alpha if options.parent else 1.0]
+    else:
+        # without an order, which one is the newest is not known
+        order_matters = options.weights != 'uniform' or options.window is not None or options.may_differ
+        found = find(options.inputs, order_matters)
+        if options.last is not None:
+            found = latest(found, options.last, options.every)
+        windows = windows_of(found, options.window, options.stride or 1)
+        weights = weights_of(options, windows[0])
     outputs = [output_of(options, window) for window in windows]
     for window, out in zip(windows, outputs, strict=True):
         refuse_existing(out, is_file=options.to == 'pt')
@@ -198,13 +222,31 @@ def run(options: argparse.Namespace) -> None:
         return
     beside = Path(tempfile.gettempdir()) if is_remote(options.out) else Path(options.out).absolute().parent
     beside.mkdir(parents=True, exist_ok=True)
+    from cpt_algorithms.weight_averaging.offline.average_files import average_files
+
+    how = {'weights': options.weights, 'decay': options.decay if options.weights == 'ema' else None}
     with tempfile.TemporaryDirectory(prefix='.average-', dir=beside) as temporary:
         used = [one for one in found if any(one in window for window in windows)]
         paths = dict(zip(used, download(used, Path(temporary), options.to == 'hf' and not options.config), strict=True))
         for window, out in zip(windows, outputs, strict=True):
             local = Path(temporary) / 'upload' / Path(out).name if is_remote(out) else Path(out)
             try:
-                average(options, window, [paths[one] for one in window], weights, local)
+                average_files(
+                    [paths[one] for one in window],
+                    weights,
+                    local,
+                    options.to,
+                    average=options.average,
+                    dtype=options.dtype,
+                    accumulate=options.accumulate,
+                    config=options.config,
+                    max_shard_size=options.max_shard_size,
+                    may_differ=options.may_differ,
+                    is_one_run=not others,
+                    dry_run=options.dry_run,
+                    places=[one.path for one in window],
+                    how={} if others else how,
+                )
             except CheckpointError as error:  # of what was downloaded, which nobody has named
                 said = str(error)
                 for one in window:

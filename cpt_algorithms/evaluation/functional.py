@@ -22,7 +22,9 @@ __all__ = [
     'has_same_items',
     'in_final_window',
     'is_accuracy',
+    'is_point',
     'mean_over_tasks',
+    'name_of_point',
     'paired_delta',
     'score',
     'shots_of',
@@ -85,8 +87,9 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / log(2) / bytes_per_token
 
 
-# What the callbacks ema and lawa call their averages.
-_AVERAGE = re.compile(r'lawa|ema_[^/]+')
+# What the callbacks ema and lawa call their averages, and what points of a line between two models are called.
+_AVERAGE = re.compile(r'lawa|ema_[^/]+|alpha_[^/]+')
+_POINT = 'alpha_'
 
 
 def split_label(label: str, datasets: Iterable[str]) -> tuple[str, str] | None:
@@ -101,6 +104,16 @@ def split_label(label: str, datasets: Iterable[str]) -> tuple[str, str] | None:
         return label, ''
     dataset, _, average = label.rpartition('/')
     return (dataset, average) if dataset in known and _AVERAGE.fullmatch(average) else None
+
+
+def name_of_point(alpha: float) -> str:
+    """What the model ``(1 - alpha) parent + alpha child`` is called, beside averages."""
+    return f'{_POINT}{alpha:g}'
+
+
+def is_point(average: str) -> bool:
+    """Whether it is one of these."""
+    return average.startswith(_POINT)
 
 
 def by_average(losses: Mapping[str, Value], datasets: Iterable[str]) -> dict[str, dict[str, Value]]:

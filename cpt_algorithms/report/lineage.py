@@ -161,9 +161,9 @@ class _Tree:
             return self.nodes[run.folder]
         origin = run.began_from
         if run.config and (merge := run.config.merge):
-            origin = f'{merge.of}/'
-            step = run.config.batches_of('every', merge.every)
-            merged = [str(merge.batch - number * step) for number in reversed(range(merge.last))]
+            origin, merged = f'{merge.of}/', run.config.merged
+            if merge.last:
+                merged = [str(batch_of(checkpoint)) for checkpoint in merged]
             node = Node(run.name, 'merge', run.folder, run, merged=merged)
         else:
             node = Node(run.name, 'run', run.folder, run, self._begins(origin, run.parent))

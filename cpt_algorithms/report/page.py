@@ -2,7 +2,7 @@
 """The report of runs: one page to look at, the same as PNG, CSV and JSON files, and a table for the terminal."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -62,6 +62,11 @@ class Report:
     scores: list[Scores]  # of lm-eval, by suite and row
     missing: list[str]
     path: Path  # of the page
+
+    @property
+    def shown(self) -> list[Row]:
+        """Without the points of lines, which have a table of their own."""
+        return [row for row in self.rows if not row.is_point]
 
 
 class _Cell(NamedTuple):
@@ -154,7 +159,7 @@ def rich_table(report: Report) -> Table:
     heads |= {'tokens': 'update\ntokens', 'flops': 'update\nFLOP', 'compute vs union': 'compute\nvs union'}
     for head in heads.values():
         shown.add_column(escape(head), justify='right')
-    for row in report.rows:
+    for row in report.shown:
         cells = [_number(row, column) for column in heads]
         name = report.study.label(row.name, row.size)
         texts = [f'{cell.text} {cell.small}'.strip() for cell in cells]
@@ -235,7 +240,7 @@ def _cards_of(report: Report, size: int | None) -> list[dict[str, str]]:
 
 
 def _tables(report: Report) -> list[_Table]:
-    study, rows = report.study, report.rows
+    study, rows = report.study, report.shown
     losses = _losses(study)
     note = 'Mean ± 95 % interval over seeds (Student’s t)' if any(len(row.runs) > 1 for row in rows) else 'One seed'
     note += '; bold: the best.' if any(len(contenders(rows, size)) > 1 for size in study.sizes) else '.'
@@ -272,7 +277,26 @@ def _tables(report: Report) -> list[_Table]:
             lines.append(_line(study, row, [*cells, _Cell(seeds)]))
         heads = [(title, _heads(columns.values())) for title, columns in groups.items() if columns]
         first = _Table('Final loss', note, [*heads, ('', _heads(['seeds']))], lines)
-    return [first, *_benchmark_tables(report), _cost_table(report)]
+    return [first, *_line_table(report), *_benchmark_tables(report), _cost_table(report)]
+
+
+def _line_table(report: Report) -> Iterator[_Table]:
+    """The points between models and what they began from, if there are lines."""
+    points = [row for row in report.rows if row.is_point]
+    if not points:
+        return
+    losses = _losses(report.study)
+    suites = list(dict.fromkeys(scores.suite for scores in report.scores))
+    of = {(id(scores.row), scores.suite): scores for scores in report.scores}
+    lines = []
+    for row in points:
+        scores = [of.get((id(row), suite)) for suite in suites]
+        means = [_score(each.mean, each.mean_delta) if each else _Cell() for each in scores]
+        lines.append(_line(report.study, row, [*(_number(row, column) for column in (*losses, *CHANGES)), *means]))
+    heads = [('validation loss (nats/token)', _heads(losses.values())), ('against the parent', _heads(CHANGES))]
+    heads += [('mean of accuracies (%)', _heads(suites))] if suites else []
+    note = '(1 - alpha) parent + alpha child; the one of the lowest mean loss is the row of the line in other tables.'
+    yield _Table('Between parent and child', note, heads, lines)
 
 
 def _heads(names: Iterable[str]) -> list[_Cell]:
@@ -303,7 +327,7 @@ def _benchmark_tables(report: Report) -> list[_Table]:
     if any(len(scores.row.runs) > 1 for scores in report.scores):
         note += ' Beside a score: 95 % interval over seeds.'
     lines = []
-    for row in report.rows:
+    for row in report.shown:
         found = [of.get((id(row), suite)) for suite in suites]
         if any(found):
             means = [_score(s.mean, s.mean_delta) if s else _Cell() for s in found]
@@ -311,7 +335,7 @@ def _benchmark_tables(report: Report) -> list[_Table]:
     heads = [('validation loss (nats/token)', _heads(losses.values())), ('mean of accuracies (%)', _heads(suites))]
     tables = [_Table('Losses and benchmarks', note, heads, lines)]
     for suite in suites:
-        of_suite = [scores for scores in report.scores if scores.suite == suite]
+        of_suite = [scores for scores in report.scores if scores.suite == suite and not scores.row.is_point]
         tasks = list(dict.fromkeys(task for scores in of_suite for task in scores.tasks))
         lines = []
         for scores in of_suite:

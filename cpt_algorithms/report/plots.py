@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from cpt_algorithms.evaluation.functional import by_average
+from cpt_algorithms.evaluation.functional import by_average, is_point
 from cpt_algorithms.formatting import exact, flop, percent, scientific, short, shortened
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet, read_until, size_name
 from cpt_algorithms.report.tables import Row
@@ -284,7 +284,7 @@ def _loss(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:
 def _averages(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:
     """Averaged weights beside the training weights of the same arms, in the last stage."""
     runs = [run for arm in arms for run in arm.runs]
-    averages = [a for a in dict.fromkeys(a for run in runs for a in by_average(run.final, [name])) if a]
+    averages = dict.fromkeys(a for run in runs for a in by_average(run.final, [name]) if a and not is_point(a))
     if not averages:
         return None
     styles: dict[str, Any] = dict(zip(averages, cycle(AVERAGE_STYLES), strict=False))
@@ -329,11 +329,16 @@ def _merged(lines: Sequence[_Line]) -> list[_Line]:
 
 
 def _plane(rows: Sequence[Row], colours: Mapping[str, str]) -> Plot | None:
-    rows = [row for row in rows if not row.average and {'forgetting', 'adaptation'} <= row.columns.keys()]
+    rows = [row for row in rows if {'forgetting', 'adaptation'} <= row.columns.keys()]
     rows = [row for row in rows if isfinite(row.columns['forgetting'].mean + row.columns['adaptation'].mean)]
+    points = [row for row in rows if row.is_point]
+    rows = [row for row in rows if not row.average]
     if not rows:
         return None
     figure, axis = _figure()
+    for arm in dict.fromkeys(row.arm for row in points):  # from the parent to the child
+        ends = [[row.columns[key].mean for row in points if row.arm == arm] for key in ('forgetting', 'adaptation')]
+        axis.plot(*ends, '.-', color=colours.get(arm, INK), linewidth=1.1, markersize=4)
     for row, marker in zip(rows, cycle(MARKERS), strict=False):
         forgot, learned = row.columns['forgetting'], row.columns['adaptation']
         colour = colours.get(row.arm, INK)

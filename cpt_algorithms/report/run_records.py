@@ -63,6 +63,7 @@ class RunRecord:
     # not so of a branch of an earlier stage, nor of a trunk that ends before its stage: they are compared with no other
     is_whole: bool = True
     newest: int = 0  # batch of its newest export, or its end
+    alpha: float | None = None  # of a line between two models, where on it this one is
     # {suite: {average, or '' for the training weights: {batch: lm-eval result}}}, of its exports
     scored: dict[str, dict[str, dict[int, Any]]] = field(default_factory=dict)
     # the same of the pretrained model that it starts from
@@ -342,6 +343,7 @@ def read_run(folder: str, runs: dict[str, RunRecord], plan: Mapping[str, Any] | 
         new=forgotten.get('new', []),
         at_start=null_as_nan(forgotten.get('parent', {})),
         bytes_per_token=forgotten.get('bytes_per_token', {}),
+        alpha=measured.get('alpha'),
         newest=max([*exported, *scored_at, int(done['batch']) if is_finished else 0]),
         scored=scored,
         base_benchmarks=_base_benchmarks(folder),

@@ -21,6 +21,7 @@ from cpt_algorithms.evaluation.functional import (
     cuts_of,
     has_same_items,
     is_accuracy,
+    is_point,
     mean_over_tasks,
     paired_delta,
     training_flops,
@@ -83,7 +84,15 @@ class Row:
     @property
     def name(self) -> str:
         """As people read it."""
-        return f'{self.arm}, {self.average}' if self.average else self.arm
+        if self.average:
+            return f'{self.arm}, {self.average}'
+        alphas = dict.fromkeys(f'{run.alpha:g}' for run in self.runs if run.alpha is not None)
+        return f'{self.arm} at {", ".join(alphas)}' if alphas else self.arm
+
+    @property
+    def is_point(self) -> bool:
+        """Whether it is one of the points of a line, the best of which is the line's own row."""
+        return is_point(self.average)
 
     @property
     def is_finished(self) -> bool:
@@ -329,7 +338,7 @@ def contenders(rows: Sequence[Row], size: int | None, peers: tuple[str, ...] | N
     peers = _foremost(rows, size) if peers is None else peers
     of_size = [row for row in rows if row.size == size and row.peers == peers and row.runs[0].is_whole]
     kind = 'update' if any(row.kind == 'update' for row in of_size) else 'scratch'
-    able = [row for row in of_size if row.kind == kind and row.is_finished]
+    able = [row for row in of_size if row.kind == kind and row.is_finished and not row.is_point]
     return [row for row in able if row.is_finite and not row.has_diverged]
 
 

@@ -15,11 +15,11 @@ from cpt_algorithms.duration import ABSOLUTE, Duration, per_batch_of
 from cpt_algorithms.files import StorageError, is_remote
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.sequence.spec import ANNEAL_KEYS, OF_THE_TRUNK
-from cpt_algorithms.stage.record import read_record
+from cpt_algorithms.stage.record import StageRecord, read_record
 from cpt_algorithms.stage.stage import Stage
-from cpt_algorithms.validation import check_type
+from cpt_algorithms.validation import check_keys, check_type
 
-__all__ = ['annealed', 'branch_of', 'checkpoint_after', 'constant_alpha']
+__all__ = ['annealed', 'branch_of', 'checkpoint_after', 'constant_alpha', 'merge_of', 'merged']
 
 # Of the trunk's YAML, what says where it keeps things and how it started.
 _PLACES = ('run_name', 'save_folder', 'load_path', 'load_weights_only', 'load_ignore_keys', 'autoresume')
@@ -124,6 +124,84 @@ def annealed(
     }
 
 
+def merged(
+    trunk: Stage,
+    given: Mapping[str, Any],
+    checkpoint: str,
+    batch: int,
+    how: Mapping[str, Any],
+    run_name: str = '',
+    save_folder: str = '',
+) -> dict[str, Any]:
+    """The YAML of a run that is made of checkpoints, and evaluated and exported as one that was trained.
+
+    Args:
+        trunk: The run that it is a branch of.
+        given: The YAML by which it is judged, the trunk's own.
+        checkpoint: The last checkpoint of the trunk.
+        batch: Batches of the trunk at that checkpoint.
+        how: Of :class:`~cpt_algorithms.stage.stage.Merge`, less what is known of the trunk: ``last``, ``every`` and
+            ``weights``, ``line`` or ``soup``.
+        run_name: Default: ``''``, still to be named.
+        save_folder: Default: ``''``.
+
+    Raises:
+        ValueError: If there is to be a line, and the trunk began from scratch.
+    """
+    if 'line' in how:
+        if trunk.parent is None:
+            raise ValueError('line: it was trained from scratch, so that there is no parent for a line to begin at')
+        how = {**how, 'parent': trunk.parent}
+    kept = ('final_loss', 'forgetting', 'stage_start')
+    callbacks = {name: dict(each or {}) for name, each in (given.get('callbacks') or {}).items() if name in kept}
+    callbacks.setdefault('final_loss', {})
+    for each in callbacks.values():
+        each |= {'save_folder': save_folder} if 'save_folder' in each else {}
+    if 'forgetting' in callbacks:
+        callbacks['forgetting'].setdefault('parent_losses', f'{checkpoint.rpartition("/")[0] or "."}/forgetting.json')
+    of = {'of': checkpoint.rpartition('/')[0] or '.', 'batch': batch}
+    return {
+        **{key: copy.deepcopy(value) for key, value in given.items() if key not in _PLACES},
+        'run_name': run_name,
+        'save_folder': save_folder,
+        'load_path': checkpoint,
+        'max_duration': '0ba',
+        'callbacks': callbacks,
+        'variables': {**(given.get('variables') or {}), 'merge': {**of, **how}},
+    }
+
+
+def merge_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
+    """What ``recipes/merge.py`` makes of a run: a window, a line or a soup.
+
+    Args:
+        checkpoint: The last checkpoint of the run.
+        overrides: ``key=value``: of :class:`~cpt_algorithms.stage.stage.Merge`, and ``run_name`` and ``save_folder``.
+
+    Raises:
+        ValueError: If it is no checkpoint of a run, or a key is missing or not known.
+    """
+    real, batch, record, how = _run_and_settings(checkpoint, overrides)
+    names = ('last', 'every', 'weights', 'line', 'soup')
+    try:
+        check_keys('', how, (*names, 'run_name', 'save_folder'))
+        kind = next((name for name in ('last', 'line', 'soup') if name in how), None)
+        if kind is None:
+            raise ValueError('one of line=[0,0.5,1], soup=[CHECKPOINT, ...], and last=5 every=100ba is missing')
+        name = how.pop('run_name', None) or f'{record.run_name}-{kind}'
+        beside = '/'.join(filter(None, [real.rpartition('/')[0].rpartition('/')[0], name]))
+        folder = how.pop('save_folder', None) or beside
+        given, trunk = record.config.to_train_yaml(), record.config
+        while trunk.is_branch and 'line' in how:  # the stage as a whole began where its trunk did
+            begun = read_record(trunk.begins[0]) if trunk.begins else None
+            if begun is None:
+                raise ValueError(f'line: it is a branch of {trunk.load_path}, whose run is not there')
+            trunk = begun.config
+        return Stage.from_yaml(merged(trunk, given, real, batch, how, name, folder))
+    except ValueError as error:
+        raise ValueError(f'{checkpoint}: {error}') from None
+
+
 def branch_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
     """The branch that ``recipes/anneal.py`` trains.
 
@@ -134,6 +212,31 @@ def branch_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
     Raises:
         ValueError: If it is no checkpoint of a run, the trunk is not in its constant phase, or a key is missing.
     """
+    real, batch, record, given = _run_and_settings(checkpoint, overrides)
+    how = {key: given.pop(key) for key in ANNEAL_KEYS if key in given}
+    if 't_anneal' not in how:
+        raise ValueError('t_anneal is missing: the length of the branch, such as t_anneal=45000000000tok')
+    if wrong := [key for key in (*OF_THE_TRUNK, 'load_path') if key in given]:
+        raise ValueError(f'{wrong[0]}: a branch has this from its trunk, but for {", ".join(ANNEAL_KEYS)}')
+    how['run_name'] = given.pop('run_name', None) or f'{record.run_name}-anneal-ba{batch}'
+    beside = '/'.join(filter(None, [real.rpartition('/')[0].rpartition('/')[0], how['run_name']]))
+    how['save_folder'] = given.pop('save_folder', None) or beside
+    try:
+        branch = annealed(record.config, record.config.to_train_yaml(), real, batch, **how)
+    except ValueError as error:
+        raise ValueError(f'{checkpoint}: {error}') from None
+    # streams in place of the trunk's, and not both
+    dataset, own = branch['train_loader']['dataset'], given.get('train_loader', {}).get('dataset', {})
+    if 'new' in own:
+        del dataset['new']
+    if 'streams' in (own.get('replay') or {}):
+        (dataset.get('replay') or {}).pop('streams', None)
+    both: Any = OmegaConf.to_container(OmegaConf.merge(branch, given), resolve=True)
+    return Stage.from_yaml(both)
+
+
+def _run_and_settings(checkpoint: str, overrides: Sequence[str]) -> tuple[str, int, StageRecord, dict[str, Any]]:
+    """A checkpoint under its own name, its batch, the record of its run, and ``key=value`` as a mapping."""
     try:
         if is_remote(checkpoint):
             real = resolve_latest(checkpoint)
@@ -147,23 +250,4 @@ def branch_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
         raise ValueError(f'{checkpoint}: {error}') from None
     if not batch or not record:
         raise ValueError(f'{checkpoint} is no checkpoint of continue_pretraining.py (ep...-ba..., or latest)')
-    how = {key: given.pop(key) for key in ANNEAL_KEYS if key in given}
-    if 't_anneal' not in how:
-        raise ValueError('t_anneal is missing: the length of the branch, such as t_anneal=45000000000tok')
-    if wrong := [key for key in (*OF_THE_TRUNK, 'load_path') if key in given]:
-        raise ValueError(f'{wrong[0]}: a branch has this from its trunk, but for {", ".join(ANNEAL_KEYS)}')
-    how['run_name'] = given.pop('run_name', None) or f'{record.run_name}-anneal-ba{batch}'
-    beside = '/'.join(filter(None, [folder.rpartition('/')[0], how['run_name']]))
-    how['save_folder'] = given.pop('save_folder', None) or beside
-    try:
-        branch = annealed(record.config, record.config.to_train_yaml(), real, batch, **how)
-    except ValueError as error:
-        raise ValueError(f'{checkpoint}: {error}') from None
-    # streams in place of the trunk's, and not both
-    dataset, own = branch['train_loader']['dataset'], given.get('train_loader', {}).get('dataset', {})
-    if 'new' in own:
-        del dataset['new']
-    if 'streams' in (own.get('replay') or {}):
-        (dataset.get('replay') or {}).pop('streams', None)
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(branch, given), resolve=True)
-    return Stage.from_yaml(merged)
+    return real, batch, record, given

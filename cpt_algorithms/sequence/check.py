@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cpt_algorithms.checkpoints.save_folder import batch_of, checkpoint_name, newest_complete
+from cpt_algorithms.checkpoints.save_folder import batch_of, newest_complete
 from cpt_algorithms.sequence.expand import Run, descendants
 from cpt_algorithms.stage.identity import changes, results_of
 from cpt_algorithms.stage.preflight import PreflightError, preflight
@@ -85,13 +85,9 @@ def _cannot_go_on(run: Run, runs: Sequence[Run], problem: str | None) -> str | N
 
 def _checkpoints_of(run: Run) -> list[str]:
     """The checkpoints that a run begins with."""
-    merge, mix = run.stage.merge, run.stage.mix
+    mix = run.stage.mix
     places = [run.stage.load_path, *(each.only_seen_by for each in (mix.old if mix else {}).values())]
-    if merge:
-        step = run.stage.batches_of('every', merge.every)
-        before = (checkpoint_name(merge.batch - number * step, run.stage.is_sharded) for number in range(1, merge.last))
-        places += [f'{merge.of}/{name}' for name in before]
-    return [place for place in places if place]
+    return [place for place in (*places, *run.stage.merged[:-1]) if place]
 
 
 def adopted(

@@ -5,7 +5,9 @@ import copy
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,8 +18,17 @@ from llmfoundry import registry
 
 from cpt_algorithms.checkpoints.save_folder import latest_link
 from cpt_algorithms.duration import Duration, per_batch_of
-from cpt_algorithms.sequence.branches import annealed, checkpoint_after
-from cpt_algorithms.sequence.spec import ANNEAL_KEYS, FROM_SCRATCH, Arm, Branch, SequenceSpec, StageSettings, overlay
+from cpt_algorithms.sequence.branches import annealed, checkpoint_after, merged
+from cpt_algorithms.sequence.spec import (
+    ANNEAL_KEYS,
+    FROM_SCRATCH,
+    MADE,
+    Arm,
+    Branch,
+    SequenceSpec,
+    StageSettings,
+    overlay,
+)
 from cpt_algorithms.stage.identity import with_defaults
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import ConfigError, check_keys, check_type, nearest, parse_section
@@ -40,8 +51,9 @@ class Run:
         seed: Its seed.
         parent: Name of the run it starts from; None from scratch.
         stage: The stage that it trains, or the average that it is (``stage.merge``).
-        tokens_before_branch: Of a branch: the tokens that its parent had read of each stream where it starts.
-            Default: none.
+        tokens_before_branch: Of a branch: the tokens that its parent had read of each stream where it starts; of a
+            soup, all that it is made of. Default: none.
+        also: Names of the other runs that a soup is made of. Default: none.
     """
 
     name: str
@@ -51,6 +63,12 @@ class Run:
     parent: str | None
     stage: Stage
     tokens_before_branch: dict[str, int] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> list[str]:
+        """The runs that must be done before it begins."""
+        return [name for name in (self.parent, *self.also) if name]
 
     @property
     def folder(self) -> Path:
@@ -78,9 +96,16 @@ def expand(spec: SequenceSpec, names: Mapping[str, str] = MappingProxyType({})) 
         ValueError: If an arm, a branch or a run is not right.
     """
     runs: dict[str, Run] = {}
+    trunks: dict[tuple[str, str, int], Run] = {}
+    soups: list[_Soup] = []
     for seed in spec.seeds or [17]:
         for name, arm in (spec.arms or {'default': None}).items():
-            _expand_arm(spec, name, arm or Arm(), seed, runs, names)
+            soups += _expand_arm(spec, name, arm or Arm(), seed, runs, names, trunks)
+    for soup in soups:
+        with _in_branch(soup.make.stage, soup.branch, soup.arm):
+            if others := soup.others(trunks):
+                places = [f'{run.folder}/{latest_link(run.stage.is_sharded)}' for run in others]
+                _added(soup.make.merged(soup.trunk, soup.end, {'soup': places}, others), runs, soup.is_last)
     all_names = [run.name for run in runs.values()]
     if clash := [name for name in all_names if all_names.count(name) > 1]:
         raise ValueError(f'two arms or stages would both be kept in the folder {clash[0]}; name them differently')
@@ -96,14 +121,34 @@ def expand(spec: SequenceSpec, names: Mapping[str, str] = MappingProxyType({})) 
 
 def descendants(runs: Sequence[Run], name: str) -> list[str]:
     """Names of the runs that start from a run, or from one that does."""
-    children = [run.name for run in runs if run.parent == name]
+    children = [run.name for run in runs if name in run.needs]
     return [*children, *(each for child in children for each in descendants(runs, child))]
 
 
+@contextmanager
+def _in_branch(stage: str, branch: str, arm: str) -> Iterator[None]:
+    """Say where in the YAML an error is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f'stages.{stage}.branches.{branch}, in the arm {arm}: {error}') from None
+
+
 def _expand_arm(
-    spec: SequenceSpec, name: str, arm: Arm, seed: int, runs: dict[str, Run], names: Mapping[str, str]
-) -> None:
-    """Add the runs of one arm and seed to ``runs``, which knows them by what they are."""
+    spec: SequenceSpec,
+    name: str,
+    arm: Arm,
+    seed: int,
+    runs: dict[str, Run],
+    names: Mapping[str, str],
+    trunks: dict[tuple[str, str, int], Run],
+) -> 'list[_Soup]':
+    """Add the runs of one arm and seed to ``runs``, which knows them by what they are, and to ``trunks``.
+
+    Returns:
+        Its soups, which other arms and seeds have a part in.
+    """
+    soups = []
     stages = _stages_of(spec, name, arm)
     is_from_scratch = arm.baseline in FROM_SCRATCH
     # of a union, replayed data is new, too; a pretrained model has read its stand-ins
@@ -129,19 +174,24 @@ def _expand_arm(
         tracked_as = 'shared' if is_shared and not is_last else name
         given, branches = _trunk(given, f'stages.{stage}')
         make = _RunFactory(spec, stage, label, words, seed, tracked_as, names, given, earlier, dict(read_by))
-        trunk = _added(make.trunk(parent), runs, is_new=is_last and not branches)
+        trunk = trunks[name, stage, seed] = _added(make.trunk(parent), runs, is_new=is_last and not branches)
         new = _names(given['new'])
         for branch, (start, settings) in branches.items():
             label_of_branch = f'{label}, {branch}' + ('' if is_last or is_shared else f' after {stage}')
             make_branch = replace(make, label=label_of_branch, words=[*words, branch])
-            try:
-                run = (make_branch.merge if settings.merge else make_branch.anneal)(trunk, start, settings.given)
-            except ValueError as error:
-                raise ValueError(f'stages.{stage}.branches.{branch}, in the arm {name}: {error}') from None
+            if settings.soup:
+                soups.append(_Soup(make_branch, trunk, start, settings.soup, branch, name, spec.seeds or [17], is_last))
+                continue
+            with _in_branch(stage, branch, name):
+                if settings.made:
+                    run = make_branch.merged(trunk, start, _made(trunk.stage, settings))
+                else:
+                    run = make_branch.anneal(trunk, start, settings.given)
             _added(run, runs, is_new=is_last)
         parent, earlier = trunk, [*earlier, *new]
         if len(new) == 1:
             read_by[new[0]] = f'{trunk.folder}/{latest_link(trunk.stage.is_sharded)}'
+    return soups
 
 
 def _added(run: Run, runs: dict[str, Run], is_new: bool = False) -> Run:
@@ -281,13 +331,15 @@ def _trunk(given: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str,
     for name, branch in stage.branches.items():
         assert branch is not None, 'it was null, and is a mapping since'
         place = f'{where}.branches.{name}'
-        if branch.merge is not None:
-            check_keys(place, branch.given, ('merge',))
+        if branch.made:
+            check_keys(place, branch.given, (branch.made,))
             starts[name] = (stage.batches, branch)
-            points |= set(_averaged(branch, stage, f'{place}.merge'))
+            points |= set(_averaged(branch, stage, f'{place}.merge') if branch.merge else ())
             continue
         if branch.t_anneal is None:
-            raise ValueError(f'{place}.t_anneal is missing (how much of the stage is annealed), or merge: {{...}}')
+            raise ValueError(
+                f'{place}.t_anneal is missing (how much of the stage is annealed), or one of {", ".join(MADE)}'
+            )
         start = stage.batches - stage.batches_of(branch.t_anneal)
         if not 0 < start < stage.batches:
             stage_is = f'the stage, {stage.max_duration}, whose end it is'
@@ -308,6 +360,15 @@ def _trunk(given: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str,
         callbacks['branch_points'] = {**own, 'at': sorted({*(points - {end}), *(own.get('at') or ())})}
     trunk = {**given, 'max_duration': f'{end * per_batch}{unit}', 'callbacks': callbacks}
     return {key: value for key, value in trunk.items() if key != 'branches'}, starts
+
+
+def _made(trunk: Stage, branch: Branch) -> dict[str, Any]:
+    """What a window or a line is made of, for :func:`~cpt_algorithms.sequence.branches.merged`."""
+    if branch.merge is None:
+        return {'line': branch.line}
+    assert branch.merge.every is not None, '_averaged has looked'
+    every = trunk.batches_of('every', branch.merge.every)
+    return {'last': branch.merge.last, 'every': f'{every}ba', 'weights': branch.merge.weights}
 
 
 def _averaged(branch: Branch, stage: StageSettings, where: str) -> list[int]:
@@ -373,19 +434,15 @@ class _RunFactory:
         branch = annealed(trunk.stage, self._judged_as(trunk, config), checkpoint, start, **how)
         return self._run(branch, trunk, start)
 
-    def merge(self, trunk: Run, end: int, branch: Mapping[str, Any]) -> Run:
-        """A branch of it that is an average of its checkpoints."""
+    def merged(self, trunk: Run, end: int, how: Mapping[str, Any], others: Sequence[Run] = ()) -> Run:
+        """A branch that is made of checkpoints; see :func:`~cpt_algorithms.sequence.branches.merged` for ``how``."""
         config = self._judged_as(trunk, _train_yaml(self.spec, self.given, self.earlier, self.read_by))
-        kept = ('final_loss', 'forgetting', 'stage_start')
-        config['callbacks'] = {name: each for name, each in config['callbacks'].items() if name in kept}
-        how = branch['merge']
-        every = trunk.stage.batches_of('every', Duration.parse('every', how['every']))
-        average = {'last': how['last'], 'every': f'{every}ba', 'weights': how.get('weights', 'uniform')}
-        variables = config.get('variables') or {}
-        config['variables'] = {**variables, 'merge': {'of': str(trunk.folder), 'batch': end, **average}}
-        config['max_duration'] = '0ba'
-        config['load_path'] = f'{trunk.folder}/{checkpoint_after(trunk.stage, end)}'
-        return self._run(config, trunk, end)
+        checkpoint = f'{trunk.folder}/{checkpoint_after(trunk.stage, end)}'
+        run = self._run(merged(trunk.stage, config, checkpoint, end, how), trunk, end)
+        before = Counter(run.tokens_before_branch)
+        for other in others:
+            before.update(other.stage.tokens_by_stream())
+        return replace(run, tokens_before_branch=dict(before), also=tuple(other.name for other in others))
 
     def _judged_as(self, trunk: Run, config: dict[str, Any]) -> dict[str, Any]:
         """The YAML of a branch, whose forgetting is that of its stage."""
@@ -412,6 +469,37 @@ class _RunFactory:
             raise ConfigError([f'{name}: {problem}' for problem in error.problems]) from None
         before = {} if start is None or parent is None else parent.stage.tokens_by_stream(start)
         return Run(name, self.label, self.stage, self.seed, parent.name if parent else None, stage, before)
+
+
+@dataclass(frozen=True)
+class _Soup:
+    """A branch that is made of the results of several arms or seeds, and becomes a run when these are known."""
+
+    make: _RunFactory
+    trunk: Run
+    end: int
+    given: str | list[str]
+    branch: str
+    arm: str
+    seeds: list[int]
+    is_last: bool  # whether its stage is
+
+    def others(self, trunks: Mapping[tuple[str, str, int], Run]) -> list[Run]:
+        """The other runs; none if this is a soup of seeds, which is that of the first one."""
+        stage, seed = self.make.stage, self.make.seed
+        if self.given == 'seeds':
+            if len(self.seeds) < 2:
+                raise ValueError(f'soup=seeds: there is one seed, {seed}')
+            return [trunks[self.arm, stage, each] for each in self.seeds[1:]] if seed == self.seeds[0] else []
+        known = {arm for arm, of, _ in trunks if of == stage}
+        found = []
+        for arm in self.given:
+            if arm not in known:
+                raise ValueError(f'soup: no arm with this stage is called {arm!r}; {nearest(arm, known)}')
+            if (run := trunks[arm, stage, seed]) in (self.trunk, *found):
+                raise ValueError(f'soup: {arm!r} is the same run as another one; leave it out')
+            found.append(run)
+        return found
 
 
 def _train_yaml(

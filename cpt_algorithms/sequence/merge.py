@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merge: a run's last checkpoints averaged, then evaluated and exported like a run that was trained."""
+"""A merge: a window, a line or a soup of checkpoints, evaluated and exported like a run that was trained."""
 
 import os
 import shutil
-import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from composer.utils import dist, get_device
 from filelock import FileLock, Timeout
@@ -13,30 +16,33 @@ from llmfoundry.command_utils import evaluate as evaluate_losses
 from llmfoundry.utils.config_utils import EVAL_CONFIG_KEYS
 from omegaconf import OmegaConf
 
+from cpt_algorithms.checkpoints.errors import CheckpointError
+from cpt_algorithms.checkpoints.exports import folder_of_pretrained, newest_export
 from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.checkpoints.save_folder import weights_in
+from cpt_algorithms.evaluation.functional import name_of_point
 from cpt_algorithms.evaluation.suite import digest_of
-from cpt_algorithms.files import StorageError, holder_of, remove_partials, take, write_json
+from cpt_algorithms.files import StorageError, holder_of, is_remote, read_json, remove_partials, take, write_json
 from cpt_algorithms.formatting import first_of
-from cpt_algorithms.launch.processes import die_with_parent
-from cpt_algorithms.launch.wandb_runs import environment_of_children
 from cpt_algorithms.stage.identity import changes
 from cpt_algorithms.stage.record import done_with, read_record
 from cpt_algorithms.stage.restart_checks import check_restart, write_record
 from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate
 from cpt_algorithms.stage.stage import Merge, Stage
-from cpt_algorithms.weight_averaging.offline.select import AverageError, find, latest
+from cpt_algorithms.weight_averaging.functional import window_weights
+from cpt_algorithms.weight_averaging.offline.average_files import average_files
+from cpt_algorithms.weight_averaging.offline.select import AverageError, Found, find, latest
+from cpt_algorithms.weight_averaging.offline.storage import download
 
 __all__ = ['merge_stage']
 
 
-def merge_stage(stage: Stage, average_script: Path) -> None:
-    """Average, evaluate and export, unless that is done already; exit with one line if it has to stop."""
+def merge_stage(stage: Stage) -> None:
+    """Make, evaluate and export, unless that is done already; exit with one line if it has to stop."""
     merge, suite = stage.merge, stage.suite
     if merge is None:
         sys.exit(f'{stage.run_name}: variables.merge is missing: which checkpoints are averaged')
     folder = Path(stage.folder)
-    checkpoint, exported = _made(folder, merge)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         check_restart(stage)
@@ -47,11 +53,11 @@ def merge_stage(stage: Stage, average_script: Path) -> None:
     if done and (not suite or done['lm_eval'] == asked):
         print(f'{stage.run_name}: finished already')
         return
-    rank_zero, lock = os.environ.get('RANK', '0') == '0', FileLock(folder / '.lock')
+    lock = FileLock(folder / '.lock')
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
         timeout = stage.dist_timeout if 'dist_timeout' in stage.given else 6 * 3600.0  # averaging
         dist.initialize_dist(get_device(None), timeout=timeout)
-    if rank_zero:
+    if _is_first():
         try:
             take(lock, folder.name, timeout=30)
         except Timeout:
@@ -59,17 +65,82 @@ def merge_stage(stage: Stage, average_script: Path) -> None:
         remove_partials(folder)
         _keep_what_is_the_same(stage, folder)
         write_record(stage)
-        _average(stage, merge, checkpoint, 'pt', average_script)
-        _average(stage, merge, exported, 'hf', average_script)
-    dist.barrier()
     guard_loading()
-    if not done:
-        _measure_losses(stage, checkpoint)
-    if rank_zero:
-        done = {'batch': 0, 'time': {}, 'max_duration': str(stage.max_duration), 'lm_eval': None}
+    scored = _make_line(stage, merge, folder) if merge.line else _make_average(stage, merge, folder, not done)
+    if _is_first():
+        done = {'batch': 0, 'time': {}, 'max_duration': str(stage.max_duration), 'lm_eval': asked if scored else None}
         write_json(folder / 'done.json', done)
-        if suite and evaluate(folder, suite)[1]:
-            write_json(folder / 'done.json', {**done, 'lm_eval': asked})
+
+
+def _is_first() -> bool:
+    """Whether this is the rank that writes files."""
+    return os.environ.get('RANK', '0') == '0'
+
+
+def _make_average(stage: Stage, merge: Merge, folder: Path, is_new: bool) -> bool:
+    """Make a window or a soup; whether nothing of its suite is left to try again."""
+    checkpoint, exported = _made(folder, merge)
+    if _is_first():
+        if not checkpoint.exists():
+            inputs = _inputs_of(stage, merge)
+            kind = merge.weights if merge.last else 'uniform'
+            _average(stage, inputs, window_weights(kind, len(inputs)), checkpoint, is_one_run=True)
+        _export(stage, merge, checkpoint, exported)
+    dist.barrier()
+    if is_new:
+        _measure_losses(stage, checkpoint, folder)
+    return not _is_first() or _score(stage, folder)
+
+
+def _make_line(stage: Stage, merge: Merge, folder: Path) -> bool:
+    """Make and judge the points of a line, one after another, and keep the best: that of the lowest mean loss.
+
+    What is known of the points goes to ``points``, and into the run's own ``losses.json``; of two that are as good, the
+    one nearer to the parent counts. Whether nothing of its suite is left to try again.
+    """
+    assert merge.line, 'that of a line'
+    checkpoint, exported = _made(folder, merge)
+    losses: dict[float, Any] = {}
+    is_scored = True
+    inputs = _inputs_of(stage, merge) if _is_first() else []
+    for alpha in sorted(merge.line):
+        name = name_of_point(alpha)
+        place = folder / 'points' / name
+        known = read_json(place / 'losses.json')
+        model, to_score = place / 'model.pt', exported.with_name(f'{exported.name}-{name}')
+        if _is_first() and (stage.suite or not known) and not model.exists():
+            place.mkdir(parents=True, exist_ok=True)
+            _average(stage, inputs, [1 - alpha, alpha], model, is_one_run=False)
+        dist.barrier()
+        if not known:
+            _measure_losses(stage, model, place)
+            dist.barrier()
+        losses[alpha] = read_json(place / 'losses.json')
+        if _is_first():
+            if stage.suite:  # lm-eval takes Hugging Face models
+                _export(stage, merge, model, to_score)
+                is_scored = _score(stage, to_score) and is_scored
+                shutil.rmtree(to_score)
+            for file in place.glob('model.pt*'):
+                file.unlink()
+    if not _is_first():
+        return True
+    best = min(losses, key=lambda alpha: fmean(rows[-1][2] for rows in losses[alpha]['losses'].values()))
+    if not checkpoint.exists():
+        _average(stage, inputs, [1 - best, best], checkpoint, is_one_run=False)
+    _export(stage, merge, checkpoint, exported)
+    points = {
+        f'{label}/{name_of_point(alpha)}': rows
+        for alpha, measured in losses.items()
+        for label, rows in measured['losses'].items()
+    }
+    write_json(folder / 'losses.json', {**losses[best], 'losses': {**losses[best]['losses'], **points}, 'alpha': best})
+    return _score(stage, folder) and is_scored
+
+
+def _score(stage: Stage, models: Path) -> bool:
+    """Run the suite on exports, if there is one; whether nothing is left to try again."""
+    return not stage.suite or evaluate(models, stage.suite)[1]
 
 
 def _made(folder: Path, merge: Merge) -> tuple[Path, Path]:
@@ -93,37 +164,59 @@ def _keep_what_is_the_same(stage: Stage, folder: Path) -> None:
     elif changes(before, stage):
         checkpoint, exported = _made(folder, merge)
         checkpoint.unlink(missing_ok=True)
-        if exported.exists():
-            shutil.rmtree(exported)
+        for made in (exported, folder / 'points'):
+            shutil.rmtree(made, ignore_errors=True)
 
 
-def _average(stage: Stage, merge: Merge, out: Path, kind: str, script: Path) -> None:
-    """Make ``out`` of the trunk's checkpoints, unless it is there."""
-    if out.exists():
-        return
+def _inputs_of(stage: Stage, merge: Merge) -> list[Found]:
+    """The checkpoints that it is made of, the newest last; exits if one is not there."""
     try:
+        if not (merge.last and merge.every):
+            places = stage.merged
+            if merge.parent and not (is_remote(merge.parent) or Path(merge.parent).exists()):
+                places = [str(folder_of_pretrained(merge.parent)), *places[1:]]
+            return [one for place in places for one in find([place])]
         # what the trunk has trained since, if it goes on, is of no merge at this batch
         found = [one for one in find([merge.of]) if one.batch is None or one.batch <= merge.batch]
-        inputs = [one.path for one in latest(found, merge.last, stage.batches_of('every', merge.every))]
+        inputs = latest(found, merge.last, stage.batches_of('every', merge.every))
         if (newest := max(one.batch or 0 for one in found)) != merge.batch:
             raise AverageError(f'batch {merge.batch:,} is to be the newest, and that is {newest:,}')
-    except (AverageError, StorageError) as error:
+        return inputs
+    except (ValueError, StorageError) as error:
         sys.exit(f'variables.merge.batch={merge.batch}: the checkpoints of {merge.of} cannot be averaged: {error}')
-    command = [sys.executable, str(script), *inputs, '--weights', merge.weights, '--to', kind, '--out', str(out)]
-    # left alone, it would have a restart refused, which makes the same
-    done = subprocess.run(command, check=False, preexec_fn=die_with_parent, env=environment_of_children(os.environ))
-    if done.returncode:
-        sys.exit(f'the checkpoints of {merge.of} could not be averaged')
 
 
-def _measure_losses(stage: Stage, checkpoint: Path) -> None:
-    """Have ``final_loss`` and ``forgetting`` write what the merged weights are worth."""
+def _average(stage: Stage, inputs: Sequence[Found], weights: Sequence[float], out: Path, is_one_run: bool) -> None:
+    """Make ``out`` of checkpoints; exit if they do not fit each other."""
+    places = [one.path for one in inputs]
+    try:
+        with tempfile.TemporaryDirectory(prefix='.average-', dir=out.parent) as temporary:
+            paths = download(inputs, Path(temporary), small_files=False)
+            average_files(paths, weights, out, 'pt', is_one_run=is_one_run, places=places)
+    except (AverageError, CheckpointError, StorageError, OSError) as error:
+        sys.exit(f'{stage.run_name} stopped: {error}')
+
+
+def _export(stage: Stage, merge: Merge, checkpoint: Path, out: Path) -> None:
+    """Export what was made, unless that is done, with the configuration and tokenizer of its trunk's newest export."""
+    if not out.exists():
+        try:
+            out.parent.mkdir(exist_ok=True)
+            newest = None if is_remote(merge.of) else newest_export(merge.of)
+            average_files([checkpoint], [1.0], out, 'hf', config=Path(newest) if newest else None)
+        except (AverageError, CheckpointError, OSError) as error:
+            sys.exit(f'{stage.run_name} stopped: {error}')
+
+
+def _measure_losses(stage: Stage, checkpoint: Path, folder: Path) -> None:
+    """Have ``final_loss`` write to a folder what weights are worth, and ``forgetting`` what they are compared with."""
     given = stage.to_train_yaml()
     config = {key: value for key, value in given.items() if key in EVAL_CONFIG_KEYS}
     if config.get('fsdp_config'):
         config['fsdp_config'] = {**config['fsdp_config'], 'state_dict_type': 'full'}
     callbacks = given['callbacks']
-    config['callbacks'] = {name: callbacks[name] for name in ('final_loss', 'forgetting') if name in callbacks}
+    config['callbacks'] = {name: dict(callbacks[name]) for name in ('final_loss', 'forgetting') if name in callbacks}
+    config['callbacks']['final_loss']['save_folder'] = str(folder)
     # llm-foundry's evaluation judges by the metrics of training
     config['model'] = {**given['model'], 'use_train_metrics': True}
     config |= {'tokenizer': given['tokenizer'], 'load_path': str(checkpoint), 'log_config': False}

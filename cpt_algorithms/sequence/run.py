@@ -155,7 +155,7 @@ class _Loop:
         self.start, self.jobs, self.recipes, self.console = start, jobs, recipes, console
         self.done: set[str] = set()
         for run in runs:  # parents first: what started from one that is not done is asked when that is
-            if run.parent in (None, *self.done) and is_done(run):
+            if self.done.issuperset(run.needs) and is_done(run):
                 self.done.add(run.name)
         self.failed: list[str] = []
         self.elsewhere: set[str] = set()
@@ -167,10 +167,10 @@ class _Loop:
         for run in self.runs:
             if run.name in {*self.done, *self.failed, *(each.run.name for each in self.running)}:
                 continue
-            if run.parent in self.failed:
+            if failed := [name for name in run.needs if name in self.failed]:
                 self.failed.append(run.name)
-                self._print(f'{run.name}: skipped, its parent {run.parent} failed')
-            elif run.parent is not None and run.parent not in self.done:
+                self._print(f'{run.name}: skipped, its parent {failed[0]} failed')
+            elif not self.done.issuperset(run.needs):
                 continue
             elif is_done(run) and restart_problem(run.stage) is None:  # by another sequence
                 self._finish(run)
@@ -267,7 +267,7 @@ def how_it_ended(returncode: int, lines: Sequence[str]) -> str | None:
 
 def _batches_to_go(run: Run, runs: Sequence[Run]) -> int:
     """Batches from this run to the end of the longest chain that starts with it."""
-    return run.batches + max((_batches_to_go(child, runs) for child in runs if child.parent == run.name), default=0)
+    return run.batches + max((_batches_to_go(child, runs) for child in runs if run.name in child.needs), default=0)
 
 
 def _progress_of(run: Run) -> int:

@@ -29,7 +29,7 @@ def print_runs(title: str, runs: Sequence[Run], console: Console) -> None:
         total += sum(tokens.values())
         read = ', '.join(f'{name} {count:,}' for name, count in tokens.items() if count)
         if merge := run.stage.merge:
-            read = f'average of {merge.last} checkpoints, {merge.every} apart'
+            read = merge.described
         start = f' at {sum(run.tokens_before_branch.values()):,}' if run.tokens_before_branch else ''
         table.add_row(escape(run.name), f'{run.parent or "(from scratch)"}{start}', escape(read), f'{run.batches:,}')
     print_table(table, console)
@@ -46,6 +46,6 @@ def print_commands(resources: Resources, runs: Sequence[Run], recipes: Path, con
         last = resources.nodes - 1
         lines.append(f'# on each node: NODE_RANK is 0 to {last}, MASTER_ADDR the node whose rank is 0')
     for run in runs:
-        lines.append(f'# {run.name}{f", when {run.parent} is done" if run.parent else ""}')
+        lines.append(f'# {run.name}' + (f', when {" and ".join(run.needs)} is done' if run.needs else ''))
         lines.append(command(resources, recipes / recipe_of(run), run.folder / 'run.yaml'))
     console.print('\n'.join(lines), soft_wrap=True, markup=False)

@@ -17,6 +17,7 @@ from cpt_algorithms.validation import ConfigError, PathStr, Section, parse_secti
 __all__ = [
     'ANNEAL_KEYS',
     'FROM_SCRATCH',
+    'MADE',
     'OF_THE_TRUNK',
     'Baseline',
     'Branch',
@@ -31,6 +32,7 @@ __all__ = [
 Baseline = Literal['union', 'matched', 'from_scratch', 'constant_eta_min', 'constant_eta_max', 'no_replay', 'same_data']
 FROM_SCRATCH = ('union', 'matched', 'from_scratch')
 ANNEAL_KEYS = ('t_anneal', 'anneal', 'alpha_f')
+MADE = ('merge', 'line', 'soup')
 # Filled in for every run.
 DERIVED = ('run_name', 'save_folder', 'load_path', 'load_weights_only', 'load_ignore_keys', 'autoresume', 'seed')
 # What a branch has from its trunk, or from ANNEAL_KEYS.
@@ -127,12 +129,28 @@ _PartOfABranch: Any = create_model('_PartOfABranch', __base__=_OfASequence, **_N
 
 
 class Branch(_PartOfABranch):
-    """A run that starts from a checkpoint of a stage: annealed over ``t_anneal``, or a merge."""
+    """A run that starts from a checkpoint of a stage: annealed over ``t_anneal``, or made of it without training.
+
+    Attributes:
+        t_anneal: See ``ANNEAL_KEYS``.
+        anneal: See ``ANNEAL_KEYS``.
+        alpha_f: See ``ANNEAL_KEYS``.
+        merge: An average of the stage's last checkpoints.
+        line: Points between what the stage began from (0) and its end (1).
+        soup: Arms whose results are averaged with this one's, or ``seeds``.
+    """
 
     t_anneal: AbsoluteTime | None = None
     anneal: str | None = None
     alpha_f: float | None = None
     merge: BranchMerge | None = None
+    line: Annotated[list[float], Field(min_length=1)] | None = None
+    soup: Literal['seeds'] | Annotated[list[str], Field(min_length=1)] | None = None
+
+    @property
+    def made(self) -> str | None:
+        """Which of ``MADE`` it is, if it is not trained."""
+        return next((kind for kind in MADE if getattr(self, kind) is not None), None)
 
 
 class StageSettings(_OfASequence):

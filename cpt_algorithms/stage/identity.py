@@ -232,6 +232,8 @@ def places_of(stage: Stage, goes_on: bool = False) -> dict[str, str]:
     found = {'tokenizer.name': stage.tokenizer.name, 'load_path': parent}
     found[MODEL] = stage.model.pretrained_model_name_or_path
     found['train_loader.dataset.resume_after'] = stage.train_loader.dataset.resume_after
+    if stage.merge and stage.merge.soup:
+        found |= {f'variables.merge.soup[{index}]': place for index, place in enumerate(stage.merge.soup)}
     loaders = stage.loaders if goes_on and _keeps_losses(stage) else stage.loaders[:1]
     streams = [
         (f'{_name_of(where, loader)}.{key}', each)
@@ -272,7 +274,8 @@ def results_of(stage: Stage) -> dict[str, Any]:
     whole['dataset'] = {**defaults, **loader.dataset.given}
     whole['dataset'].pop('max_passes', None)  # a permission
     kept['train_loader'] = _without({key: value for key, value in whole.items() if key not in _WORKERS}, _DOWNLOADS)
-    kept['merge'] = stage.merge and {**stage.merge.given, 'of': None}
+    if (merge := stage.merge) is not None:
+        kept['merge'] = {**merge.given, 'of': None, 'parent': None, 'soup': merge.soup and len(merge.soup)}
     kept['fsdp_config'] = {'mixed_precision': (stage.given.get('fsdp_config') or {}).get('mixed_precision')}
     kept['tokenizer'] = {**stage.tokenizer.given, 'name': None}
     kept['model'] = _model(stage)

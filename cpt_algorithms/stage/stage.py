@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from cpt_algorithms.checkpoints.save_folder import batch_of
+from cpt_algorithms.checkpoints.save_folder import batch_of, checkpoint_name, latest_link
 from cpt_algorithms.duration import ABSOLUTE, UNITS, Duration
 from cpt_algorithms.files import read_yaml
 from cpt_algorithms.replay.mix import DOWNLOAD_RETRY, STREAM_KEYS, Mix, Stream, read_mix
@@ -258,13 +258,46 @@ class Callbacks(Section):
 
 
 class Merge(Section):
-    """The average that a run is, in place of training: the last checkpoints of a trunk."""
+    """What a run is in place of training: a window, a line or a soup.
+
+    Attributes:
+        of: The folder of the run that it is a branch of.
+        batch: The last batch of that.
+        last: How many of its last checkpoints are averaged.
+        every: How far apart those are.
+        weights: Of the window.
+        line: Points between ``parent`` (0) and the end of ``of`` (1), each a model; the best is the run's.
+        parent: What ``of`` began from, a checkpoint or a pretrained model.
+        soup: Checkpoints of other runs, averaged with the last one of ``of``.
+    """
 
     of: PathStr
     batch: int
-    last: Annotated[int, Field(ge=2)]
-    every: Interval
+    last: Annotated[int, Field(ge=2)] | None = None
+    every: Interval | None = None
     weights: str = 'uniform'
+    line: Annotated[list[float], Field(min_length=1)] | None = None
+    parent: PathStr | None = None
+    soup: Annotated[list[PathStr], Field(min_length=1)] | None = None
+
+    @model_validator(mode='after')
+    def _check_kind(self) -> 'Merge':
+        needed = {'last': self.every, 'line': self.parent, 'soup': self.of}
+        given = [name for name in needed if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f'KEY has {" and ".join(given) or "none"} of last, line and soup; one of them is needed')
+        if needed[given[0]] is None:
+            raise ValueError(f'KEY.{given[0]} needs {"every" if given == ["last"] else "parent"}')
+        return self
+
+    @property
+    def described(self) -> str:
+        """In words, for people."""
+        if self.line is not None:
+            return f'line from the parent, {len(self.line)} points'
+        if self.soup is not None:
+            return f'average of {len(self.soup) + 1} runs'
+        return f'average of {self.last} checkpoints, {self.every} apart'
 
 
 class Variables(Section):
@@ -484,8 +517,23 @@ class Stage(Section):
 
     @property
     def merge(self) -> Merge | None:
-        """Of what the run is an average, if it is not trained."""
+        """What the run is, if it is not trained."""
         return self.variables.merge
+
+    @property
+    def merged(self) -> list[str]:
+        """The checkpoints that a merge is made of, the newest, its trunk's, last."""
+        if self.merge is None:
+            return []
+        trunk = f'{self.merge.of}/{latest_link(self.is_sharded)}'
+        if self.merge.line is not None:
+            return [str(self.merge.parent), trunk]
+        if self.merge.soup is not None:
+            return [*self.merge.soup, trunk]
+        assert self.merge.last and self.merge.every, 'Merge has looked'
+        step = self.batches_of('every', self.merge.every)
+        batches = [self.merge.batch - number * step for number in reversed(range(self.merge.last))]
+        return [f'{self.merge.of}/{checkpoint_name(batch, self.is_sharded)}' for batch in batches]
 
 
 def read_model_file(path: str) -> dict[str, Any]:

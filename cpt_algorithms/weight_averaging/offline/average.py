@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Average:
-    """One tensor to make, of parts (weights, and what they weigh) of one dtype and shape, in the dtype of the result.
+    """One tensor to make, of parts (weights, and what they weigh) of one shape, in the dtype of the result.
 
     ``write`` is called with the first byte and the bytes of each block of the result, from several threads.
     """
@@ -43,13 +44,16 @@ def check_alike(checkpoints: Sequence[Checkpoint], and_dtypes: bool = True) -> N
 
     Args:
         checkpoints: The others are compared with the first.
-        and_dtypes: Whether dtypes must be the same, beside names and shapes. Default: ``True``.
+        and_dtypes: Whether dtypes of floating-point numbers must be the same, beside names and shapes. Default:
+            ``True``.
 
     Raises:
         CheckpointError: If they differ (with the first three differences), or a dtype cannot be averaged.
     """
     first = checkpoints[0].tensors
-    show: Callable[[TensorOnDisk], str] = describe if and_dtypes else lambda one: str(one.shape)
+    show: Callable[[TensorOnDisk], str] = describe
+    if not and_dtypes:
+        show = lambda one: str(one.shape) if one.dtype.is_floating_point else describe(one)  # noqa: E731
     for other in checkpoints:
         for name, one in other.tensors.items():
             if (one.dtype.is_floating_point or one.dtype.is_complex) and one.dtype not in FLOATS:
@@ -217,14 +221,15 @@ def average_tensors(
 
 def _average_block(average: Average, begin: int, size: int, accumulate: torch.dtype, files: dict[Path, int]) -> int:
     parts = [(weight, stored) for weight, stored in average.parts if weight]
-    dtype = parts[0][1].dtype
-    result = values = torch.empty(size, dtype=dtype)
-    if len(parts) == 1 and parts[0][0] == 1 and dtype == average.dtype:
+    result = values = torch.empty(size, dtype=parts[0][1].dtype)
+    if len(parts) == 1 and parts[0][0] == 1 and values.dtype == average.dtype:
         _read(files, parts[0][1], begin, values)
     else:
-        total = torch.empty(size, dtype=torch.promote_types(accumulate, dtype))
+        total = torch.empty(size, dtype=reduce(torch.promote_types, (each.dtype for _, each in parts), accumulate))
         scale = min(abs(weight) for weight, _ in parts)
         for index, (weight, stored) in enumerate(parts):
+            if stored.dtype != values.dtype:
+                values = torch.empty(size, dtype=stored.dtype)
             _read(files, stored, begin, values)
             factor = weight / scale
             if index:
@@ -237,4 +242,4 @@ def _average_block(average: Average, begin: int, size: int, accumulate: torch.dt
             total.mul_(scale)
         result = total.to(average.dtype)
     average.write(begin * average.dtype.itemsize, as_bytes(result))
-    return len(parts) * size * dtype.itemsize
+    return sum(size * stored.dtype.itemsize for _, stored in parts)

@@ -95,6 +95,7 @@ def make_plan(
     dtype: torch.dtype | None = None,
     accumulate: torch.dtype = torch.float32,
     may_differ: bool = False,
+    is_one_run: bool = True,
 ) -> Plan:
     """Lay out an average, and refuse what cannot be averaged.
 
@@ -105,15 +106,16 @@ def make_plan(
         dtype: Of the floating-point results. Default: as in the model.
         accumulate: Dtype of the sums. Default: ``float32``.
         may_differ: Whether what is no weight may differ, see :func:`check_agreement`. Default: ``False``.
+        is_one_run: Whether dtypes must be the same, as those of one run are. Default: ``True``.
 
     Raises:
         CheckpointError: If the checkpoints do not fit each other, or one has no such average.
     """
-    check_alike(checkpoints)
+    check_alike(checkpoints, is_one_run)
     check_agreement(checkpoints, may_differ)
     newest = checkpoints[-1]
     views = [view_average(each, average) if average else [(1.0, each)] for each in checkpoints]
-    check_alike([view for each in views for _, view in each])
+    check_alike([view for each in views for _, view in each], is_one_run)
     parts, dtypes, copied, kept = {}, {}, [], []
     for name, own in newest.tensors.items():
         dtypes[name] = (dtype or own.dtype) if own.dtype.is_floating_point else own.dtype
