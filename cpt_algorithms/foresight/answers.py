@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of pilot runs before the big one: the smallest replay fraction that forgets no more than allowed."""
+"""What is asked of pilot runs before the big one: how much replay it needs, how it will end, what is cheapest."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from functools import cached_property
+from math import inf, isfinite
 from statistics import fmean
 
-from cpt_algorithms.foresight.fits import Estimate, MixingLaw, mixing_law, over_seeds
+import numpy as np
 
-__all__ = ['Answer', 'Pilots', 'smallest_share']
+from cpt_algorithms.foresight.fits import Estimate, MixingLaw, mixing_law, over_seeds
+from cpt_algorithms.foresight.update_law import Trajectory, UpdateLaw, update_law
+
+__all__ = [
+    'Answer', 'Cheapest', 'Ending', 'Pilots', 'Update', 'cheapest', 'ending_of', 'smallest_share',
+]  # fmt: skip
+
+# Learning rates of the batches of an update of so many tokens.
+Rates = Callable[[int], Sequence[float]]
+ONE_SEED = 'one seed: the interval says how well the law fits its points, not how much seeds differ'
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,180 @@ def _warnings(pilots: Sequence[Pilots], share: Estimate, error: float | None) ->
     if error is None:
         said.append(f'only {len(shares)} shares, as many as the law has parameters: nothing tells how well it fits')
     if len(pilots) == 1:
-        said.append('one seed: the interval says how well the law fits its points, not how much seeds differ')
+        said.append(ONE_SEED)
     if isfinite(share.low) and isfinite(share.high) and not (shares[0] <= share.low and share.high <= shares[-1]):
         said.append(f'the interval leaves the pilots, {_percent(shares[0])} to {_percent(shares[-1])} of old data')
     return said
+
+
+@dataclass(frozen=True)
+class Update:
+    """Updates of one parent, on one mixture and with one seed, that differ in schedule and length alone.
+
+    Attributes:
+        name: Of the longest.
+        seed: Of all.
+        share: Of old data.
+        tokens: Of the longest.
+        at_start: Losses of the untouched parent, by dataset.
+        old: Datasets that the parent has learned.
+        new: Those of the update.
+        trajectories: By dataset, with that of the parent where it is known.
+    """
+
+    name: str
+    seed: int
+    share: float
+    tokens: int
+    at_start: Mapping[str, float]
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    trajectories: Mapping[str, tuple[Trajectory, ...]]
+
+    @cached_property
+    def laws(self) -> dict[str, UpdateLaw]:
+        """Of each dataset."""
+        return {name: update_law(known) for name, known in self.trajectories.items()}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The loss of a dataset at the end of an update.
+
+    Attributes:
+        loss: With its 95 % interval: over seeds (Student's t), or with one by the profile of its fit.
+        change: Of the loss, since the parent: what is forgotten of old data, or less than 0.
+        error: Mean error, in nats per token, of the last loss of an update that is left out of the fit, or of the last
+            third of a single one; None if there is too little.
+    """
+
+    loss: Estimate
+    change: Estimate
+    error: float | None
+
+
+def ending_of(updates: Sequence[Update], rates: Sequence[float]) -> tuple[dict[str, Ending], list[str]]:
+    """How an update ends, by the law of the loss along it.
+
+    Args:
+        updates: One for each seed.
+        rates: Learning rate of each of its batches.
+
+    Returns:
+        By dataset, old data first; and what makes it doubtful.
+
+    Raises:
+        ValueError: If there are too few losses.
+    """
+    found = {}
+    for name in (*updates[0].old, *updates[0].new):
+        laws, started = [each.laws[name] for each in updates], [each.at_start[name] for each in updates]
+        if len(updates) > 1:
+            changes = _ends(updates, name, rates)
+            loss = over_seeds([change + start for change, start in zip(changes, started, strict=True)])
+            change = over_seeds(changes)
+        else:
+            loss = laws[0].at(rates, len(rates))
+            change = Estimate(*(end - started[0] for end in (loss.value, loss.low, loss.high)))
+        errors = [error for law in laws if (error := law.left_out()) is not None]
+        found[name] = Ending(loss, change, fmean(errors) if errors else None)
+    said = [] if len(updates) > 1 else [ONE_SEED]
+    area, most = sum(rates), max(law.area for each in updates for law in each.laws.values())
+    if area > 1.001 * most:
+        said.append(
+            f'no pilot has gone as far: the area of its learning rates, {area:.3g} over {len(rates):,} batches, is '
+            f'{area / most:.2f} times the largest'
+        )
+    return found, said
+
+
+@dataclass(frozen=True)
+class Cheapest:
+    """The shortest update that keeps to two bounds.
+
+    Attributes:
+        tokens: Of it, new and old; the interval is from the length at which it would keep to them if all laws erred
+            against it, to the one at which it does if they err in its favour, infinite if none does.
+        share: Of old data.
+        forgetting: Of the old dataset that is forgotten most, foretold.
+        adaptation: Of the new dataset that is learned least, foretold.
+        curve: At this length, for shares from the lowest to the highest: share, forgetting, adaptation.
+        warnings: What makes it doubtful.
+    """
+
+    tokens: Estimate
+    share: float
+    forgetting: float
+    adaptation: float
+    curve: tuple[tuple[float, float, float], ...]
+    warnings: tuple[str, ...]
+
+
+def cheapest(updates: Sequence[Sequence[Update]], rates: Rates, forgetting: float, adaptation: float) -> Cheapest:
+    """The shortest update with at most so much forgetting, and at least so much adaptation, of each dataset.
+
+    At every length the law of the loss foretells the end of each share's updates, and the mixing law is drawn through
+    these. Lengths go from a twentieth of the pilots' to theirs.
+
+    Args:
+        updates: For each share, three or more, one update for each seed.
+        rates: Of an update of so many tokens.
+        forgetting: Nats per token.
+        adaptation: Nats per token.
+
+    Raises:
+        ValueError: If no length and share keeps to both; with what comes nearest.
+    """
+    most = min(each.tokens for of in updates for each in of)
+    lengths = [*(int(each) for each in np.geomspace(most / 20, most, 24)[:-1]), most]
+    shares = np.linspace(min(of[0].share for of in updates), max(of[0].share for of in updates), 201)
+    curves = {length: _changes(updates, shares, rates(length)) for length in lengths}
+    off = max(_half_width(of, name, rates(most)) for of in updates for name in of[0].trajectories)
+
+    def shortest(favour: float) -> tuple[int, int] | None:
+        for length, (forgot, learned) in curves.items():
+            able = np.flatnonzero((forgot - favour <= forgetting) & (learned + favour >= adaptation))
+            if able.size:
+                return length, int(able[0])
+        return None
+
+    if (found := shortest(0)) is None:
+        forgot, learned = curves[most]
+        able = np.flatnonzero(forgot <= forgetting)
+        nearest = (
+            f'with forgetting of {forgetting:g}, adaptation is {learned[able].max():.3f} at most'
+            if able.size
+            else f'forgetting is {forgot.min():.3f} at least; train one with more old data'
+        )
+        raise ValueError(f'no pilot shows both within {most:,} tokens: at that length, {nearest}')
+    (length, index), lucky, unlucky = found, shortest(off), shortest(-off)
+    tokens = Estimate(length, lucky[0] if lucky and isfinite(off) else 0, unlucky[0] if unlucky else inf)
+    said = [] if len(updates[0]) > 1 else [ONE_SEED]
+    if length == lengths[0]:
+        said.append(f'it may be shorter: nothing below a twentieth of the pilots, {length:,} tokens, was tried')
+    curve = [(float(share), float(f), float(a)) for share, f, a in zip(shares, *curves[length], strict=True)]
+    return Cheapest(tokens, *curve[index], tuple(curve), tuple(said))
+
+
+def _ends(of: Sequence[Update], name: str, rates: Sequence[float]) -> list[float]:
+    """Change of the loss on a dataset at the end of an update, for each seed."""
+    return [float(each.laws[name].along(rates, [len(rates)])[0]) - each.at_start[name] for each in of]
+
+
+def _changes(
+    updates: Sequence[Sequence[Update]], shares: np.ndarray, rates: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Forgetting of the old dataset that is forgotten most, and adaptation of the new one that is learned least."""
+    trained = [of[0].share for of in updates]
+    found = {
+        name: mixing_law(trained, [fmean(_ends(of, name, rates)) for of in updates]).loss(shares)
+        for name in updates[0][0].trajectories
+    }
+    old, new = updates[0][0].old, updates[0][0].new
+    return np.max([found[name] for name in old], axis=0), np.min([-found[name] for name in new], axis=0)
+
+
+def _half_width(of: Sequence[Update], name: str, rates: Sequence[float]) -> float:
+    """Of the interval of a change; infinite if it has none."""
+    found = over_seeds(_ends(of, name, rates)) if len(of) > 1 else of[0].laws[name].at(rates, len(rates))
+    return (found.high - found.low) / 2

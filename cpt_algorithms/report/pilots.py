@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished updates of a sequence, as pilots of a bigger run."""
+"""Updates of a sequence, as pilots of a bigger run."""
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from cpt_algorithms.foresight.answers import Pilots
+import numpy as np
+
+from cpt_algorithms.duration import per_batch_of
+from cpt_algorithms.foresight.answers import Pilots, Update
+from cpt_algorithms.foresight.update_law import Trajectory
 from cpt_algorithms.report.run_records import RunRecord, RunSet
+from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.identity import results_of
+from cpt_algorithms.stage.stage import Stage
 
-__all__ = ['pilots_of']
+__all__ = ['UpdatePilots', 'pilots_of', 'rates_of', 'trajectory_of', 'update_pilots_of']
 
 
 def pilots_of(study: RunSet) -> dict[str, list[Pilots]]:
@@ -48,9 +57,95 @@ def _share(run: RunRecord) -> float:
 
 def _all_but_the_share(run: RunRecord) -> str:
     """What decides its results, less the share of old data and the seed."""
+    return _all_but(run, 'replay')
+
+
+def _all_but(run: RunRecord, *others: str) -> str:
+    """What decides its results, less the seed and other keys, of the YAML or of its dataset."""
     assert run.config is not None
     kept = results_of(run.config)
-    kept.pop('seed', None)
-    for key in ('replay', 'shuffle_seed'):
+    for key in ('seed', *others):
+        kept.pop(key, None)
+    for key in ('shuffle_seed', *others):
         kept['train_loader']['dataset'].pop(key, None)
     return json.dumps([run.stage, run.peers, kept], sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class UpdatePilots:
+    """Updates on one mixture that differ in schedule and length alone: one :class:`Update` for each seed.
+
+    Attributes:
+        updates: By seed.
+        stage: Of the longest, whose schedule, learning rate and batches a new one has, if nothing else is said.
+    """
+
+    updates: list[Update]
+    stage: Stage
+
+
+def update_pilots_of(study: RunSet) -> list[UpdatePilots]:
+    """The updates of a parent, by mixture, the lowest share of old data first.
+
+    Raises:
+        ValueError: If no finished update has been evaluated on its way.
+    """
+    groups: dict[str, dict[int, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
+    for run in study.given:
+        is_trained = run.kind == 'update' and run.state == 'finished' and run.is_whole and not run.tokens_before_branch
+        if is_trained and run.config and run.old and run.learning_rate and run.at_start.keys() >= {*run.old, *run.new}:
+            parent = study.runs[run.parent] if run.parent else None
+            of_parent = _all_but(parent) if parent and parent.config else str(run.began_from)
+            groups[_all_but(run, 'scheduler', 'max_duration') + of_parent][run.seed].append(run)
+    if not groups:
+        raise ValueError('no finished update of a parent was evaluated on its way: pilots need callbacks.final_loss')
+    found = []
+    for seeds in groups.values():
+        every = [run for runs in seeds.values() for run in runs]
+        longest = max(every, key=lambda run: run.spent)
+        assert longest.config is not None, 'it has begun'
+        updates = [_update(study, seed, runs) for seed, runs in sorted(seeds.items())]
+        found.append(UpdatePilots(updates, longest.config))
+    return sorted(found, key=lambda pilots: pilots.updates[0].share)
+
+
+def _update(study: RunSet, seed: int, runs: Sequence[RunRecord]) -> Update:
+    longest = max(runs, key=lambda run: run.spent)
+    parent = study.runs[longest.parent] if longest.parent else None
+    names = (*longest.old, *longest.new)
+    # what began from a parent of its own has an area that is not known
+    known = [parent] if parent and parent.kind != 'update' and parent.learning_rate else []
+    found = {name: tuple(trajectory_of(run, name) for run in (*known, *runs) if name in run.losses) for name in names}
+    at_start = {name: longest.at_start[name] for name in names}
+    return Update(
+        longest.arm, seed, _share(longest), longest.spent, at_start, tuple(longest.old), tuple(longest.new), found
+    )
+
+
+def trajectory_of(run: RunRecord, name: str) -> Trajectory:
+    """The losses of a run on a dataset, and its learning rates, as far as it has come."""
+    at, _, rates = zip(*run.learning_rate, strict=True)
+    points = [(int(batch), loss) for batch, _, loss in run.losses[name]]
+    batches, losses = zip(*dict(points).items(), strict=True)
+    lr = np.interp(np.arange(max(int(at[-1]) + 1, batches[-1])), at, rates)
+    return Trajectory(tuple(map(float, lr)), batches, losses, run.kind == 'update')
+
+
+def rates_of(stage: Stage, tokens: int | None = None, scheduler: dict[str, Any] | None = None) -> list[float]:
+    """The learning rates of the batches of a stage, or of one with other tokens or another schedule.
+
+    Raises:
+        ValueError: If the schedule is none of this library, or does not fit.
+    """
+    per_batch = stage.global_train_batch_size * stage.max_seq_len
+    batches = (stage.batches or 0) if tokens is None else tokens // per_batch
+    given = scheduler or dict(stage.scheduler.given)
+    duration = stage.max_duration if tokens is None else f'{batches * per_batch}tok'
+    phases = phases_of(given, duration)
+    if phases is None or stage.optimizer.lr is None or not batches:
+        raise ValueError(
+            f'scheduler.name={given.get("name")}, {duration}: what is foretold is one batch or more of a schedule of '
+            'this library, such as rewarm_cosine, infinite or wsd'
+        )
+    step = per_batch_of(phases.unit, stage.global_train_batch_size, stage.max_seq_len) or 1
+    return [stage.optimizer.lr * phases.multiplier_at(batch * step) for batch in range(batches)]
