@@ -11,13 +11,14 @@ import numpy as np
 
 from cpt_algorithms.duration import per_batch_of
 from cpt_algorithms.foresight.answers import Pilots, Update
-from cpt_algorithms.foresight.update_law import Trajectory
+from cpt_algorithms.foresight.fits import Estimate
+from cpt_algorithms.foresight.update_law import Trajectory, update_law
 from cpt_algorithms.report.run_records import RunRecord, RunSet
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.identity import results_of
 from cpt_algorithms.stage.stage import Stage
 
-__all__ = ['UpdatePilots', 'pilots_of', 'rates_of', 'trajectory_of', 'update_pilots_of']
+__all__ = ['UpdatePilots', 'forecast_of', 'pilots_of', 'rates_of', 'update_pilots_of']
 
 
 def pilots_of(study: RunSet) -> dict[str, list[Pilots]]:
@@ -115,20 +116,46 @@ def _update(study: RunSet, seed: int, runs: Sequence[RunRecord]) -> Update:
     names = (*longest.old, *longest.new)
     # what began from a parent of its own has an area that is not known
     known = [parent] if parent and parent.kind != 'update' and parent.learning_rate else []
-    found = {name: tuple(trajectory_of(run, name) for run in (*known, *runs) if name in run.losses) for name in names}
+    found = {name: tuple(_trajectory(run, name) for run in (*known, *runs) if name in run.losses) for name in names}
     at_start = {name: longest.at_start[name] for name in names}
     return Update(
         longest.arm, seed, _share(longest), longest.spent, at_start, tuple(longest.old), tuple(longest.new), found
     )
 
 
-def trajectory_of(run: RunRecord, name: str) -> Trajectory:
+def _trajectory(run: RunRecord, name: str) -> Trajectory:
     """The losses of a run on a dataset, and its learning rates, as far as it has come."""
     at, _, rates = zip(*run.learning_rate, strict=True)
     points = [(int(batch), loss) for batch, _, loss in run.losses[name]]
     batches, losses = zip(*dict(points).items(), strict=True)
     lr = np.interp(np.arange(max(int(at[-1]) + 1, batches[-1])), at, rates)
     return Trajectory(tuple(map(float, lr)), batches, losses, run.kind == 'update')
+
+
+def forecast_of(study: RunSet, run: RunRecord, name: str) -> list[tuple[int, Estimate]]:
+    """The rest of the curve of an update that is under way: tokens and the loss there, from now to the end.
+
+    Fitted to its own losses so far, its parent's, and those of finished updates that differ in schedule alone; nothing
+    if these are too few, or its schedule is none of this library.
+    """
+    if run.kind != 'update' or run.tokens_before_branch or run.state == 'finished' or run.config is None:
+        return []
+    try:
+        others = [other for other in study.given if other is not run and _is_sibling(run, other)]
+        law = update_law(_update(study, run.seed, [run, *others]).trajectories[name])
+        rates = rates_of(run.config)
+        batches = [int(each) for each in np.linspace(run.batch, len(rates), 5)]
+        per_batch = run.config.global_train_batch_size * run.config.max_seq_len
+        return [(batch * per_batch, law.at(rates, batch)) for batch in batches]
+    except (ValueError, KeyError):
+        return []
+
+
+def _is_sibling(run: RunRecord, other: RunRecord) -> bool:
+    if other.parent != run.parent or other.state != 'finished' or other.tokens_before_branch or other.config is None:
+        return False
+    keys = ('scheduler', 'max_duration')
+    return run.seed == other.seed and _all_but(other, *keys) == _all_but(run, *keys)
 
 
 def rates_of(stage: Stage, tokens: int | None = None, scheduler: dict[str, Any] | None = None) -> list[float]:

@@ -20,7 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cpt_algorithms.evaluation.functional import by_average, is_point
+from cpt_algorithms.foresight.fits import Estimate
 from cpt_algorithms.formatting import exact, flop, percent, scientific, short, shortened
+from cpt_algorithms.report.pilots import forecast_of
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet, read_until, size_name
 from cpt_algorithms.report.tables import Row
 
@@ -277,8 +279,21 @@ def _loss(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:
     if not any(len(points) > 1 for line in lines for points in line.seeds):
         return None
     figure, axis = _losses(lines, name)
+    for line in lines:
+        for run in (run for run in line.runs if line.style != '--'):
+            _draw_forecast(axis, line, forecast_of(study, run, name))
     _legend(figure, axis)
     return Plot(f'loss-{_slug(name)}', f'Loss on {_role(study, arms, name)}', figure)
+
+
+def _draw_forecast(axis: Axes, line: _Line, forecast: Sequence[tuple[int, Estimate]]) -> None:
+    """The rest of a curve as it is foretold: dotted, in a band of 95 %."""
+    if forecast:
+        tokens = [line.start + token for token, _ in forecast]
+        low, high = ([getattr(loss, end) for _, loss in forecast] for end in ('low', 'high'))
+        axis.plot(tokens, [loss.value for _, loss in forecast], color=line.colour, linestyle=':', linewidth=1.4)
+        axis.fill_between(tokens, low, high, color=line.colour, alpha=0.2, linewidth=0)
+        axis.set_xlim(0, max(tokens[-1], axis.get_xlim()[1]))
 
 
 def _averages(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:

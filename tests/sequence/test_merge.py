@@ -12,17 +12,13 @@ from cpt_algorithms.files import write_json
 from cpt_algorithms.sequence import merge as merges
 from cpt_algorithms.stage.stage import Stage
 
-# in place of scripts/average_checkpoints.py
-SCRIPT = """
-import sys
-from pathlib import Path
-out = Path(sys.argv[-1])
-assert not out.exists()
-out.mkdir(parents=True) if out.suffix != '.pt' else None
-inputs = list(map(Path, sys.argv[1 : sys.argv.index('--weights')]))
-text = ' '.join([path.name for path in inputs] + [inputs[-1].read_bytes().hex()])
-(out / 'config.json' if out.is_dir() else out).write_text(text)
-"""
+
+def average(paths, weights, out, to, **how):
+    """In place of the averages of real checkpoints."""
+    assert not out.exists()
+    out.mkdir(parents=True) if to == 'hf' else None
+    text = ' '.join([*(path.name for path in paths), paths[-1].read_bytes().hex()])
+    (out / 'config.json' if to == 'hf' else out).write_text(text)
 
 
 class OutOfMemory(Exception):
@@ -34,7 +30,7 @@ def merged(data, tmp_path, monkeypatch):
     """Merges; killed in their evaluation unless they may end."""
     (tmp_path / 'trunk').mkdir()
     train(tmp_path, {})
-    (tmp_path / 'average.py').write_text(SCRIPT)
+    monkeypatch.setattr(merges, 'average_files', average)
 
     def merged(ends=True, run_name='merged', **over):
         of = {'of': str(tmp_path / 'trunk'), 'batch': 8, 'last': 3, 'every': '2ba', **over}
@@ -42,7 +38,7 @@ def merged(data, tmp_path, monkeypatch):
             tmp_path, data, run_name, save_folder=str(tmp_path / 'merged'), max_duration='0ba', variables={'merge': of}
         )
         monkeypatch.setattr(merges, 'evaluate_losses', lambda given: None if ends else out_of_memory())
-        merges.merge_stage(Stage.from_yaml(cfg), tmp_path / 'average.py')
+        merges.merge_stage(Stage.from_yaml(cfg))
         return (tmp_path / 'merged' / 'merged.pt').read_text(), list((tmp_path / 'merged').glob('huggingface/*/*.json'))
 
     return merged
@@ -80,7 +76,7 @@ def test_an_average_that_was_not_evaluated_is_kept_and_another_is_made_again(mer
     last, (export,) = merged(last=2, batch=6)
     assert names(last) == ['ep0-ba4-rank0.pt', 'ep0-ba6-rank0.pt']
     assert last.split()[-1] != first.split()[-1], 'of the trunk that is there'
-    assert (export.read_text(), export.parent.name) == (last, 'ba6')
+    assert export.read_text() == f'merged.pt {last.encode().hex()}' and export.parent.name == 'ba6'
     assert json.loads((tmp_path / 'merged' / 'stage.json').read_text())['config']['variables']['merge']['last'] == 2
 
 

@@ -894,3 +894,57 @@ def test_object_storage(run, shards, bucket, tmp_path, capsys):
     with pytest.raises(SystemExit):
         average_checkpoints.main([str(run), '--out', 's3://bucket/merged/hf'])
     assert 's3://bucket/merged/hf exists' in capsys.readouterr().err
+
+
+# Sums with names
+
+
+@pytest.fixture
+def relatives(tmp_path) -> Path:
+    """A base, what was made of it in two ways, and one of another precision."""
+    values = {'base': [1.0, 2.0, 4.0], 'instruct': [1.5, 2.0, 3.0], 'child': [3.0, -2.0, 4.0]}
+    for name, value in values.items():
+        write_hf(tmp_path / name, {'x': torch.tensor(value)})
+    write_hf(tmp_path / 'half', {'x': torch.tensor(values['base']).bfloat16()})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        ('child --parent base --alpha 0', [1.0, 2.0, 4.0]),
+        ('child --parent half --alpha 0.25', [1.5, 1.0, 4.0]),
+        ('child --parent base --alpha 1', [3.0, -2.0, 4.0]),
+        ('child --parent base --alpha 1.5', [4.0, -4.0, 4.0]),
+        ('child --plus instruct --minus base', [3.5, -2.0, 3.0]),
+        ('child --plus instruct --minus half', [3.5, -2.0, 3.0]),
+    ],
+)
+def test_sums_with_names(relatives, monkeypatch, arguments, expected):
+    monkeypatch.chdir(relatives)
+    made = load_file(average(relatives / 'out', *arguments.split()) / 'model.safetensors')
+    assert made['x'].tolist() == expected and made['x'].dtype == torch.float32
+    inputs = json.loads((relatives / 'out' / 'average.json').read_text())['inputs']
+    assert sum(each['weight'] for each in inputs) == 1 and inputs[-1]['path'].endswith('child')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        ('child instruct base --weights 1,1,-1', '--weights 1,1,-1 child --plus instruct --minus base'),
+        ('base child --weights=-0.5,1.5', '--weights -0.5,1.5 child --parent base --alpha 1.5'),
+        ('base child instruct --weights 2,-0.5,-0.5', 'INPUT --parent PARENT --alpha A'),
+        ('child --parent base', '--parent base needs --alpha'),
+        ('child --minus base', '--minus base needs --plus'),
+        ('child --parent base --alpha 1 --plus instruct --minus base', '--plus instruct does not go with --parent'),
+        ('child --parent base --alpha 0.5 --weights linear', '--weights linear does not go with --parent'),
+        ('child instruct --parent base --alpha 0.5', '--alpha is for one INPUT, not 2'),
+        ('child --parent base --alpha nan', '--alpha nan'),
+        ('child --parent larger --alpha 0.5', 'child does not fit larger: x is (4,) there and (3,) here'),
+    ],
+)
+def test_what_is_no_sum_is_named(relatives, capsys, monkeypatch, arguments, words):
+    write_hf(relatives / 'larger', {'x': torch.ones(4)})  # a vocabulary with a row more
+    monkeypatch.chdir(relatives)
+    message = error_of(capsys, relatives / 'out', *arguments.split())
+    assert re.search('.*'.join(map(re.escape, words.split())), message), message

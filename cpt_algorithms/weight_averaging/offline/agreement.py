@@ -14,8 +14,9 @@ from cpt_algorithms.weight_averaging.offline.average import read_tensor, short
 
 __all__ = ['check_agreement']
 
-# Keys of config.json about its origin, the software that wrote it, and the tensors, which say it themselves.
-_ORIGIN = ('_name_or_path', 'architectures', *WEIGHTS_DTYPE, 'transformers_version', 'use_cache')
+# Keys of config.json about its origin, the software that wrote it (a run that has exported adds auto_map to its
+# checkpoints), and the tensors, which say it themselves; as are those that begin with _.
+_ORIGIN = ('architectures', 'auto_map', *WEIGHTS_DTYPE, 'transformers_version', 'use_cache')
 # Of the tokenizer's files likewise; how a batch of texts is filled up or cut is up to the caller.
 _OF_TOKENIZERS = ('model_max_length', 'name_or_path', 'padding', 'tokenizer_class', 'truncation')
 # Where a sharded checkpoint has its tokenizer: an entry for each token.
@@ -115,7 +116,7 @@ def _plain(name: str, content: Any) -> Any:
         key: value['content'] if isinstance(value, dict) and 'content' in value else value
         for key, value in content.items()
     }
-    return {key: value for key, value in words.items() if key not in origin}
+    return {key: value for key, value in words.items() if key not in origin and not key.startswith('_')}
 
 
 def _with_defaults(config: Any) -> Any:
@@ -126,4 +127,4 @@ def _with_defaults(config: Any) -> Any:
         known = AutoConfig.for_model(**config).to_dict()
     except Exception:  # what a config.json holds can be anything
         return config
-    return {**{key: value for key, value in known.items() if key not in _ORIGIN}, **config}
+    return {**_plain('config.json', known), **config}
