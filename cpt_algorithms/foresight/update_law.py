@@ -20,6 +20,7 @@ Array = NDArray[np.float64]
 
 # The lowest and the highest of each that is tried; E in units of the longest update's area.
 ALPHA, E, BETA = (0.05, 2.0), (0.1, 1000.0), (0.1, 4.0)
+FITS = 4
 # Of a parent: what comes before is steeper than any power of the area.
 EARLY = 0.1
 
@@ -188,7 +189,7 @@ def update_law(trajectories: Sequence[Trajectory]) -> UpdateLaw:
     r"""Fit the loss of an update to trajectories of one dataset: updates on one mixture, and their parent.
 
     Linear parameters are solved for, with their signs (non-negative least squares), and the others searched from the
-    best of a grid; points far off that fit count less (Huber) in a second one. Without the parent's trajectory, A and C
+    best of a grid; points far off a fit count less (Huber) in the next. Without the parent's trajectory, A and C
     are part of L0.
 
     Args:
@@ -211,7 +212,7 @@ def update_law(trajectories: Sequence[Trajectory]) -> UpdateLaw:
     losses = np.concatenate([each.losses for each in kept])
     table, linear, weights = np.empty(0), np.empty(0), np.ones(len(losses))
     parent, starts, shape = _parent_of(kept), _shapes(kept), _Shape(1, 1, 1)
-    for _ in range(2):
+    for _ in range(FITS):
         if linear.size:
             weights = np.minimum(1, HUBER / np.maximum(np.abs(losses - table @ linear), 1e-12))
         shape, _ = _fit(kept, losses, tuple(weights), starts)

@@ -167,7 +167,10 @@ def rates_of(stage: Stage, tokens: int | None = None, scheduler: dict[str, Any] 
     per_batch = stage.global_train_batch_size * stage.max_seq_len
     batches = (stage.batches or 0) if tokens is None else tokens // per_batch
     given = scheduler or dict(stage.scheduler.given)
-    duration = stage.max_duration if tokens is None else f'{batches * per_batch}tok'
+    units = [str(time)[-2:] for time in given.values() if str(time)[:1].isdigit()]  # the end is in those of its times
+    ends = {'ba': batches, 'sp': batches * stage.global_train_batch_size, 'tok': batches * per_batch}
+    unit = next((each for each in ('ba', 'sp') if each in units), 'tok')
+    duration = stage.max_duration if tokens is None else f'{ends[unit]}{unit}'
     phases = phases_of(given, duration)
     if phases is None or stage.optimizer.lr is None or not batches:
         raise ValueError(
