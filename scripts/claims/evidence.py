@@ -30,14 +30,14 @@ class Evidence:
         """The same of another model."""
         return Evidence(self.folder.parent / model.name)
 
-    def forgetting(self, shift: str, arm: str = '') -> np.ndarray:
-        """On Python, of an update."""
-        runs, new = self.shifts[shift]
-        return runs.final(f'{new}{arm}', 'python') - runs.final('python', 'python')
+    def forgetting(self, shift: str, percent: int = 0) -> np.ndarray:
+        """On Python, of an update with this much replay."""
+        runs, _ = self.shifts[shift]
+        return runs.final(self.after(shift, percent), 'python') - runs.final('python', 'python')
 
     def after(self, shift: str, percent: int) -> str:
         """The run with this much replay."""
-        return self.shifts[shift][1] + (f'-replay_{percent}pct' if percent else '')
+        return f'{self.shifts[shift][1]}-replay_{percent}pct'
 
     def on_new(self, shift: str, percent: int) -> np.ndarray:
         """Loss on the new data."""
@@ -72,6 +72,17 @@ class Evidence:
 
     def _updated(self, shift: str) -> np.ndarray:
         return self.mean_loss(shift, self.after(shift, RECOMMENDED[shift]))
+
+    def line(self, shift: str, percent: int) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+        """Losses on old and new data of the points from the parent (0) to the update with this much replay (1)."""
+        runs, new = self.shifts[shift]
+        name = f'{self.after(shift, percent)}-line'
+        labels = [label for label in runs.named(name)[0].final if label.startswith('python/')]
+        averages = sorted(label.partition('/')[2] for label in labels)
+        return {
+            float(each.partition('_')[2]): (runs.final(name, 'python', each), runs.final(name, new, each))
+            for each in averages
+        }
 
     def spike(self, run: str) -> np.ndarray:
         """How far the loss on Python rises in the first tenth of an update."""

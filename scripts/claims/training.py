@@ -107,6 +107,10 @@ def train(folder: Path, tokens: int, jobs: int, model: Model | None = None) -> N
             spec = yaml.safe_load(path.read_text(encoding='utf-8'))
             percent = RECOMMENDED[name.removesuffix('_shift')]
             spec['arms'] = {arm: spec['arms'][arm] for arm in (f'replay {percent} %', 'union', 'matched')}
+            for stages in spec['arms'].values():
+                for stage in stages.values():
+                    if isinstance(stage, dict):
+                        stage.pop('branches', None)
             spec['seeds'] = model.seeds
             spec['common']['model']['d_model'] = model.d_model
             path = folder / f'{name}.yaml'
