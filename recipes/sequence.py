@@ -66,7 +66,8 @@ def main() -> None:
         start = None if is_plan else make_launcher(resources, spec.jobs)
     except (ValueError, OSError) as error:
         sys.exit(f'{arguments.sweep or " ".join(arguments.words[:1])} was refused before training:\n{error}')
-    print_runs(spec.name, runs, console)
+    wanted = {name: data.passes for name, data in spec.data.items() if data.passes}
+    print_runs(spec.name, runs, wanted, console)
     for each in unseen:
         console.print(f'not seen from here: {each}', soft_wrap=True, markup=False)
     if start is None:

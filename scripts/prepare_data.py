@@ -73,6 +73,7 @@ def make_parser() -> OneLineParser:
     )
     add('--max-seq-len', type=int, help="tokens per sample (default: --parent's, or 128)")
     add('--val-fraction', type=float, help='share of the documents held out (default: 0.02)')
+    add('--train-subset', type=float, help='share of the documents to train on, by a hash of their text (default: all)')
     add('--max-train-tokens', type=int, help='per dataset, rounded down to whole samples (default: no limit)')
     add('--max-val-tokens', type=int, help='the same for val (default: what comes until train is full)')
     add('--near-duplicates', action='store_true', help='drop them, too: MinHash of word n-grams')

@@ -153,7 +153,7 @@ def read_sequence(root):
         given, runs = tiny.planned(path)
         resources, console = resources_of(given.given), Console(file=io.StringIO(), width=140)
         check(runs, resources.ranks, is_plan=True)
-        print_runs(given.name, runs, console)
+        print_runs(given.name, runs, {}, console)
         print_commands(resources, runs, Path('recipes'), console)
         print_costs({r.name: r.stage for r in runs}, console, gpus=resources.ranks, budgets=given.stage_tokens)
 

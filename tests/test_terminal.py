@@ -51,7 +51,7 @@ def runs():
 
 
 def of_a_sequence(console):
-    print_runs('a sequence', runs(), console)
+    print_runs('a sequence', runs(), {}, console)
 
 
 def of_costs(console):

@@ -27,7 +27,15 @@ from xxhash import xxh32_intdigest, xxh64_intdigest
 from cpt_algorithms.files import hidden_sibling, write_atomic
 from cpt_algorithms.validation import Section
 
-__all__ = ['NearDuplicates', 'digests', 'first_occurrences', 'is_held_out', 'near_duplicates', 'signatures']
+__all__ = [
+    'NearDuplicates',
+    'digests',
+    'first_occurrences',
+    'is_held_out',
+    'is_in_subset',
+    'near_duplicates',
+    'signatures',
+]
 
 Keys = NDArray[np.uint64]
 Rows = NDArray[np.int64]
@@ -78,6 +86,13 @@ def _visible(text: str) -> Iterator[str]:
 def is_held_out(identities: Keys, val_fraction: float) -> NDArray[np.bool_]:
     """Which documents belong to validation: those whose digest, as a fraction of the largest, is below a fraction."""
     return identities[:, 0] < np.uint64(math.ceil(val_fraction * 2**64))
+
+
+def is_in_subset(identities: Keys, train_subset: float | None) -> NDArray[np.bool_]:
+    """Which documents a subset of training keeps: a smaller one is a part of each larger one; all without a share."""
+    if train_subset is None:
+        return np.ones(len(identities), np.bool_)
+    return identities[:, 1] < np.uint64(math.ceil(train_subset * 2**64))
 
 
 class NearDuplicates(Section):

@@ -56,6 +56,7 @@ class Choices(_Record):
     vocab_size: Annotated[int, Field(ge=MIN_VOCAB_SIZE)] | None = None
     tokenizer_documents: Count | None = None
     val_fraction: Fraction = 0.02
+    train_subset: Fraction | None = None
     max_train_tokens: Count | None = None
     max_val_tokens: Count | None = None
     compression: str | None = None

@@ -72,7 +72,9 @@ class Selector:
         """Whether no further document is wanted."""
         return self.room['train'] == 0 and not self.room['val']
 
-    def select(self, held_out: Mask, lengths: NDArray[np.integer], first: Mask, near: Mask) -> dict[str, Selection]:
+    def select(
+        self, held_out: Mask, lengths: NDArray[np.integer], first: Mask, near: Mask, subset: Mask
+    ) -> dict[str, Selection]:
         """Select the documents of the next part for each split.
 
         Args:
@@ -80,11 +82,12 @@ class Selector:
             lengths: Tokens of each document, EOS included.
             first: False for documents whose text came before.
             near: True for near-duplicates.
+            subset: False for what is not wanted for training.
         """
         selections = {}
         end = 0 if self.ended else len(lengths)
         for split in SPLITS:  # train first: without a limit of its own, val ends with it
-            own = held_out if split == 'val' else ~held_out
+            own = held_out if split == 'val' else ~held_out & subset
             room, stop, trim = self.room[split], end, 0
             wanted = own & first & ~near
             if room is not None:

@@ -194,6 +194,8 @@ def _decide(
     """Tokenise a dataset as far as its limits need and decide which documents go where."""
     from tqdm import tqdm
 
+    from cpt_algorithms.preparation.duplicates import is_in_subset
+
     size, given = request.max_seq_len, {'train': request.max_train_tokens, 'val': request.max_val_tokens}
     limits = {split: limit and limit // size * size for split, limit in given.items()}
     parts: list[Part] = []
@@ -212,7 +214,8 @@ def _decide(
             bar.update(parts[len(decision.tokenized)].size)
             decision.tokenized.append(tokenized)
             held_out, lengths = tokenized.load('held_out'), tokenized.load('lengths')
-            upper.select(held_out, lengths, lengths > 0, np.zeros(len(lengths), np.bool_))
+            subset = is_in_subset(tokenized.load('digests'), request.train_subset)
+            upper.select(held_out, lengths, lengths > 0, np.zeros(len(lengths), np.bool_), subset)
             if upper.ended:
                 upper = _select(decision, limits, request, before)
                 if decision.ended:
@@ -228,7 +231,7 @@ def _select(
     decision: _Decision, limits: dict[str, int | None], request: Request, before: dict[str, list[Path]]
 ) -> Selector:
     """Decide over all parts so far; the selector returned goes on behind them."""
-    from cpt_algorithms.preparation.duplicates import first_occurrences, near_duplicates
+    from cpt_algorithms.preparation.duplicates import first_occurrences, is_in_subset, near_duplicates
 
     def files(name: str) -> list[Path]:
         return [tokenized.file(name) for tokenized in decision.tokenized]
@@ -241,7 +244,8 @@ def _select(
     for tokenized in decision.tokenized:
         first = tokenized.load('first')
         near = tokenized.load('near') if request.near_duplicates else np.zeros(len(first), np.bool_)
-        selections = selector.select(tokenized.load('held_out'), tokenized.load('lengths'), first, near)
+        subset = is_in_subset(tokenized.load('digests'), request.train_subset)
+        selections = selector.select(tokenized.load('held_out'), tokenized.load('lengths'), first, near, subset)
         decision.selections.append({split: _saved(tokenized, split, chosen) for split, chosen in selections.items()})
     decision.ended = selector.ended
     return selector

@@ -378,9 +378,14 @@ def _cost_table(report: Report) -> _Table:
         if 'device hours saved (estimated)' in row.columns:
             guess = _number(row, 'device hours saved (estimated)', scale)
             saved, is_estimate = _Cell(f'≈ {guess.text}', guess.small), True
-        cells = [_number(row, column) for column in ('new tokens', 'replayed tokens', 'flops', 'compute vs union')]
+        tokens = [_number(row, column) for column in ('new tokens', 'replayed tokens')]
+        config = row.runs[0].config
+        passes = [f'{count:.2g}x' for count in (config.passes() if config else {}).values()]
+        cells = [tokens[0]._replace(small=passes[0] if passes else ''), tokens[1]._replace(small=', '.join(passes[1:]))]
+        cells += [_number(row, column) for column in ('flops', 'compute vs union')]
         lines.append(_line(study, row, [*cells, spent, saved, *(_number(row, column) for column in prices)]))
-    note = 'Of the last stage of each arm: what came before is paid for already. Compute: 6 × parameters N × tokens T.'
+    note = 'Of the last stage of each arm: what came before is paid for already. Small: how often data was read, where '
+    note += 'it is still there. Compute: 6 × parameters N × tokens T.'
     if is_estimate:
         note += ' ≈: union was not run to its end; estimated from the hours that this run took for a token.'
     heads = [('tokens', _heads(['new', 'replayed'])), ('compute', _heads(['6 N T', 'compute vs union']))]

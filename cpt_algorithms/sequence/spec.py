@@ -186,9 +186,16 @@ class Arm(Section):
 
 
 class Dataset(Stream):
-    """A dataset; ``stand_in_for`` says that it stands in for data that is not known."""
+    """A dataset.
+
+    Attributes:
+        stand_in_for: In place of which data, that is not known, it stands.
+        passes: How often the run that this is a pilot of reads it in the stage that learns it. The plan warns where
+            this one does otherwise.
+    """
 
     stand_in_for: str | None = None
+    passes: Positive | Annotated[float, Field(gt=0)] | None = None
     split: _set_here = None  # pyright: ignore[reportInvalidTypeForm]
 
     @property

@@ -8,13 +8,14 @@ torch and no Composer in here.
 import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from cpt_algorithms.checkpoints.save_folder import batch_of, checkpoint_name, latest_link
 from cpt_algorithms.duration import ABSOLUTE, UNITS, Duration
-from cpt_algorithms.files import read_yaml
+from cpt_algorithms.files import read_json, read_yaml
 from cpt_algorithms.replay.mix import DOWNLOAD_RETRY, STREAM_KEYS, Mix, Stream, read_mix
 from cpt_algorithms.validation import ConfigError, PathStr, Section, fits_on_a_disk, parse_section, short_repr
 
@@ -443,6 +444,23 @@ class Stage(Section):
         samples = batches * self.global_train_batch_size
         counts = {'data': samples} if self.mix is None else self.mix.counts(samples)
         return {name: count * self.max_seq_len for name, count in counts.items()}
+
+    def passes(self) -> dict[str, float]:
+        """How often the stage reads what is there of each stream, where that lies on this machine, the new data first.
+
+        Cost: reads the indexes.
+        """
+        if self.mix is None or self.batches is None:
+            return {}
+        groups = {self.mix.name: list(self.mix.new.values()), **{name: [each] for name, each in self.mix.old.items()}}
+        found = {}
+        for name, tokens in self.tokens_by_stream().items():
+            indexes = [Path(each.local or '', each.split or '', 'index.json') for each in groups[name]]
+            if tokens and all(index.is_file() for index in indexes):
+                shards = [shard for index in indexes for shard in (read_json(index) or {}).get('shards', [])]
+                there = sum(shard['samples'] for shard in shards) * self.max_seq_len
+                found[name] = tokens / there if there else 0.0
+        return found
 
     def tokens_until(self, batch: int) -> dict[str, int]:
         """The same of its first batches, of which there are no more than it has."""

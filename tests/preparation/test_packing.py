@@ -47,7 +47,7 @@ def select(documents, **max_tokens):
     everything = np.ones(len(marks), bool)
     first = np.array([mark.isupper() for mark in marks])
     held_out = np.array([mark.upper() == 'V' for mark in marks])
-    selections = selector.select(held_out, np.full(len(marks), 10, np.uint32), first, ~everything)
+    selections = selector.select(held_out, np.full(len(marks), 10, np.uint32), first, ~everything, everything)
     found = {}
     for split, chosen in selections.items():
         text = ''.join(mark if wanted else '.' for mark, wanted in zip(marks, chosen.documents, strict=True))
@@ -72,7 +72,9 @@ def test_selection_does_not_depend_on_parts(documents, train, val, middle):
 
     def selected(cuts):
         selector = Selector({'train': train, 'val': val})
-        results = [selector.select(held_out[cut], lengths[cut], first[cut], near[cut]) for cut in cuts]
+        results = [
+            selector.select(held_out[cut], lengths[cut], first[cut], near[cut], np.ones_like(near[cut])) for cut in cuts
+        ]
         return [
             [
                 np.concatenate([result[split].documents for result in results]).tolist(),

@@ -124,6 +124,20 @@ def in_val(text, val_fraction=0.2):
     return bool(is_held_out(digests([text]), val_fraction)[0])
 
 
+def test_a_subset_is_a_part_of_a_larger_one(two, tmp_path):
+    whole, specs = two.out, [*two.specs, '--tokenizer', f'{two.out}/tokenizer']
+    kept = {share: tmp_path / share for share in ('0.3', '0.6')}
+    made = {share: prepare(out, *specs, f'--train-subset={share}') for share, out in kept.items()}
+    for name in ('old', 'new'):
+        least, more, every = (set(read_documents(out, name, 'train')) for out in (*kept.values(), whole))
+        assert set() < least < more < every
+        assert 0.1 * len(every) < len(least) < 0.5 * len(every)
+        val = [read_documents(out, name, 'val') for out in (*kept.values(), whole)]
+        assert val[0] == val[1] == val[2]
+        counts = made['0.3']['datasets'][name]['splits']['train']
+        assert counts['tokens'] < 0.6 * two.manifest['datasets'][name]['splits']['train']['tokens']
+
+
 # What is written
 
 

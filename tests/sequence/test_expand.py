@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sequence YAML becomes the right runs."""
 
+import json
 from typing import get_args
 
 import pytest
@@ -9,7 +10,9 @@ from tiny import ROOT, merge, runs_of
 
 from cpt_algorithms.sequence.expand import descendants, expand
 from cpt_algorithms.sequence.read import load_yaml
+from cpt_algorithms.sequence.show import print_runs
 from cpt_algorithms.sequence.spec import Baseline, SequenceSpec
+from cpt_algorithms.terminal import make_console
 
 QUICKSTART = ROOT / 'yamls' / 'sequence' / 'quickstart.yaml'
 
@@ -524,3 +527,21 @@ def test_what_a_stage_says_beside_what_a_sequence_sets_is_kept():
     common = load_yaml([str(QUICKSTART)])['common']
     runs = quick({'a': {}}, common=merge(common, {'callbacks': {'stage_start': {'trust_checkpoint': True}}}))
     assert all(run.stage.callbacks.stage_start.trust_checkpoint for run in runs)
+
+
+def test_the_plan_says_how_often_data_is_read(spec, tmp_path, capsys):
+    for name, samples in (('python', 24_000), ('cpp', 10_000)):
+        folder = tmp_path / name / 'train'
+        folder.mkdir(parents=True)
+        (folder / 'index.json').write_text(json.dumps({'shards': [{'samples': samples - 1000}, {'samples': 1000}]}))
+        spec['data'][name] = {'local': str(tmp_path / name)}
+    runs = {run.name: run.stage.passes() for run in runs_of(spec)}
+    assert runs['python-s17'] == {'python': 1.0}
+    assert runs['cpp-replay_25pct-s17'] == pytest.approx({'cpp': 1.5, 'python': 5 / 24})
+    assert runs['union_cpp-s17'] == {'cpp': 2.0, 'python': 1.0}
+    print_runs('quickstart', runs_of(spec), {'python': 1, 'cpp': 3}, make_console())
+    said = ' '.join(capsys.readouterr().out.split())
+    assert 'cpp in cpp is read 2 times, and 3 times in the run that this is a pilot of: take prepare_data.py' in said
+    assert '--train-subset 0.67, or' in said and 'python in python' not in said
+    print_runs('quickstart', runs_of(spec), {'cpp': 1}, make_console())
+    assert 'take 2 times as much data' in ' '.join(capsys.readouterr().out.split())
