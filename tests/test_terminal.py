@@ -20,12 +20,13 @@ from tiny import ROOT
 
 from cpt_algorithms.cost.tables import print_costs
 from cpt_algorithms.evaluation import lm_eval
-from cpt_algorithms.foresight.answers import Answer
+from cpt_algorithms.foresight.answers import Answer, Cheapest, Ending
 from cpt_algorithms.foresight.fits import Estimate
-from cpt_algorithms.foresight.show import print_answers
+from cpt_algorithms.foresight.show import print_answers, print_cheapest, print_endings
 from cpt_algorithms.report.page import Report, print_report
 from cpt_algorithms.report.tables import OverSeeds, Row
 from cpt_algorithms.sequence.expand import expand
+from cpt_algorithms.sequence.merge import print_line
 from cpt_algorithms.sequence.show import print_runs
 from cpt_algorithms.sequence.spec import SequenceSpec
 from cpt_algorithms.terminal import print_table
@@ -54,13 +55,18 @@ def of_a_sequence(console):
     print_runs('a sequence', runs(), {}, console)
 
 
+def of_a_line(console):
+    points = {alpha: dict.fromkeys(names(2), 2.3456 + alpha) for alpha in (0, 0.25, 1)}
+    print_line(points, 0.25, console)
+
+
 def of_costs(console):
     print_costs({run.name: run.stage for run in runs()}, console, budgets=dict.fromkeys(names(2), 10**11))
 
 
 def of_the_report(console):
     data = ['pile', 'slimpajama', 'german', 'a-dataset-with-a-long-name-of-its-own']
-    run = SimpleNamespace(state='finished', has_diverged=False, other_plan=())
+    run = SimpleNamespace(state='finished', has_diverged=False, other_plan=(), alpha=None)
     columns = [f'loss {name}' for name in [*data, 'mean']]
     columns += ['forgetting', 'adaptation', 'tokens', 'flops', 'compute vs union']
     values = [3.1234, 2.4567, 1.9876, 4.4321, 2.9876, 0.1234, -1.2345, 3e11, 7.3e20, 0.6]
@@ -100,6 +106,8 @@ def of_foresight(console):
     loss = Estimate(2.3456, 2.1234, 2.5678)
     answer = Answer(Estimate(0.0987, 0.0654, 0.1345), dict.fromkeys(names(2), loss), (), 0.1234, ())
     print_answers({LONG: answer}, 0.05, console)
+    print_endings({LONG: (dict.fromkeys(names(2), Ending(loss, loss, 0.1234)), ())}, 4_000_000, names(1), console)
+    print_cheapest(Cheapest(Estimate(1_500_000, 0, 2_000_000), 0.1234, 0.4567, 2.3456, (), ()), 0.5, 2.3, console)
 
 
 TABLES = {
@@ -107,6 +115,7 @@ TABLES = {
     'cpt_algorithms/evaluation/lm_eval.py': of_lm_eval,
     'cpt_algorithms/foresight/show.py': of_foresight,
     'cpt_algorithms/report/page.py': of_the_report,
+    'cpt_algorithms/sequence/merge.py': of_a_line,
     'cpt_algorithms/sequence/show.py': of_a_sequence,
     'scripts/average_checkpoints.py': of_an_average,
     'scripts/prepare_data.py': of_a_preparation,

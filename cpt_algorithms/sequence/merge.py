@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +15,9 @@ from filelock import FileLock, Timeout
 from llmfoundry.command_utils import evaluate as evaluate_losses
 from llmfoundry.utils.config_utils import EVAL_CONFIG_KEYS
 from omegaconf import OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.exports import folder_of_pretrained, newest_export
@@ -29,12 +32,13 @@ from cpt_algorithms.stage.record import done_with, read_record
 from cpt_algorithms.stage.restart_checks import check_restart, write_record
 from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate
 from cpt_algorithms.stage.stage import Merge, Stage
+from cpt_algorithms.terminal import make_console, print_table
 from cpt_algorithms.weight_averaging.functional import window_weights
 from cpt_algorithms.weight_averaging.offline.average_files import average_files
 from cpt_algorithms.weight_averaging.offline.select import AverageError, Found, find, latest
 from cpt_algorithms.weight_averaging.offline.storage import download
 
-__all__ = ['merge_stage']
+__all__ = ['merge_stage', 'print_line']
 
 
 def merge_stage(stage: Stage) -> None:
@@ -125,7 +129,10 @@ def _make_line(stage: Stage, merge: Merge, folder: Path) -> bool:
                 file.unlink()
     if not _is_first():
         return True
-    best = min(losses, key=lambda alpha: fmean(rows[-1][2] for rows in losses[alpha]['losses'].values()))
+    ended = {
+        alpha: {label: rows[-1][2] for label, rows in measured['losses'].items()} for alpha, measured in losses.items()
+    }
+    best = min(ended, key=lambda alpha: fmean(ended[alpha].values()))
     if not checkpoint.exists():
         _average(stage, inputs, [1 - best, best], checkpoint, is_one_run=False)
     _export(stage, merge, checkpoint, exported)
@@ -135,7 +142,22 @@ def _make_line(stage: Stage, merge: Merge, folder: Path) -> bool:
         for label, rows in measured['losses'].items()
     }
     write_json(folder / 'losses.json', {**losses[best], 'losses': {**losses[best]['losses'], **points}, 'alpha': best})
+    print_line(ended, best, make_console())
+    print(f'alpha {best:g} has the lowest mean loss: {checkpoint}, {exported}')
     return _score(stage, folder) and is_scored
+
+
+def print_line(losses: Mapping[float, Mapping[str, float]], best: float, console: Console) -> None:
+    """The losses of the points of a line, by alpha."""
+    names = list(losses[best])
+    shown = Table(title='(1 - alpha) parent + alpha child: losses, nats/token', title_justify='left')
+    for column in ('alpha', *names, 'mean'):
+        shown.add_column(escape(column), justify='right')
+    for alpha, found in losses.items():
+        numbers = [f'{found[name]:.3f}' for name in names]
+        style = 'bold' if alpha == best else None
+        shown.add_row(f'{alpha:g}', *numbers, f'{fmean(found.values()):.3f}', style=style)
+    print_table(shown, console)
 
 
 def _score(stage: Stage, models: Path) -> bool:

@@ -9,21 +9,21 @@ Shares by the mixing law of the finished updates of each seed, a schedule by the
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cpt_algorithms.files import write_json
-from cpt_algorithms.foresight.answers import ending_of
-from cpt_algorithms.foresight.fits import mixing_law, over_seeds
-from cpt_algorithms.report.pilots import pilots_of, rates_of, update_pilots_of
-from cpt_algorithms.report.run_records import RunSet, read_runs
+if TYPE_CHECKING:
+    from cpt_algorithms.report.run_records import RunSet
 
 OUT = Path(__file__).parents[2] / 'yamls' / 'claims' / 'foretold.json'
 SHARES = {'weak': 0.2, 'strong': 0.15}
 SCHEDULE = {'name': 'wsd', 't_warmup': '0.01dur', 't_decay': '0.2dur', 'alpha_f': 0.0}
 
 
-def at_share(study: RunSet, share: float) -> dict[str, Any]:
+def at_share(study: 'RunSet', share: float) -> dict[str, Any]:
     """Losses at a share that no pilot has."""
+    from cpt_algorithms.foresight.fits import mixing_law, over_seeds
+    from cpt_algorithms.report.pilots import pilots_of
+
     losses: dict[str, list[float]] = {}
     for old, pilots in pilots_of(study).items():
         for each in pilots:
@@ -39,6 +39,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, help='of the sequences weak_shift and strong_shift')
     folder = parser.parse_intermixed_args().folder
+    from cpt_algorithms.files import write_json  # seconds that --help does not need
+    from cpt_algorithms.foresight.answers import ending_of
+    from cpt_algorithms.report.pilots import rates_of, update_pilots_of
+    from cpt_algorithms.report.run_records import read_runs
+
     found = []
     for shift, new in (('weak', 'stdlib'), ('strong', 'cpp')):
         study, percent = read_runs([folder / f'{shift}_shift']), round(100 * SHARES[shift])
