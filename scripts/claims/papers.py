@@ -16,7 +16,7 @@ __all__ = ['CLAIMS', 'EMAS', 'PAPERS_EMA']
 
 EMAS = ('ema_0.012dur', 'ema_0.035dur', 'ema_0.1dur')
 PAPERS_EMA = 'ema_6738tok'  # 0.9 at each batch of 1024 tokens
-# What counts as free of charge, in nats per token, once a model has seen some hundred tokens per parameter.
+# What counts as free of charge, in nats per token.
 FREE = 0.03
 # What counts as foreseen: what the quickstart's pilots foretold was up to 0.09 off.
 FORESEEN = 0.05
@@ -219,7 +219,7 @@ def c15(of: Evidence) -> list[Condition]:
         )
         for shift, percent in RECOMMENDED.items()
         for model in TREND
-        if model.d_model == 8 and model.tokens_per_parameter >= 400
+        if model.d_model == 8 and model.tokens_per_parameter in (100, 400)
     ]
 
 

@@ -2,6 +2,7 @@
 """Verdicts and numbers, as a table in the terminal, a page for documents, data, and a figure."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Point:
     label: str
     parameters: int
     tokens: int
-    gaps: Mapping[str, Condition]  # as GAPS has them
+    gaps: Mapping[str, Condition]  # as GAPS has them, as far as they were run
 
 
 def trend(ran: Sequence[Evidence]) -> list[Point]:
@@ -71,12 +72,13 @@ def trend(ran: Sequence[Evidence]) -> list[Point]:
     points = []
     for shift in ('weak', 'strong'):
         for evidence in ran:
-            try:
-                gaps = {what: Condition(what, gap(evidence, shift)) for what, gap in GAPS.items()}
+            gaps = {}
+            for what, gap in GAPS.items():
+                with suppress(NotRun):
+                    gaps[what] = Condition(what, gap(evidence, shift))
+            if gaps:
                 size = evidence.parameters(shift), evidence.tokens(shift)
-            except NotRun:
-                continue
-            points.append(Point(f'{shift} shift, {RECOMMENDED[shift]} % replay', *size, gaps))
+                points.append(Point(f'{shift} shift, {RECOMMENDED[shift]} % replay', *size, gaps))
     order = {point.label: index for index, point in enumerate(points)}
     return sorted(points, key=lambda point: (order[point.label], point.parameters, point.tokens))
 
@@ -95,7 +97,8 @@ def page(findings: Sequence[Finding], points: Sequence[Point], made: str) -> str
     gaps = [f'| shift | parameters | tokens of each stage | per parameter | {" | ".join(GAPS)} |', '|---' * 7 + '|']
     for each in points:
         size = f'{each.parameters:,} | {each.tokens:,} | {each.tokens / each.parameters:.0f}'
-        gaps.append(f'| {each.label} | {size} | {" | ".join(map(number_of, each.gaps.values()))} |')
+        numbers = [number_of(each.gaps[what]) if what in each.gaps else '' for what in GAPS]
+        gaps.append(f'| {each.label} | {size} | {" | ".join(numbers)} |')
     return '\n'.join([made, '', *short, '', *whole, '', *gaps, ''])
 
 
@@ -134,7 +137,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
     for what, axes in zip(GAPS, panels, strict=True):
         for index, (label, parameters) in enumerate(series):
             aside = 1.05 ** (index - len(series) / 2)  # or the intervals would hide each other
-            line = [each for each in points if (each.label, each.parameters) == (label, parameters)]
+            ours = [each for each in points if (each.label, each.parameters) == (label, parameters)]
+            line = [each for each in ours if what in each.gaps]
             means = [each.gaps[what].over_seeds for each in line]
             axes.errorbar(
                 [each.tokens / each.parameters * aside for each in line],

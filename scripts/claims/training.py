@@ -51,13 +51,18 @@ class Model:
     @property
     def seeds(self) -> list[int]:
         """More of what is quickly trained."""
-        return [17, 18, 19, 20, 21] if self.tokens < QUICK * 5 else [17, 18, 19]
+        return [17, 18, 19, 20, 21] if self.tokens < 2 * QUICK else [17, 18, 19]
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """What is trained besides the update: of the longest, which take half of the time, only union."""
+        return ('union', 'matched') if self.tokens_per_parameter <= 400 else ('union',)
 
 
 # Also trained, as far as they are compared with union and matched. The YAMLs' model, of WIDTH, reads 24 tokens per
 # parameter.
 WIDTH = 32
-TREND = (*(Model(8, tokens) for tokens in (25, 100, 400, 1000)), Model(16, 25), Model(16, 100))
+TREND = (*(Model(8, tokens) for tokens in (25, 100)), Model(16, 25), *(Model(8, tokens) for tokens in (400, 1000)))
 # Else glibc maps and unmaps each batch's logits anew, which is a fifth of the time of models as small as these.
 MALLOC = {'MALLOC_MMAP_THRESHOLD_': str(1 << 30), 'MALLOC_TRIM_THRESHOLD_': str(1 << 31)}
 # What the paper recommends: percent of replay under each shift.
@@ -106,7 +111,7 @@ def train(folder: Path, tokens: int, jobs: int, model: Model | None = None) -> N
         if model:
             spec = yaml.safe_load(path.read_text(encoding='utf-8'))
             percent = RECOMMENDED[name.removesuffix('_shift')]
-            spec['arms'] = {arm: spec['arms'][arm] for arm in (f'replay {percent} %', 'union', 'matched')}
+            spec['arms'] = {arm: spec['arms'][arm] for arm in (f'replay {percent} %', *model.arms)}
             for stages in spec['arms'].values():
                 for stage in stages.values():
                     if isinstance(stage, dict):
