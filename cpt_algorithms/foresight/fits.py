@@ -13,7 +13,9 @@ from scipy.stats import t as student
 
 from cpt_algorithms.foresight.laws import annealing_loss, mixing_loss, share_at
 
-__all__ = ['Estimate', 'MixingLaw', 'annealing_law', 'least_robust', 'mixing_law', 'over_seeds', 'profile']
+__all__ = [
+    'Estimate', 'MixingLaw', 'annealing_law', 'half_width', 'least_robust', 'mixing_law', 'over_seeds', 'profile',
+]  # fmt: skip
 
 Array = NDArray[np.float64]
 # Residuals above this many nats per token count by their size, not its square (Huber).
@@ -50,10 +52,14 @@ def least_robust(
     return min(found, key=lambda each: each.cost).x
 
 
+def half_width(values: Sequence[float]) -> float:
+    r"""Of the 95 % interval of a mean over seeds, two or more: :math:`t_{n-1} s / \sqrt n` (Student's t)."""
+    return float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / sqrt(len(values)))
+
+
 def over_seeds(values: Sequence[float]) -> Estimate:
-    r"""Mean over seeds: :math:`\bar x \pm t_{n-1} s / \sqrt n`."""
-    mean = float(np.mean(values))
-    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / sqrt(len(values)))
+    """Mean over two seeds or more."""
+    mean, half = float(np.mean(values)), half_width(values)
     return Estimate(mean, mean - half, mean + half)
 
 

@@ -6,12 +6,11 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from math import inf, isfinite, sqrt
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
 from cpt_algorithms.evaluation.functional import (
     Mean,
@@ -28,6 +27,7 @@ from cpt_algorithms.evaluation.functional import (
     within_noise,
 )
 from cpt_algorithms.files import write_atomic
+from cpt_algorithms.foresight.fits import half_width
 from cpt_algorithms.formatting import first_of, percent, short, signed
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet
 
@@ -137,10 +137,8 @@ class Scores:
 
 
 def over_seeds(values: Sequence[float]) -> OverSeeds:
-    r"""Mean with the 95 % interval of Student's t: :math:`\bar x \pm t_{n-1} s / \sqrt n`."""
-    count = len(values)
-    spread = student.ppf(0.975, count - 1) * np.std(values, ddof=1) / sqrt(count) if count > 1 else None
-    return OverSeeds(float(np.mean(values)), None if spread is None else float(spread), tuple(values))
+    """Mean with the 95 % interval of Student's t."""
+    return OverSeeds(float(np.mean(values)), half_width(values) if len(values) > 1 else None, tuple(values))
 
 
 @dataclass(frozen=True)
