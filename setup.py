@@ -23,6 +23,7 @@ ENTRY_POINTS = {
         'forgetting = cpt_algorithms.evaluation.forgetting:Forgetting',
         'ema = cpt_algorithms.weight_averaging.ema:EMA',
         'lawa = cpt_algorithms.weight_averaging.lawa:LAWA',
+        'mask_documents = cpt_algorithms.replay.mask_documents:MaskDocuments',
     ],
     # llm-foundry loads each of these for every training, whatever its YAML names
     'llmfoundry_config_transforms': [

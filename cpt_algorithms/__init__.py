@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cpt_algorithms.evaluation.final_loss import FinalLoss
     from cpt_algorithms.evaluation.forgetting import Forgetting
     from cpt_algorithms.evaluation.functional import adaptation, final_loss, forgetting
+    from cpt_algorithms.replay.mask_documents import MaskDocuments
     from cpt_algorithms.replay.replay_text import ReplayTextDataset, build_replay_text_dataloader
     from cpt_algorithms.schedulers.preview import preview
     from cpt_algorithms.schedulers.schedulers import (
@@ -34,6 +35,7 @@ __all__ = [
     'Forgetting',
     'InfiniteScheduler',
     'LAWA',
+    'MaskDocuments',
     'PreflightError',
     'ReplayTextDataset',
     'RewarmConstantScheduler',
@@ -53,6 +55,7 @@ _MODULES = {
     **dict.fromkeys(('adaptation', 'final_loss', 'forgetting'), 'evaluation.functional'),
     'FinalLoss': 'evaluation.final_loss',
     'Forgetting': 'evaluation.forgetting',
+    'MaskDocuments': 'replay.mask_documents',
     **dict.fromkeys(('ReplayTextDataset', 'build_replay_text_dataloader'), 'replay.replay_text'),
     'preview': 'schedulers.preview',
     **dict.fromkeys([name for name in __all__ if name.endswith('Scheduler')], 'schedulers.schedulers'),

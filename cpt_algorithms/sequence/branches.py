@@ -152,7 +152,7 @@ def merged(
         if trunk.parent is None:
             raise ValueError('line: it was trained from scratch, so that there is no parent for a line to begin at')
         how = {**how, 'parent': trunk.parent}
-    kept = ('final_loss', 'forgetting', 'stage_start')
+    kept = ('final_loss', 'forgetting', 'mask_documents', 'stage_start')
     callbacks = {name: dict(each or {}) for name, each in (given.get('callbacks') or {}).items() if name in kept}
     callbacks.setdefault('final_loss', {})
     for each in callbacks.values():

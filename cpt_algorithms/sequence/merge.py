@@ -237,7 +237,7 @@ def _measure_losses(stage: Stage, checkpoint: Path, folder: Path) -> None:
     if config.get('fsdp_config'):
         config['fsdp_config'] = {**config['fsdp_config'], 'state_dict_type': 'full'}
     callbacks = given['callbacks']
-    config['callbacks'] = {name: callbacks[name] for name in ('forgetting',) if name in callbacks}
+    config['callbacks'] = {name: callbacks[name] for name in ('forgetting', 'mask_documents') if name in callbacks}
     config['callbacks']['final_loss'] = {**callbacks.get('final_loss', {}), 'save_folder': str(folder)}
     # llm-foundry's evaluation judges by the metrics of training
     config['model'] = {**given['model'], 'use_train_metrics': True}

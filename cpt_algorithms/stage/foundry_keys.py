@@ -249,13 +249,13 @@ def check_documents(stage: Stage) -> None:
         if ends and stage.model.name == 'hf_causal_lm':
             raise ValueError(
                 f'{where}.dataset.{ends[0]}: Composer does not give a Hugging Face model the sequence_id that follows '
-                'from it: it would attend across documents all the same; leave it out'
+                'from it: it would attend across documents all the same; say callbacks.mask_documents: {} instead'
             )
-        if is_masked and loader.name in ('text', 'replay_text') and not ends:
+        if is_masked and loader.name in ('text', 'replay_text') and not (ends or stage.callbacks.masks_documents):
             raise ValueError(
                 f'{where}.dataset.eos_token_id is missing (or bos_token_id), and model.attn_config.'
                 'attn_uses_sequence_id is true: without it, the model would attend across documents there, or fail at '
-                'the first batch'
+                'the first batch; or say callbacks.mask_documents: {}, with which positions restart, too'
             )
 
 

@@ -247,6 +247,11 @@ class Callbacks(Section):
     branch_points: BranchPointArguments | None = None
 
     @property
+    def masks_documents(self) -> bool:
+        """Whether documents of a row do not see each other."""
+        return 'mask_documents' in self.given
+
+    @property
     def averages(self) -> list[str]:
         """Names of the averages of the weights."""
         names = [f'ema_{time}' for time in self.ema.half_lives] if self.ema is not None else []
