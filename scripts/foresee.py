@@ -93,7 +93,13 @@ def shortest(study: 'RunSet', given: argparse.Namespace, console: 'Console') -> 
     from cpt_algorithms.foresight.show import draw_cheapest, print_cheapest
     from cpt_algorithms.report.pilots import rates_of, update_pilots_of
 
-    pilots = update_pilots_of(study)
+    every = update_pilots_of(study)
+    groups: dict[str, list[Any]] = {}
+    for each in every:
+        groups.setdefault(each.alike, []).append(each)
+    pilots = max(groups.values(), key=len)
+    if others := [each.updates[0].name for each in every if each not in pilots]:
+        console.print(f'left out, as they differ in more than the share: {", ".join(others)}', markup=False)
     stage = pilots[0].stage
     found = cheapest(
         [each.updates for each in pilots], lambda tokens: rates_of(stage, tokens), given.forgetting, given.adaptation
@@ -112,12 +118,19 @@ def main(words: list[str] | None = None) -> None:
     from cpt_algorithms.report.run_records import read_runs
     from cpt_algorithms.terminal import make_console
 
-    console = make_console()
+    console, where = make_console(), ', '.join(map(str, given.folders))
+    try:
+        study = read_runs(given.folders)
+    except (OSError, ValueError) as error:
+        sys.exit(f'{where}: {error}')
+    ignored = [run.name for run in study.given if run.kind == 'update' and run.has_diverged]
+    if ignored:
+        console.print(f'left out, as they have diverged: {", ".join(ignored)}', markup=False)
     question = shortest if given.adaptation is not None else endings if given.tokens or given.scheduler else shares
     try:
-        answer = question(read_runs(given.folders), given, console)
+        answer = question(study, given, console)
     except (OSError, ValueError) as error:
-        sys.exit(f'{", ".join(map(str, given.folders))}: {error}')
+        sys.exit(f'{where}: {error}')
     if given.json:
         write_json(given.json, answer)
     if given.out:

@@ -2,6 +2,7 @@
 """What is asked of pilot runs before the big one: how much replay it needs, how it will end, what is cheapest."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, isfinite
@@ -241,7 +242,12 @@ def cheapest(updates: Sequence[Sequence[Update]], rates: Rates, forgetting: floa
     most = min(each.tokens for of in updates for each in of)
     lengths = [*(int(each) for each in np.geomspace(most / 20, most, 24)[:-1]), most]
     shares = np.linspace(min(of[0].share for of in updates), max(of[0].share for of in updates), 201)
-    curves = {length: _changes(updates, shares, rates(length)) for length in lengths}
+    curves = {}
+    for length in lengths:
+        with suppress(ValueError):  # phases of a length of their own may not fit
+            curves[length] = _changes(updates, shares, rates(length))
+    if most not in curves:
+        _changes(updates, shares, rates(most))
     off = max(_half_width(of, name, rates(most)) for of in updates for name in of[0].trajectories)
 
     def shortest(favour: float) -> tuple[int, int] | None:
@@ -263,8 +269,8 @@ def cheapest(updates: Sequence[Sequence[Update]], rates: Rates, forgetting: floa
     (length, index), lucky, unlucky = found, shortest(off), shortest(-off)
     tokens = Estimate(length, lucky[0] if lucky and isfinite(off) else 0, unlucky[0] if unlucky else inf)
     said = [] if len(updates[0]) > 1 else [ONE_SEED]
-    if length == lengths[0]:
-        said.append(f'it may be shorter: nothing below a twentieth of the pilots, {length:,} tokens, was tried')
+    if length == min(curves):
+        said.append(f'it may be shorter: nothing below {length:,} tokens was tried')
     curve = [(float(share), float(f), float(a)) for share, f, a in zip(shares, *curves[length], strict=True)]
     return Cheapest(tokens, *curve[index], tuple(curve), tuple(said))
 

@@ -249,15 +249,16 @@ def _tables(report: Report) -> list[_Table]:
     able = {key: contenders(rows, *key) for key in {(row.size, row.peers) for row in rows}}
     if len(study.sizes) > 1:
         lines = []
-        for name in dict.fromkeys(row.name for row in rows):
-            by_size = {row.size: row for row in rows if row.name == name}
+        for arm, average in dict.fromkeys((row.arm, row.average) for row in rows):
+            by_size = {row.size: row for row in rows if (row.arm, row.average) == (arm, average)}
             cells = [
                 _ranked(by_size[size], column, able[size, by_size[size].peers]) if size in by_size else _Cell()
                 for size in study.sizes
                 for column in (*losses, *CHANGES)
             ]
             notes = dict.fromkeys(f'{size_name(size)}: {row.note}' for size, row in by_size.items() if row.note)
-            lines.append(_Line(name, '; '.join(notes), next(iter(by_size.values())).kind, cells))
+            first_row = next(iter(by_size.values()))
+            lines.append(_Line(f'{arm}, {average}' if average else arm, '; '.join(notes), first_row.kind, cells))
         heads = [(size_name(size), _heads([*losses.values(), *CHANGES])) for size in study.sizes]
         first = _Table('Final loss by model size', note, heads, lines)
     else:
@@ -379,9 +380,11 @@ def _cost_table(report: Report) -> _Table:
             guess = _number(row, 'device hours saved (estimated)', scale)
             saved, is_estimate = _Cell(f'≈ {guess.text}', guess.small), True
         tokens = [_number(row, column) for column in ('new tokens', 'replayed tokens')]
-        config = row.runs[0].config
-        passes = [f'{count:.2g}x' for count in (config.passes() if config else {}).values()]
-        cells = [tokens[0]._replace(small=passes[0] if passes else ''), tokens[1]._replace(small=', '.join(passes[1:]))]
+        config, passes = row.runs[0].config, {}
+        if config and config.mix and not row.runs[0].tokens_before_branch:
+            passes = {name: f'{count:.2g}x' for name, count in config.passes().items()}
+            tokens[0] = tokens[0]._replace(small=passes.pop(config.mix.name, ''))
+        cells = [tokens[0], tokens[1]._replace(small=', '.join(passes.values()))]
         cells += [_number(row, column) for column in ('flops', 'compute vs union')]
         lines.append(_line(study, row, [*cells, spent, saved, *(_number(row, column) for column in prices)]))
     note = 'Of the last stage of each arm: what came before is paid for already. Small: how often data was read, where '

@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from cpt_algorithms.report.run_records import RunRecord, RunSet
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.identity import results_of
 from cpt_algorithms.stage.stage import Stage
+
+# In which pilots of an ending may differ.
+SCHEDULE = ('scheduler', 'max_duration')
 
 __all__ = ['UpdatePilots', 'forecast_of', 'pilots_of', 'rates_of', 'update_pilots_of']
 
@@ -32,8 +36,8 @@ def pilots_of(study: RunSet) -> dict[str, list[Pilots]]:
     groups: dict[str, list[RunRecord]] = defaultdict(list)
     for run in study.given:
         known = run.final.keys() >= {*run.old, *run.new} and run.at_start.keys() >= {*run.old}
-        if run.kind == 'update' and run.state == 'finished' and run.is_whole and run.config and known and run.old:
-            groups[_all_but_the_share(run)].append(run)
+        if _is_pilot(run) and run.is_whole and known and run.old:
+            groups[_all_but(study, run, 'replay')].append(run)
     if not groups:
         raise ValueError('no finished update of a parent knows what it forgot: pilots need callbacks.forgetting')
     runs = max(groups.values(), key=lambda of: len({_share(run) for run in of}))
@@ -56,20 +60,29 @@ def _share(run: RunRecord) -> float:
     return run.replayed / run.spent
 
 
-def _all_but_the_share(run: RunRecord) -> str:
-    """What decides its results, less the share of old data and the seed."""
-    return _all_but(run, 'replay')
+def _is_pilot(run: RunRecord) -> bool:
+    """Whether it is a finished update whose losses are those of a model that has learned."""
+    is_sound = not run.has_diverged and all(isfinite(row[2]) for rows in run.losses.values() for row in rows)
+    return (
+        run.kind == 'update' and run.state == 'finished' and run.merge is None and run.config is not None and is_sound
+    )
 
 
-def _all_but(run: RunRecord, *others: str) -> str:
-    """What decides its results, less the seed and other keys, of the YAML or of its dataset."""
-    assert run.config is not None
-    kept = results_of(run.config)
-    for key in ('seed', *others):
-        kept.pop(key, None)
-    for key in ('shuffle_seed', *others):
-        kept['train_loader']['dataset'].pop(key, None)
-    return json.dumps([run.stage, run.peers, kept], sort_keys=True, default=str)
+def _all_but(study: RunSet, run: RunRecord, *others: str) -> str:
+    """What decides its results, less the seed and other keys, of the YAML or of its dataset; of its ancestors all."""
+    said = []
+    for each in study.chain(run):
+        if each.config is None:
+            said.append(each.name)
+            continue
+        kept = results_of(each.config)
+        left_out = others if each is run else ()
+        for key in ('seed', *left_out):
+            kept.pop(key, None)
+        for key in ('shuffle_seed', *left_out):
+            kept['train_loader']['dataset'].pop(key, None)
+        said.append([each.stage, each.peers, kept, each.began_from if each.parent is None else None])
+    return json.dumps(said, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
@@ -79,10 +92,12 @@ class UpdatePilots:
     Attributes:
         updates: By seed.
         stage: Of the longest, whose schedule, learning rate and batches a new one has, if nothing else is said.
+        alike: What is the same of pilots that differ in the share, too.
     """
 
     updates: list[Update]
     stage: Stage
+    alike: str
 
 
 def update_pilots_of(study: RunSet) -> list[UpdatePilots]:
@@ -93,11 +108,9 @@ def update_pilots_of(study: RunSet) -> list[UpdatePilots]:
     """
     groups: dict[str, dict[int, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
     for run in study.given:
-        is_trained = run.kind == 'update' and run.state == 'finished' and run.is_whole and not run.tokens_before_branch
-        if is_trained and run.config and run.old and run.learning_rate and run.at_start.keys() >= {*run.old, *run.new}:
-            parent = study.runs[run.parent] if run.parent else None
-            of_parent = _all_but(parent) if parent and parent.config else str(run.began_from)
-            groups[_all_but(run, 'scheduler', 'max_duration') + of_parent][run.seed].append(run)
+        is_trained = _is_pilot(run) and run.is_whole and not run.tokens_before_branch
+        if is_trained and run.old and run.learning_rate and run.at_start.keys() >= {*run.old, *run.new}:
+            groups[_all_but(study, run, *SCHEDULE)][run.seed].append(run)
     if not groups:
         raise ValueError('no finished update of a parent was evaluated on its way: pilots need callbacks.final_loss')
     found = []
@@ -106,7 +119,7 @@ def update_pilots_of(study: RunSet) -> list[UpdatePilots]:
         longest = max(every, key=lambda run: run.spent)
         assert longest.config is not None, 'it has begun'
         updates = [_update(study, seed, runs) for seed, runs in sorted(seeds.items())]
-        found.append(UpdatePilots(updates, longest.config))
+        found.append(UpdatePilots(updates, longest.config, _all_but(study, longest, 'replay', *SCHEDULE)))
     return sorted(found, key=lambda pilots: pilots.updates[0].share)
 
 
@@ -140,22 +153,21 @@ def forecast_of(study: RunSet, run: RunRecord, name: str) -> list[tuple[int, Est
     """
     if run.kind != 'update' or run.tokens_before_branch or run.state == 'finished' or run.config is None:
         return []
+    alike = _all_but(study, run, *SCHEDULE)
+    others = [
+        other
+        for other in study.given
+        if other is not run and other.seed == run.seed and _is_pilot(other) and not other.tokens_before_branch
+        and _all_but(study, other, *SCHEDULE) == alike
+    ]  # fmt: skip
     try:
-        others = [other for other in study.given if other is not run and _is_sibling(run, other)]
         law = update_law(_update(study, run.seed, [run, *others]).trajectories[name])
         rates = rates_of(run.config)
-        batches = [int(each) for each in np.linspace(run.batch, len(rates), 5)]
+        batches = [int(each) for each in np.linspace(min(run.batch, len(rates)), len(rates), 3)]
         per_batch = run.config.global_train_batch_size * run.config.max_seq_len
         return [(batch * per_batch, law.at(rates, batch)) for batch in batches]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RuntimeError):  # the last of scipy, which has found no fit
         return []
-
-
-def _is_sibling(run: RunRecord, other: RunRecord) -> bool:
-    if other.parent != run.parent or other.state != 'finished' or other.tokens_before_branch or other.config is None:
-        return False
-    keys = ('scheduler', 'max_duration')
-    return run.seed == other.seed and _all_but(other, *keys) == _all_but(run, *keys)
 
 
 def rates_of(stage: Stage, tokens: int | None = None, scheduler: dict[str, Any] | None = None) -> list[float]:

@@ -22,7 +22,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from cpt_algorithms.evaluation.functional import by_average, is_point
 from cpt_algorithms.foresight.fits import Estimate
 from cpt_algorithms.formatting import exact, flop, percent, scientific, short, shortened
-from cpt_algorithms.report.pilots import forecast_of
 from cpt_algorithms.report.run_records import Arm, RunRecord, RunSet, read_until, size_name
 from cpt_algorithms.report.tables import Row
 
@@ -280,7 +279,9 @@ def _loss(study: RunSet, arms: Sequence[Arm], name: str) -> Plot | None:
         return None
     figure, axis = _losses(lines, name)
     for line in lines:
-        for run in (run for run in line.runs if line.style != '--'):
+        for run in (run for run in line.runs if line.style != '--' and run.state == 'unfinished'):
+            from cpt_algorithms.report.pilots import forecast_of  # which takes seconds to import
+
             _draw_forecast(axis, line, forecast_of(study, run, name))
     _legend(figure, axis)
     return Plot(f'loss-{_slug(name)}', f'Loss on {_role(study, arms, name)}', figure)

@@ -18,7 +18,7 @@ from cpt_algorithms.evaluation.suite import read_result
 from cpt_algorithms.files import exists, is_remote, null_as_nan, read_json
 from cpt_algorithms.formatting import first_of, short
 from cpt_algorithms.stage.record import StageRecord, done_with, read_record
-from cpt_algorithms.stage.stage import Stage
+from cpt_algorithms.stage.stage import Merge, Stage
 from cpt_algorithms.validation import differences, short_repr
 
 __all__ = ['Arm', 'RunRecord', 'RunSet', 'find_run', 'read_run', 'read_runs', 'read_until', 'size_name']
@@ -83,6 +83,11 @@ class RunRecord:
     def config(self) -> Stage | None:
         """Its train YAML; None before it begins."""
         return self.record.config if self.record else None
+
+    @property
+    def merge(self) -> Merge | None:
+        """What it is made of, if it was not trained."""
+        return self.config.merge if self.config else None
 
     @property
     def began_from(self) -> str | None:
@@ -426,7 +431,7 @@ def _read_sequence(folder: str, sequence: Mapping[str, Any], runs: dict[str, Run
         budget = sum(run['tokens'].values()) + sum(run['tokens_before_branch'].values())
         is_short = is_trunk and budget < stages.get(run['stage'], 0)
         is_last = run['stage'] not in stages or run['stage'] == last and not is_short
-        judged, _ = known.pop('judged_by'), known.pop('is_trial', None)
+        judged, _, _ = known.pop('judged_by'), known.pop('is_trial', None), known.pop('also', None)
         known |= {'parent': parent, 'union_tokens': None, 'other_plan': other, 'is_whole': is_last}
         read_run(name, runs, known)
         if (config := runs[name].config) and (unlike := differences(config.judged_by, judged)):
@@ -454,6 +459,12 @@ def _plan_of(record: StageRecord, folder: str, trained: int, runs: dict[str, Run
     if parent:
         read_run(parent, runs)
         before = runs[parent].tokens_until(at) if stage.is_branch else {}
+        for member in stage.merged[:-1] if stage.merge and stage.merge.soup else ():
+            other = find_run(os.path.dirname(member), folder, stage.folder or folder)
+            if other:
+                read_run(other, runs)
+                read = runs[other].tokens
+                before = {name: before.get(name, 0) + read.get(name, 0) for name in {**before, **read}}
     tokens = stage.tokens_by_stream(0 if stage.batches is None else None)
     if stage.batches is None:  # of epochs, what was trained so far
         tokens[next(iter(tokens))] = trained

@@ -95,6 +95,11 @@ class Row:
         return is_point(self.average)
 
     @property
+    def is_end_of_line(self) -> bool:
+        """Whether it is the parent or the child of a line, which are arms themselves."""
+        return any(run.alpha in (0, 1) for run in self.runs)
+
+    @property
     def is_finished(self) -> bool:
         """Whether its numbers are final losses."""
         return all(run.state == 'finished' for run in self.runs)
@@ -336,7 +341,8 @@ def contenders(rows: Sequence[Row], size: int | None, peers: tuple[str, ...] | N
     peers = _foremost(rows, size) if peers is None else peers
     of_size = [row for row in rows if row.size == size and row.peers == peers and row.runs[0].is_whole]
     kind = 'update' if any(row.kind == 'update' for row in of_size) else 'scratch'
-    able = [row for row in of_size if row.kind == kind and row.is_finished and not row.is_point]
+    able = [row for row in of_size if row.kind == kind and row.is_finished]
+    able = [row for row in able if not (row.is_point or row.is_end_of_line)]
     return [row for row in able if row.is_finite and not row.has_diverged]
 
 
@@ -376,7 +382,7 @@ def finding(rows: Sequence[Row], size: int | None) -> str:
     old, new = (' and '.join(names) for names in (best.runs[0].old, best.runs[0].new))
     forgot = mean['forgetting']
     did = f'forgot {forgot:.2f} nats/token' if forgot >= 0.005 else f'forgot nothing ({signed(forgot, 2)} nats/token)'
-    without = [row for row in updates if not (row.average or row.runs[0].replayed)]
+    without = [row for row in updates if not (row.average or row.runs[0].replayed or row.runs[0].merge)]
     if without and best.runs[0].replayed:
         other = min(without, key=lambda row: row.columns['loss mean'].mean)
         did += f' ({other.columns["forgetting"].mean:.2f} without replay)'

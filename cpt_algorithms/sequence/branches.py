@@ -182,15 +182,19 @@ def merge_of(checkpoint: str, overrides: Sequence[str]) -> Stage:
         ValueError: If it is no checkpoint of a run, or a key is missing or not known.
     """
     real, batch, record, how = _run_and_settings(checkpoint, overrides)
-    names = ('last', 'every', 'weights', 'line', 'soup')
+    kinds = {'last': ('every', 'weights'), 'line': (), 'soup': ()}
     try:
-        check_keys('', how, (*names, 'run_name', 'save_folder'))
-        kind = next((name for name in ('last', 'line', 'soup') if name in how), None)
+        check_keys('', how, (*kinds, *kinds['last'], 'run_name', 'save_folder'))
+        kind = next((name for name in kinds if name in how), None)
         if kind is None:
             raise ValueError('one of line=[0,0.5,1], soup=[CHECKPOINT, ...], and last=5 every=100ba is missing')
+        if extra := [name for name in how if name not in (kind, *kinds[kind], 'run_name', 'save_folder')]:
+            raise ValueError(f'{extra[0]} does not go with {kind}')
         name = how.pop('run_name', None) or f'{record.run_name}-{kind}'
         beside = '/'.join(filter(None, [real.rpartition('/')[0].rpartition('/')[0], name]))
         folder = how.pop('save_folder', None) or beside
+        if is_remote(folder):
+            raise ValueError(f'save_folder={folder}: what is made goes to a folder of this machine; name one')
         given, trunk = record.config.to_train_yaml(), record.config
         while trunk.is_branch and 'line' in how:  # the stage as a whole began where its trunk did
             begun = read_record(trunk.begins[0]) if trunk.begins else None

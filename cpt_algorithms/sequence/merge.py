@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,13 +20,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.checkpoints.errors import CheckpointError
 from cpt_algorithms.checkpoints.exports import folder_of_pretrained, newest_export
 from cpt_algorithms.checkpoints.guard import guard_loading
-from cpt_algorithms.checkpoints.save_folder import weights_in
+from cpt_algorithms.checkpoints.save_folder import resolve_latest, weights_in
 from cpt_algorithms.evaluation.functional import name_of_point
 from cpt_algorithms.evaluation.suite import digest_of
-from cpt_algorithms.files import StorageError, holder_of, is_remote, read_json, remove_partials, take, write_json
+from cpt_algorithms.files import (
+    StorageError,
+    holder_of,
+    is_remote,
+    null_as_nan,
+    read_json,
+    remove_partials,
+    take,
+    write_json,
+)
 from cpt_algorithms.formatting import first_of
 from cpt_algorithms.stage.identity import changes
 from cpt_algorithms.stage.record import done_with, read_record
@@ -59,7 +68,7 @@ def merge_stage(stage: Stage) -> None:
         return
     lock = FileLock(folder / '.lock')
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
-        timeout = stage.dist_timeout if 'dist_timeout' in stage.given else 6 * 3600.0  # averaging
+        timeout = max(stage.dist_timeout, 6 * 3600.0)  # the others wait while one averages, and scores
         dist.initialize_dist(get_device(None), timeout=timeout)
     if _is_first():
         try:
@@ -69,6 +78,7 @@ def merge_stage(stage: Stage) -> None:
         remove_partials(folder)
         _keep_what_is_the_same(stage, folder)
         write_record(stage)
+    dist.barrier()
     guard_loading()
     scored = _make_line(stage, merge, folder) if merge.line else _make_average(stage, merge, folder, not done)
     if _is_first():
@@ -87,8 +97,7 @@ def _make_average(stage: Stage, merge: Merge, folder: Path, is_new: bool) -> boo
     if _is_first():
         if not checkpoint.exists():
             inputs = _inputs_of(stage, merge)
-            kind = merge.weights if merge.last else 'uniform'
-            _average(stage, inputs, window_weights(kind, len(inputs)), checkpoint, is_one_run=True)
+            _average(stage, inputs, merge.weights, checkpoint)
         _export(stage, merge, checkpoint, exported)
     dist.barrier()
     if is_new:
@@ -105,36 +114,43 @@ def _make_line(stage: Stage, merge: Merge, folder: Path) -> bool:
     assert merge.line, 'that of a line'
     checkpoint, exported = _made(folder, merge)
     losses: dict[float, Any] = {}
-    is_scored = True
+    is_scored, asked = True, digest_of(stage.suite) if stage.suite else None
     inputs = _inputs_of(stage, merge) if _is_first() else []
     for alpha in sorted(merge.line):
         name = name_of_point(alpha)
         place = folder / 'points' / name
-        known = read_json(place / 'losses.json')
+        known, scored = read_json(place / 'losses.json'), read_json(place / 'scored.json')
+        to_be_scored = asked is not None and (scored or {}).get('lm_eval') != asked
         model, to_score = place / 'model.pt', exported.with_name(f'{exported.name}-{name}')
-        if _is_first() and (stage.suite or not known) and not model.exists():
+        if _is_first() and (to_be_scored or not known) and not model.exists():
             place.mkdir(parents=True, exist_ok=True)
-            _average(stage, inputs, [1 - alpha, alpha], model, is_one_run=False)
+            _average(stage, inputs, [1 - alpha, alpha], model)
         dist.barrier()
         if not known:
             _measure_losses(stage, model, place)
             dist.barrier()
         losses[alpha] = read_json(place / 'losses.json')
         if _is_first():
-            if stage.suite:  # lm-eval takes Hugging Face models
+            if to_be_scored:  # lm-eval takes Hugging Face models
+                shutil.rmtree(to_score, ignore_errors=True)
                 _export(stage, merge, model, to_score)
-                is_scored = _score(stage, to_score) and is_scored
+                if _score(stage, to_score):
+                    write_json(place / 'scored.json', {'lm_eval': asked})
+                else:
+                    is_scored = False
                 shutil.rmtree(to_score)
             for file in place.glob('model.pt*'):
                 file.unlink()
     if not _is_first():
         return True
     ended = {
-        alpha: {label: rows[-1][2] for label, rows in measured['losses'].items()} for alpha, measured in losses.items()
+        alpha: {label: rows[-1][2] for label, rows in null_as_nan(measured['losses']).items()}
+        for alpha, measured in losses.items()
     }
-    best = min(ended, key=lambda alpha: fmean(ended[alpha].values()))
+    means = {alpha: fmean(found.values()) for alpha, found in ended.items()}
+    best = min(means, key=lambda alpha: means[alpha] if isfinite(means[alpha]) else inf)
     if not checkpoint.exists():
-        _average(stage, inputs, [1 - best, best], checkpoint, is_one_run=False)
+        _average(stage, inputs, [1 - best, best], checkpoint)
     _export(stage, merge, checkpoint, exported)
     points = {
         f'{label}/{name_of_point(alpha)}': rows
@@ -183,10 +199,10 @@ def _keep_what_is_the_same(stage: Stage, folder: Path) -> None:
                 f'{stage.run_name} stopped: save_folder={folder} holds weights ({first_of(found)}), and no stage.json '
                 'that says of what they were averaged; choose another save_folder'
             )
-    elif changes(before, stage):
+    elif changes(before, stage, goes_on=True):
         checkpoint, exported = _made(folder, merge)
         checkpoint.unlink(missing_ok=True)
-        for made in (exported, folder / 'points'):
+        for made in (exported, *exported.parent.glob(f'{exported.name}-*'), folder / 'points'):
             shutil.rmtree(made, ignore_errors=True)
 
 
@@ -197,6 +213,7 @@ def _inputs_of(stage: Stage, merge: Merge) -> list[Found]:
             places = stage.merged
             if merge.parent and not (is_remote(merge.parent) or Path(merge.parent).exists()):
                 places = [str(folder_of_pretrained(merge.parent)), *places[1:]]
+            places = [resolve_latest(place) if is_remote(place) else place for place in places]
             return [one for place in places for one in find([place])]
         # what the trunk has trained since, if it goes on, is of no merge at this batch
         found = [one for one in find([merge.of]) if one.batch is None or one.batch <= merge.batch]
@@ -208,14 +225,17 @@ def _inputs_of(stage: Stage, merge: Merge) -> list[Found]:
         sys.exit(f'variables.merge.batch={merge.batch}: the checkpoints of {merge.of} cannot be averaged: {error}')
 
 
-def _average(stage: Stage, inputs: Sequence[Found], weights: Sequence[float], out: Path, is_one_run: bool) -> None:
+def _average(stage: Stage, inputs: Sequence[Found], weights: str | Sequence[float], out: Path) -> None:
     """Make ``out`` of checkpoints; exit if they do not fit each other."""
-    places = [one.path for one in inputs]
+    places, begin = [one.path for one in inputs], stage.callbacks.stage_start
+    assert stage.merge is not None, 'it is a merge'
+    how = {'is_one_run': stage.merge.line is None, 'may_differ': bool(begin and begin.model_changes), 'places': places}
     try:
+        weights = window_weights(weights, len(inputs)) if isinstance(weights, str) else weights
         with tempfile.TemporaryDirectory(prefix='.average-', dir=out.parent) as temporary:
             paths = download(inputs, Path(temporary), small_files=False)
-            average_files(paths, weights, out, 'pt', is_one_run=is_one_run, places=places)
-    except (AverageError, CheckpointError, StorageError, OSError) as error:
+            average_files(paths, weights, out, 'pt', **how)
+    except (ValueError, StorageError, OSError) as error:
         sys.exit(f'{stage.run_name} stopped: {error}')
 
 
@@ -226,13 +246,14 @@ def _export(stage: Stage, merge: Merge, checkpoint: Path, out: Path) -> None:
             out.parent.mkdir(exist_ok=True)
             newest = None if is_remote(merge.of) else newest_export(merge.of)
             average_files([checkpoint], [1.0], out, 'hf', config=Path(newest) if newest else None)
-        except (AverageError, CheckpointError, OSError) as error:
+        except (ValueError, OSError) as error:
             sys.exit(f'{stage.run_name} stopped: {error}')
 
 
 def _measure_losses(stage: Stage, checkpoint: Path, folder: Path) -> None:
     """Have ``final_loss`` write to a folder what weights are worth, and ``forgetting`` what they are compared with."""
     given = stage.to_train_yaml()
+    given.pop('loggers', None)  # of a line, each point would be a run of the tracker, and none says where it lies
     config = {key: value for key, value in given.items() if key in EVAL_CONFIG_KEYS}
     if config.get('fsdp_config'):
         config['fsdp_config'] = {**config['fsdp_config'], 'state_dict_type': 'full'}
@@ -245,6 +266,10 @@ def _measure_losses(stage: Stage, checkpoint: Path, folder: Path) -> None:
     if os.environ.get('LOCAL_RANK', '0') == '0':
         take(DATASETS_LOCK, f'{stage.run_name}, building model and datasets')
     try:
-        evaluate_losses(OmegaConf.create(config))
+        trainers, _ = evaluate_losses(OmegaConf.create(config))
     finally:
         DATASETS_LOCK.release(force=True)
+    for trainer in trainers:  # which Composer keeps to the end of the process
+        state: Any = trainer.state
+        state.model.to_empty(device='meta')
+        state.outputs = state.batch = None

@@ -74,6 +74,7 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
             'stage': run.stage_name,
             'seed': run.seed,
             'parent': run.parent,
+            'also': list(run.also),
             'tokens': run.stage.tokens_by_stream(),
             'tokens_before_branch': run.tokens_before_branch,
             'batches': run.batches,
@@ -93,8 +94,8 @@ def write_sequence(spec: SequenceSpec, runs: Sequence[Run], keep: bool = False) 
         others = {other['name']: other for other in before['runs'] if other['name'] not in names}
         kept = [other for other in others.values() if keep or other.get('is_trial')]
         for other in kept:  # with all that they began from
-            if (parent := others.get(other['parent'])) and parent not in kept:
-                kept.append(parent)
+            began = [others.get(name) for name in (other['parent'], *other.get('also', ()))]
+            kept += [each for each in began if each and each not in kept]
         all_runs = [*planned, *(other for other in others.values() if other in kept)]
         used = {run['plan'] for run in all_runs}
         plans = {key: each for key, each in before['plans'].items() if key in used} | {name: plan}

@@ -40,9 +40,12 @@ def print_runs(title: str, runs: Sequence[Run], wanted: Mapping[str, float], con
         total += sum(tokens.values())
         times = {name: f' ({count:.2g}x)' for name, count in passes.items()}
         read = ', '.join(f'{name} {count:,}{times.get(name, "")}' for name, count in tokens.items() if count)
-        new = next(iter(passes), '')  # of replayed data, arms read more and less
-        if new in wanted and not run.tokens_before_branch and run.stage_name not in FROM_SCRATCH:
-            uneven.setdefault((new, run.stage_name), passes[new])
+        new = run.stage.mix.name if run.stage.mix else ''  # of replayed data, arms read more and less
+        # a trunk that is annealed is a part of its stage
+        is_whole = not any(run.name == other.parent and other.tokens_before_branch and other.batches for other in runs)
+        if new in wanted and new in passes and is_whole and not run.tokens_before_branch:
+            if run.stage_name not in FROM_SCRATCH:
+                uneven.setdefault((new, run.stage_name), passes[new])
         if merge := run.stage.merge:
             read = merge.described
         start = f' at {sum(run.tokens_before_branch.values()):,}' if run.tokens_before_branch else ''

@@ -82,6 +82,7 @@ _ENDS = 2**16
 _SHARE = re.compile(r'[\d.e-]+\s*dur')
 INDEX = 'index.json'
 MODEL = 'model.pretrained_model_name_or_path'
+PARENT = 'variables.merge.parent'
 
 
 def changes(record: StageRecord, stage: Stage, goes_on: bool = False) -> list[str]:
@@ -164,6 +165,8 @@ def contents_of(stage: Stage) -> dict[str, str]:
         try:
             if key == 'tokenizer.name':
                 digest = _tokenizer_digest(folder_of_pretrained(place))
+            elif key == PARENT and not is_remote(place) and _is_model(place):
+                digest = _model_digest(folder_of_pretrained(place), True)
             elif key == MODEL:
                 digest = _model_digest(folder_of_pretrained(place), stage.pretrained_model is not None)
             else:
@@ -173,6 +176,11 @@ def contents_of(stage: Stage) -> dict[str, str]:
         if digest:
             found[key] = digest
     return found
+
+
+def _is_model(place: str) -> bool:
+    """Whether a place is a Hugging Face model, or the name of one, and no checkpoint."""
+    return not Path(place).exists() or (Path(place) / 'config.json').is_file()
 
 
 def _tokenizer_digest(folder: Path) -> str | None:
@@ -228,10 +236,12 @@ def _digest(files: Mapping[str, Path]) -> str | None:
 
 def places_of(stage: Stage, goes_on: bool = False) -> dict[str, str]:
     """The paths of a YAML that its results follow from, by key; of a run that goes on, those of its evaluation, too."""
-    parent = f'{stage.merge.of}/{latest_link(stage.is_sharded)}' if stage.merge else stage.load_path
+    parent = stage.load_path or (stage.merge and f'{stage.merge.of}/{latest_link(stage.is_sharded)}')
     found = {'tokenizer.name': stage.tokenizer.name, 'load_path': parent}
     found[MODEL] = stage.model.pretrained_model_name_or_path
     found['train_loader.dataset.resume_after'] = stage.train_loader.dataset.resume_after
+    if stage.merge and stage.merge.parent:
+        found[PARENT] = stage.merge.parent
     if stage.merge and stage.merge.soup:
         found |= {f'variables.merge.soup[{index}]': place for index, place in enumerate(stage.merge.soup)}
     loaders = stage.loaders if goes_on and _keeps_losses(stage) else stage.loaders[:1]

@@ -7,6 +7,7 @@ torch and no Composer in here.
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -451,7 +452,7 @@ class Stage(Section):
         return {name: count * self.max_seq_len for name, count in counts.items()}
 
     def passes(self) -> dict[str, float]:
-        """How often the stage reads what is there of each stream, where that lies on this machine, the new data first.
+        """How often the stage reads what is there of each stream, where that lies on this machine and can be read.
 
         Cost: reads the indexes.
         """
@@ -460,11 +461,12 @@ class Stage(Section):
         groups = {self.mix.name: list(self.mix.new.values()), **{name: [each] for name, each in self.mix.old.items()}}
         found = {}
         for name, tokens in self.tokens_by_stream().items():
-            indexes = [Path(each.local or '', each.split or '', 'index.json') for each in groups[name]]
-            if tokens and all(index.is_file() for index in indexes):
-                shards = [shard for index in indexes for shard in (read_json(index) or {}).get('shards', [])]
+            indexes = [Path(each.local, each.split or '', 'index.json') for each in groups[name] if each.local]
+            with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):  # preflight speaks of those
+                shards = [shard for index in indexes for shard in (read_json(index) or {})['shards']]
                 there = sum(shard['samples'] for shard in shards) * self.max_seq_len
-                found[name] = tokens / there if there else 0.0
+                if tokens and there and len(indexes) == len(groups[name]):
+                    found[name] = tokens / there
         return found
 
     def tokens_until(self, batch: int) -> dict[str, int]:
@@ -548,7 +550,7 @@ class Stage(Section):
         """The checkpoints that a merge is made of, the newest, its trunk's, last."""
         if self.merge is None:
             return []
-        trunk = f'{self.merge.of}/{latest_link(self.is_sharded)}'
+        trunk = self.load_path or f'{self.merge.of}/{latest_link(self.is_sharded)}'
         if self.merge.line is not None:
             return [str(self.merge.parent), trunk]
         if self.merge.soup is not None:

@@ -91,7 +91,7 @@ class Evidence:
     @cached_property
     def kept(self) -> list[KeptCheckpoints]:
         """The checkpoints of the constant run, of each seed."""
-        return [KeptCheckpoints(run.folder) for run in self.averaging.named('python-constant')]
+        return [KeptCheckpoints(Path(run.folder)) for run in self.averaging.named('python-constant')]
 
     def window_gain(self, k: int, nu: int) -> np.ndarray:
         """Raw loss minus that of a window of k checkpoints nu saves apart; mean over ends in the second half."""

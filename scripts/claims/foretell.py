@@ -49,16 +49,15 @@ def main() -> None:
         study, percent = read_runs([folder / f'{shift}_shift']), round(100 * SHARES[shift])
         if any(run.name.startswith((f'{new}-replay_{percent}pct', f'{new}-wsd')) for run in study.given):
             sys.exit(f'{folder}/{shift}_shift: what is to be foretold is trained already')
-        losses = at_share(study, SHARES[shift])
-        found.append(
-            {'shift': shift, 'arm': f'replay {percent} %', 'run': f'{new}-replay_{percent}pct', 'losses': losses}
-        )
+        tokens = max(run.spent for run in study.given if run.kind == 'update')
+        named = {'shift': shift, 'arm': f'replay {percent} %', 'run': f'{new}-replay_{percent}pct', 'tokens': tokens}
+        found.append({**named, 'is_ending': False, 'losses': at_share(study, SHARES[shift])})
         if shift == 'strong':
             pilots = next(each for each in update_pilots_of(study) if abs(each.updates[0].share - 0.25) < 0.01)
             rates = rates_of(pilots.stage, pilots.updates[0].tokens, SCHEDULE)
             endings, _ = ending_of(pilots.updates, rates)
-            losses = {name: vars(ending.loss) for name, ending in endings.items()}
-            found.append({'shift': shift, 'arm': 'wsd, 25 %', 'run': f'{new}-wsd_25pct', 'losses': losses})
+            named |= {'arm': 'wsd, 25 %', 'run': f'{new}-wsd_25pct', 'is_ending': True}
+            found.append({**named, 'losses': {name: vars(ending.loss) for name, ending in endings.items()}})
     write_json(OUT, found)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from evidence import Evidence, window_loss
-from judge import Claim, Condition
+from judge import Claim, Condition, NotRun
 from training import RECOMMENDED, SPACING, TREND, WIDTH
 
 from cpt_algorithms.evaluation.functional import steps_saved
@@ -199,8 +199,12 @@ def c14(of: Evidence) -> list[Condition]:
     conditions = []
     for arm in FORETOLD:
         runs, new = of.shifts[arm['shift']]
+        if of.tokens(arm['shift']) != arm['tokens']:
+            raise NotRun(f'stages of {arm["tokens"]:,} tokens, of which it was foretold')
         for data in ('python', new):
-            off = runs.final(arm['run'], data) - arm['losses'][data]['value']
+            # shares were fitted to means over the final window, an ending is the last loss
+            loss = runs.last if arm['is_ending'] else runs.final
+            off = loss(arm['run'], data) - arm['losses'][data]['value']
             conditions.append(
                 Condition(f'measured minus foretold, {arm["shift"]}, {arm["arm"]}, {data}', off, -FORESEEN, FORESEEN)
             )
@@ -262,7 +266,8 @@ def c18(of: Evidence) -> list[Condition]:
         old, learned = (np.array([losses[which] for _, losses in line]) for which in (0, 1))
         # the last evaluation, as points of a line have no other
         replay = [runs.last(of.after(shift, percent), data) for data in ('python', new)]
-        # a line's old loss rises with alpha
+        if not (np.diff(old, axis=0) > 0).all() or not ((old[0] <= replay[0]) & (replay[0] <= old[-1])).all():
+            raise NotRun(f'a line under the {shift} shift on which each loss of old data is that of one point')
         at_equal = [np.interp(replay[0][seed], old[:, seed], learned[:, seed]) for seed in range(old.shape[1])]
         conditions.append(Condition(f'D1: line minus {percent} % replay, {shift}', np.array(at_equal) - replay[1]))
     return conditions
@@ -274,9 +279,9 @@ def c19(of: Evidence) -> list[Condition]:
     conditions = []
     for shift, percent in RECOMMENDED.items():
         means = {alpha: np.mean(losses, axis=0) for alpha, losses in of.line(shift, percent).items()}
-        alone = means[1.0]
+        alone, _ = means.pop(1.0), means.pop(0.0)
         best = np.min(list(means.values()), axis=0)
-        conditions.append(Condition(f'best point minus replay alone, {shift}, {percent} %', best - alone, below=0))
+        conditions.append(Condition(f'best point within minus replay, {shift}, {percent} %', best - alone, below=0))
     return conditions
 
 

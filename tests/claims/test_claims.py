@@ -8,15 +8,19 @@ import numpy as np
 import papers
 import pytest
 import results
+import tiny
 import training
 from judge import Claim, Condition, Finding, judge
 from tiny import ROOT, planned
 
 from cpt_algorithms.files import write_json
+from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.sequence.run import write_sequence
 from cpt_algorithms.sequence.spec import SequenceSpec
 
 SEEDS = (17, 18, 19)
+for each in papers.FORETOLD:  # the world here is smaller
+    each['tokens'] = 131072
 
 
 def test_a_page_says_what_decided():
@@ -242,6 +246,18 @@ def test_every_claim_is_reproduced_where_it_holds(world):
     # where the line has forgotten as much: at 3.05 it is a sixth of the way from 3.04 to 3.1
     at_equal = [float(np.mean(condition.values)) for condition in others['C18'].conditions]
     assert at_equal == pytest.approx([3.01 - 0.01 / 6 - 3.008, 2.5 - 2.04], abs=1e-3)
+
+
+def test_windows_of_real_checkpoints(data, tmp_path, monkeypatch):
+    more = {'eval_loader': [tiny.eval_loader('new', data['new'])], 'save_num_checkpoints_to_keep': -1}
+    tiny.recipe_here(tiny.config(tmp_path, data, 'run', callbacks={'final_loss': {}}, **more), tmp_path)
+    real = evidence.Evidence(tmp_path / 'nowhere')
+    runs = read_runs([tmp_path / 'run'])
+    monkeypatch.setattr(real.averaging, 'named', lambda name: runs.given)
+    assert real.kept[0].batches == [2, 4, 6, 8]
+    losses = [evidence.window_loss(real.kept[0], end, 1, 1) for end in (2, 3, 4)]
+    assert all(4 < loss < 8 for loss in losses)
+    assert evidence.window_loss(real.kept[0], 4, 4, 1) not in losses
 
 
 def worse(average, share):

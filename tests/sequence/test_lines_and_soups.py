@@ -155,7 +155,9 @@ def test_by_hand_what_is_wrong_is_named(data, tmp_path):
     for words, message in (
         ([], r'one of line=\[0,0.5,1\], soup'),
         (['line=[0,1]'], r'line: it was trained from scratch'),
-        (['last=3', 'every=2ba', 'soup=[x]'], r'has last and soup of last, line and soup'),
+        (['last=3', 'every=2ba', 'soup=[x]'], r'soup does not go with last'),
+        (['line=[0,1]', 'weights=ema'], r'weights does not go with line'),
+        (['line=[0,1]', 'save_folder=s3://bucket/line'], r'save_folder=s3://bucket/line: .* of this machine'),
         (['last=3'], r'last needs every'),
         (['lin=[0,1]'], "did you mean 'line'"),
     ):

@@ -37,7 +37,7 @@ def merged(data, tmp_path, monkeypatch):
         cfg = tiny.config(
             tmp_path, data, run_name, save_folder=str(tmp_path / 'merged'), max_duration='0ba', variables={'merge': of}
         )
-        monkeypatch.setattr(merges, 'evaluate_losses', lambda given: None if ends else out_of_memory())
+        monkeypatch.setattr(merges, 'evaluate_losses', lambda given: ([], None) if ends else out_of_memory())
         merges.merge_stage(Stage.from_yaml(cfg))
         return (tmp_path / 'merged' / 'merged.pt').read_text(), list((tmp_path / 'merged').glob('huggingface/*/*.json'))
 

@@ -4,6 +4,7 @@
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cpt_algorithms.checkpoints.open import files_of, open_checkpoint
+from cpt_algorithms.checkpoints.open import Checkpoint, files_of, open_checkpoint
 from cpt_algorithms.files import is_remote
 from cpt_algorithms.weight_averaging.offline.averaged_checkpoint import (
     find_small_files,
@@ -25,6 +26,22 @@ from cpt_algorithms.weight_averaging.offline.storage import require_disk
 __all__ = ['average_files']
 
 LIBRARIES = ('cpt-algorithms', 'mosaicml', 'safetensors', 'torch', 'transformers')
+
+
+def _with_the_names_of(newest: Checkpoint, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Checkpoints that name tied tensors as the newest does: each of them, or the first one alone.
+
+    A model that was trained on several ranks stores each name, and others one.
+    """
+    found = []
+    for each in checkpoints:
+        more = {
+            name: each.tensors[of] for name, of in each.aliases.items() if name in newest.tensors and of in each.tensors
+        }
+        kept = {name: tensor for name, tensor in each.tensors.items() if name not in newest.aliases}
+        aliases = {name: of for name, of in each.aliases.items() if name not in more}
+        found.append(replace(each, tensors={**kept, **more}, aliases=aliases) if each is not newest else each)
+    return found
 
 
 def average_files(
@@ -72,6 +89,7 @@ def average_files(
         raise AverageError(f'--config {config}: with --to {to}, only for Hugging Face inputs')
     if to != 'hf' or len(kinds) > 1 and 'hf' in kinds:
         checkpoints = with_composer_names(checkpoints, config)
+    checkpoints = _with_the_names_of(checkpoints[-1], checkpoints)
     wide = getattr(torch, accumulate)
     plan = make_plan(
         checkpoints, weights, average, getattr(torch, dtype) if dtype else None, wide, may_differ, is_one_run
