@@ -2,6 +2,7 @@
 """Updates of a sequence, as pilots of a bigger run."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,13 +77,18 @@ def _all_but(study: RunSet, run: RunRecord, *others: str) -> str:
             said.append(each.name)
             continue
         kept = results_of(each.config)
-        left_out = others if each is run else ()
+        left_out = others if each is run or run.tokens_before_branch and each.stage == run.stage else ()
         for key in ('seed', *left_out):
             kept.pop(key, None)
         for key in ('shuffle_seed', *left_out):
             kept['train_loader']['dataset'].pop(key, None)
-        said.append([each.stage, each.peers, kept, each.began_from if each.parent is None else None])
+        said.append([each.stage, each.peers, kept, _without_seed(each)])
     return json.dumps(said, sort_keys=True, default=str)
+
+
+def _without_seed(run: RunRecord) -> str:
+    """What a run began from that is no run here."""
+    return '' if run.parent or not run.began_from else re.sub(rf'-s{run.seed}\b', '', run.began_from)
 
 
 @dataclass(frozen=True)
@@ -153,14 +159,14 @@ def forecast_of(study: RunSet, run: RunRecord, name: str) -> list[tuple[int, Est
     """
     if run.kind != 'update' or run.tokens_before_branch or run.state == 'finished' or run.config is None:
         return []
-    alike = _all_but(study, run, *SCHEDULE)
-    others = [
-        other
-        for other in study.given
-        if other is not run and other.seed == run.seed and _is_pilot(other) and not other.tokens_before_branch
-        and _all_but(study, other, *SCHEDULE) == alike
-    ]  # fmt: skip
     try:
+        alike = _all_but(study, run, *SCHEDULE)
+        others = [
+            other
+            for other in study.given
+            if other is not run and other.seed == run.seed and _is_pilot(other) and not other.tokens_before_branch
+            and _all_but(study, other, *SCHEDULE) == alike
+        ]  # fmt: skip
         law = update_law(_update(study, run.seed, [run, *others]).trajectories[name])
         rates = rates_of(run.config)
         batches = [int(each) for each in np.linspace(min(run.batch, len(rates)), len(rates), 3)]

@@ -97,7 +97,7 @@ class Row:
     @property
     def is_end_of_line(self) -> bool:
         """Whether it is the parent or the child of a line, which are arms themselves."""
-        return any(run.alpha in (0, 1) for run in self.runs)
+        return bool(self.runs) and all(run.alpha in (0, 1) for run in self.runs)
 
     @property
     def is_finished(self) -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A merge: a window, a line or a soup of checkpoints, evaluated and exported like a run that was trained."""
 
+import gc
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from composer.utils import dist, get_device
 from filelock import FileLock, Timeout
 from llmfoundry.command_utils import evaluate as evaluate_losses
@@ -76,8 +78,9 @@ def merge_stage(stage: Stage) -> None:
         except Timeout:
             sys.exit(f'save_folder={folder}: {holder_of(lock)} is at work there; wait for it or stop it')
         remove_partials(folder)
-        _keep_what_is_the_same(stage, folder)
-        write_record(stage)
+        _keep_what_is_the_same(stage, folder, not done)
+        if not done:
+            write_record(stage)
     dist.barrier()
     guard_loading()
     scored = _make_line(stage, merge, folder) if merge.line else _make_average(stage, merge, folder, not done)
@@ -186,7 +189,7 @@ def _made(folder: Path, merge: Merge) -> tuple[Path, Path]:
     return folder / 'merged.pt', folder / 'huggingface' / f'ba{merge.batch}'
 
 
-def _keep_what_is_the_same(stage: Stage, folder: Path) -> None:
+def _keep_what_is_the_same(stage: Stage, folder: Path, goes_on: bool) -> None:
     """Remove what an unfinished merge has made of another trunk, or otherwise; exit if weights are of no merge."""
     try:
         before = read_record(folder)
@@ -199,11 +202,13 @@ def _keep_what_is_the_same(stage: Stage, folder: Path) -> None:
                 f'{stage.run_name} stopped: save_folder={folder} holds weights ({first_of(found)}), and no stage.json '
                 'that says of what they were averaged; choose another save_folder'
             )
-    elif changes(before, stage, goes_on=True):
+    elif changes(before, stage, goes_on):
         checkpoint, exported = _made(folder, merge)
         checkpoint.unlink(missing_ok=True)
         for made in (exported, *exported.parent.glob(f'{exported.name}-*'), folder / 'points'):
             shutil.rmtree(made, ignore_errors=True)
+        for scores in exported.parent.glob(f'lm_eval/*/{exported.name}*.json'):
+            scores.unlink()
 
 
 def _inputs_of(stage: Stage, merge: Merge) -> list[Found]:
@@ -271,5 +276,8 @@ def _measure_losses(stage: Stage, checkpoint: Path, folder: Path) -> None:
         DATASETS_LOCK.release(force=True)
     for trainer in trainers:  # which Composer keeps to the end of the process
         state: Any = trainer.state
-        state.model.to_empty(device='meta')
-        state.outputs = state.batch = None
+        state.model, state.outputs, state.batch = torch.nn.Module(), None, None
+    del trainers
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

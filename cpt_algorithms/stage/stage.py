@@ -502,7 +502,10 @@ class Stage(Section):
         """How much of its evaluation data it is judged on, and by which final loss: others are not compared with it."""
         final = self.callbacks.final_loss.given if self.callbacks.final_loss else {}
         how = {key: value for key, value in final.items() if key != 'save_folder'}
-        return {'eval_subset_num_batches': self.eval_subset_num_batches, 'final_loss': how}
+        judged: dict[str, Any] = {'eval_subset_num_batches': self.eval_subset_num_batches, 'final_loss': how}
+        if self.callbacks.masks_documents:  # first tokens of documents are no labels then
+            judged['mask_documents'] = dict(self.given['callbacks']['mask_documents'] or {})
+        return judged
 
     @property
     def begins(self) -> tuple[str, int | None] | None:

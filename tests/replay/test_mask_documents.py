@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from llmfoundry.utils.builders import build_composer_model, build_tokenizer
+from transformers.modeling_attn_mask_utils import AttentionMaskConverter
 
 from cpt_algorithms.replay.mask_documents import MaskDocuments, attention_mask_of, document_ids, positions_of
 
@@ -112,7 +113,10 @@ def test_padding_is_looked_at_by_nobody_else(model_of):
     padded = batch_of(ROWS[:1])
     padded['attention_mask'][0, -3:] = 0
     mask = masking(model).masked(padded)['attention_mask'][0, 0]
-    assert not mask[:5, 5:].any() and mask.diagonal().all()
+    assert (mask[:5, 5:] < -1e30).all() and (mask.diagonal() == 0).all()
+    # what transformers does with it on a GPU, where it takes no other
+    unmasked = AttentionMaskConverter._unmask_unattended(mask[None, None], torch.finfo(torch.float32).min)
+    assert torch.equal(unmasked[0, 0], mask)
     assert torch.isfinite(model(masking(model).masked(padded)).logits).all()
 
 
@@ -124,6 +128,36 @@ def test_what_cannot_be_told_is_refused(model_of):
     narrow = model_of('mistral', attention='sdpa', over={'sliding_window': 4})
     with pytest.raises(ValueError, match=r'look back 4 tokens only, .* in rows of 8; use flash attention'):
         masking(narrow).masked(batch_of(ROWS))
+
+
+def test_flash_attention_is_given_one_row(model_of):
+    callback = masking(model_of('llama'))
+    callback.attention = 'flash_attention_2'
+    batch = callback.masked(batch_of(ROWS))
+    assert 'attention_mask' not in batch
+    assert batch['position_ids'].tolist() == [[*POSITIONS[0], *POSITIONS[1]]]
+    assert batch['labels'][0, 8].item() == -100, 'or it would be foretold from the row before'
+
+
+def test_prompts_for_generation_and_packed_batches_are_left_alone(model_of):
+    callback = masking(model_of('llama'))
+    prompt = {'mode': 'generate', 'input_ids': ROWS, 'labels': ['an answer']}
+    assert callback.masked(callback.labelled(prompt)) is prompt
+    packed = {**batch_of(ROWS), 'sequence_id': torch.tensor([[0] * 3 + [1] * 5] * 2), 'loss_generating_tokens': [7, 7]}
+    assert callback.labelled(packed)['loss_generating_tokens'] == [6, 6]
+
+
+@pytest.mark.parametrize('kind', ['learned positions', 'llama'])
+def test_a_model_that_ignores_it_is_found_before_training(model_of, kind, monkeypatch):
+    model = model_of(kind)
+    callback, state = masking(model), SimpleNamespace(model=model, precision='fp32')
+    callback.fit_start(state, None)
+    monkeypatch.setattr(
+        callback, 'masked', lambda batch: {**batch, 'sequence_id': torch.zeros_like(batch['input_ids'])}
+    )
+    callback._is_checked = False
+    with pytest.raises(ValueError, match='documents see each other all the same'):
+        callback.fit_start(state, None)
 
 
 def test_a_run_in_which_documents_do_not_see_each_other(data, tmp_path, capsys):
