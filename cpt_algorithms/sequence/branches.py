@@ -95,7 +95,11 @@ def annealed(
     alpha = constant_alpha(trunk, batch)
     check_type('alpha_f', alpha_f, float)
     if alpha <= alpha_f:
-        raise ValueError(f'alpha_f={alpha_f}: nothing to anneal, the trunk is at {alpha:g} times the learning rate')
+        key = next((name for name in ('alpha_const', 'alpha') if name in trunk.scheduler.given), 'name')
+        raise ValueError(
+            f'alpha_f={alpha_f}: nothing to anneal, the trunk is at {alpha:g} times the learning rate '
+            f'(scheduler.{key}={trunk.scheduler.given[key]})'
+        )
     nothing = f'0{Duration.parse("t_anneal", t_anneal, ABSOLUTE).unit}'
     constant = {'t_warmup': nothing, 't_cooldown': nothing, 'alpha_const': alpha}
     callbacks = {name: dict(each or {}) for name, each in copy.deepcopy(given.get('callbacks') or {}).items()}
