@@ -307,7 +307,8 @@ def decisive(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _model(stage: Stage) -> dict[str, Any]:
     given = with_defaults(stage.model.name, stage.model.given, registry.models)
-    if registry.models.get(stage.model.name) is ComposerMPTCausalLM:
+    name = stage.model.name  # preflight speaks of one that is not there
+    if name in registry.models and registry.models.get(name) is ComposerMPTCausalLM:
         nested = {
             'attn_config': attn_config_defaults, 'ffn_config': ffn_config_defaults, 'init_config': init_config_defaults,
         }  # fmt: skip
