@@ -125,7 +125,7 @@ class Runs:
         names = [f'{name}-s{seed}' for seed in self.seeds]
         missing = [each for each in names if each not in self._runs or self._runs[each].state != 'finished']
         if missing or not names:
-            raise NotRun(f'{", ".join(missing) or name} in {self.folder}')
+            raise NotRun(f'{", ".join(missing) or name} in {self.folder.parent.name}/{self.folder.name}')
         return [self._runs[each] for each in names]
 
     def final(self, name: str, dataset: str, average: str = '') -> np.ndarray:

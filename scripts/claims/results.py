@@ -17,6 +17,8 @@ from training import RECOMMENDED
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
+TICKS = (25, 100, 400, 1000)
+
 __all__ = ['GAPS', 'Point', 'as_data', 'draw', 'number_of', 'page', 'table', 'trend']
 
 
@@ -152,6 +154,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
         axes.axhline(0, color='black', linewidth=0.8)
         axes.axhspan(-FREE, FREE, color='grey', alpha=0.2, label=f'within {FREE}')
         axes.set_xscale('log')
+        axes.set_xticks(TICKS, map(str, TICKS))
+        axes.minorticks_off()
         axes.set(xlabel='tokens per parameter, each stage', title=what)
     panels[0].set_ylabel('mean loss, nats/token')
     shown = panels[0].get_legend_handles_labels()
