@@ -84,6 +84,12 @@ class Evidence:
             for each in averages
         }
 
+    def best_within(self, shift: str, percent: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean losses of the best point of that line between its ends, of the parent, and of the update."""
+        means = {alpha: np.mean(losses, axis=0) for alpha, losses in self.line(shift, percent).items()}
+        parent, update = means.pop(0.0), means.pop(1.0)
+        return np.min(list(means.values()), axis=0), parent, update
+
     def spike(self, run: str) -> np.ndarray:
         """How far the loss on Python rises in the first tenth of an update."""
         return self.strong.rise(run, 'python', self.strong.final('python', 'python'), 0.1)

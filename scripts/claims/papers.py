@@ -249,10 +249,9 @@ def c17(of: Evidence) -> list[Condition]:
     """A point between parent and update has a lower mean loss than both."""
     conditions = []
     for shift in of.shifts:
-        means = {alpha: np.mean(losses, axis=0) for alpha, losses in of.line(shift, 0).items()}
-        ends = np.minimum(means.pop(0.0), means.pop(1.0))
-        best = np.min(list(means.values()), axis=0)
-        conditions.append(Condition(f'best point within minus the better end, {shift}, 0 %', best - ends, below=0))
+        best, parent, update = of.best_within(shift, 0)
+        off = best - np.minimum(parent, update)
+        conditions.append(Condition(f'best point within minus the better end, {shift}, 0 %', off, below=0))
     return conditions
 
 
@@ -278,9 +277,7 @@ def c19(of: Evidence) -> list[Condition]:
     """A line on top of replay has a lower mean loss than replay alone."""
     conditions = []
     for shift, percent in RECOMMENDED.items():
-        means = {alpha: np.mean(losses, axis=0) for alpha, losses in of.line(shift, percent).items()}
-        alone, _ = means.pop(1.0), means.pop(0.0)
-        best = np.min(list(means.values()), axis=0)
+        best, _, alone = of.best_within(shift, percent)
         conditions.append(Condition(f'best point within minus replay, {shift}, {percent} %', best - alone, below=0))
     return conditions
 
