@@ -30,7 +30,8 @@ def test_killed_and_moved_from_two_ranks_to_one_and_to_four(bucket, data, tmp_pa
     upload(bucket, data)
 
     def train(run_name, ranks, part, kill_at=None):
-        replay = {'fraction': 0.05, 'streams': {'old': stream(tmp_path, 'old', run_name)}}
+        # all the time resumed in a ramp
+        replay = {'fraction': [['1dur', 0, 0.1]], 'streams': {'old': stream(tmp_path, 'old', run_name)}}
         dataset = {'new': stream(tmp_path, 'new', run_name), 'replay': replay, 'cache_limit': '64kb'}
         witness = {'path': str(tmp_path / f'{run_name}-{part}.jsonl'), 'kill_at': kill_at}
         cfg = tiny.config(
@@ -46,7 +47,8 @@ def test_killed_and_moved_from_two_ranks_to_one_and_to_four(bucket, data, tmp_pa
     assert sorted(straight) == list(range(BATCHES))
     rows = [tuple(row) for batch in straight.values() for row in batch]
     assert len(set(rows)) == len(rows) == BATCHES * BATCH
-    assert sum(row[0] for row in rows) == 11, '5 % of 224 rows, to the nearest'
+    assert sum(row[0] for row in rows) == 11, '0 to 10 % of 224 rows, 11.2 in all, to the nearest'
+    assert sum(row[0] for row in rows[: 7 * BATCH]) == 3, 'and 2.8 in the first half'
     moved = [train('moved', 2, 0, kill_at=5), train('moved', 1, 1, kill_at=8), train('moved', 4, 2)]
     # checkpoints were at 3, 6, ... and what was served after them is served again
     assert [(min(part), max(part)) for part in moved] == [(0, 4), (3, 7), (6, BATCHES - 1)]

@@ -10,20 +10,26 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product
-from math import lcm
+from math import ceil, isqrt, lcm
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cpt_algorithms.duration import Duration
+from cpt_algorithms.validation import short_repr
+
 __all__ = [
     'Interleaving',
+    'Line',
     'MixedSequence',
+    'Piece',
     'ShuffledOrder',
     'StreamOrder',
     'check_budget',
     'exact_fraction',
+    'lines_of',
     'row_shift',
     'shares_of',
     'worker_slots',
@@ -31,8 +37,6 @@ __all__ = [
 
 Ints = NDArray[np.int64]
 
-# A periodic interleaving keeps one period as a table up to this length, a few MB; beyond, it is computed by formula.
-MAX_PERIOD = 1_000_000
 # So many streams are tried in all trees (945 of six); of more, the smallest are joined first.
 MAX_SEARCHED = 6
 # Samples in one shuffle block; Streaming's own smallest default.
@@ -51,53 +55,119 @@ def exact_fraction(name: str, value: float | int | str) -> Fraction:
         raise ValueError(f'{name}={value!r} is not a number; give one such as 0.05') from None
 
 
-def shares_of(fraction: float | str, weights: Mapping[str, float | int | str]) -> list[Fraction]:
-    """Each stream's share of the sequence: ``[1 - f, f * v_1, f * v_2, ...]`` with ``v`` the normalised weights.
+@dataclass(frozen=True)
+class Piece:
+    """Shares of all streams between two slots: straight lines, which at every slot sum to 1.
 
     Args:
-        fraction: Replay fraction f, ``0 <= f < 1``.
-        weights: Weight of each old stream, in any unit. Only their ratios matter.
+        until: The slot at which it ends; of the last piece, which has no end, None.
+        begin: Shares at its first slot.
+        end: Shares at ``until``; of the last piece the same as ``begin``.
+    """
+
+    until: int | None
+    begin: tuple[Fraction, ...]
+    end: tuple[Fraction, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A number that goes in a straight line until a slot, or for ever (``until=None``, and ``begin`` is ``end``)."""
+
+    until: int | None
+    begin: Fraction
+    end: Fraction
+
+    def __str__(self) -> str:
+        value = str(self.begin) if self.begin == self.end else f'{self.begin} to {self.end}'
+        return value if self.until is None else f'{value} until {self.until}sp'
+
+
+def lines_of(name: str, value: Any) -> list[Line]:
+    """A number that may change over the slots.
+
+    Args:
+        name: Its key, for errors.
+        value: A number; or a list of ``[until, value]`` and ``[until, from, to]`` (a straight line), one after the
+            other, in ``sp``. The last value stays.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if not isinstance(value, list):
+        constant = exact_fraction(name, value)
+        return [Line(None, constant, constant)]
+    lines: list[Line] = []
+    for number, item in enumerate(value):
+        where = f'{name}[{number}]'
+        if not isinstance(item, list) or len(item) not in (2, 3):
+            raise ValueError(f'{where}={short_repr(item)} must be [until, value], or [until, from, to] for a line')
+        until = int(Duration.parse(f'{where}[0]', item[0], ('sp',)).value)
+        if until <= (lines[-1].until or 0 if lines else 0):
+            raise ValueError(f'{where}[0]={item[0]} must be later than the one before')
+        lines.append(Line(until, exact_fraction(where, item[1]), exact_fraction(where, item[-1])))
+    if not lines:
+        raise ValueError(f'{name}=[] is empty: give a number, or [until, value] one after the other')
+    return [*lines, Line(None, lines[-1].end, lines[-1].end)]
+
+
+def _between(lines: Sequence[Line], start: int, until: int | None) -> tuple[Fraction, Fraction]:
+    """The values at two slots, between which no line begins."""
+    began = 0
+    for line in lines:
+        if line.until is None or until is None:
+            return lines[-1].begin, lines[-1].end
+        if line.until >= until:
+            rise = (line.end - line.begin) / (line.until - began)
+            return line.begin + rise * (start - began), line.begin + rise * (until - began)
+        began = line.until
+    raise AssertionError('the last line has no end')
+
+
+def shares_of(fraction: Any, weights: Mapping[str, Any]) -> list[Piece]:
+    """Each stream's share of the sequence: ``[1 - f, f * v_1, f * v_2, ...]`` with ``v`` the normalised weights.
+
+    Of numbers that change, that holds wherever a line of any of them begins or ends; between, shares are straight
+    lines. (The old streams together have the fraction at every slot.)
+
+    Args:
+        fraction: Replay fraction f, ``0 <= f < 1``; see :func:`lines_of`.
+        weights: Weight of each old stream, in any unit. Only their ratios matter. See :func:`lines_of`.
 
     Returns:
         Shares that sum to exactly 1; the first is that of the new data.
 
     Raises:
-        ValueError: If f is out of range, there is replay to do and nothing to replay, or a weight is not positive.
+        ValueError: If f is out of range, there is replay to do and nothing to replay, a weight is not positive (0 is
+            one that changes), or all are 0.
     """
-    share = exact_fraction('replay.fraction', fraction)
-    if not 0 <= share < 1:
+    shares = lines_of('replay.fraction', fraction)
+    if not all(0 <= value < 1 for line in shares for value in (line.begin, line.end)):
         raise ValueError(
             f'replay.fraction={fraction} is out of range; it is the share of every batch that comes from earlier '
             'datasets, 0 <= fraction < 1 (0.05 for 5 %)'
         )
-    exact = {name: exact_fraction(f'replay.streams.{name}.weight', weight) for name, weight in weights.items()}
-    for name, weight in exact.items():
-        if weight <= 0:
+    exact = {name: lines_of(f'replay.streams.{name}.weight', weight) for name, weight in weights.items()}
+    for name, lines in exact.items():
+        lowest = min(value for line in lines for value in (line.begin, line.end))
+        if lowest < 0 or (len(lines) == 1 and not lowest):
             raise ValueError(f'replay.streams.{name}.weight={weights[name]} must be positive; or leave {name} out')
-    if share and not exact:
+    if any(line.begin or line.end for line in shares) and not exact:
         raise ValueError(f'replay.fraction={fraction} but replay.streams is empty: name at least one old dataset')
-    total = sum(exact.values())
-    return [1 - share, *(share * weight / total for weight in exact.values())]
-
-
-def _tijdeman(numerators: Sequence[int], period: int) -> NDArray[np.uint8]:
-    """One period of stream indices; after every prefix N, |count_i - N * share_i| <= 1 - 1/(2S - 2) < 1."""
-    # Tijdeman (1980), "The chairman assignment problem": among the streams that are owed at least 1/(2S - 2) of a
-    # sample, serve the one whose deadline comes first. In integers: everything is multiplied by period * (2S - 2).
-    num_streams = len(numerators)
-    scale = 2 * num_streams - 2
-    counts = [0] * num_streams
-    pattern = np.empty(period, np.uint8)
-    for slot in range(period):
-        deadlines = [
-            ((scale * period - period - owed) / numerator, stream)
-            for stream, numerator in enumerate(numerators)
-            if numerator and (owed := scale * (numerator * (slot + 1) - period * counts[stream])) >= period
-        ]
-        _, best = min(deadlines)
-        counts[best] += 1
-        pattern[slot] = best
-    return pattern
+    ends = sorted({line.until for lines in (shares, *exact.values()) for line in lines if line.until is not None})
+    pieces = []
+    for start, until in zip([0, *ends], [*ends, None], strict=True):
+        of_old = _between(shares, start, until)
+        values = [_between(lines, start, until) for lines in exact.values()]
+        sides = []
+        for share, side in zip(of_old, zip(*values, strict=True) if values else ((), ()), strict=True):
+            if share and not sum(side):
+                raise ValueError(f'replay.streams: all weights are 0 at sample {start}, where the fraction is {share}')
+            total = sum(side) or Fraction(1)
+            old = [share * weight / total for weight in side]
+            sides.append((1 - share, *old))
+        pieces.append(Piece(until, *sides))
+    return pieces
 
 
 Tree = Any  # the number of a stream, or two trees
@@ -135,82 +205,143 @@ def _fairest_tree(nodes: Sequence[tuple[float, Tree]], above: float = 0) -> tupl
     return min(tried, key=lambda each: each[0])
 
 
-class Interleaving:
-    """Which stream slot n belongs to, and how many samples each stream has given before it.
+def _leaves(tree: Tree) -> list[int]:
+    return [tree] if isinstance(tree, int) else [leaf for side in tree for leaf in _leaves(side)]
 
-    Exact at every prefix: with S streams of shares w_i, after any number N of slots ``|count_i(N) - N w_i| < 1``,
-    and with two streams (new and one old) ``count_old(N) = floor(N f + 1/2)``, an error of at most one half. The rows
-    of a stream are evenly spaced. (Of shares over more than ``MAX_PERIOD``, and with more than three old streams whose
-    weights differ by factors of hundreds, the bound is that of the fairest tree, which can pass 1 by some hundredths.)
 
-    Cost: O(period) once (instant for two streams; about 1 s per million slots and stream beyond), O(1) per slot. Beyond
-    ``MAX_PERIOD`` nothing is laid out, and a slot takes some microseconds.
+_isqrt = np.frompyfunc(isqrt, 1, 1)
+
+
+class _Rounded:
+    r"""How many of a node's first m samples are its second child's, while their shares run in one line each.
+
+    With A(x) and B(x) the integrals of the node's and the child's share up to slot x, it is
+    :math:`\lfloor B(A^{-1}(m)) + 1/2 \rfloor`: exact, since a share is a straight line, so that A is a quadratic and
+    the result :math:`\lfloor (p + \pm\sqrt z) / d \rfloor` with p and z whole and linear in m (p quadratic where the
+    node's own share is constant).
 
     Args:
-        shares: Shares that sum to 1, e.g. of :func:`shares_of`.
+        upto: A and B at the beginning.
+        begin: The two shares there.
+        slope: By how much they rise with each slot.
     """
 
-    def __init__(self, shares: Sequence[Fraction]) -> None:
-        if sum(shares) != 1 or min(shares) < 0:
-            raise ValueError(f'shares {[str(s) for s in shares]} must be non-negative and sum to 1')
-        self.shares = tuple(shares)
-        self.period = lcm(*(s.denominator for s in shares))
-        self._tree: Tree | None = None
-        if self.period > MAX_PERIOD:
-            _, self._tree = _fairest_tree([(float(share), stream) for stream, share in enumerate(shares)])
+    def __init__(
+        self, upto: tuple[Fraction, Fraction], begin: tuple[Fraction, Fraction], slope: tuple[Fraction, Fraction]
+    ) -> None:
+        (of_node, of_child), (a, b), (a_rise, b_rise) = upto, begin, slope
+        half, zero = Fraction(1, 2), Fraction(0)
+        if a_rise:  # slots since the beginning are (sqrt(square + twice m) - a) / a_rise
+            linear = b_rise / a_rise
+            root = (b - linear * a) / a_rise
+            terms = [of_child + half - linear * of_node - root * a, linear, zero]
+            under = [root**2 * (a**2 - 2 * a_rise * of_node), root**2 * 2 * a_rise]
+        else:  # they are (m - of_node) / a; of a node without a share nobody asks
+            rate, bend = (b / a, b_rise / (2 * a * a)) if a else (zero, zero)
+            root, under = zero, [zero, zero]
+            terms = [
+                of_child + half - rate * of_node + bend * of_node**2,
+                rate - 2 * bend * of_node,
+                bend,
+            ]
+        self._divisor = lcm(*(each.denominator for each in (*terms, *under)))
+        self._terms = [int(each * self._divisor) for each in terms]
+        self._under = [int(each * self._divisor**2) for each in under]
+        self._sign = (root > 0) - (root < 0)
+
+    def __call__(self, samples: Ints) -> Ints:
+        """Of each of these numbers of samples."""
+        (once, linear, square), divisor = self._terms, self._divisor
+        fits = max(abs(linear) * int(samples.max()) + abs(once), divisor) < 1 << 62
+        if fits and not square and not self._sign:
+            return (samples * linear + once) // divisor
+        exact = samples.astype(object)  # products pass 64 bits
+        whole = once + exact * (linear + exact * square)
+        if self._sign:
+            under = self._under[0] + exact * self._under[1]
+            root = _isqrt(under)
+            whole = whole + (root if self._sign > 0 else -root - (root * root < under))
+        return (whole // divisor).astype(np.int64)
+
+
+class Interleaving:
+    r"""Which stream slot n belongs to, and how many samples each stream has given before it.
+
+    Exact at every prefix: the count of a stream i among the first N slots is within 1 of the sum of its shares over
+    them, the integral :math:`\int_0^N w_i(x) dx` (N w_i of a constant share). With two streams (new and one old) it is
+    that integral rounded, ``floor(... + 1/2)``: an error of at most one half. With more, streams are halved as a tree
+    does, and each half gets the rounded integral over what its node has; of more than four streams whose shares differ
+    by factors of hundreds the error can pass 1 by some hundredths, and where such shares move by one half. The rows of
+    a stream are evenly spaced.
+
+    Cost: none to build; a slot takes a microsecond for each halving, of moving shares some.
+
+    Args:
+        pieces: Shares, e.g. of :func:`shares_of`; the last piece goes on for ever.
+
+    Raises:
+        ValueError: If shares are negative, do not sum to 1, or end before they begin.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        corners = [shares for piece in pieces for shares in (piece.begin, piece.end)]
+        for shares in corners:
+            if sum(shares) != 1 or min(shares) < 0:
+                raise ValueError(f'shares {[str(s) for s in shares]} must be non-negative and sum to 1')
+        self.pieces = tuple(pieces)
+        self._starts = [0, *(int(piece.until or 0) for piece in self.pieces[:-1])]
+        self._num_streams = len(pieces[0].begin)
+        means = [float(sum(each) / len(corners)) for each in zip(*corners, strict=True)]
+        _, self._tree = _fairest_tree([(mean, stream) for stream, mean in enumerate(means) if mean])
+        self._splits: dict[Tree, tuple[list[int], list[_Rounded]]] = {}
+        self._prepare(self._tree)
+
+    def _prepare(self, tree: Tree) -> None:
+        """How each node of a tree is split."""
+        if isinstance(tree, int):
             return
-        numerators = [int(s * self.period) for s in shares]
-        if len(shares) == 1:
-            self.pattern = np.zeros(self.period, np.uint8)
-        elif len(shares) == 2:
-            upto = np.arange(self.period + 1, dtype=np.int64)
-            self.pattern = np.diff((2 * upto * numerators[1] + self.period) // (2 * self.period)).astype(np.uint8)
-        else:
-            self.pattern = _tijdeman(numerators, self.period)
-        one_hot = self.pattern == np.arange(len(shares), dtype=np.uint8)[:, None]
-        # _before[i, n]: samples of stream i among the first n slots of a period
-        self._before = np.zeros((len(shares), self.period + 1), np.int32)
-        np.cumsum(one_hot, axis=1, out=self._before[:, 1:])
+        upto, begins, splits = (Fraction(0), Fraction(0)), [], []
+        for start, piece in zip(self._starts, self.pieces, strict=True):
+            begin, end = (
+                tuple(sum((shares[leaf] for leaf in _leaves(node)), Fraction(0)) for node in (tree, tree[1]))
+                for shares in (piece.begin, piece.end)
+            )
+            length = 1 if piece.until is None else piece.until - start
+            slope = tuple((after - before) / length for before, after in zip(begin, end, strict=True))
+            begins.append(ceil(upto[0]))
+            splits.append(_Rounded(upto, begin, slope))
+            upto = tuple(sum_ + length * (a + b) / 2 for sum_, a, b in zip(upto, begin, end, strict=True))
+        self._splits[tree] = (begins, splits)
+        for side in tree:
+            self._prepare(side)
 
     def counts(self, num_slots: int) -> list[int]:
         """Samples of each stream among the first ``num_slots`` slots."""
-        if self._tree is not None:
-            return self._spread(self._tree, num_slots)
-        periods, rest = divmod(num_slots, self.period)
-        return [int(row[-1]) * periods + int(row[rest]) for row in self._before]
+        return [int(count[0]) for count in self._spread(self._tree, np.array([num_slots]))]
 
     def slots_in_one_pass(self, num_samples: int) -> int:
         """The most slots that hold at most ``num_samples`` of the new data (stream 0): one pass over it."""
-        if self._tree is not None:
-            most = int((num_samples + 3) / self.shares[0])
-            return bisect_right(range(most), num_samples, key=lambda slots: self.counts(slots)[0]) - 1
-        per_period = int(self._before[0, -1])
-        periods, rest = divmod(num_samples, per_period)
-        return periods * self.period + int(np.searchsorted(self._before[0], rest, side='right')) - 1
+        least = min(share for piece in self.pieces for share in (piece.begin[0], piece.end[0]))
+        most = int((num_samples + 3) / least)
+        return bisect_right(range(most), num_samples, key=lambda slots: self.counts(slots)[0]) - 1
 
     def locate(self, slots: Ints) -> tuple[NDArray[np.uint8], Ints]:
         """(stream, how many samples that stream gave before) of each slot."""
-        if self._tree is not None:
-            exact = slots.astype(object)  # Python's integers: products pass 64 bits
-            before, after = (np.stack(self._spread(self._tree, upto)) for upto in (exact, exact + 1))
-            streams = np.argmax(after - before, axis=0).astype(np.uint8)
-            return streams, before[streams, np.arange(len(slots))].astype(np.int64)
-        periods, rest = np.divmod(slots, self.period)
-        streams = self.pattern[rest]
-        ordinals = self._before[streams, -1].astype(np.int64) * periods + self._before[streams, rest]
-        return streams, ordinals
+        before, after = (np.stack(self._spread(self._tree, upto)) for upto in (slots, slots + 1))
+        streams = np.argmax(after - before, axis=0).astype(np.uint8)
+        return streams, before[streams, np.arange(len(slots))]
 
-    def _spread(self, tree: Tree, slots: Any) -> list[Any]:
+    def _spread(self, tree: Tree, slots: Ints) -> list[Ints]:
         """Samples of each stream if this tree is given so many slots; of the others none."""
         if isinstance(tree, int):
-            return [slots if stream == tree else 0 * slots for stream in range(len(self.shares))]
-        share = self._share_of(tree[1]) / self._share_of(tree)
-        of_second = (2 * slots * share.numerator + share.denominator) // (2 * share.denominator)
+            return [slots if stream == tree else np.zeros_like(slots) for stream in range(self._num_streams)]
+        begins, splits = self._splits[tree]
+        which = np.searchsorted(begins, slots, side='right') - 1
+        of_second = np.empty_like(slots)
+        for piece in np.unique(which):
+            of_second[which == piece] = splits[piece](slots[which == piece])
         sides = self._spread(tree[0], slots - of_second), self._spread(tree[1], of_second)
         return [one + other for one, other in zip(*sides, strict=True)]
-
-    def _share_of(self, tree: Tree) -> Fraction:
-        return self.shares[tree] if isinstance(tree, int) else self._share_of(tree[0]) + self._share_of(tree[1])
 
 
 def check_budget(

@@ -3,13 +3,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import ConfigDict, model_validator
 
-from cpt_algorithms.replay.functional import Interleaving, exact_fraction, shares_of
+from cpt_algorithms.replay.functional import Interleaving, lines_of, shares_of
 from cpt_algorithms.validation import PathStr, Section, parse_section, short_repr
 
 __all__ = ['DOWNLOAD_RETRY', 'STREAM_KEYS', 'Mix', 'OldStream', 'Stream', 'read_mix', 'row_length']
@@ -54,7 +53,7 @@ class OldStream(Stream):
     ``stand_in_for``, a text that says in place of which unknown data it is replayed.
     """
 
-    weight: float | str = 1
+    weight: float | str | list[Any] = 1
     only_seen_by: PathStr | None = None
     stand_in_for: str | None = None
 
@@ -71,18 +70,21 @@ class OldStream(Stream):
 class _Replay(Section):
     model_config = ConfigDict(extra='forbid')
 
-    fraction: float | str = 0
+    fraction: float | str | list[Any] = 0
     streams: dict[str, Any] = {}
     order: Literal['pretraining', 'shuffled'] = 'pretraining'
 
 
 @dataclass(frozen=True)
 class Mix:
-    """The data of a stage: new and old by name, the share and order of the old, and the source of each slot."""
+    """The data of a stage: new and old by name, the share and order of the old, and the source of each slot.
+
+    The fraction is in words, for people and for a restart that compares it.
+    """
 
     new: dict[str, Stream]
     old: dict[str, OldStream]
-    fraction: Fraction
+    fraction: str
     order: str
     interleaving: Interleaving
 
@@ -96,16 +98,17 @@ class Mix:
         return dict(zip([self.name, *self.old], self.interleaving.counts(samples), strict=True))
 
 
-def read_mix(new: Mapping[str, Any] | None, replay: Mapping[str, Any] | None) -> Mix:
+def read_mix(new: Mapping[str, Any] | None, replay: Mapping[str, Any] | None, resume_after: str | None = None) -> Mix:
     """Read what :class:`~cpt_algorithms.replay.ReplayTextDataset` calls ``new`` and ``replay``.
 
     Args:
         new: One stream, or a mapping of several named ones.
         replay: ``fraction``, ``streams``, ``order``.
+        resume_after: Where a branch goes on. Default: ``None``, it is none.
 
     Raises:
-        ValueError: If a key is unknown, the fraction or a weight is out of range, there is nothing to read, or two
-            streams share a name.
+        ValueError: If a key is unknown, the fraction or a weight is out of range, there is nothing to read, two
+            streams share a name, or the mix of a branch changes.
     """
     given = parse_section(_Replay, replay or {}, f'{WHERE}.replay')
     new_streams = _named_streams(Stream, f'{WHERE}.new', new or {})
@@ -115,8 +118,13 @@ def read_mix(new: Mapping[str, Any] | None, replay: Mapping[str, Any] | None) ->
     if shared := sorted(new_streams.keys() & old_streams.keys() | {'new'} & old_streams.keys()):
         raise ValueError(f'stream name {shared[0]!r} is used in both new and replay.streams; names must differ')
     shares = shares_of(given.fraction, {name: stream.weight for name, stream in old_streams.items()})
-    exact = exact_fraction('replay.fraction', given.fraction)
-    return Mix(new_streams, old_streams, exact, given.order, Interleaving(shares))
+    if resume_after is not None and len(shares) > 1:
+        raise ValueError(
+            f'{WHERE}.replay.fraction={given.fraction}: the mix of a branch cannot change; give its replay a fraction '
+            'and weights that are numbers'
+        )
+    fraction = ', then '.join(map(str, lines_of('replay.fraction', given.fraction)))
+    return Mix(new_streams, old_streams, fraction, given.order, Interleaving(shares))
 
 
 def _named_streams(kind: Any, where: str, section: Any) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         replay: ``{fraction, streams, order}``. ``fraction``: share of every batch from earlier datasets, in [0, 1).
             ``streams``: ``{name: stream}``, each with an optional ``weight`` (Default: ``1``); ``only_seen_by``, a
             checkpoint: only what its run had read by then is replayed, in its order (``pretraining``, with that run's
-            shuffle) or in another; or ``stand_in_for``, a text that says for which unknown data this stands. ``order``:
+            shuffle) or in another; or ``stand_in_for``, a text that says for which unknown data this stands. Fraction
+            and weights may change: :func:`~cpt_algorithms.replay.functional.lines_of`. ``order``:
             ``pretraining`` (the order in which this loader read that dataset when it was ``new`` on its own, under
             the same ``shuffle``, ``shuffle_seed`` and ``shuffle_block_size``; the paper's setting) or ``shuffled``
             (a fresh one). Default: ``pretraining``. ``None``: no replay. Default: ``None``.
@@ -131,7 +132,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
         token_encoding_type: str = 'int64',
         **kwargs: Any,
     ) -> None:
-        mix = read_mix(new, replay)
+        mix = read_mix(new, replay, resume_after)
         streams = [
             ResilientStream(cache_limit=kwargs.get('cache_limit'), **stream.keywords)
             for stream in (*mix.new.values(), *mix.old.values())
@@ -170,7 +171,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
             )
         self.mix = json.dumps(
             {
-                'fraction': str(mix.fraction),
+                'fraction': mix.fraction,
                 'order': mix.order,
                 'shuffle': bool(shuffle),
                 'shuffle_seed': shuffle_seed,

@@ -100,9 +100,9 @@ class Replay(Section):
 
     model_config = ConfigDict(extra='forbid')
 
-    fraction: float | str = 0
+    fraction: float | str | list[Any] = 0
     order: str | None = None
-    weights: dict[str, float | str] = {}
+    weights: dict[str, float | str | list[Any]] = {}
     consumed_only: bool = False
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from cpt_algorithms.checkpoints.save_folder import batch_of, checkpoint_name, latest_link
-from cpt_algorithms.duration import ABSOLUTE, UNITS, Duration
+from cpt_algorithms.duration import ABSOLUTE, UNITS, Duration, per_batch_of
 from cpt_algorithms.files import read_json, read_yaml
 from cpt_algorithms.replay.mix import DOWNLOAD_RETRY, STREAM_KEYS, Mix, Stream, read_mix
 from cpt_algorithms.validation import ConfigError, PathStr, Section, fits_on_a_disk, parse_section, short_repr
@@ -151,7 +151,8 @@ class Loader(Section):
         Raises:
             ValueError: If it is not right.
         """
-        return read_mix(self.dataset.new, self.dataset.replay) if self.name == 'replay_text' else None
+        dataset = self.dataset
+        return read_mix(dataset.new, dataset.replay, dataset.resume_after) if self.name == 'replay_text' else None
 
     def streams(self, where: str) -> dict[str, Stream]:
         """Every stream that is read, by its key below the loader's; none of a loader that reads otherwise.
@@ -381,6 +382,7 @@ class Stage(Section):
         * ``model.pretrained: false`` with ``load_path``: the checkpoint's weights would replace those that were read.
         * ``model.trust_remote_code: false`` for ``hf_causal_lm``: llm-foundry runs code that a model brings along.
         * ``stream_name: resilient`` for evaluators that read one remote stream.
+        * Times of a replay fraction or weight that changes in ``sp``, which the loader wants.
 
         Args:
             given: The YAML, interpolations resolved. It stays as it is.
@@ -600,7 +602,28 @@ def _filled_in(given: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     if 'forgetting' in callbacks:
         filled.setdefault('eval_first', True)
     callbacks.setdefault('hf_checkpointer', {'save_folder': folder, 'save_interval': '1dur', 'precision': 'float32'})
+    if stage.train_loader.name == 'replay_text' and stage.train_loader.dataset.replay:
+        loader, replay = given['train_loader'], stage.train_loader.dataset.replay
+        replay = _in_samples(stage, 'train_loader.dataset.replay', replay)
+        filled['train_loader'] = {**loader, 'dataset': {**loader['dataset'], 'replay': replay}}
     return filled
+
+
+def _in_samples(stage: Stage, key: str, given: Any) -> Any:
+    """A part of ``replay`` with the times of numbers that change, ``[until, ...]``, in samples."""
+    if isinstance(given, Mapping):
+        return {name: _in_samples(stage, f'{key}.{name}', value) for name, value in given.items()}
+    if not isinstance(given, list):
+        return given
+    if not given or not isinstance(given[0], str):
+        return [_in_samples(stage, f'{key}[{number}]', value) for number, value in enumerate(given)]
+    until, batch = Duration.parse(f'{key}[0]', given[0], (*ABSOLUTE, 'dur')), stage.global_train_batch_size
+    if until.unit == 'dur':
+        stage.batches_of(key, until)  # refuses a stage in epochs
+        samples = until.value * (stage.batches or 0) * batch
+    else:
+        samples = until.value * batch / (per_batch_of(until.unit, batch, stage.max_seq_len) or 1)
+    return [f'{round(samples)}sp', *given[1:]]
 
 
 def _resilient(loader: Loader) -> dict[str, Any]:

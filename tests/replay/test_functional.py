@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_algorithms.replay.functional import (
-    MAX_PERIOD,
     Interleaving,
     MixedSequence,
+    Piece,
     ShuffledOrder,
     StreamOrder,
     check_budget,
@@ -28,7 +28,12 @@ def prefix_errors(interleaving: Interleaving, num_slots: int) -> np.ndarray:
     """|count_i(N) - N w_i| for every stream i and prefix N, from the streams alone."""
     streams, _ = interleaving.locate(np.arange(num_slots))
     upto = np.arange(1, num_slots + 1)
-    return np.stack([np.abs(np.cumsum(streams == i) - upto * float(w)) for i, w in enumerate(interleaving.shares)])
+    (piece,) = interleaving.pieces
+    return np.stack([np.abs(np.cumsum(streams == i) - upto * float(w)) for i, w in enumerate(piece.begin)])
+
+
+def constant(*shares: Fraction) -> Interleaving:
+    return Interleaving([Piece(None, shares, shares)])
 
 
 def test_one_old_stream_by_hand():
@@ -39,9 +44,9 @@ def test_one_old_stream_by_hand():
 
 
 def test_two_old_streams_by_hand():
-    # shares 2/4, 1/4, 1/4: each period of four gives two, one and one
+    # shares 2/4, 1/4, 1/4: of N slots floor(N/2 + 1/2) are old, and of m old ones floor(m/2 + 1/2) of b
     interleaving = Interleaving(shares_of(0.5, {'a': 1, 'b': 1}))
-    assert interleaving.pattern.tolist() == [0, 1, 2, 0]
+    assert interleaving.locate(np.arange(8))[0].tolist() == [2, 0, 1, 0, 2, 0, 1, 0]
     assert interleaving.counts(4) == [2, 1, 1]
     assert interleaving.counts(10**10) == [5 * 10**9, 25 * 10**8, 25 * 10**8]
 
@@ -51,11 +56,7 @@ def test_shares_that_are_none_are_shown(shares):
     with pytest.raises(
         ValueError, match=rf"^shares \['{shares[0]}', '{shares[1]}'\] must be non-negative and sum to 1$"
     ):
-        Interleaving(shares)
-
-
-def test_who_is_owed_just_enough_is_served_if_his_deadline_is_first():
-    assert Interleaving([Fraction(1, 8), Fraction(1, 8), Fraction(6, 8)]).pattern.tolist() == [2, 2, 2, 0, 2, 1, 2, 2]
+        constant(*shares)
 
 
 @pytest.mark.parametrize('fraction', [0.001, 0.0123, 0.01, 0.05, 0.25, 0.5, 0.999, '1/3', 0.333333])
@@ -68,9 +69,8 @@ def test_two_streams_are_within_one_half_at_every_prefix(fraction):
 @given(st.lists(st.integers(1, 60), min_size=3, max_size=7))
 def test_many_streams_are_within_one_at_every_prefix(weights):
     total = sum(weights)
-    interleaving = Interleaving([Fraction(w, total) for w in weights])
-    bound = 1 - 1 / (2 * len(weights) - 2)
-    assert prefix_errors(interleaving, 2 * interleaving.period + 3).max() <= bound + 1e-9
+    interleaving = constant(*(Fraction(w, total) for w in weights))
+    assert prefix_errors(interleaving, 2 * total + 3).max() < 1.02
 
 
 @settings(max_examples=100, deadline=None)
@@ -109,10 +109,6 @@ def test_bad_shares_are_named(fraction, weights, message):
         shares_of(fraction, weights)
 
 
-def test_period_is_bounded():
-    assert Interleaving(shares_of(1 / 10**6 * 999, {'a': 1})).period <= MAX_PERIOD
-
-
 ANY_WEIGHT = st.floats(1e-3, 1e3)
 
 
@@ -128,15 +124,13 @@ def test_any_fraction_and_weights_are_exact_at_every_prefix(fraction, weights, b
     if exact_fraction('fraction', fraction) >= 1:  # to 12 digits
         return
     interleaving = Interleaving(shares_of(fraction, {f'old{i}': weight for i, weight in enumerate(weights)}))
-    if interleaving.period <= MAX_PERIOD and len(weights) > 1:
-        return  # which other tests have
     counts, limit = interleaving.counts(begin), Fraction(1, 2) if len(weights) == 1 else 1
     streams, ordinals = interleaving.locate(np.arange(begin, begin + 60))
     for slot, (stream, ordinal) in enumerate(zip(streams.tolist(), ordinals.tolist(), strict=True), start=begin + 1):
         assert ordinal == counts[stream]
         counts[stream] += 1
         assert sum(counts) == slot
-        errors = [abs(count - slot * share) for count, share in zip(counts, interleaving.shares, strict=True)]
+        errors = [abs(n - slot * share) for n, share in zip(counts, interleaving.pieces[0].begin, strict=True)]
         assert max(errors) <= limit and (max(errors) < 1)
     assert interleaving.counts(begin + 60) == counts
     of_new = counts[0]
@@ -151,12 +145,113 @@ def test_many_streams_of_any_weight_are_near_their_shares(weights, fraction):
     assert prefix_errors(interleaving, 3000).max() < 1.3
 
 
+# What changes: numbers at slots, in straight lines and steps, and what is integrated with rational numbers alone.
+KNOT = st.integers(1, 90)
+SHARE = st.sampled_from(['0', '0.1', '1/3', '0.5', '0.9', '0.123456789'])
+WEIGHT = st.sampled_from(['0', '1', '2.5', '1/7'])
+
+
+def moving(draw, values, constant_ones) -> object:
+    knots = sorted(draw(st.sets(KNOT, max_size=4)))
+    if not knots:
+        return draw(constant_ones)
+    return [[f'{knot}sp', *draw(st.lists(values, min_size=1, max_size=2))] for knot in knots]
+
+
+def exact_integral(value: object, slots: int) -> Fraction:
+    """Of a number that changes, over the first slots: a trapezium for each slot, or a part of one."""
+    if not isinstance(value, list):
+        return Fraction(str(value)) * slots
+    total, began = Fraction(0), 0
+    for until, *ends in [*value, [f'{10**9}sp', value[-1][-1]]]:
+        end = int(until.removesuffix('sp'))
+        first, last = Fraction(ends[0]), Fraction(ends[-1])
+        for slot in range(began, min(end, slots)):
+            total += first + (last - first) * (Fraction(2 * (slot - began) + 1, 2) / (end - began))
+        began = end
+    return total
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_fraction_that_changes_is_its_integral_rounded_at_every_prefix(data):
+    fraction = moving(data.draw, SHARE, SHARE)
+    interleaving = Interleaving(shares_of(fraction, {'old': 1}))
+    for slots in range(150):
+        old = (exact_integral(fraction, slots) + Fraction(1, 2)) // 1
+        assert interleaving.counts(slots) == [slots - old, old]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_changing_shares_are_near_their_integrals_and_any_slot_is_found_by_itself(data):
+    fraction = moving(data.draw, SHARE, SHARE)
+    weights = {name: moving(data.draw, WEIGHT, st.just('1')) for name in 'abc'[: data.draw(st.integers(2, 3))]}
+    try:
+        interleaving = Interleaving(shares_of(fraction, weights))
+    except ValueError as error:
+        assert 'all weights are 0' in str(error)
+        return
+    streams, ordinals = interleaving.locate(np.arange(150))
+    counts, integral, began = [0] * (1 + len(weights)), [Fraction(0)] * (1 + len(weights)), 0
+    for slot, (stream, ordinal) in enumerate(zip(streams.tolist(), ordinals.tolist(), strict=True)):
+        piece = next(p for p in interleaving.pieces if p.until is None or slot < p.until)
+        began = max((p.until for p in interleaving.pieces if p.until is not None and p.until <= slot), default=0)
+        across = Fraction(2 * (slot - began) + 1, 2 * ((piece.until or began + 1) - began))
+        integral = [total + a + (b - a) * across for total, a, b in zip(integral, piece.begin, piece.end, strict=True)]
+        assert ordinal == counts[stream]
+        counts[stream] += 1
+        assert interleaving.counts(slot + 1) == counts
+        assert max(abs(n - ideal) for n, ideal in zip(counts, integral, strict=True)) <= 1.5
+    alone = [interleaving.locate(np.array([slot])) for slot in (0, 77, 149)]
+    assert [(int(s[0]), int(o[0])) for s, o in alone] == [(streams[n], ordinals[n]) for n in (0, 77, 149)]
+    assert sum(integral) == 150
+
+
+def test_a_line_between_weights_by_hand():
+    # half of all; of a and b first all a, then in a straight line to all b: 8 slots hold 4 old ones, half of each
+    pieces = shares_of(0.5, {'a': [['8sp', 1, 0]], 'b': [['8sp', 0, 1]]})
+    half, none = Fraction(1, 2), Fraction(0)
+    assert pieces == [Piece(8, (half, half, none), (half, none, half)), Piece(None, *[(half, none, half)] * 2)]
+    assert Interleaving(pieces).counts(8) == [4, 2, 2]
+    assert Interleaving(pieces).counts(16) == [8, 2, 6]
+
+
+def test_a_long_ramp_stays_exact():
+    # the integral of 0.5 -> 0 over 10**12 slots is quadratic; half way it has 3/8 of that
+    interleaving = Interleaving(shares_of([[f'{10**12}sp', 0.5, 0]], {'old': 1}))
+    assert interleaving.counts(5 * 10**11)[1] == 1875 * 10**8
+    assert interleaving.counts(10**12) == [75 * 10**10, 25 * 10**10]
+    slots = interleaving.slots_in_one_pass(10**11)
+    assert interleaving.counts(slots)[0] == 10**11 < interleaving.counts(slots + 1)[0]
+
+
+@pytest.mark.parametrize(
+    ('fraction', 'weights', 'message'),
+    [
+        ([], {}, r'replay\.fraction=\[\] is empty: give a number'),
+        ([0.5], {}, r'replay\.fraction\[0\]=0\.5 must be \[until, value\]'),
+        ([['9sp', 1, 2, 3]], {}, r'replay\.fraction\[0\]=.* must be \[until, value\], or \[until, from, to\]'),
+        ([['9tok', 0.1]], {}, r"replay\.fraction\[0\]\[0\]='9tok' must be a time of at least 0 in sp"),
+        ([['9sp', 0.1], ['9sp', 0.2]], {}, r'replay\.fraction\[1\]\[0\]=9sp must be later than the one before'),
+        ([['9sp', 0, 1]], {}, r'replay\.fraction=.* is out of range'),
+        (0.1, {'a': [['9sp', -1]]}, r'replay\.streams\.a\.weight=.* must be positive'),
+        (0.1, {'a': [['9sp', 1, 0]]}, r'all weights are 0 at sample 0, where the fraction is 1/10'),
+        ([['5sp', 0.1]], {}, r'replay\.streams is empty'),
+    ],
+)
+def test_what_changes_wrongly_is_named(fraction, weights, message):
+    with pytest.raises(ValueError, match=message):
+        shares_of(fraction, weights)
+
+
 @pytest.mark.parametrize(
     ('fraction', 'weights', 'rows'),
     [
         (0, {}, 'd8072e8131f51484'), (0.05, {'a': 1}, 'ff180bf1f9bd0381'), (0.001, {'a': 7}, '4b596d44fd19eed7'),
-        ('1/3', {'a': 1}, '34028da656264e80'), (0.25, {'a': 1, 'b': 3}, '4b60fc068edf5ac5'),
-        (0.3, {'a': 1, 'b': '2.5', 'c': 0.1}, '237a933946f640cc'), (0.999999, {'a': 1}, '78612464e44ba8a6'),
+        ([['800sp', 0.5, 0.05], ['2000sp', 0.1]], {'a': [['500sp', 1, 0]], 'b': [['1000sp', 0, 1]]}, 'f6a0e7f46ad7b45e'),
+        ('1/3', {'a': 1}, '34028da656264e80'), (0.25, {'a': 1, 'b': 3}, '92c54e6a19e0ea77'),
+        (0.3, {'a': 1, 'b': '2.5', 'c': 0.1}, '9065c125d5f432df'), (0.999999, {'a': 1}, '78612464e44ba8a6'),
     ],
 )  # fmt: skip
 def test_a_mix_serves_the_rows_that_it_always_did(fraction, weights, rows):

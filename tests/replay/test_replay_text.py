@@ -17,6 +17,8 @@ from cpt_algorithms.replay.replay_text import ReplayTextDataset, build_replay_te
 SEQ_LEN = 16
 BATCH = 16
 NEW, OLD, OLDER = 0, 1, 2  # what the first token of a row says
+# of 26 batches of 16: nothing, then in a straight line to one half, then a tenth
+MOVING = [['64sp', 0], ['200sp', 0, 0.5], ['300sp', 0.1]]
 
 
 class FakeTokenizer:
@@ -111,19 +113,31 @@ def test_workers_do_not_change_the_batches(data, num_workers):
     assert rows(loader_of(data, num_workers=num_workers)) == rows(loader_of(data))
 
 
-def state_after(data, batches):
+def test_a_mix_that_changes_is_served_as_it_is_written(data):
+    flat = [d for batch in rows(loader_of(data, fraction=MOVING)) for d, _ in batch]
+    # integrals: 0 up to row 64; a ramp of 136 rows to 1/2, 34 rows; 100 rows of 1/10, and so on
+    upto = {64: 0, 132: 8.5, 200: 34, 300: 44, 400: 54}
+    assert {rows_: flat[:rows_].count(OLD) for rows_ in upto if rows_ % BATCH == 0} == {64: 0, 400: 54}
+    for rows_, integral in upto.items():  # within a batch, rows are turned
+        begin, end = rows_ // BATCH * BATCH, -(-rows_ // BATCH) * BATCH
+        assert flat[:begin].count(OLD) <= integral + 0.5 and flat[:end].count(OLD) >= integral - 0.5
+
+
+def state_after(data, batches, **over):
     """Of a loader whose first epoch has begun, as it has whenever a checkpoint is saved."""
-    loader = loader_of(data)
+    loader = loader_of(data, **over)
     rows(loader, limit=1)
     return loader.dataset.state_dict(batches * BATCH, True)
 
 
-@pytest.mark.parametrize(('done', 'num_workers'), [(1, 0), (7, 2), (25, 3), (26, 1)])
-def test_resume_at_any_batch(data, done, num_workers):
-    straight = loader_of(data)
+@pytest.mark.parametrize(
+    ('done', 'num_workers', 'fraction'), [(1, 0, 0.05), (7, 2, 0.05), (25, 3, 0.05), (26, 1, 0.05), (9, 2, MOVING)]
+)
+def test_resume_at_any_batch(data, done, num_workers, fraction):
+    straight = loader_of(data, fraction=fraction)
     expected = rows(straight)
-    resumed = loader_of(data, num_workers=num_workers)
-    resumed.dataset.load_state_dict(json.loads(json.dumps(state_after(data, done))))
+    resumed = loader_of(data, num_workers=num_workers, fraction=fraction)
+    resumed.dataset.load_state_dict(json.loads(json.dumps(state_after(data, done, fraction=fraction))))
     assert rows(resumed) == expected[done:]
     assert rows(resumed) == rows(straight), 'the next epoch'
 
@@ -162,13 +176,13 @@ def test_several_new_datasets_are_each_read_once(data):
     assert 60 < first_half.count(OLDER) < 140, 'shuffled together'
 
 
-def _one_rank(rank, num_ranks, port, data, num_workers, resume_at, queue):
+def _one_rank(rank, num_ranks, port, data, num_workers, resume_at, fraction, queue):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks),
         MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
     )  # fmt: skip
     torch.distributed.init_process_group('gloo')
-    loader = loader_of(data, num_workers=num_workers, device_batch_size=BATCH // num_ranks, fraction=0.25)
+    loader = loader_of(data, num_workers=num_workers, device_batch_size=BATCH // num_ranks, fraction=fraction)
     if resume_at:
         state = {'epoch': 0, 'sample_in_epoch': resume_at * BATCH, 'num_canonical_nodes': 1, 'shuffle_seed': 9176}
         loader.dataset.load_state_dict({**state, 'initial_physical_nodes': 1, 'mix': loader.dataset.mix})
@@ -178,11 +192,18 @@ def _one_rank(rank, num_ranks, port, data, num_workers, resume_at, queue):
 
 
 @pytest.mark.parametrize(
-    ('num_ranks', 'num_workers', 'resume_at'),
-    [(2, 2, 0), pytest.param(4, 1, 5, marks=pytest.mark.long), pytest.param(8, 0, 3, marks=pytest.mark.long)],
+    ('num_ranks', 'num_workers', 'resume_at', 'fraction'),
+    [
+        (2, 2, 9, MOVING),
+        pytest.param(2, 2, 0, 0.25, marks=pytest.mark.long),
+        pytest.param(4, 1, 5, 0.25, marks=pytest.mark.long),
+        pytest.param(8, 0, 3, 0.25, marks=pytest.mark.long),
+    ],
 )
-def test_real_ranks_read_the_same_global_batches_with_replay_spread_over_them(data, num_ranks, num_workers, resume_at):
-    expected = rows(loader_of(data, fraction=0.25))[resume_at:]
+def test_real_ranks_read_the_same_global_batches_with_replay_spread_over_them(
+    data, num_ranks, num_workers, resume_at, fraction
+):
+    expected = rows(loader_of(data, fraction=fraction))[resume_at:]
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -191,7 +212,7 @@ def test_real_ranks_read_the_same_global_batches_with_replay_spread_over_them(da
     context.set_forkserver_preload(['cpt_algorithms.replay.replay_text'])
     queue = context.Queue()
     ranks = [
-        context.Process(target=_one_rank, args=(rank, num_ranks, port, data, num_workers, resume_at, queue))
+        context.Process(target=_one_rank, args=(rank, num_ranks, port, data, num_workers, resume_at, fraction, queue))
         for rank in range(num_ranks)
     ]
     for process in ranks:
@@ -215,6 +236,7 @@ def test_real_ranks_read_the_same_global_batches_with_replay_spread_over_them(da
     ('over', 'message'),
     [
         ({'fraction': 0.25}, r'fraction: 1/20 -> 1/4'),
+        ({'fraction': [['9sp', 0.1, 0.5]]}, r'fraction: 1/20 -> 1/10 to 1/2 until 9sp, then 1/2'),
         ({'order': 'shuffled'}, r'order: pretraining -> shuffled'),
         ({'shuffle_seed': 1}, r'shuffle_seed: 9176 -> 1'),
         ({'device_batch_size': 8}, r'global_batch_size: 16 -> 8'),
@@ -254,6 +276,8 @@ def test_another_loaders_state_is_refused(data):
         ({'replay': {'fraction': 0.1, 'order': 'random', 'streams': {}}}, r"replay\.order='random' is not possible"),
         ({'new': {'local': 'x', 'proportion': 0.5}}, r'dataset\.new\.proportion is not a key'),
         ({'new': {}}, r'dataset\.new is empty'),
+        ({'replay': {'fraction': [['1dur', 0.1]]}}, r"fraction\[0\]\[0\]='1dur' must be a time of at least 0 in sp"),
+        ({'replay': {'fraction': MOVING, 'streams': {'old': {'local': 'x'}}}, 'resume_after': 'x'}, r'cannot change'),
         ({'new': {'pile': 'x'}}, r"new\.pile='x' is not a stream"),
     ],
 )

@@ -51,6 +51,39 @@ def test_what_follows_from_a_stage(yaml, tmp_path):
         epochs.tokens_by_stream()
 
 
+def moving(yaml, fraction, **top):
+    old = {'local': 'old', 'weight': [['2ba', 1, 0.5]]}
+    dataset = {'replay': {'fraction': fraction, 'streams': {'old': old}}}
+    return tiny.merge(yaml, {'max_duration': '10ba', 'train_loader': {'dataset': dataset}, **top})
+
+
+def test_times_of_a_mix_that_changes_become_samples(yaml):
+    # batches of 8 rows of 16 tokens, 10 of them
+    stage = Stage.from_yaml(moving(yaml, [['128tok', 0.1], ['2ba', 0.1, 0.5], ['20sp', 0.5], ['0.5dur', 0]]))
+    replay = stage.to_train_yaml()['train_loader']['dataset']['replay']
+    assert replay['fraction'] == [['8sp', 0.1], ['16sp', 0.1, 0.5], ['20sp', 0.5], ['40sp', 0]]
+    assert replay['streams']['old']['weight'] == [['16sp', 1, 0.5]]
+    assert Stage.from_yaml(stage.to_train_yaml()).to_train_yaml() == stage.to_train_yaml()
+    # 8 of 0.1, 8 of 0.3 in the mean, 4 of 0.5: 5.2, and 5.2 x 16 tokens is no number of rows
+    assert stage.tokens_by_stream() == {'new': (80 - 5) * 16, 'old': 5 * 16}
+
+
+@pytest.mark.parametrize(
+    ('fraction', 'message'),
+    [
+        (
+            [['soon', 0.1]],
+            r"^train_loader\.dataset\.replay\.fraction\[0\]\[0\]='soon' must be a time .* tok, ba, sp or dur",
+        ),
+        ([['3ep', 0.1]], r"replay\.fraction\[0\]\[0\]='3ep' must be a time"),
+        ([['1dur', 0.1]], r'replay\.fraction\[0\]=2ep is in epochs, whose length only the data knows'),
+    ],
+)
+def test_times_of_a_mix_that_are_none_are_named(yaml, fraction, message):
+    with pytest.raises(ValueError, match=message):
+        Stage.from_yaml(moving(yaml, fraction, max_duration='2ep'))
+
+
 WRONG = {
     'callbacks.lr_monitor': ('yes', "'yes'", 'mapping'),
     'max_duration': ('12', '12', 'tok'),
