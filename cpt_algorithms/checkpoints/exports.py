@@ -5,11 +5,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt_algorithms.checkpoints.save_folder import batch_of
+from cpt_algorithms.compat import weights_dtype_key
 from cpt_algorithms.files import is_remote, list_names, read_json
+from cpt_algorithms.formatting import one_line
 
 if TYPE_CHECKING:
     from composer.core import State
@@ -22,6 +25,7 @@ __all__ = [
     'exports',
     'folder_of_pretrained',
     'is_foundry_mpt',
+    'load_export',
     'models_of',
     'newest_export',
     'parent_of',
@@ -73,6 +77,41 @@ def newest_export(run: str | Path, file: str = 'config.json') -> str | None:
     """The newest of a run's :func:`exports`; None if there is none."""
     found = exports(run, file)
     return found[max(found)] if found else None
+
+
+def load_export(folder: Path, device: str) -> tuple[Any, Any, int | None]:
+    """An exported model, its tokenizer, and the length of its rows where transformers does not know that.
+
+    Models that LLM Foundry's ``mpt_causal_lm`` exported are loaded with LLM Foundry's own class: for these,
+    ``AutoModelForCausalLM`` takes transformers' ``mpt``, which knows no learned positions, and gives other numbers
+    silently. No code is taken from the folder.
+
+    Raises:
+        ValueError: If it cannot be loaded, or not all of its weights are there.
+    """
+    # is not annotated in a way that a type checker follows, and takes seconds
+    transformers: Any = import_module('transformers')
+    settings = read_json(folder / 'config.json') or {}
+    arguments: dict[str, Any] = {'torch_dtype': 'auto', 'output_loading_info': True, 'trust_remote_code': False}
+    kind, max_length = transformers.AutoModelForCausalLM, None
+    try:
+        if is_foundry_mpt(settings):
+            mpt: Any = import_module('llmfoundry.models.mpt')
+            kind, config = mpt.MPTForCausalLM, mpt.MPTConfig.from_pretrained(folder, init_device='cpu')
+            # flash attention can do neither
+            if device == 'cpu' or settings.get(weights_dtype_key(settings)) == 'float32':
+                config.attn_config['attn_impl'] = 'torch'
+            arguments['config'], max_length = config, config.max_seq_len  # which lm-eval does not look for
+        model, loaded = kind.from_pretrained(folder, **arguments)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # what a model's files hold can be anything
+        said = one_line(error)
+        raise ValueError(f'{folder} cannot be loaded: {type(error).__name__}: {said[:200]}') from None
+    empty = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
+    if lacking := [*loaded['missing_keys'], *loaded['unexpected_keys'], *loaded['mismatched_keys'], *empty]:
+        name = lacking[0] if isinstance(lacking[0], str) else lacking[0][0]  # of a mismatch, with both shapes
+        raise ValueError(f'{folder} cannot be loaded: weights do not fit its config.json, such as {name}')
+    return model.to(device), tokenizer, max_length
 
 
 def models_of(given: Path) -> list[Path]:

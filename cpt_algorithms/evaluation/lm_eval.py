@@ -22,11 +22,10 @@ from rich.table import Table
 from cpt_algorithms.checkpoints.exports import (
     PretrainedModel,
     folder_of_pretrained,
-    is_foundry_mpt,
+    load_export,
     models_of,
     parent_of,
 )
-from cpt_algorithms.compat import weights_dtype_key
 from cpt_algorithms.evaluation.functional import (
     Mean,
     cuts_of,
@@ -39,7 +38,7 @@ from cpt_algorithms.evaluation.functional import (
     within_noise,
 )
 from cpt_algorithms.evaluation.suite import Suite, SuiteTask, read_result, task_manager, why_unavailable
-from cpt_algorithms.files import nearest_existing, read_json, write_json
+from cpt_algorithms.files import nearest_existing, write_json
 from cpt_algorithms.formatting import one_line
 from cpt_algorithms.terminal import make_console, print_table
 
@@ -49,38 +48,13 @@ __all__ = ['Row', 'compare', 'evaluate_runs', 'load_model', 'print_result']
 
 
 def load_model(folder: Path, device: str, batch_size: int) -> Any:
-    """An exported model as lm-eval uses it.
-
-    Models that LLM Foundry's ``mpt_causal_lm`` exported are loaded with LLM Foundry's own class: for these,
-    ``AutoModelForCausalLM`` takes transformers' ``mpt``, which knows no learned positions, and gives other numbers
-    silently. No code is taken from the folder.
+    """An exported model as lm-eval uses it: see :func:`~cpt_algorithms.checkpoints.exports.load_export`.
 
     Raises:
         ValueError: If it cannot be loaded, or not all of its weights are there.
     """
-    # none is annotated in a way that a type checker follows
-    transformers: Any = import_module('transformers')
     huggingface: Any = import_module('lm_eval.models.huggingface')
-    settings = read_json(folder / 'config.json') or {}
-    arguments: dict[str, Any] = {'torch_dtype': 'auto', 'output_loading_info': True, 'trust_remote_code': False}
-    kind, max_length = transformers.AutoModelForCausalLM, None
-    try:
-        if is_foundry_mpt(settings):
-            mpt: Any = import_module('llmfoundry.models.mpt')
-            kind, config = mpt.MPTForCausalLM, mpt.MPTConfig.from_pretrained(folder, init_device='cpu')
-            # flash attention can do neither
-            if device == 'cpu' or settings.get(weights_dtype_key(settings)) == 'float32':
-                config.attn_config['attn_impl'] = 'torch'
-            arguments['config'], max_length = config, config.max_seq_len  # which lm-eval does not look for
-        model, loaded = kind.from_pretrained(folder, **arguments)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # what a model's files hold can be anything
-        raise ValueError(f'{folder} cannot be loaded: {_one_line(error)}') from None
-    empty = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
-    if lacking := [*loaded['missing_keys'], *loaded['unexpected_keys'], *loaded['mismatched_keys'], *empty]:
-        name = lacking[0] if isinstance(lacking[0], str) else lacking[0][0]  # of a mismatch, with both shapes
-        raise ValueError(f'{folder} cannot be loaded: weights do not fit its config.json, such as {name}')
-    model.to(device)
+    model, tokenizer, max_length = load_export(folder, device)
     kind = _counting_cuts(huggingface.HFLM)
     return kind(model, backend='causal', tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cpt_algorithms.launch.processes import num_cores
 from cpt_algorithms.preparation.options import Options
-from cpt_algorithms.preparation.sources import BYTES_PER_TOKEN, SMALLEST_PART, Source
+from cpt_algorithms.preparation.sources import BYTES_PER_TOKEN, MADE, SMALLEST_PART, Source
 
 __all__ = ['LocalEngine', 'make_engine']
 
@@ -86,5 +86,5 @@ def make_engine(options: Options, sources: Sequence[Source], files: dict[str, li
     size = sum(os.path.getsize(file) for found in files.values() for file in found)
     if options.max_train_tokens:
         size = min(size, limit * BYTES_PER_TOKEN * len({source.dataset for source in sources}))
-    small = size < WORTH_A_POOL and not any(source.kind == 'hf' for source in sources)
+    small = size < WORTH_A_POOL and not any(source.kind in MADE for source in sources)
     return LocalEngine(options.workers or (1 if small else num_cores()))

@@ -29,6 +29,7 @@ __all__ = [
     'find_earlier',
     'find_prepared',
     'read_manifest',
+    'sampled_from',
     'versions',
 ]
 
@@ -146,6 +147,18 @@ def read_manifest(location: str) -> Manifest | None:
     except ConfigError:
         return None
     return manifest if manifest.request.format == FORMAT else None
+
+
+def sampled_from(local: str) -> str | None:
+    """In place of what a dataset in a local folder stands, if models wrote it; None if not, or not known."""
+    folder = Path(local)
+    try:
+        manifest = read_manifest(str(folder.parent))
+        sources = manifest.datasets[folder.name].sources.values() if manifest else ()
+    except (KeyError, OSError, ValueError):
+        return None
+    models = [source.target.partition('?')[0] for source in sources if source.kind == 'sampled']
+    return f'what {", ".join(models)} was trained on (sampled from it)' if models else None
 
 
 def find_prepared(location: str, request: Request) -> Manifest | None:

@@ -11,6 +11,7 @@ from pydantic import Field
 from cpt_algorithms.files import exists, is_remote
 from cpt_algorithms.preparation.manifest import FORMAT, Choices, Count, Earlier, Fraction, Request
 from cpt_algorithms.preparation.reading import PrepareError
+from cpt_algorithms.preparation.sampling import Sampling, model_hash
 from cpt_algorithms.preparation.sources import Source
 from cpt_algorithms.preparation.tokenizer import Parent, hash_tokenizer, unreadable
 from cpt_algorithms.validation import PathStr
@@ -93,6 +94,15 @@ def sample_length(options: Options, parent: Parent | None) -> int:
     return length
 
 
+def _input(source: Source, files: list[str]) -> str | None:
+    """What a source consists of, so that another one of the same name is noticed; None if that is not looked at."""
+    if source.kind == 'sampled':
+        return f'model {model_hash(Sampling.parse(source.target).folder)}'
+    if source.kind == 'installed' or not files:
+        return None
+    return f'{len(files)} files, {sum(map(os.path.getsize, files))} bytes'
+
+
 def make_request(
     options: Options,
     sources: Sequence[Source],
@@ -118,9 +128,9 @@ def make_request(
         format=FORMAT,
         datasets=[str(source) for source in sources],
         files={
-            str(source).split('=')[0]: f'{len(found)} files, {sum(map(os.path.getsize, found))} bytes'
+            str(source).split('=')[0]: described
             for source in sources
-            if source.kind != 'installed' and (found := files[str(source)])
+            if (described := _input(source, files[str(source)])) is not None
         },
         tokenizer_hash=tokenizer_hash,
         earlier={data.location: data.manifest.digest for data in earlier},

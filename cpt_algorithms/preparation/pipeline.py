@@ -29,8 +29,9 @@ from cpt_algorithms.preparation.manifest import (
 )
 from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector
 from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, columns, leftover, pack, tokenize
-from cpt_algorithms.preparation.reading import MAX_INSTALLED_BYTES, PrepareError, columns_of
-from cpt_algorithms.preparation.sources import MOST_LISTED, Part, Source, part_size, parts_of, read
+from cpt_algorithms.preparation.reading import MAX_INSTALLED_BYTES, PrepareError, Unit, columns_of
+from cpt_algorithms.preparation.sampling import Sampling, sampled_units
+from cpt_algorithms.preparation.sources import MADE, MOST_LISTED, Part, Source, part_size, parts_of, read
 from cpt_algorithms.preparation.tokenizer import document_ends, hash_tokenizer, train_tokenizer
 
 __all__ = ['prepare', 'resumable']
@@ -89,7 +90,7 @@ def prepare(
     datasets = _datasets(request, sources, files)
     if tokenizer is None:
         assert request.vocab_size
-        texts = _training_texts(_parts(datasets[0], request, work), request.val_fraction)
+        texts = _training_texts(_parts(datasets[0], request, work, engine), request.val_fraction)
         tokenizer = train_tokenizer(islice(texts, request.tokenizer_documents), request.vocab_size)
     tokenizer.save_pretrained(result / 'tokenizer')
     tokenizer_hash = hash_tokenizer(result / 'tokenizer')
@@ -156,18 +157,23 @@ def _datasets(request: Request, sources: list[Source], files: dict[str, list[str
     datasets = []
     for name in dict.fromkeys(source.dataset for source in sources):
         own = [source for source in sources if source.dataset == name]
-        known = all(source.kind != 'hf' for source in own)
+        known = all(source.kind not in MADE for source in own)
         size = sum(os.path.getsize(file) for source in own for file in files[str(source)]) if known else None
         datasets.append(_Dataset(name, own, files, size, part_size(size, max_tokens)))
     return datasets
 
 
-def _parts(dataset: _Dataset, request: Request, work: Path) -> Iterator[Part]:
+def _parts(dataset: _Dataset, request: Request, work: Path, engine: Any) -> Iterator[Part]:
     """The parts of a dataset, in order."""
+
+    def sampled(sampling: Sampling, spool: Path) -> Iterator[tuple[Unit, int]]:
+        return sampled_units(sampling, spool, engine, request.bos_text, request.eos_text)
+
     for source in dataset.sources:
         key = hashlib.blake2b(json.dumps([str(source), dataset.part_size]).encode(), digest_size=8).hexdigest()
         found = dataset.files[str(source)]
-        yield from parts_of(source, found, request.text_key, dataset.part_size, work / 'spool' / key)
+        spool = work / 'spool' / key
+        yield from parts_of(source, found, request.text_key, dataset.part_size, spool, sampled)
 
 
 def _training_texts(parts: Iterable[Part], val_fraction: float) -> Iterator[str]:
@@ -201,7 +207,7 @@ def _decide(
     parts: list[Part] = []
 
     def noting() -> Iterator[Part]:
-        for part in _parts(dataset, request, work):
+        for part in _parts(dataset, request, work, engine):
             parts.append(part)
             yield part
 

@@ -60,7 +60,7 @@ def rows_of(kind: str, unit: Unit, text_key: str, encoding: str | None) -> Rows:
         return _read_text(unit[0], encoding)
     if kind == 'jsonl':
         return _read_jsonl(unit, text_key, encoding)
-    return _read_spool(unit[0]) if kind == 'hf' else _read_parquet(unit, text_key)
+    return _read_spool(unit[0]) if kind in ('hf', 'sampled') else _read_parquet(unit, text_key)
 
 
 def has_byte_lines(encoding: str | None) -> bool:

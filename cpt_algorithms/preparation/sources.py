@@ -31,6 +31,7 @@ from cpt_algorithms.preparation.reading import (
     text_of,
     why,
 )
+from cpt_algorithms.preparation.sampling import Sampling
 from cpt_algorithms.validation import nearest, with_home
 
 __all__ = [
@@ -44,7 +45,8 @@ __all__ = [
     'read',
 ]
 
-KINDS = ('installed', 'jsonl', 'parquet', 'text', 'hf')
+KINDS = ('installed', 'jsonl', 'parquet', 'text', 'hf', 'sampled')
+MADE = ('hf', 'sampled')  # whose files come into being as they are read
 INSTALLED = ('python', 'stdlib', 'cpp', 'english')
 PRUNED = ('__pycache__', 'site-packages', 'dist-packages')  # folders not walked into
 RESERVED = ('tokenizer', 'lm_eval', 'manifest.json', 'work')  # other things in the output folder
@@ -53,6 +55,10 @@ SMALLEST_PART = 4 << 20
 PARTS = 64  # wanted of a small dataset, for as many processes
 BYTES_PER_TOKEN = 8  # surely not more on average: bounds the text that a limit in tokens needs
 MOST_LISTED = 100  # of what cannot be read, by part and by source
+
+
+Made = Callable[[Sampling, Path], Iterator[tuple[Unit, int]]]
+"""What makes the files of a model's text in a folder: each a unit and its size."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class Source:
             raise PrepareError(f'--dataset {spec!r}: unknown text {target!r}; {nearest(target, INSTALLED)}')
         if kind == 'hf':
             hf_arguments(target)
+        if kind == 'sampled':
+            target = str(Sampling.parse(target))
         return cls(dataset, name or dataset, kind, target)
 
     def __str__(self) -> str:
@@ -200,8 +208,8 @@ def _installed_roots(text: str) -> tuple[list[str], Callable[[str], bool]]:
 
 
 def find_files(source: Source) -> list[str]:
-    """The files of a source, in the order they are read; none for ``hf``."""
-    if source.kind == 'hf':
+    """The files of a source, in the order they are read; none for those that are ``MADE``."""
+    if source.kind in MADE:
         return []
     if source.kind == 'installed':
         roots, wanted = _installed_roots(source.target)
@@ -234,14 +242,22 @@ def part_size(size: int | None, max_tokens: int | None) -> int:
     return min(max(min(needed, default=LARGEST_PART * PARTS) // PARTS, SMALLEST_PART), LARGEST_PART)
 
 
-def parts_of(source: Source, files: list[str], text_key: str, size: int, spool: Path) -> Iterator[Part]:
+def parts_of(
+    source: Source, files: list[str], text_key: str, size: int, spool: Path, sampled: Made | None = None
+) -> Iterator[Part]:
     """Cut a source into parts of about ``size`` bytes of text, in order.
 
     Those of ``hf`` come as they arrive: what it streams is read from the folder ``spool`` from then on, and resumed
-    behind it.
+    behind it. So do those of a model, by ``sampled``.
     """
     units, total = [], 0
-    found = _streamed(source, text_key, size, spool) if source.kind == 'hf' else _units(source, files, text_key, size)
+    if source.kind == 'sampled':
+        assert sampled is not None
+        found = sampled(Sampling.parse(source.target), spool)
+    elif source.kind == 'hf':
+        found = _streamed(source, text_key, size, spool)
+    else:
+        found = _units(source, files, text_key, size)
     for unit, weight in found:
         units.append(unit)
         total += weight
@@ -364,7 +380,7 @@ def read(part: Part, broken: Broken | None = None) -> Iterator[str]:
     source, broken = part.source, broken or Broken()
     for unit in part.units:
         try:
-            with _reading(source, '' if source.kind == 'hf' else unit[0]):
+            with _reading(source, '' if source.kind in MADE else unit[0]):
                 for row in rows_of(source.kind, unit, part.text_key, source.encoding):
                     if isinstance(row, str):
                         yield row
@@ -379,7 +395,10 @@ def read(part: Part, broken: Broken | None = None) -> Iterator[str]:
 
 
 def check_documents(source: Source, files: list[str], text_key: str) -> None:
-    """Read the first document of a source, so that a wrong column is found before any work."""
+    """Read the first document of a source, so that a wrong column is found before any work; of a model, its folder."""
+    if source.kind == 'sampled':
+        _ = Sampling.parse(source.target).folder
+        return
     with tempfile.TemporaryDirectory() as folder:
         # a stream is read only as far as its first row
         for part in parts_of(source, files, text_key, 1 if source.kind == 'hf' else 1 << 26, Path(folder)):

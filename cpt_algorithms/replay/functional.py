@@ -226,9 +226,7 @@ class _Rounded:
         slope: By how much they rise with each slot.
     """
 
-    def __init__(
-        self, upto: tuple[Fraction, Fraction], begin: tuple[Fraction, Fraction], slope: tuple[Fraction, Fraction]
-    ) -> None:
+    def __init__(self, upto: Sequence[Fraction], begin: Sequence[Fraction], slope: Sequence[Fraction]) -> None:
         (of_node, of_child), (a, b), (a_rise, b_rise) = upto, begin, slope
         half, zero = Fraction(1, 2), Fraction(0)
         if a_rise:  # slots since the beginning are (sqrt(square + twice m) - a) / a_rise
@@ -274,7 +272,7 @@ class Interleaving:
     by factors of hundreds the error can pass 1 by some hundredths, and where such shares move by one half. The rows of
     a stream are evenly spaced.
 
-    Cost: none to build; a slot takes a microsecond for each halving, of moving shares some.
+    Cost: none to build; for many slots at once 0.1 microseconds for each slot and halving, of moving shares some more.
 
     Args:
         pieces: Shares, e.g. of :func:`shares_of`; the last piece goes on for ever.
@@ -300,7 +298,7 @@ class Interleaving:
         """How each node of a tree is split."""
         if isinstance(tree, int):
             return
-        upto, begins, splits = (Fraction(0), Fraction(0)), [], []
+        upto, begins, splits = [Fraction(0)] * 2, [], []
         for start, piece in zip(self._starts, self.pieces, strict=True):
             begin, end = (
                 tuple(sum((shares[leaf] for leaf in _leaves(node)), Fraction(0)) for node in (tree, tree[1]))
@@ -310,7 +308,7 @@ class Interleaving:
             slope = tuple((after - before) / length for before, after in zip(begin, end, strict=True))
             begins.append(ceil(upto[0]))
             splits.append(_Rounded(upto, begin, slope))
-            upto = tuple(sum_ + length * (a + b) / 2 for sum_, a, b in zip(upto, begin, end, strict=True))
+            upto = [total + length * (a + b) / 2 for total, a, b in zip(upto, begin, end, strict=True)]
         self._splits[tree] = (begins, splits)
         for side in tree:
             self._prepare(side)

@@ -159,7 +159,7 @@ def _expand_arm(
             f'arms.{name}.baseline={arm.baseline}: {base} is pretrained, so that nothing starts from scratch, and what '
             f'it has read is not known; leave the arm out, or give it common: {{model: {{pretrained: false}}}}'
         )
-    earlier = [dataset for dataset, stream in spec.data.items() if base is not None and stream.stand_in_for]
+    earlier = [dataset for dataset, stream in spec.data.items() if base is not None and stream.stands_in_for]
     if arm.baseline in ('union', 'matched'):
         read = dict.fromkeys(each for stage in spec.merged.values() for each in _names(stage['new']))
         earlier = [dataset for dataset in read if dataset not in _names(first['new'])]
@@ -567,8 +567,8 @@ def _replay(
             continue
         data = spec.data[name]
         streams[name] = {**data.stream, 'split': 'train', 'weight': weights.get(name, 1)}
-        if data.stand_in_for:
-            streams[name]['stand_in_for'] = data.stand_in_for
+        if said := data.stands_in_for:
+            streams[name]['stand_in_for'] = said
         elif stage.replay.consumed_only:
             if name not in read_by:
                 raise ValueError(f'replay.consumed_only=true: no stage learned {name!r} by itself; leave it out')

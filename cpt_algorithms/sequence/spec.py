@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, create_
 
 from cpt_algorithms.duration import ABSOLUTE, Duration
 from cpt_algorithms.files import is_remote
+from cpt_algorithms.preparation.manifest import sampled_from
 from cpt_algorithms.replay.mix import STREAM_KEYS, Stream
 from cpt_algorithms.stage.stage import Loader, Model, Positive, Scheduler, Stage, read_model_file
 from cpt_algorithms.validation import ConfigError, PathStr, Section, parse_section
@@ -197,6 +198,11 @@ class Dataset(Stream):
     stand_in_for: str | None = None
     passes: Positive | Annotated[float, Field(gt=0)] | None = None
     split: _set_here = None  # pyright: ignore[reportInvalidTypeForm]
+
+    @property
+    def stands_in_for(self) -> str | None:
+        """``stand_in_for``; of what a model wrote, by itself what that was trained on."""
+        return self.stand_in_for or (sampled_from(self.local) if self.local else None)
 
     @property
     def stream(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from cpt_algorithms.checkpoints.save_folder import batch_of, checkpoint_name, latest_link
 from cpt_algorithms.duration import ABSOLUTE, UNITS, Duration, per_batch_of
 from cpt_algorithms.files import read_json, read_yaml
+from cpt_algorithms.preparation.manifest import sampled_from
 from cpt_algorithms.replay.mix import DOWNLOAD_RETRY, STREAM_KEYS, Mix, Stream, read_mix
 from cpt_algorithms.validation import ConfigError, PathStr, Section, fits_on_a_disk, parse_section, short_repr
 
@@ -383,6 +384,7 @@ class Stage(Section):
         * ``model.trust_remote_code: false`` for ``hf_causal_lm``: llm-foundry runs code that a model brings along.
         * ``stream_name: resilient`` for evaluators that read one remote stream.
         * Times of a replay fraction or weight that changes in ``sp``, which the loader wants.
+        * ``stand_in_for`` of old data that ``prepare_data.py`` has sampled from a model.
 
         Args:
             given: The YAML, interpolations resolved. It stays as it is.
@@ -605,8 +607,18 @@ def _filled_in(given: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     if stage.train_loader.name == 'replay_text' and stage.train_loader.dataset.replay:
         loader, replay = given['train_loader'], stage.train_loader.dataset.replay
         replay = _in_samples(stage, 'train_loader.dataset.replay', replay)
+        if isinstance(replay.get('streams'), Mapping):
+            replay['streams'] = {name: _stand_in(stream) for name, stream in replay['streams'].items()}
         filled['train_loader'] = {**loader, 'dataset': {**loader['dataset'], 'replay': replay}}
     return filled
+
+
+def _stand_in(stream: Any) -> Any:
+    """An old stream; what a model wrote says in place of what it stands."""
+    if not isinstance(stream, Mapping) or not isinstance(stream.get('local'), str):
+        return stream
+    said = None if stream.keys() & {'only_seen_by', 'stand_in_for'} else sampled_from(stream['local'])
+    return {**stream, 'stand_in_for': said} if said else stream
 
 
 def _in_samples(stage: Stage, key: str, given: Any) -> Any:
