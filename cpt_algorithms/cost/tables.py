@@ -2,7 +2,7 @@
 """Phases and costs of runs, as tables."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +14,7 @@ from cpt_algorithms.cost.estimate import Costs, Memory, costs_of
 from cpt_algorithms.duration import per_batch_of
 from cpt_algorithms.evaluation.functional import training_flops
 from cpt_algorithms.formatting import flop, gigabytes, hours, percent, short
+from cpt_algorithms.preparation.manifest import sampled_from
 from cpt_algorithms.schedulers.functional import Span
 from cpt_algorithms.schedulers.phases import phases_of
 from cpt_algorithms.stage.stage import Stage
@@ -159,6 +160,8 @@ def print_costs(
         f'{"" if percent(min(shares)) == percent(max(shares)) else f" to {percent(max(shares))}"} of these FLOP\n',
     )
     holds = f', which holds {gigabytes(chip.memory)}' if chip.memory else ''
+    for said in dict.fromkeys(said for name in costs for said in _sampling(stages[name], costs[name])):
+        console.print(f'  {said}\n', markup=False, soft_wrap=True)
     _show(console, f'memory of one GPU{holds}', _memory_table(costs))
     console.print('  besides, some 10 %: CUDA, NCCL, fragmentation\n')
     _show(console, 'checkpoints and disk', _disk_table(costs))
@@ -168,6 +171,15 @@ def print_costs(
     elif budgets and len(budgets) > 1:
         _show(console, 'updating against training from scratch on everything', _saving_table(budgets))
     return costs
+
+
+def _sampling(stage: Stage, cost: Costs) -> Iterator[str]:
+    """What it took to sample replayed data: a forward pass for every token, of a model of this size."""
+    for name, stream in (stage.mix.old if stage.mix else {}).items():
+        if sampled := sampled_from(stream.local):
+            spent = flop(2 * cost.size.parameters * sampled.tokens)
+            tokens = short(sampled.tokens)
+            yield f'{name} was sampled from {sampled.models}: {tokens} tokens, {spent} FLOP that are not counted above'
 
 
 def _table(first: str, *columns: str) -> Table:

@@ -24,6 +24,7 @@ __all__ = [
     'Earlier',
     'Manifest',
     'Request',
+    'Sampled',
     'SourceRecord',
     'TokenizerRecord',
     'find_earlier',
@@ -149,16 +150,32 @@ def read_manifest(location: str) -> Manifest | None:
     return manifest if manifest.request.format == FORMAT else None
 
 
-def sampled_from(local: str) -> str | None:
-    """In place of what a dataset in a local folder stands, if models wrote it; None if not, or not known."""
-    folder = Path(local)
+@dataclass(frozen=True)
+class Sampled:
+    """A dataset that models wrote, whose names these are: so many tokens for training and validation."""
+
+    models: str
+    tokens: int
+
+    @property
+    def stands_in_for(self) -> str:
+        """In place of what it is replayed, in words."""
+        return f'what {self.models} was trained on (sampled from it)'
+
+
+def sampled_from(local: str | None) -> Sampled | None:
+    """How a dataset in a local folder was sampled; None if it was not, or that is not known."""
+    folder = Path(local or '')
     try:
-        manifest = read_manifest(str(folder.parent))
-        sources = manifest.datasets[folder.name].sources.values() if manifest else ()
+        manifest = read_manifest(str(folder.parent)) if local else None
+        found = manifest.datasets[folder.name] if manifest else None
     except (KeyError, OSError, ValueError):
         return None
-    models = [source.target.partition('?')[0] for source in sources if source.kind == 'sampled']
-    return f'what {", ".join(models)} was trained on (sampled from it)' if models else None
+    sources = found.sources.values() if found else ()
+    models = dict.fromkeys(source.target.partition('?')[0] for source in sources if source.kind == 'sampled')
+    if found is None or not models:
+        return None
+    return Sampled(', '.join(models), sum(counts.tokens for counts in found.splits.values()))
 
 
 def find_prepared(location: str, request: Request) -> Manifest | None:

@@ -76,7 +76,7 @@ class Sampling(Section):
         """
         place = Path(self.parent)
         try:
-            if place.is_dir() and batch_of(place) is None:
+            if place.is_dir() and not (place / '.metadata').exists():  # which a sharded checkpoint has
                 return models_of(place)[0]
             if place.exists() or place.is_symlink():  # a checkpoint, monolithic or sharded
                 batch = batch_of(resolve_latest(self.parent))

@@ -202,7 +202,8 @@ class Dataset(Stream):
     @property
     def stands_in_for(self) -> str | None:
         """``stand_in_for``; of what a model wrote, by itself what that was trained on."""
-        return self.stand_in_for or (sampled_from(self.local) if self.local else None)
+        sampled = sampled_from(self.local)
+        return self.stand_in_for or (sampled.stands_in_for if sampled else None)
 
     @property
     def stream(self) -> dict[str, Any]:

@@ -283,7 +283,8 @@ def results_of(stage: Stage) -> dict[str, Any]:
     whole = with_defaults(loader.name, loader.given, registry.dataloaders)
     whole['dataset'] = {**defaults, **loader.dataset.given}
     whole['dataset'].pop('max_passes', None)  # a permission
-    kept['train_loader'] = _without({key: value for key, value in whole.items() if key not in _WORKERS}, _DOWNLOADS)
+    whole = {key: value for key, value in whole.items() if key not in _WORKERS}
+    kept['train_loader'] = _without(whole, _DOWNLOADS | {'stand_in_for'})  # the last is words alone
     if (merge := stage.merge) is not None:
         kept['merge'] = {**merge.given, 'of': None, 'parent': None, 'soup': merge.soup and len(merge.soup)}
     kept['fsdp_config'] = {'mixed_precision': (stage.given.get('fsdp_config') or {}).get('mixed_precision')}

@@ -617,8 +617,8 @@ def _stand_in(stream: Any) -> Any:
     """An old stream; what a model wrote says in place of what it stands."""
     if not isinstance(stream, Mapping) or not isinstance(stream.get('local'), str):
         return stream
-    said = None if stream.keys() & {'only_seen_by', 'stand_in_for'} else sampled_from(stream['local'])
-    return {**stream, 'stand_in_for': said} if said else stream
+    sampled = None if stream.keys() & {'only_seen_by', 'stand_in_for'} else sampled_from(stream['local'])
+    return {**stream, 'stand_in_for': sampled.stands_in_for} if sampled else stream
 
 
 def _in_samples(stage: Stage, key: str, given: Any) -> Any:
