@@ -78,7 +78,7 @@ def of_the_report(console):
 
 def of_lm_eval(console):
     task = {'num_fewshot': 5, 'score': 0.12345, 'stderr': 0.01234, 'count': 12345, 'values': [0, 1], 'weights': [1, 1],
-            'higher_is_better': True, 'entry': {}, 'items': 'x', 'prompts': 36000, 'cut': 1234}  # fmt: skip
+            'higher_is_better': True, 'entry': {}, 'items': 'x', 'choices': [4, 4], 'prompts': 36000, 'cut': 1234}  # fmt: skip
     result = {'model': LONG, 'suite': 'english', 'tasks': dict.fromkeys(names(3), task), 'missing': {LONG: 'why'}}
     with mock.patch.object(lm_eval, 'make_console', lambda: console):
         lm_eval.print_result(result, result)

@@ -2,13 +2,14 @@
 """Forgetting, adaptation and cost: arithmetic on validation losses and scores of benchmarks."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, log, sqrt
 from statistics import fmean
 from typing import Any, TypeVar
 
 __all__ = [
+    'Flips',
     'Mean',
     'adaptation',
     'bits_per_byte',
@@ -17,6 +18,7 @@ __all__ = [
     'check_labels',
     'cuts_of',
     'final_loss',
+    'flips',
     'forgetting',
     'has_diverged',
     'has_same_items',
@@ -207,6 +209,60 @@ def paired_delta(values: Sequence[float], parent_values: Sequence[float], weight
     weights of items do not depend on the model.
     """
     return score([ours - theirs for ours, theirs in zip(values, parent_values, strict=True)], weights)
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Items that a model answers otherwise than its parent, as shares of all items.
+
+    Args:
+        lost: Right before and wrong now.
+        gained: Wrong before and right now.
+        chance: The share of each that guessing gives by itself; 0 where nothing can be guessed.
+        truly_lost: Known before and not now.
+        truly_gained: The reverse.
+    """
+
+    lost: Mean
+    gained: Mean
+    chance: float
+    truly_lost: Mean
+    truly_gained: Mean
+
+
+def flips(answers: Sequence[tuple[Sequence[float], Sequence[float]]], choices: Sequence[int]) -> Flips | None:
+    r"""How many items changed sides: what the change of a score hides, in which lost and gained ones cancel.
+
+    Who does not know an item of k choices guesses it, right with probability 1/k. Items that both models get wrong
+    (a share :math:`w`) neither knows, so that as many as :math:`w / (k - 1)` are right by luck before and wrong now,
+    and as many the reverse. Items that were known and are not: :math:`(\text{lost} - w / (k - 1)) \cdot k / (k - 1)`,
+    as some of them are guessed now. Means over items, each with its own k.
+
+    Args:
+        answers: Of each seed, 1 or 0 of every item, of the model and of its parent.
+        choices: Of every item, those that it is chosen from; empty where nothing is.
+
+    Returns:
+        None if items are not right or wrong.
+
+    Source: Harmon et al. 2025, *Mapping Post-Training Forgetting in Language Models at Scale*, who take what is guessed
+    from the two accuracies; taking it from what both get wrong needs no assumption on which items the two know.
+    """
+    if not all(value in (0, 1) for seed in answers for values in seed for value in values):
+        return None
+    luck = [1 / (k - 1) if k > 1 else 0.0 for k in choices] or [0.0] * len(answers[0][0])
+
+    def over_items(of_item: Callable[[float, float, float], float]) -> Mean:
+        seeds = [[of_item(*each) for each in zip(ours, theirs, luck, strict=True)] for ours, theirs in answers]
+        return score([fmean(item) for item in zip(*seeds, strict=True)], [1] * len(luck))
+
+    return Flips(
+        over_items(lambda now, before, _: before * (1 - now)),
+        over_items(lambda now, before, _: now * (1 - before)),
+        over_items(lambda now, before, g: g * (1 - now) * (1 - before)).value,
+        over_items(lambda now, before, g: (1 + g) * (1 - now) * (before - g * (1 - before))),
+        over_items(lambda now, before, g: (1 + g) * (1 - before) * (now - g * (1 - now))),
+    )
 
 
 def is_accuracy(result: Mapping[str, Any]) -> bool:

@@ -27,8 +27,10 @@ from cpt_algorithms.checkpoints.exports import (
     parent_of,
 )
 from cpt_algorithms.evaluation.functional import (
+    Flips,
     Mean,
     cuts_of,
+    flips,
     has_same_items,
     is_accuracy,
     mean_over_tasks,
@@ -109,9 +111,10 @@ def evaluate_runs(
 
     Returns:
         What the file of each model holds: ``{suite, model, tasks: {name: {task, version, num_fewshot, metric,
-        higher_is_better, score, stderr, count, values, weights, items, prompts, cut, entry, data}}, missing: {name:
-        reason}, settings}``. ``items`` is the identity of the items, ``cut`` how many of the ``prompts`` were too long
-        for the model and lost their beginning, ``entry`` and ``data``, a hash, are what the task was run with.
+        higher_is_better, score, stderr, count, values, weights, choices, items, prompts, cut, entry, data}}, missing:
+        {name: reason}, settings}``. ``choices`` are those of each item, of a task that has some, ``items`` is the
+        identity of the items, ``cut`` how many of the ``prompts`` were too long for the model and lost their
+        beginning, ``entry`` and ``data``, a hash, are what the task was run with.
 
     Raises:
         ValueError: If a model is not there or cannot be loaded.
@@ -274,6 +277,7 @@ def _run(model: Any, entry: SuiteTask, loaded: Any, limit: int | None) -> dict[s
     model.prompts = model.cut = 0
     found = lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     pairs: list[tuple[float, float]] = []
+    choices: list[int] = []
     items = hashlib.blake2b(digest_size=16)
     for leaf, samples in found['samples'].items():
         filters = list(dict.fromkeys(sample['filter'] for sample in samples))
@@ -286,6 +290,9 @@ def _run(model: Any, entry: SuiteTask, loaded: Any, limit: int | None) -> dict[s
         if not isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-9) and not (isnan(ours) and isnan(theirs)):
             raise ValueError(f'{metric} of {leaf} is no mean over items: lm-eval says {theirs}, their mean is {ours}')
         pairs += of_leaf
+        task = loaded['tasks'][leaf]
+        if task.OUTPUT_TYPE == 'multiple_choice':
+            choices += [len(task.doc_to_choice(sample['doc'])) for sample in samples]
         for sample in samples:
             items.update(f'{leaf} {sample["doc_hash"]} {sample["target_hash"]} '.encode())
     values, weights = map(list, zip(*pairs, strict=True))
@@ -302,6 +309,7 @@ def _run(model: Any, entry: SuiteTask, loaded: Any, limit: int | None) -> dict[s
         'count': total.count,
         'values': values,
         'weights': weights,
+        'choices': choices if len(choices) == len(values) else [],
         'items': items.hexdigest(),
         'prompts': model.prompts,
         'cut': model.cut,
@@ -330,6 +338,7 @@ class Row:
     score: Mean
     parent: Mean | None  # the parent's score, if that is there
     delta: Mean | None  # model minus parent, paired; None if the parent has not answered the same items
+    flips: Flips | None = None  # items that changed sides, if the parent has answered the same ones
     cut: str = ''  # how many prompts did not fit the model, and lost their beginning
 
     @property
@@ -359,11 +368,13 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
     """The tasks of a result beside the parent's, if it has one, and the mean over those that measure an accuracy."""
     rows: list[Row] = []
     for name, task in result['tasks'].items():
-        theirs, delta = parent['tasks'].get(name) if parent else None, None
+        theirs, delta, changed = parent['tasks'].get(name) if parent else None, None, None
         if theirs and has_same_items(task, theirs):
             delta = paired_delta(task['values'], theirs['values'], task['weights'])
-        of_parent = _mean_of(theirs) if theirs else None
-        rows.append(Row(name, task['num_fewshot'], is_accuracy(task), _mean_of(task), of_parent, delta, cuts_of(task)))
+            changed = flips([(task['values'], theirs['values'])], task['choices']) if is_accuracy(task) else None
+        of_parent, is_share = _mean_of(theirs) if theirs else None, is_accuracy(task)
+        shots, cut = task['num_fewshot'], cuts_of(task)
+        rows.append(Row(name, shots, is_share, _mean_of(task), of_parent, delta, changed, cut))
     scored = [row for row in rows if row.is_accuracy]
     if len(scored) > 1:
         paired = [(row.parent, row.delta) for row in scored if row.parent and row.delta]
@@ -394,4 +405,23 @@ def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None) ->
         table.add_row(escape(row.name), row.shots, *([row.cut] if is_cut else []), count, row.cell(row.score), *against)
     for name in result['missing']:
         table.add_row(escape(name), *[''] * (heads.index('score')), 'missing')
-    print_table(table, make_console())
+    print_table(table, console := make_console())
+    if any(row.flips for row in rows):
+        print_table(_flips_table(rows), console)
+
+
+def _flips_table(rows: Sequence[Row]) -> Table:
+    table = Table('task', title='items that changed sides, in % ± 95 % interval', title_justify='left', box=box.SIMPLE)
+    heads = ('right before,\nwrong now', 'wrong before,\nright now', 'each by\nguessing')
+    for column in (*heads, 'known before,\nnot now', 'not before,\nknown now'):
+        table.add_column(column, justify='right')
+    for row in rows:
+        if found := row.flips:
+            chance = f'{100 * found.chance:.1f}'
+            beyond = (_share(each, '+') for each in (found.truly_lost, found.truly_gained))
+            table.add_row(escape(row.name), _share(found.lost), _share(found.gained), chance, *beyond)
+    return table
+
+
+def _share(mean: Mean, sign: str = '') -> str:
+    return f'{100 * mean.value:{sign}.1f} ± {196 * mean.stderr:.1f}'

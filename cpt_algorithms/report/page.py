@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.evaluation.functional import Mean, shots_of, within_noise
+from cpt_algorithms.evaluation.functional import Flips, Mean, shots_of, within_noise
 from cpt_algorithms.files import write_atomic, write_json
 from cpt_algorithms.formatting import flop, percent, short, signed
 from cpt_algorithms.report.lineage import tree_of
@@ -82,6 +82,10 @@ class _Line(NamedTuple):
     cells: list[_Cell]
 
 
+_FLIPS = (
+    'Right for the parent and wrong now / the reverse. Small: known before and not now, and the reverse, less what '
+    'guessing gives, ± 95 % interval over items; grey: both within it.'
+)
 _ON_PAPER = 10  # columns that fit on an upright A4 or letter page, beside the names
 
 
@@ -344,7 +348,27 @@ def _benchmark_tables(report: Report) -> list[_Table]:
             lines.append(_line(report.study, scores.row, [*cells, _score(scores.mean, scores.mean_delta)]))
         heads = [('scores, accuracies in %', [*(_task_head(report, suite, task) for task in tasks), _Cell('mean')])]
         tables.append(_Table(f'Benchmarks: {suite}', note, heads, lines))
+        flipped = [task for task in tasks if any(task in scores.flips for scores in of_suite)]
+        lines = [
+            _line(report.study, scores.row, [_flip(scores.flips.get(task)) for task in flipped])
+            for scores in of_suite
+            if scores.flips
+        ]
+        if lines:
+            heads = [('% lost / gained', [_task_head(report, suite, task) for task in flipped])]
+            tables.append(_Table(f'Items that changed sides: {suite}', _FLIPS, heads, lines))
     return tables
+
+
+def _flip(found: Flips | None) -> _Cell:
+    if found is None:
+        return _Cell()
+    lost, gained = (100 * each.value for each in (found.lost, found.gained))
+    beyond = ', '.join(
+        f'{signed(100 * each.value, 1)} ± {196 * each.stderr:.1f}' for each in (found.truly_lost, found.truly_gained)
+    )
+    is_noise = within_noise(found.truly_lost) and within_noise(found.truly_gained)
+    return _Cell(f'{lost:.1f} / {gained:.1f}', beyond, 'noise' if is_noise else 'signal')
 
 
 def _task_head(report: Report, suite: str, task: str) -> _Cell:

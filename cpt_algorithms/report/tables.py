@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from cpt_algorithms.evaluation.functional import (
+    Flips,
     Mean,
     bits_per_byte,
     by_average,
     changes,
     cuts_of,
+    flips,
     has_same_items,
     is_accuracy,
     is_point,
@@ -139,6 +141,7 @@ class Scores:
     deltas: dict[str, Mean]  # against the parent's training weights, paired by item, where these were scored too
     mean: OverSeeds | None  # over the accuracies that all rows have
     mean_delta: Mean | None  # against the parent
+    flips: dict[str, Flips]  # items that changed sides since the parent
 
 
 def over_seeds(values: Sequence[float]) -> OverSeeds:
@@ -297,29 +300,35 @@ def _scores(study: RunSet, row: Row, suite: str, found: list[tuple[RunRecord, An
     of_tasks = {name: of for name in names if (of := [(run, tasks[name]) for run, tasks in found if name in tasks])}
     means = {name: over_seeds([_scale(result) * result['score'] for _, result in of]) for name, of in of_tasks.items()}
     changed_by = {name: _against_parents(study, suite, name, of) for name, of in of_tasks.items()}
-    deltas = {name: delta for name, delta in changed_by.items() if delta is not None}
+    deltas = {name: delta for name, (delta, _) in changed_by.items() if delta is not None}
+    flipped = {name: changed for name, (_, changed) in changed_by.items() if changed is not None}
     over_tasks = [float(np.mean([tasks[name]['score'] * 100 for name in common])) for _, tasks in found if common]
     changed = [deltas[name] for name in common if name in deltas]
     mean_delta = mean_over_tasks(changed) if changed and len(changed) == len(common) else None
-    return Scores(row, suite, means, deltas, over_seeds(over_tasks) if over_tasks else None, mean_delta)
+    mean = over_seeds(over_tasks) if over_tasks else None
+    return Scores(row, suite, means, deltas, mean, mean_delta, flipped)
 
 
 def _scale(result: Mapping[str, Any]) -> float:
     return 100.0 if is_accuracy(result) else 1.0
 
 
-def _against_parents(study: RunSet, suite: str, task: str, found: list[tuple[RunRecord, Any]]) -> Mean | None:
+def _against_parents(
+    study: RunSet, suite: str, task: str, found: list[tuple[RunRecord, Any]]
+) -> tuple[Mean | None, Flips | None]:
     """Change against the parents, item by item: seeds answer the same items, so each is first averaged over them."""
     parents = []
     for run, result in found:
         of_parent = study.parent_benchmarks(run).get(suite, {}).get('', {})
         parents.append(of_parent.get('tasks', {}).get(task, {}))
         if not has_same_items(result, parents[-1]) or not has_same_items(result, found[0][1]):
-            return None
+            return None, None
     ours, theirs = (np.mean([each['values'] for each in side], axis=0) for side in ([r for _, r in found], parents))
     scale = _scale(found[0][1])
     delta = paired_delta(list(scale * ours), list(scale * theirs), found[0][1]['weights'])
-    return Mean(float(delta.value), float(delta.stderr), delta.count)
+    answers = [(result['values'], parent['values']) for (_, result), parent in zip(found, parents, strict=True)]
+    changed = flips(answers, found[0][1]['choices']) if is_accuracy(found[0][1]) else None
+    return Mean(float(delta.value), float(delta.stderr), delta.count), changed
 
 
 def _is_told_apart(row: Row, other: Row, column: str) -> bool:
@@ -514,6 +523,7 @@ def flat_scores(scores: Scores) -> dict[str, Any]:
         'against parent': {task: {**asdict(d), 'noise': within_noise(d)} for task, d in scores.deltas.items()},
         'mean': None if scores.mean is None else asdict(scores.mean),
         'mean against parent': None if scores.mean_delta is None else asdict(scores.mean_delta),
+        'items that changed sides': {task: asdict(each) for task, each in scores.flips.items()},
     }
 
 

@@ -5,6 +5,7 @@ import json
 from math import inf, log, nan, sqrt
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 from composer.core import Time, Timestamp
@@ -14,6 +15,7 @@ from cpt_algorithms.evaluation.functional import (
     Mean,
     adaptation,
     final_loss,
+    flips,
     forgetting,
     has_diverged,
     in_final_window,
@@ -203,6 +205,44 @@ def test_paired_delta_by_hand():
     assert delta.value == 0.25 and delta.stderr == pytest.approx(sqrt(11 / 3) / 4)
     # what both share cancels, whatever the items' spread
     assert paired_delta([10, 3, 8], [9, 2, 7], [1, 1, 1]) == Mean(1, 0, 3)
+
+
+def test_flips_by_hand():
+    # of 8 items of 3 choices: 2 lost, 1 gained, 3 right and 2 wrong in both; 2 of 8 wrong, so 1 of 8 by luck each way
+    ours, theirs = [1, 1, 1, 0, 0, 0, 0, 1], [1, 1, 1, 0, 0, 1, 1, 0]
+    found = flips([(ours, theirs)], [3] * 8)
+    assert found is not None
+    assert (found.lost, found.gained) == (score([0] * 5 + [1, 1, 0], [1] * 8), score([0] * 7 + [1], [1] * 8))
+    assert found.chance == pytest.approx(1 / 8)
+    assert found.truly_lost.value == pytest.approx((2 / 8 - 1 / 8) * 3 / 2)
+    assert found.truly_gained.value == pytest.approx(0)
+    # nothing can be guessed where nothing is chosen, and bits are neither right nor wrong
+    free = flips([(ours, theirs)], [])
+    assert free is not None and free.chance == 0 and free.truly_lost == free.lost
+    assert flips([([0.5, 1], [1, 1])], []) is None
+    # of two seeds the mean, item by item
+    both = flips([(ours, theirs), (theirs, ours)], [3] * 8)
+    assert both is not None and both.lost.value == both.gained.value == pytest.approx(3 / 16)
+    # items of other numbers of choices count for themselves: 0 of 2 wrong in both, 1 of 2 choices, 1 of 5
+    mixed = flips([([0, 0, 1], [0, 0, 1])], [2, 5, 2])
+    assert mixed is not None and mixed.chance == pytest.approx((1 + 1 / 4) / 3)
+
+
+def test_guessing_alone_loses_nothing_and_intervals_hold_what_is_lost():
+    # knows 30 % of items and guesses the rest among 4; then nothing changes, or a third is lost and 5 % are learned
+    draws, inside, trials, count = np.random.default_rng(3), [0, 0, 0], 300, 400
+    for _ in range(trials):
+        knew = draws.random(count) < 0.3
+        later = (knew & (draws.random(count) < 2 / 3)) | (~knew & (draws.random(count) < 0.05))
+        before, same, now = ((known | (draws.random(count) < 1 / 4)).astype(int) for known in (knew, knew, later))
+        unchanged, changed = (flips([(each.tolist(), before.tolist())], [4] * count) for each in (same, now))
+        assert unchanged is not None and changed is not None
+        pairs = [(unchanged.truly_lost, 0), (changed.truly_lost, 0.1), (changed.truly_gained, 0.7 * 0.05)]
+        inside = [
+            n + (abs(mean.value - is_so) < 1.96 * mean.stderr) for n, (mean, is_so) in zip(inside, pairs, strict=True)
+        ]
+    # of 300 intervals that hold 95 %, at least 273 hold it but for 1 in 1000
+    assert min(inside) >= 273
 
 
 def test_within_noise():

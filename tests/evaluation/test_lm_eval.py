@@ -267,6 +267,12 @@ def test_a_run_its_average_and_its_parent(runs, main):
     bits, choice = (results['ba4']['tasks'][name] for name in ('bits', 'choice'))
     assert not bits['higher_is_better'] and bits['count'] == 2 * ITEMS
     assert choice['higher_is_better'] and choice['weights'] == [1] * ITEMS
+    assert choice['choices'] == [4] * ITEMS and bits['choices'] == []
+    changed = compare(results['ba4'], parent)[1].flips
+    assert changed is not None and changed.lost.value - changed.gained.value == pytest.approx(
+        parent['tasks']['choice']['score'] - choice['score']
+    )
+    assert printed.count('items that changed sides') == 2 and f'{100 * changed.chance:.1f}' in printed
     row = compare(results['ba4'], parent)[0]
     assert row.delta.value == pytest.approx(row.score.value - row.parent.value)
     assert row.delta.stderr < row.parent.stderr + row.score.stderr
@@ -308,8 +314,8 @@ def test_prompts_that_are_cut_are_counted_and_shown(model, main, lm, tasks, foun
         assert (ours['cut'], ours['cut'] > 0) == ((0 if name == 'bits' else cut), shots > 0)
         assert name == 'bits' or ours['prompts'] == len(requests)
     _, printed, _ = main(model, '--parent', model, 'tasks.choice.num_fewshot=9', '--limit', 7)
-    [choice], [exact] = (
-        [line.split() for line in printed.splitlines() if name in line] for name in ('choice', 'exact')
+    choice, exact = (
+        next(line.split() for line in printed.splitlines() if name in line) for name in ('choice', 'exact')
     )
     assert choice[:6] == ['choice', '≤', '9', '28', 'of', '28'] and exact[:3] == ['exact', '0', '7']
 

@@ -218,7 +218,7 @@ def benchmark(folder, right, missing=(), export='ba10', shots=0):
     values = [int(item < right) for item in range(4)]
     task = {'task': 'x', 'version': 1, 'num_fewshot': shots, 'metric': 'acc', 'higher_is_better': True, 'stderr': 0.2,
             'score': right / 4, 'count': 4, 'values': values, 'weights': [1] * 4,
-            'entry': {'task': 'x', 'num_fewshot': shots}, 'items': 'abcd'}  # fmt: skip
+            'entry': {'task': 'x', 'num_fewshot': shots}, 'items': 'abcd', 'choices': [3] * 4}  # fmt: skip
     bits = {**task, 'metric': 'bits_per_byte', 'higher_is_better': False, 'score': right / 8, 'weights': [2] * 4}
     write(
         folder / 'huggingface' / 'lm_eval' / 'english' / f'{export}.json',
@@ -249,6 +249,13 @@ def test_benchmarks_by_hand(tiny, tmp_path, no_plots):
     assert 'Losses and benchmarks' in page and '-50.00 ± 28.87' in page
     saved = read(tmp_path / 'out' / 'report.json')['benchmarks']
     assert saved[1]['against parent']['arc']['noise'] is True
+    # of four items two were lost and none gained, one was wrong in both; of 3 choices half as many by luck
+    changed = none.flips['arc']
+    assert list(none.flips) == ['arc'] and (changed.lost.value, changed.gained.value) == (1 / 2, 0)
+    assert changed.chance == pytest.approx(1 / 8)
+    assert changed.truly_lost.value == pytest.approx((1 / 2 - 1 / 8) * 3 / 2)
+    assert saved[1]['items that changed sides']['arc']['lost']['value'] == 0.5
+    assert 'Items that changed sides: english' in page and '50.0 / 0.0' in page and found['old only'].flips == {}
 
 
 def test_answers_to_another_question_have_a_column_of_their_own(tiny, tmp_path, no_plots):
