@@ -27,6 +27,7 @@ from pathlib import Path
 
 from cpt_algorithms.files import StorageError, is_remote, locked_sibling
 from cpt_algorithms.launch.processes import OneLineParser, refuse_launcher, run_command
+from cpt_algorithms.preparation.contamination import NGRAM, read_items
 from cpt_algorithms.preparation.engines import make_engine
 from cpt_algorithms.preparation.manifest import Manifest, find_earlier, find_prepared
 from cpt_algorithms.preparation.options import DEFAULT_DATASETS, Options, make_request, sample_length
@@ -78,6 +79,9 @@ def make_parser() -> OneLineParser:
     add('--max-val-tokens', type=int, help='the same for val (default: what comes until train is full)')
     add('--near-duplicates', action='store_true', help='drop them, too: MinHash of word n-grams')
     add('--near-threshold', type=float, help='Jaccard similarity aimed at (default: 0.8)')
+    add('--decontaminate', action='append', metavar='SUITE', help='drop documents that share words with its items')
+    add('--contamination-ngram', type=int, help='so many words in a row (default: 13)')
+    add('--keep-contaminated', action='store_true', help='list them only, in contaminated.jsonl')
     add('--compression', help='of the shards, as MDSWriter takes it: zstd, zstd:9, ... (default: none)')
     add('--workers', type=int, help='processes (default: the cores)')
     add('--engine', help='local or spark: what the work is done with (default: local)')
@@ -93,8 +97,9 @@ def print_counts(manifest: Manifest, out: str) -> None:
 
     from cpt_algorithms.terminal import make_console, print_table
 
-    counted = ('documents', 'duplicates', 'near_duplicates', 'tokens', 'samples', 'bytes')
-    shown = [name for name in counted if name != 'near_duplicates' or manifest.request.near_duplicates]
+    counted = ('documents', 'duplicates', 'near_duplicates', 'contaminated', 'tokens', 'samples', 'bytes')
+    asked = {'near_duplicates': manifest.request.near_duplicates, 'contaminated': manifest.request.decontaminate}
+    shown = [name for name in counted if asked.get(name, True)]
     max_seq_len, vocab_size = manifest.request.max_seq_len, manifest.tokenizer.vocab_size
     title = f'{out}: samples of {max_seq_len:,} tokens, vocabulary of {vocab_size:,}'
     table = Table('dataset', 'split', title=escape(title), title_justify='left', box=box.SIMPLE)
@@ -118,6 +123,12 @@ def print_counts(manifest: Manifest, out: str) -> None:
                 print(*(f'  {row}' for row in described.first_broken[:SHOWN]), sep='\n')
                 if described.broken > SHOWN:
                     print(f'  ... ({out}/manifest.json lists the first {len(described.first_broken)})')
+    for name, dataset in manifest.datasets.items():
+        for task, hits in dataset.contamination.items():
+            what = 'are kept' if manifest.request.keep_contaminated else 'are dropped'
+            short = f' ({hits.short:,} too short to be looked for)' if hits.short else ''
+            found = f'{hits.items:,} of {hits.of:,} items of {task}{short}'
+            print(f'{name}: {hits.documents:,} documents {what} that hold {found}')
     start, end = (' '.join(tokens) for tokens in (manifest.tokenizer.document_start, manifest.tokenizer.document_end))
     print(f'each document begins with {start or "its text"} and ends with {end}')
 
@@ -130,7 +141,8 @@ def run(options: Options) -> None:
     parent = find_parent(options.parent) if options.parent else None
     max_seq_len, near = sample_length(options, parent), options.near_settings()
     earlier = [find_earlier(location, near) for location in options.earlier]
-    request = make_request(options, sources, files, max_seq_len, near, earlier)
+    items = read_items(options.decontaminate, options.contamination_ngram or NGRAM) if options.decontaminate else None
+    request = make_request(options, sources, files, max_seq_len, near, earlier, items.digest if items else None)
     manifest = find_prepared(options.out, request)
     if manifest:
         print(f'{options.out} is already prepared')
@@ -147,7 +159,7 @@ def run(options: Options) -> None:
                 check_destination(options.out, partial)
             if not find_prepared(str(out), request):
                 with resumable(partial), make_engine(options, sources, files) as engine:
-                    prepare(request, sources, files, partial, engine, tokenizer, earlier).rename(out)
+                    prepare(request, sources, files, partial, engine, tokenizer, earlier, items).rename(out)
             if remote:
                 upload_folder(out, options.out, partial)
                 shutil.rmtree(out)

@@ -4,7 +4,6 @@
 import hashlib
 import logging
 import os
-import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from cpt_algorithms.evaluation.functional import (
     shots_of,
     within_noise,
 )
-from cpt_algorithms.evaluation.suite import Suite, SuiteTask, read_result, task_manager, why_unavailable
+from cpt_algorithms.evaluation.suite import Suite, SuiteTask, load_tasks, read_result, why_unavailable
 from cpt_algorithms.files import nearest_existing, write_json
 from cpt_algorithms.formatting import one_line
 from cpt_algorithms.terminal import make_console, print_table
@@ -188,7 +187,7 @@ def _evaluate(
         reason, loaded, data = why_unavailable(entry), None, ''
         if not reason:
             try:
-                loaded = _load_tasks(entry)
+                loaded = load_tasks(entry)
                 data = _hash_rows(loaded)
             except Exception as error:  # one task of many: the others are worth having
                 reason = f'it failed: {_one_line(error)}'
@@ -233,26 +232,6 @@ def _quiet() -> None:
     of_transformers.set_verbosity_error()
     logging.getLogger('lm_eval').setLevel(logging.WARNING)
     logging.getLogger('lm_eval.models').setLevel(logging.ERROR)  # it warns of every model that is loaded already
-
-
-def _load_tasks(entry: SuiteTask) -> Any:
-    """As ``lm_eval.simple_evaluate``, which leaves shots of tasks that say 0, and describes the machine for seconds."""
-    import numpy as np
-    import torch
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-
-    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle choices when they are loaded
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-    task: Any = entry.task
-    if isinstance(task, dict) and entry.data_files:
-        # datasets knows files by path and time, and would give the rows of others that had these
-        task = {**task, 'dataset_kwargs': {**(task.get('dataset_kwargs') or {}), 'download_mode': 'force_redownload'}}
-    loaded = task_manager(isinstance(task, str)).load([task])
-    for task in loaded['tasks'].values():
-        task.set_config('num_fewshot', entry.num_fewshot)
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-    return loaded
 
 
 def _hash_rows(loaded: Any) -> str:

@@ -3,6 +3,7 @@
 
 import glob
 import hashlib
+import random
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,7 +16,16 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from cpt_algorithms.files import null_as_nan, read_json, read_yaml
 from cpt_algorithms.validation import ConfigError, Section, nearest, parse_section
 
-__all__ = ['Suite', 'SuiteTask', 'check_suite', 'load_suite', 'read_result', 'task_manager', 'why_unavailable']
+__all__ = [
+    'Suite',
+    'SuiteTask',
+    'check_suite',
+    'load_suite',
+    'load_tasks',
+    'read_result',
+    'task_manager',
+    'why_unavailable',
+]
 
 _FILE_BUILDERS = ('json', 'csv', 'parquet', 'text', 'arrow')
 
@@ -143,3 +153,26 @@ def task_manager(with_known_tasks: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=with_known_tasks)
+
+
+def load_tasks(entry: SuiteTask) -> Any:
+    """The tasks of an entry, with their data.
+
+    As ``lm_eval.simple_evaluate``, which leaves shots of tasks that say 0, and describes the machine for seconds.
+    """
+    import numpy as np
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle choices when they are loaded
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    task: Any = entry.task
+    if isinstance(task, dict) and entry.data_files:
+        # datasets knows files by path and time, and would give the rows of others that had these
+        task = {**task, 'dataset_kwargs': {**(task.get('dataset_kwargs') or {}), 'download_mode': 'force_redownload'}}
+    loaded = task_manager(isinstance(task, str)).load([task])
+    for task in loaded['tasks'].values():
+        task.set_config('num_fewshot', entry.num_fewshot)
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    return loaded

@@ -35,6 +35,7 @@ __all__ = [
     'is_in_subset',
     'near_duplicates',
     'signatures',
+    'words_of',
 ]
 
 Keys = NDArray[np.uint64]
@@ -128,9 +129,14 @@ class NearDuplicates(Section):
         return lsh.b, lsh.r
 
 
+def words_of(text: str) -> Iterator[str]:
+    """The words of a document in lower case; see :class:`NearDuplicates`."""
+    return (match[0] for window in _visible(text) for match in _WORD.finditer(window.lower()))
+
+
 def shingles(text: str, ngram: int) -> Iterator[str]:
     """The word n-grams of a document; see :class:`NearDuplicates`."""
-    words = (match[0] for window in _visible(text) for match in _WORD.finditer(window.lower()))
+    words = words_of(text)
     first = list(islice(words, ngram)) or [text]
     windows = tee(chain(first, words), len(first))
     return map(' '.join, zip(*(islice(window, start, None) for start, window in enumerate(windows)), strict=False))

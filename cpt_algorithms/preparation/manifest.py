@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from cpt_algorithms.files import StorageError, fetch, is_remote, read_json
-from cpt_algorithms.preparation.packing import SPLITS, Counts
+from cpt_algorithms.preparation.packing import SPLITS, Counts, Hits
 from cpt_algorithms.preparation.reading import PrepareError
 from cpt_algorithms.validation import ConfigError, Section, parse_section
 
@@ -27,6 +27,7 @@ __all__ = [
     'Sampled',
     'SourceRecord',
     'TokenizerRecord',
+    'contaminated',
     'find_earlier',
     'find_prepared',
     'read_manifest',
@@ -62,6 +63,9 @@ class Choices(_Record):
     max_train_tokens: Count | None = None
     max_val_tokens: Count | None = None
     compression: str | None = None
+    decontaminate: list[str] = []
+    contamination_ngram: Annotated[int, Field(ge=2)] | None = None
+    keep_contaminated: bool = False
 
 
 class Request(Choices):
@@ -74,6 +78,7 @@ class Request(Choices):
     earlier: dict[str, str]
     max_seq_len: int
     near_duplicates: dict[str, Any] | None = None
+    items_hash: str | None = None  # of the items of benchmarks that are looked for
 
 
 class TokenizerRecord(_Record):
@@ -107,11 +112,15 @@ class SourceRecord(_Given):
 
 
 class DatasetRecord(_Given):
-    """What is in one dataset; ``lm_eval`` counts the rows of each kind of task."""
+    """What is in one dataset; ``lm_eval`` counts the rows of each kind of task.
+
+    ``contamination`` is what documents had of each task of a benchmark; they are there if the request keeps them.
+    """
 
     sources: dict[str, SourceRecord]
     parts: int
     lm_eval: dict[str, int]
+    contamination: dict[str, Hits] = {}
 
 
 class Manifest(_Record):
@@ -176,6 +185,17 @@ def sampled_from(local: str | None) -> Sampled | None:
     if found is None or not models:
         return None
     return Sampled(', '.join(models), sum(counts.tokens for counts in found.splits.values()))
+
+
+def contaminated(local: str | None) -> dict[str, Hits]:
+    """What a dataset in a local folder holds of tasks' items that were looked for, and kept; what is known of it."""
+    folder = Path(local or '')
+    try:
+        manifest = read_manifest(str(folder.parent)) if local else None
+        found = manifest.datasets[folder.name].contamination if manifest and manifest.request.keep_contaminated else {}
+    except (KeyError, OSError, ValueError):
+        return {}
+    return {task: hits for task, hits in found.items() if hits.items}
 
 
 def find_prepared(location: str, request: Request) -> Manifest | None:

@@ -50,6 +50,9 @@ class Options(Choices):
             raise PrepareError(f'--out {self.out}: expected the name of a folder to make')
         if is_remote(self.out):
             exists(self.out)  # a bucket that cannot be reached, or has no store, is refused before anything is read
+        for name in ('contamination_ngram', 'keep_contaminated'):
+            if getattr(self, name) and not self.decontaminate:
+                raise PrepareError(f'--{name.replace("_", "-")} is of --decontaminate, which is not given')
         if self.near_threshold is not None and not self.near_duplicates:
             raise PrepareError(f'--near-threshold {self.near_threshold} is of --near-duplicates, which is not given')
         for name in ('bos_text', 'eos_text'):
@@ -110,6 +113,7 @@ def make_request(
     max_seq_len: int,
     near: dict[str, Any] | None,
     earlier: Sequence[Earlier],
+    items_hash: str | None,
 ) -> Request:
     """Everything that decides the result, as the manifest records it: of the user's files, their number and size."""
     folder = Path(options.tokenizer or '')
@@ -136,4 +140,5 @@ def make_request(
         earlier={data.location: data.manifest.digest for data in earlier},
         max_seq_len=max_seq_len,
         near_duplicates=near,
+        items_hash=items_hash,
     )

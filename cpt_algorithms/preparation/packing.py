@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cpt_algorithms.validation import Section
 
-__all__ = ['SPLITS', 'Counts', 'Selection', 'Selector', 'cut', 'pieces']
+__all__ = ['SPLITS', 'Counts', 'Hits', 'Selection', 'Selector', 'cut', 'pieces']
 
 SPLITS = ('train', 'val')
 
@@ -24,6 +24,7 @@ class Counts(Section):
         documents: Packed, the last one perhaps in part.
         duplicates: Dropped because the same text came before: here, in an earlier dataset or preparation.
         near_duplicates: Dropped because nearly the same text is kept.
+        contaminated: Dropped because they share words with items of a benchmark.
         tokens: Tokens of these documents, EOS included. Of a dataset: those written, ``samples`` times
             ``max_seq_len``; its sources together have ``leftover`` more, less what is over the limit.
         samples: Samples written. Of a source: 0, since a sample may hold text of two.
@@ -35,6 +36,7 @@ class Counts(Section):
     documents: int = 0
     duplicates: int = 0
     near_duplicates: int = 0
+    contaminated: int = 0
     tokens: int = 0
     samples: int = 0
     leftover: int = 0
@@ -43,6 +45,15 @@ class Counts(Section):
     def __add__(self, other: 'Counts') -> 'Counts':
         """Of both together."""
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in Counts.model_fields})
+
+
+class Hits(Section):
+    """What a dataset has of a task: ``items`` of ``of`` were found in ``documents``; ``short`` were not looked for."""
+
+    documents: int
+    items: int
+    of: int
+    short: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Selector:
         return self.room['train'] == 0 and not self.room['val']
 
     def select(
-        self, held_out: Mask, lengths: NDArray[np.integer], first: Mask, near: Mask, subset: Mask
+        self, held_out: Mask, lengths: NDArray[np.integer], first: Mask, near: Mask, subset: Mask, tainted: Mask
     ) -> dict[str, Selection]:
         """Select the documents of the next part for each split.
 
@@ -83,13 +94,14 @@ class Selector:
             first: False for documents whose text came before.
             near: True for near-duplicates.
             subset: False for what is not wanted for training.
+            tainted: True for documents that share words with items of a benchmark.
         """
         selections = {}
         end = 0 if self.ended else len(lengths)
         for split in SPLITS:  # train first: without a limit of its own, val ends with it
             own = held_out if split == 'val' else ~held_out & subset
             room, stop, trim = self.room[split], end, 0
-            wanted = own & first & ~near
+            wanted = own & first & ~near & ~tainted
             if room is not None:
                 total = np.cumsum(np.where(wanted, lengths, 0))
                 over = int(np.searchsorted(total, room)) if room else -1
@@ -106,6 +118,7 @@ class Selector:
                 documents=int(wanted.sum()),
                 duplicates=int((own & ~first).sum()),
                 near_duplicates=int((own & first & near).sum()),
+                contaminated=int((own & first & ~near & tainted).sum()),
                 tokens=int(lengths[wanted].sum()) - trim,
                 leftover=trim,
             )

@@ -29,14 +29,16 @@ SMALLEST_WINDOW = 1 << 11  # characters
 AGREEING = 4  # words, at least, by which two windows are found to go on alike
 _WORD_BEGINS = re.compile(r'\W\w')
 MAX_SEEN = 1 << 20  # documents remembered, not to tokenise them twice: 100 MB; what is dropped is decided elsewhere
-FORMAT = 3  # of the files of a tokenised part
+FORMAT = 4  # of the files of a tokenised part
 
 
 @dataclass(frozen=True)
 class TokenizeJob:
     """One part to tokenise, with a file of ``tokenizers``, into a folder below ``parts``.
 
-    ``ends`` are the tokens put before and behind each document; ``near`` the keywords of ``NearDuplicates``.
+    ``ends`` are the tokens put before and behind each document; ``near`` the keywords of ``NearDuplicates``; ``items``
+    the file of the :class:`~cpt_algorithms.preparation.contamination.BenchmarkItems` that are looked for, named by
+    their hash.
     """
 
     part: Part
@@ -45,6 +47,7 @@ class TokenizeJob:
     ends: tuple[list[int], list[int]]
     val_fraction: float
     near: dict[str, Any] | None
+    items: str | None
     parts: str
 
     @property
@@ -53,7 +56,8 @@ class TokenizeJob:
         stats = [(file, start, end, os.stat(file)) for file, start, end in self.part.units]
         units = [(file, start, end, stat.st_size, stat.st_mtime_ns) for file, start, end, stat in stats]
         source = asdict(self.part.source)
-        settings = [self.tokenizer_hash, self.ends, self.val_fraction, self.near]
+        items = self.items and Path(self.items).name
+        settings = [self.tokenizer_hash, self.ends, self.val_fraction, self.near, items]
         content = [FORMAT, source, units, self.part.text_key, *settings]
         return Path(self.parts, hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest())
 
@@ -65,8 +69,9 @@ class Tokenized:
     ``broken`` rows could not be read; the first of them are listed.
 
     ``tokens`` of all documents, each with its ends; ``lengths`` in tokens (0 for a text that came before in the part);
-    ``bytes`` of its text; ``digests``; ``held_out``, true for validation; and ``signatures`` if near-duplicates are
-    looked for. Beside them the first texts held out, for ``lm_eval/``.
+    ``bytes`` of its text; ``digests``; ``held_out``, true for validation; ``signatures`` if near-duplicates are
+    looked for; and in ``hits`` rows of a document, a task and an item, if these are. Beside them the first texts held
+    out, for ``lm_eval/``.
     """
 
     folder: str
@@ -196,6 +201,7 @@ def tokenize(job: TokenizeJob) -> Tokenized:
     and ``signatures``, and, of one long document, three times its bytes (in the worst case, one character in four bytes
     of Python's, nine times).
     """
+    from cpt_algorithms.preparation.contamination import BenchmarkItems
     from cpt_algorithms.preparation.duplicates import NearDuplicates, digests, is_held_out, signatures
 
     folder = job.folder
@@ -203,6 +209,7 @@ def tokenize(job: TokenizeJob) -> Tokenized:
         return Tokenized(str(folder), **json.loads((folder / 'part.json').read_text()))
     tokenizer = _load(job.tokenizer, job.tokenizer_hash)
     near = NearDuplicates(**job.near) if job.near is not None else None
+    items = BenchmarkItems.load(job.items) if job.items else None
     seen: set[bytes] = set()
     documents, skipped, broken = 0, 0, Broken()
     start, end = (np.array(ids, np.int32) for ids in job.ends)
@@ -213,6 +220,8 @@ def tokenize(job: TokenizeJob) -> Tokenized:
         'bytes': [np.zeros(0, np.uint32)],
         'held_out': [np.zeros(0, np.bool_)],
     }
+    if items:
+        arrays['hits'] = [np.zeros((0, 3), np.int64)]
     if near:
         arrays['signatures'] = [np.zeros((0, near.bands[0]), np.uint64)]
     with _appearing(folder) as partial, open(partial / 'tokens', 'wb') as file:
@@ -238,6 +247,8 @@ def tokenize(job: TokenizeJob) -> Tokenized:
             held_out = is_held_out(identities, job.val_fraction)
             kept = [number for number in fresh if held_out[number]][: DOCUMENTS - len(held_out_texts)]
             held_out_texts += [(documents + number, texts[number][:DOCUMENT_CHARACTERS]) for number in kept]
+            if items:
+                arrays['hits'].append(items.find(texts) + np.array([documents, 0, 0]))
             documents += len(texts)
             lengths = np.zeros(len(texts), np.uint32)
             for number, windows in zip(fresh, encode(tokenizer, [texts[number] for number in fresh]), strict=True):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cpt_algorithms.files import write_json
+from cpt_algorithms.preparation.contamination import BenchmarkItems
 from cpt_algorithms.preparation.lm_eval_items import DOCUMENTS, write_lm_eval
 from cpt_algorithms.preparation.manifest import (
     DatasetRecord,
@@ -27,7 +28,7 @@ from cpt_algorithms.preparation.manifest import (
     TokenizerRecord,
     versions,
 )
-from cpt_algorithms.preparation.packing import SPLITS, Counts, Selection, Selector
+from cpt_algorithms.preparation.packing import SPLITS, Counts, Hits, Selection, Selector
 from cpt_algorithms.preparation.parts import PackJob, Tokenized, TokenizeJob, columns, leftover, pack, tokenize
 from cpt_algorithms.preparation.reading import MAX_INSTALLED_BYTES, PrepareError, Unit, columns_of
 from cpt_algorithms.preparation.sampling import Sampling, sampled_units
@@ -68,6 +69,7 @@ def prepare(
     engine: Any,
     tokenizer: Any,
     earlier: list[Earlier],
+    items: BenchmarkItems | None = None,
 ) -> Path:
     """Do the work of a request, or what an earlier call has left of it in ``partial``; the finished folder in there.
 
@@ -79,6 +81,7 @@ def prepare(
         engine: A :class:`~cpt_algorithms.preparation.engines.LocalEngine` or one like it.
         tokenizer: None to train one on the first dataset.
         earlier: Data prepared before.
+        items: Of benchmarks, that documents must not share words with. Default: ``None``.
 
     Raises:
         PrepareError: If the input is not as it should be.
@@ -98,17 +101,29 @@ def prepare(
     backend = work / f'tokenizer-{tokenizer_hash}.json'
     backend.write_text(tokenizer.backend_tokenizer.to_str(), encoding='utf-8')
 
+    looked_for = None
+    if items is not None:
+        items.save(looked_for := work / f'items-{items.digest}.npz')
+
     def jobs(parts: Iterable[Part]) -> Iterator[TokenizeJob]:
         around, val_fraction, near = ends, request.val_fraction, request.near_duplicates
         for part in parts:
-            yield TokenizeJob(part, str(backend), tokenizer_hash, around, val_fraction, near, str(work / 'parts'))
+            place = looked_for and str(looked_for)
+            yield TokenizeJob(
+                part, str(backend), tokenizer_hash, around, val_fraction, near, place, str(work / 'parts')
+            )
 
     names = {'digests': 'documents.npy'} | ({'signatures': 'signatures.npy'} if request.near_duplicates else {})
     before = {key: [file for data in earlier for file in data.keys(name, work)] for key, name in names.items()}
     described = {}
     for dataset in datasets:
         decision = _decide(dataset, request, work, engine, jobs, before)
-        described[dataset.name] = _write(dataset, decision, request, work, result, engine, tokenizer)
+        hits: dict[str, Hits] = {}
+        if items is not None:
+            (result / dataset.name).mkdir()
+            listed = result / dataset.name / 'contaminated.jsonl'
+            hits = _write_hits(listed, items, decision, request.keep_contaminated)
+        described[dataset.name] = _write(dataset, decision, request, work, result, engine, tokenizer, hits)
         for split in SPLITS:
             for key, name in names.items():
                 file = result / dataset.name / split / name
@@ -221,7 +236,8 @@ def _decide(
             decision.tokenized.append(tokenized)
             held_out, lengths = tokenized.load('held_out'), tokenized.load('lengths')
             subset = is_in_subset(tokenized.load('digests'), request.train_subset)
-            upper.select(held_out, lengths, lengths > 0, np.zeros(len(lengths), np.bool_), subset)
+            none = np.zeros(len(lengths), np.bool_)
+            upper.select(held_out, lengths, lengths > 0, none, subset, none)
             if upper.ended:
                 upper = _select(decision, limits, request, before)
                 if decision.ended:
@@ -251,10 +267,35 @@ def _select(
         first = tokenized.load('first')
         near = tokenized.load('near') if request.near_duplicates else np.zeros(len(first), np.bool_)
         subset = is_in_subset(tokenized.load('digests'), request.train_subset)
-        selections = selector.select(tokenized.load('held_out'), tokenized.load('lengths'), first, near, subset)
+        tainted = np.zeros(len(first), np.bool_)
+        if request.decontaminate and not request.keep_contaminated:
+            tainted[tokenized.load('hits')[:, 0]] = True
+        held_out, lengths = tokenized.load('held_out'), tokenized.load('lengths')
+        selections = selector.select(held_out, lengths, first, near, subset, tainted)
         decision.selections.append({split: _saved(tokenized, split, chosen) for split, chosen in selections.items()})
     decision.ended = selector.ended
     return selector
+
+
+def _write_hits(file: Path, items: BenchmarkItems, decision: _Decision, are_kept: bool) -> dict[str, Hits]:
+    """List documents that share words with items of benchmarks, each by its identity, and count them.
+
+    Those that are kept are those in the dataset; those that are dropped all that were read, each text once.
+    """
+    lines, found, before = [], [np.zeros((0, 3), np.int64)], 0
+    for tokenized in decision.tokenized:
+        hits, digests, held_out = (tokenized.load(name) for name in ('hits', 'digests', 'held_out'))
+        wanted = np.any([tokenized.load(split) for split in SPLITS], axis=0) if are_kept else tokenized.load('first')
+        hits = hits[wanted[hits[:, 0]]]
+        found.append(hits + np.array([before, 0, 0]))
+        before += tokenized.documents
+        for document in np.unique(hits[:, 0]):
+            own = hits[hits[:, 0] == document]
+            of_tasks = {items.tasks[task]: own[own[:, 1] == task, 2].tolist() for task in np.unique(own[:, 1])}
+            identity = digests[document].astype('>u8').tobytes().hex()
+            lines.append({'document': identity, 'split': SPLITS[int(held_out[document])], 'items': of_tasks})
+    file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return items.hits(np.concatenate(found))
 
 
 def _saved(tokenized: Tokenized, split: str, selection: Selection) -> Selection:
@@ -266,7 +307,14 @@ def _saved(tokenized: Tokenized, split: str, selection: Selection) -> Selection:
 
 
 def _write(
-    dataset: _Dataset, decision: _Decision, request: Request, work: Path, result: Path, engine: Any, tokenizer: Any
+    dataset: _Dataset,
+    decision: _Decision,
+    request: Request,
+    work: Path,
+    result: Path,
+    engine: Any,
+    tokenizer: Any,
+    hits: dict[str, Hits],
 ) -> DatasetRecord:
     """Write the shards of a dataset and describe it."""
     from tqdm import tqdm
@@ -295,7 +343,7 @@ def _write(
             raise PrepareError(
                 f'dataset {dataset.name}: {split} has no sample of {request.max_seq_len} tokens '
                 f'({count.documents} documents, {count.duplicates} duplicates, '
-                f'{count.near_duplicates} near-duplicates, {count.tokens} tokens); '
+                f'{count.near_duplicates} near-duplicates, {count.contaminated} contaminated, {count.tokens} tokens); '
                 'give it more text or change --val-fraction, --max-seq-len'
             )
     jobs = _pack_jobs(decision, request, work)
@@ -310,6 +358,7 @@ def _write(
             for split in SPLITS
         },
         sources=sources,
+        contamination=hits,
         parts=len(decision.parts),
         lm_eval=write_lm_eval(result / 'lm_eval', dataset.name, _validation_texts(decision), request.max_seq_len),
     )

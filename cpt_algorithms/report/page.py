@@ -378,6 +378,8 @@ def _task_head(report: Report, suite: str, task: str) -> _Cell:
     result, is_cut = results[0], any(each.get('cut') for each in results)
     metric = '' if result['higher_is_better'] else f', {result["metric"]} ↓'
     shots = shots_of(result.get('num_fewshot'), is_cut)
+    if any(task in run.contamination for run in report.study.runs.values() if suite in run.benchmarks):
+        metric += ', items in training data ‡'
     return _Cell(task, f'{shots}-shot{metric}{", prompts cut" if is_cut else ""}' if shots else '')
 
 

@@ -17,6 +17,8 @@ from cpt_algorithms.evaluation.functional import has_diverged, without_averages
 from cpt_algorithms.evaluation.suite import read_result
 from cpt_algorithms.files import exists, is_remote, null_as_nan, read_json
 from cpt_algorithms.formatting import first_of, short
+from cpt_algorithms.preparation.manifest import contaminated
+from cpt_algorithms.preparation.packing import Hits
 from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.stage import Merge, Stage
 from cpt_algorithms.validation import differences, short_repr
@@ -111,6 +113,16 @@ class RunRecord:
             for suite, of in self.scored.items()
         }
         return {suite: of for suite, of in found.items() if of}
+
+    @cached_property
+    def contamination(self) -> dict[str, Hits]:
+        """Items of benchmarks that its training data holds, by task, as far as preparing it has found and kept them."""
+        mix = self.config.mix if self.config else None
+        found: dict[str, Hits] = {}
+        for stream in [*mix.new.values(), *mix.old.values()] if mix else ():
+            for task, hits in contaminated(stream.local).items():
+                found[task] = max(hits, found.get(task, hits), key=lambda each: each.items)
+        return found
 
     @property
     def budget(self) -> int:

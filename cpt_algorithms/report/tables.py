@@ -493,6 +493,9 @@ def _missing_benchmarks(runs: Sequence[RunRecord]) -> Iterator[str]:
                     if cut := cuts_of(scored):
                         line = f'{task}: {cut} prompts are longer than the model can read, and were cut'
                         said.setdefault(line, []).append(run.name)
+                    if hits := run.contamination.get(task):
+                        line = f'{task}: {hits.items:,} of its {hits.of:,} items are in the training data'
+                        said.setdefault(line, []).append(run.name)
                 for task, reason in result.get('missing', {}).items():
                     said.setdefault(f'{task} is missing: {reason}', []).append(run.name)
         evaluated = {run.name for run in runs if suite in run.benchmarks}
