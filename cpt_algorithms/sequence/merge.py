@@ -39,6 +39,7 @@ from cpt_algorithms.files import (
 )
 from cpt_algorithms.formatting import first_of
 from cpt_algorithms.stage.identity import changes
+from cpt_algorithms.stage.model_card import write_card
 from cpt_algorithms.stage.record import done_with, read_record
 from cpt_algorithms.stage.restart_checks import check_restart, write_record
 from cpt_algorithms.stage.run import DATASETS_LOCK, evaluate
@@ -251,6 +252,9 @@ def _export(stage: Stage, merge: Merge, checkpoint: Path, out: Path) -> None:
             out.parent.mkdir(exist_ok=True)
             newest = None if is_remote(merge.of) else newest_export(merge.of)
             average_files([checkpoint], [1.0], out, 'hf', config=Path(newest) if newest else None)
+            record = read_record(stage.folder)
+            assert record is not None, 'it was written first'
+            write_card(out, record, merge.batch)
         except (ValueError, OSError) as error:
             sys.exit(f'{stage.run_name} stopped: {error}')
 

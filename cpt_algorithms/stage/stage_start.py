@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from cpt_algorithms.replay.labels import label_every_token_of
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.phase_scheduler import PhaseScheduler
 from cpt_algorithms.stage.foundry_keys import YAML_KEYS
+from cpt_algorithms.stage.model_card import write_card
 from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.rehearsal import pass_on_generation_config, rehearse_run
 from cpt_algorithms.stage.restart_checks import restart_problem, write_record
@@ -54,7 +56,8 @@ class StageStart(Callback):
     keeps it in ``stage.json`` of the save folder and compares it by the rule of
     :mod:`~cpt_algorithms.stage.identity`; a checkpoint of another run is refused, too.
 
-    Checkpoints are looked at before they are loaded, and exports of ``hf_checkpointer`` appear whole or not at all.
+    Checkpoints are looked at before they are loaded, and exports of ``hf_checkpointer`` appear whole or not at all,
+    each with a model card and the recipe that made it.
     FSDP2 on CPU sums the gradients of the ranks; here it averages them, as it does on GPUs.
 
     A loss that is not finite stops the run before anything is saved, and so do weights that are not. Evaluations take
@@ -126,6 +129,14 @@ class StageStart(Callback):
         for exporter in state.callbacks:
             if isinstance(exporter, HuggingFaceCheckpointer):
                 exporter._save_checkpoint = partial(export_atomically, exporter)  # pyright: ignore[reportAttributeAccessIssue]
+                exporter.save_additional_contents = partial(self._add_card, exporter)
+
+    def _add_card(self, exporter: HuggingFaceCheckpointer, state: State, logger: Logger, save_dir: str) -> None:
+        """Put the card and the recipe into an export before anybody sees it; a trainer made by hand has none."""
+        record = read_record(self._stage.folder) if self._stage is not None else None
+        if record is not None:
+            average = Path(exporter.huggingface_folder_name_fstr).name.partition('-')[2]
+            write_card(Path(save_dir), record, state.timestamp.batch.value, average)
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Compare this run with the one in its folder; note what the YAML says of every parameter group."""
