@@ -17,7 +17,7 @@ import os
 import time
 from pathlib import Path
 
-from training import FULL, QUICK, TREND, console, train
+from training import FULL, QUICK, TREND, console, train, train_on_samples
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
     started = time.monotonic()
     full = QUICK if arguments.quick else FULL
     train(arguments.folder / f'{full}tok', full, arguments.jobs)
+    train_on_samples((arguments.folder / f'{full}tok').resolve(), full, arguments.jobs)
     for model in () if arguments.quick else TREND:
         train(arguments.folder / model.name, model.tokens, arguments.jobs, model)
     evidence = Evidence(arguments.folder / f'{full}tok')

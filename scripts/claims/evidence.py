@@ -24,6 +24,7 @@ class Evidence:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.weak, self.strong, self.infinite, self.averaging = (Runs(folder / name) for name in SEQUENCES)
+        self.sampled = Runs(folder / 'sampled')
         self.shifts = {'weak': (self.weak, 'stdlib'), 'strong': (self.strong, 'cpp')}
 
     def of(self, model: Model) -> 'Evidence':
@@ -89,6 +90,13 @@ class Evidence:
         means = {alpha: np.mean(losses, axis=0) for alpha, losses in self.line(shift, percent).items()}
         parent, update = means.pop(0.0), means.pop(1.0)
         return np.min(list(means.values()), axis=0), parent, update
+
+    def kept_by_samples(self, percent: int) -> np.ndarray:
+        """Under the strong shift, of what true replay spares of the forgetting, the share that samples spare."""
+        name = f'cpp-sampled_{percent}pct'
+        without, true = self.forgetting('strong'), self.forgetting('strong', percent)
+        sampled = self.sampled.final(name, 'python') - self.strong.final('python', 'python')
+        return (without - sampled) / (without - true)
 
     def spike(self, run: str) -> np.ndarray:
         """How far the loss on Python rises in the first tenth of an update."""

@@ -106,14 +106,15 @@ class Runs:
     """The runs of a sequence, asked by name without the seed; answers are arrays with a number for each seed.
 
     Args:
-        folder: The sequence's folder.
+        folder: The sequence's folder, or one of runs that are of none.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._runs: dict[str, RunRecord] = {}
-        if (folder / 'sequence.json').exists():
-            self._runs = {run.name: run for run in read_runs([folder]).runs.values()}
+        given = [folder] if (folder / 'sequence.json').exists() else [p.parent for p in folder.glob('*/stage.json')]
+        if given:
+            self._runs = {run.name: run for run in read_runs(sorted(given)).runs.values()}
         self.seeds = sorted({run.seed for run in self._runs.values()})
 
     def named(self, name: str) -> list[RunRecord]:
@@ -158,6 +159,12 @@ class Runs:
             both = [of_raw[at] - loss for at, loss in averaged.tolist() if begin <= at <= end and at in of_raw]
             gains.append(np.mean(both))
         return np.array(gains)
+
+    def changes(self, name: str, old: str, new: str) -> tuple[np.ndarray, np.ndarray]:
+        """Forgetting and adaptation of an update, against its parent as the update's own evaluators judge it."""
+        runs = self.named(name)
+        before = {data: np.array([run.at_start[data] for run in runs]) for data in (old, new)}
+        return self.final(name, old) - before[old], before[new] - self.final(name, new)
 
     def rise(self, name: str, dataset: str, before: np.ndarray, until: float) -> np.ndarray:
         """The highest loss in the first part of a run, ``until`` that share of it, minus what it was before."""

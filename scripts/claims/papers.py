@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from evidence import Evidence, window_loss
 from judge import Claim, Condition, NotRun
-from training import RECOMMENDED, SPACING, TREND, WIDTH
+from training import RECOMMENDED, SAMPLED, SPACING, TREND, WIDTH
 
 from cpt_algorithms.evaluation.functional import steps_saved
 
@@ -295,6 +295,51 @@ def c20(of: Evidence) -> list[Condition]:
         soup = of.mean_loss(shift, f'{of.after(shift, percent)}-soup')
         conditions.append(Condition(f'soup minus its best member, {shift}, {percent} %', soup - best, below=0))
     return conditions
+
+
+@claim('')
+def c21(of: Evidence) -> list[Condition]:
+    """Whether documents of a row see each other changes neither forgetting nor adaptation."""
+    conditions = []
+    for shift, percent in RECOMMENDED.items():
+        runs, new = of.shifts[shift]
+        masked, plain = (
+            runs.changes(name, 'python', new) for name in (f'{new}-masked_{percent}pct', of.after(shift, percent))
+        )
+        conditions += [
+            Condition(f'{what}, masked minus not, {shift}, {percent} %', one - other, above=-EQUAL, below=EQUAL)
+            for what, one, other in zip(('forgetting', 'adaptation'), masked, plain, strict=True)
+        ]
+    return conditions
+
+
+@claim('')
+def c22(of: Evidence) -> list[Condition]:
+    """Replay of what the parent writes itself forgets less than none and more than true replay."""
+    return [
+        Condition(
+            f'share of what true replay spares that samples spare, strong, {percent} %',
+            of.kept_by_samples(percent),
+            above=0,
+            below=1,
+        )
+        for percent in SAMPLED
+    ]
+
+
+@claim('')
+def c23(of: Evidence) -> list[Condition]:
+    """At equal replayed tokens, replay late in a stage spares more than throughout and costs more; early the reverse."""
+    early, even, late = (
+        (of.strong.final(name, 'python'), of.strong.final(name, 'cpp'))
+        for name in ('cpp-early_25pct', 'cpp-replay_25pct', 'cpp-late_25pct')
+    )
+    return [
+        Condition('D0: early minus even, strong, 25 %', early[0] - even[0], above=0),
+        Condition('D0: even minus late, strong, 25 %', even[0] - late[0], above=0),
+        Condition('D1: late minus even, strong, 25 %', late[1] - even[1], above=0),
+        Condition('D1: even minus early, strong, 25 %', even[1] - early[1], above=0),
+    ]
 
 
 @claim('-0.12 at 20k')

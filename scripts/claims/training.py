@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ __all__ = [
     'FULL',
     'QUICK',
     'RECOMMENDED',
+    'SAMPLED',
     'SEQUENCES',
     'SPACING',
     'TREND',
@@ -24,6 +26,7 @@ __all__ = [
     'console',
     'stage_times',
     'train',
+    'train_on_samples',
 ]
 
 console = make_console()
@@ -68,6 +71,8 @@ MALLOC = {'MALLOC_MMAP_THRESHOLD_': str(1 << 30), 'MALLOC_TRIM_THRESHOLD_': str(
 # What the paper recommends: percent of replay under each shift.
 RECOMMENDED = {'weak': 5, 'strong': 25}
 SEQUENCES = ('weak_shift', 'strong_shift', 'infinite', 'averaging')
+# Under the strong shift, percent of replay of text that the parent of each seed has written itself.
+SAMPLED = (5, 25)
 # LAWA takes every fourth checkpoint of the constant run: windows can also be narrower than its own.
 SPACING = 4
 
@@ -122,8 +127,49 @@ def train(folder: Path, tokens: int, jobs: int, model: Model | None = None) -> N
             write_atomic(path, yaml.safe_dump(spec, sort_keys=False).encode())
         settings = [f'variables.{key}={value}' for key, value in stage_times(name, tokens).items()]
         arguments = [str(path), f'folder={(folder / name).resolve()}', f'jobs={jobs}', *settings]
-        command = [sys.executable, str(ROOT / 'recipes' / 'sequence.py'), *arguments]
         console.print(f'\n{name}, stages of {tokens:,} tokens', style='bold')
-        code = subprocess.run(command, cwd=ROOT, env={**os.environ, **MALLOC}).returncode
-        if code:
-            console.print(f'{name} ended with {code}: what it lacks is in the table as not run')
+        _run('recipes/sequence.py', *arguments)
+
+
+def train_on_samples(folder: Path, tokens: int, jobs: int) -> None:
+    """Have the parents under the strong shift write text, and train updates that differ in what they replay alone.
+
+    Args:
+        folder: Where the sequences are.
+        tokens: Of a stage.
+        jobs: Runs at a time.
+    """
+    from cpt_algorithms.stage.record import read_record  # seconds that --help does not need
+
+    wanted, configs = tokens * max(SAMPLED) // 100, []
+    for seed in (17, 18, 19):
+        parent, data = folder / 'strong_shift' / f'python-s{seed}', folder / 'sampled' / f'data-s{seed}'
+        spec = f'python=sampled:{parent}?tokens={wanted * 11 // 10}&seed={seed}&batch_size=16'  # some is held out
+        options = ['--dataset', spec, '--parent', str(parent), '--val-fraction', '0.01', '--workers', str(jobs)]
+        if _run('scripts/prepare_data.py', '--out', str(data), *options):
+            return
+        for percent in SAMPLED:
+            record = read_record(folder / 'strong_shift' / f'cpp-replay_{percent}pct-s{seed}')
+            if record is None:
+                return
+            name = f'cpp-sampled_{percent}pct-s{seed}'
+            place = str((folder / 'sampled' / name).resolve())
+            config = {**record.config.to_train_yaml(), 'run_name': name, 'save_folder': place}
+            for callback in config['callbacks'].values():
+                if 'save_folder' in callback:
+                    callback['save_folder'] = place
+            config['train_loader']['dataset']['replay']['streams']['python']['local'] = str(data / 'python')
+            configs.append(folder / 'sampled' / f'{name}.yaml')
+            write_atomic(configs[-1], yaml.safe_dump(config, sort_keys=False).encode())
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda config: _run('recipes/continue_pretraining.py', str(config)), configs))
+
+
+def _run(script: str, *arguments: str) -> int:
+    """Run a script of the repository, and say what is missing then if it fails."""
+    code = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments], cwd=ROOT, env={**os.environ, **MALLOC}
+    ).returncode
+    if code:
+        console.print(f'{script} {arguments[0]} ended with {code}: what it lacks is in the table as not run')
+    return code

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from cpt_algorithms.evaluation import lm_eval
-from cpt_algorithms.evaluation.suite import SuiteTask, why_unavailable
+from cpt_algorithms.evaluation.suite import SuiteTask, load_tasks, why_unavailable
 
 ROW = '{"text": "a"}\n'
 TASK = {'output_type': 'multiple_choice', 'doc_to_text': 'text', 'doc_to_choice': ['a', 'b'], 'doc_to_target': 0}
@@ -38,7 +38,7 @@ def put(value, folder: Path):
 
 
 def hash_of(task: SuiteTask) -> str:
-    return lm_eval._hash_rows(lm_eval._load_tasks(task))
+    return lm_eval._hash_rows(load_tasks(task))
 
 
 @pytest.mark.parametrize('named', [named for named in NAMED if named != 'from home'])  # which is a shell's

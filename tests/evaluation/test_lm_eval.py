@@ -25,7 +25,7 @@ from cpt_algorithms.checkpoints import exports
 from cpt_algorithms.evaluation import lm_eval
 from cpt_algorithms.evaluation.functional import score, within_noise
 from cpt_algorithms.evaluation.lm_eval import compare, load_model
-from cpt_algorithms.evaluation.suite import Suite, SuiteTask, check_suite, load_suite, task_manager
+from cpt_algorithms.evaluation.suite import Suite, SuiteTask, check_suite, load_suite, load_tasks, task_manager
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import ConfigError, parse_section
 
@@ -211,7 +211,7 @@ def main(suite_file, capsys):
 
 
 def run_task(lm, entry, limit=None):
-    return lm_eval._run(lm, entry, suite.load_tasks(entry), limit)
+    return lm_eval._run(lm, entry, load_tasks(entry), limit)
 
 
 def read(run, export='ba4', suite='small'):
