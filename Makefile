@@ -92,6 +92,7 @@ style: $(VENV)/installed
 bench: data
 	$(BIN)/python scripts/benchmarks/training_step.py --json runs/bench/training_step.json
 	$(BIN)/python scripts/benchmarks/replay_loader.py --json runs/bench/replay_loader.json
+	$(BIN)/python scripts/benchmarks/mask_documents.py --json runs/bench/mask_documents.json
 	$(BIN)/python scripts/benchmarks/preparation.py --json runs/bench/preparation.json
 	$(BIN)/python scripts/benchmarks/weight_averages.py --json runs/bench/weight_averages.json
 	$(BIN)/python scripts/benchmarks/average_checkpoints.py --gigabytes 0.5 --json runs/bench/average_checkpoints.json

@@ -124,8 +124,27 @@ def average_checkpoints(found: dict[str, Any]) -> list[Line]:
     return [Line('averaging', what, statistics.median(ours), stock, statistics.median(cat), ratios)]
 
 
+def mask_documents(found: dict[str, Any]) -> list[Line]:
+    """Of mask_documents.py; stock is the same step without it."""
+    lines = []
+    for name, times in found['times'].items():
+        ratios = [a / b for a, b in zip(times['with'], times['without'], strict=True)]
+        ours, stock = (statistics.median(times[side]) for side in ('with', 'without'))
+        what = f'a step of {name}, rows of {found["length"]}, masked, s'
+        lines.append(Line('mask_documents', what, ours, stock, None, ratios))
+    return lines
+
+
 PARTS: dict[str, Callable[[dict[str, Any]], list[Line]]] = {
-    each.__name__: each for each in (training_step, replay_loader, preparation, weight_averages, average_checkpoints)
+    each.__name__: each
+    for each in (
+        training_step,
+        replay_loader,
+        mask_documents,
+        preparation,
+        weight_averages,
+        average_checkpoints,
+    )  # fmt: skip
 }
 
 

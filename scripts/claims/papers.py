@@ -329,7 +329,7 @@ def c22(of: Evidence) -> list[Condition]:
 
 @claim('')
 def c23(of: Evidence) -> list[Condition]:
-    """At equal replayed tokens, replay late in a stage spares more than throughout and costs more; early the reverse."""
+    """At equal replayed tokens, replay late in a stage spares and costs more than throughout, and early less."""
     early, even, late = (
         (of.strong.final(name, 'python'), of.strong.final(name, 'cpp'))
         for name in ('cpp-early_25pct', 'cpp-replay_25pct', 'cpp-late_25pct')
