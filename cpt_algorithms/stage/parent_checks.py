@@ -162,7 +162,9 @@ def _model_changes(path: str, stage: Stage) -> list[str]:
             raise ValueError(f'load_path={path}: what it says of its model cannot be read: {one_line(error)}') from None
     else:
         return []
-    allowed = stage.callbacks.stage_start.model_changes if stage.callbacks.stage_start else []
+    allowed = [*stage.callbacks.stage_start.model_changes] if stage.callbacks.stage_start else []
+    if stage.callbacks.masks_documents:  # which an MPT is told by
+        allowed.append('attn_config.attn_uses_sequence_id')
     found = differences(_of_the_model(there.to_dict()), _of_the_model(here.to_dict()))
     return [line for line in found if line.partition(':')[0] not in allowed]
 
