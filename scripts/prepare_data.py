@@ -5,7 +5,8 @@ Offline default (Python and C++ that is already installed)::
 
     python scripts/prepare_data.py --out data/quickstart --max-train-tokens 3000000 --max-val-tokens 40000
 
-Your own text (``KIND`` is installed, jsonl, parquet, text or hf; quote globs and ``&``), and a year later more of it::
+Your own text (``KIND`` is installed, jsonl, parquet, text, hf or sampled; quote globs and ``&``), and a year later
+more of it::
 
     python scripts/prepare_data.py --out s3://bucket/data --dataset pile=jsonl:'pile/*.jsonl' \
         --dataset web/c4='hf:allenai/c4?name=en&split=train' --dataset web/books='parquet:books/*.parquet' \
@@ -27,7 +28,6 @@ from pathlib import Path
 
 from cpt_algorithms.files import StorageError, is_remote, locked_sibling
 from cpt_algorithms.launch.processes import OneLineParser, refuse_launcher, run_command
-from cpt_algorithms.preparation.contamination import NGRAM, read_items
 from cpt_algorithms.preparation.engines import make_engine
 from cpt_algorithms.preparation.manifest import Manifest, find_earlier, find_prepared
 from cpt_algorithms.preparation.options import DEFAULT_DATASETS, Options, make_request, sample_length
@@ -54,7 +54,7 @@ def make_parser() -> OneLineParser:
         action='append',
         metavar='NAME[/SOURCE]=KIND:TARGET',
         help=f'D0, D1, ... in order, of one source or several; installed:({"|".join(INSTALLED)}|a package), '
-        'jsonl:GLOB, parquet:GLOB, text:GLOB or hf:PATH?name=..&split=..&revision=.. (default: '
+        'jsonl:GLOB, parquet:GLOB, text:GLOB, hf:PATH?name=..&split=..&revision=.. or sampled:MODEL?tokens=N (default: '
         + ' '.join(DEFAULT_DATASETS)
         + ')',
     )
@@ -125,7 +125,7 @@ def print_counts(manifest: Manifest, out: str) -> None:
                     print(f'  ... ({out}/manifest.json lists the first {len(described.first_broken)})')
     for name, dataset in manifest.datasets.items():
         for task, hits in dataset.contamination.items():
-            what = 'are kept' if manifest.request.keep_contaminated else 'are dropped'
+            what = 'for training are kept' if manifest.request.keep_contaminated else 'are dropped'
             short = f' ({hits.short:,} too short to be looked for)' if hits.short else ''
             found = f'{hits.items:,} of {hits.of:,} items of {task}{short}'
             print(f'{name}: {hits.documents:,} documents {what} that hold {found}')
@@ -141,7 +141,11 @@ def run(options: Options) -> None:
     parent = find_parent(options.parent) if options.parent else None
     max_seq_len, near = sample_length(options, parent), options.near_settings()
     earlier = [find_earlier(location, near) for location in options.earlier]
-    items = read_items(options.decontaminate, options.contamination_ngram or NGRAM) if options.decontaminate else None
+    items = None
+    if options.decontaminate:
+        from cpt_algorithms.preparation.contamination import NGRAM, read_items
+
+        items = read_items(options.decontaminate, options.contamination_ngram or NGRAM)
     request = make_request(options, sources, files, max_seq_len, near, earlier, items.digest if items else None)
     manifest = find_prepared(options.out, request)
     if manifest:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llmfoundry.callbacks import HuggingFaceCheckpointer
 
 __all__ = [
+    'CARD',
+    'RECIPE',
     'PretrainedModel',
     'export_atomically',
     'exports',
@@ -30,6 +32,9 @@ __all__ = [
     'newest_export',
     'parent_of',
 ]
+
+# Beside an export: what it is, and what made it; neither is a part of the model.
+CARD, RECIPE = 'README.md', 'recipe.yaml'
 
 
 @dataclass(frozen=True)

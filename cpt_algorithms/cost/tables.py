@@ -176,7 +176,7 @@ def print_costs(
 def _sampling(stage: Stage, cost: Costs) -> Iterator[str]:
     """What it took to sample replayed data: a forward pass for every token, of a model of this size."""
     for name, stream in (stage.mix.old if stage.mix else {}).items():
-        if sampled := sampled_from(stream.local):
+        if sampled := sampled_from([stream.local, stream.remote], stream.split):
             spent = flop(2 * cost.size.parameters * sampled.tokens)
             tokens = short(sampled.tokens)
             yield f'{name} was sampled from {sampled.models}: {tokens} tokens, {spent} FLOP that are not counted above'

@@ -218,8 +218,8 @@ class Flips:
     Args:
         lost: Right before and wrong now.
         gained: Wrong before and right now.
-        chance: The share of each that guessing gives by itself; 0 where nothing can be guessed.
-        truly_lost: Known before and not now.
+        chance: The most of each that guessing gives by itself; 0 where nothing can be guessed.
+        truly_lost: At least so many were known before and are not now; below 0 where guesses were kept.
         truly_gained: The reverse.
     """
 
@@ -230,25 +230,26 @@ class Flips:
     truly_gained: Mean
 
 
-def flips(answers: Sequence[tuple[Sequence[float], Sequence[float]]], choices: Sequence[int]) -> Flips | None:
+def flips(answers: Sequence[tuple[Sequence[float], Sequence[float]]], choices: Sequence[int] | None) -> Flips | None:
     r"""How many items changed sides: what the change of a score hides, in which lost and gained ones cancel.
 
     Who does not know an item of k choices guesses it, right with probability 1/k. Items that both models get wrong
-    (a share :math:`w`) neither knows, so that as many as :math:`w / (k - 1)` are right by luck before and wrong now,
-    and as many the reverse. Items that were known and are not: :math:`(\text{lost} - w / (k - 1)) \cdot k / (k - 1)`,
-    as some of them are guessed now. Means over items, each with its own k.
+    (a share :math:`w`) neither knows. If they guess independently, as many as :math:`w / (k - 1)` are right by luck
+    before and wrong now, and as many the reverse; a model that keeps its parent's guesses has fewer of both. So items
+    that were known and are not are at least :math:`(\text{lost} - w / (k - 1)) \cdot k / (k - 1)`, as some of them are
+    guessed now, and at most all that were lost. Means over items, each with its own k.
 
     Args:
         answers: Of each seed, 1 or 0 of every item, of the model and of its parent.
-        choices: Of every item, those that it is chosen from; empty where nothing is.
+        choices: Of every item, those that it is chosen from; empty where nothing is; None if not known.
 
     Returns:
-        None if items are not right or wrong.
+        None if items are not right or wrong, or what could be guessed is not known.
 
     Source: Harmon et al. 2025, *Mapping Post-Training Forgetting in Language Models at Scale*, who take what is guessed
     from the two accuracies; taking it from what both get wrong needs no assumption on which items the two know.
     """
-    if not all(value in (0, 1) for seed in answers for values in seed for value in values):
+    if choices is None or not all(value in (0, 1) for seed in answers for values in seed for value in values):
         return None
     luck = [1 / (k - 1) if k > 1 else 0.0 for k in choices] or [0.0] * len(answers[0][0])
 

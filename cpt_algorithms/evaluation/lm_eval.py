@@ -19,6 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cpt_algorithms.checkpoints.exports import (
+    CARD,
+    RECIPE,
     PretrainedModel,
     folder_of_pretrained,
     load_export,
@@ -168,7 +170,8 @@ def _evaluate(
     else:
         folder, name, path = folder_of_pretrained(model.name), model.name, model.beside / of_suite / 'base.json'
         files = [*sorted(model.beside.parents[1].glob(f'*/{model.beside.name}/{of_suite}/base.json')), path]
-    files_of_model = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix != '.py']
+    others = (CARD, RECIPE)
+    files_of_model = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix != '.py' and f.name not in others]
     same = {
         'lm_eval': version('lm_eval'),
         'limit': limit,
@@ -270,7 +273,7 @@ def _run(model: Any, entry: SuiteTask, loaded: Any, limit: int | None) -> dict[s
             raise ValueError(f'{metric} of {leaf} is no mean over items: lm-eval says {theirs}, their mean is {ours}')
         pairs += of_leaf
         task = loaded['tasks'][leaf]
-        if task.OUTPUT_TYPE == 'multiple_choice':
+        if task.OUTPUT_TYPE == 'multiple_choice' and metric.startswith('acc'):
             choices += [len(task.doc_to_choice(sample['doc'])) for sample in samples]
         for sample in samples:
             items.update(f'{leaf} {sample["doc_hash"]} {sample["target_hash"]} '.encode())
@@ -350,7 +353,7 @@ def compare(result: Mapping[str, Any], parent: Mapping[str, Any] | None) -> list
         theirs, delta, changed = parent['tasks'].get(name) if parent else None, None, None
         if theirs and has_same_items(task, theirs):
             delta = paired_delta(task['values'], theirs['values'], task['weights'])
-            changed = flips([(task['values'], theirs['values'])], task['choices']) if is_accuracy(task) else None
+            changed = flips([(task['values'], theirs['values'])], task.get('choices')) if is_accuracy(task) else None
         of_parent, is_share = _mean_of(theirs) if theirs else None, is_accuracy(task)
         shots, cut = task['num_fewshot'], cuts_of(task)
         rows.append(Row(name, shots, is_share, _mean_of(task), of_parent, delta, changed, cut))
@@ -391,8 +394,8 @@ def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None) ->
 
 def _flips_table(rows: Sequence[Row]) -> Table:
     table = Table('task', title='items that changed sides, in % ± 95 % interval', title_justify='left', box=box.SIMPLE)
-    heads = ('right before,\nwrong now', 'wrong before,\nright now', 'each by\nguessing')
-    for column in (*heads, 'known before,\nnot now', 'not before,\nknown now'):
+    heads = ('right before,\nwrong now', 'wrong before,\nright now', 'each by guessing,\nat most')
+    for column in (*heads, 'surely\nlost', 'surely\ngained'):
         table.add_column(column, justify='right')
     for row in rows:
         if found := row.flips:

@@ -5,8 +5,9 @@ lm-eval and datasets take seconds to import, and are imported where items are re
 """
 
 import hashlib
+import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,16 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh64_intdigest
 
-from cpt_algorithms.evaluation.suite import Suite, load_suite, load_tasks
+from cpt_algorithms.evaluation.suite import Suite, SuiteTask, load_suite, load_tasks
 from cpt_algorithms.preparation.duplicates import words_of
 from cpt_algorithms.preparation.packing import Hits
 from cpt_algorithms.preparation.reading import PrepareError
 
-__all__ = ['NGRAM', 'BenchmarkItems', 'read_items']
+__all__ = ['NGRAM', 'BenchmarkItems', 'read_items', 'texts_of']
 
 NGRAM = 13  # words; Brown et al. 2020, appendix C
 SHORTEST = 8  # words of an item that is looked for as a whole; of fewer, too many documents have them by chance
-TEMPLATE = 10  # items that share an n-gram, at most, or it is of the form they are asked in
+# What more items than this share, and more than a tenth of the task's, is of the form that they are asked in.
+TEMPLATE = 10
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that a multiplication loses nothing
 
 Hashes = NDArray[np.uint64]
@@ -56,7 +58,7 @@ class BenchmarkItems:
         items: For each of these, a row of ``task`` and its item.
         tasks: Names of the tasks.
         counts: Items of each task.
-        short: Those of them that are too short to be looked for.
+        short: Those of them that are too short to be looked for, or have nothing of their own.
     """
 
     sizes: tuple[int, ...]
@@ -71,22 +73,26 @@ class BenchmarkItems:
         """Of the texts of each item of each task, in any of which the item is found.
 
         An item of fewer than ``ngram`` words is found as a whole, and not looked for if it has fewer than 8. What more
-        than 10 items share is no item's own.
+        than 10 items and a tenth of a task share is no item's own.
+
+        Cost: 600 bytes for each n-gram while they are collected.
         """
         found: dict[int, dict[int, set[tuple[int, int]]]] = defaultdict(lambda: defaultdict(set))
-        short = Counter[str]()
-        for number, (name, items) in enumerate(tasks.items()):
+        for number, items in enumerate(tasks.values()):
             for index, texts in enumerate(items):
-                words = [hashed for text in texts if len(hashed := _hashed(text)) >= min(ngram, SHORTEST)]
-                short[name] += not words
-                for each in words:
+                for each in (hashed for text in texts if len(hashed := _hashed(text)) >= min(ngram, SHORTEST)):
                     size = min(ngram, len(each))
                     for value in ngram_hashes(each, size).tolist():
                         found[size][value].add((number, index))
-        pairs = {
-            size: sorted((value, *item) for value, items in of.items() if len(items) <= TEMPLATE for item in items)
-            for size, of in sorted(found.items())
-        }
+        most = [max(TEMPLATE, len(items) // 10) for items in tasks.values()]
+        pairs: dict[int, list[tuple[int, int, int]]] = {}
+        for size, of in sorted(found.items()):
+            pairs[size] = []
+            for value, items in of.items():
+                shared = Counter(task for task, _ in items)
+                pairs[size] += [(value, *item) for item in items if shared[item[0]] <= most[item[0]]]
+            pairs[size].sort()
+        looked_for = Counter(task for task, _ in {(task, item) for of in pairs.values() for _, task, item in of})
         sizes = tuple(size for size, each in pairs.items() if each)
         return cls(
             sizes,
@@ -94,13 +100,13 @@ class BenchmarkItems:
             tuple(np.array([item for _, *item in pairs[size]], np.int64) for size in sizes),
             tuple(tasks),
             tuple(len(items) for items in tasks.values()),
-            tuple(short[name] for name in tasks),
+            tuple(len(items) - looked_for[number] for number, items in enumerate(tasks.values())),
         )
 
     @property
     def digest(self) -> str:
         """A hash of what is looked for."""
-        content = hashlib.blake2b(digest_size=8)
+        content = hashlib.blake2b(f'{self.tasks} {self.counts} '.encode(), digest_size=8)
         for size, hashes, items in zip(self.sizes, self.hashes, self.items, strict=True):
             content.update(f'{size} '.encode() + hashes.tobytes() + items.tobytes())
         return content.hexdigest()
@@ -154,30 +160,50 @@ class BenchmarkItems:
 
 
 def read_items(suites: Iterable[str], ngram: int = NGRAM) -> BenchmarkItems:
-    """The items of all tasks of some suites.
+    """The items of all tasks of some suites, by the tasks' names in lm-eval.
+
+    Words with which all questions of a task begin, or end, are those of its form, and left out.
 
     Raises:
-        PrepareError: If a suite is not right, or the data of a task cannot be had: it could not be told clean.
+        PrepareError: If a suite is not right, the data of a task cannot be had (it could not be told clean), or two
+            different tasks have one name.
     """
     tasks: dict[str, list[list[str]]] = {}
+    entries: dict[str, SuiteTask] = {}
     for path in suites:
         try:
             suite: Suite = load_suite(path)
-            for name, entry in suite.tasks.items():
-                tasks[name] = [
-                    list(_texts(task, doc)) for task in load_tasks(entry)['tasks'].values() for doc in task.eval_docs
+            for entry in suite.tasks.values():
+                if entries.setdefault(entry.name, entry).task != entry.task:
+                    raise ValueError(f'another task {entry.name!r} comes before it; rename one')
+                tasks[entry.name] = [
+                    texts
+                    for task in load_tasks(entry)['tasks'].values()
+                    for texts in texts_of([_asked(task, doc) for doc in task.eval_docs])
                 ]
         except Exception as error:  # of lm-eval, datasets, or a task's own code
             raise PrepareError(f'--decontaminate {path}: {type(error).__name__}: {error}') from error
     return BenchmarkItems.of(tasks, ngram)
 
 
-def _texts(task: Any, doc: Any) -> Iterator[str]:
-    """An item's question with each of its answers, as a model is given them."""
+def _asked(task: Any, doc: Any) -> tuple[str, list[str], str]:
+    """An item's question, its possible answers, and what comes behind them, as a model is given them."""
     question, target = task.doc_to_text(doc), task.doc_to_target(doc)
-    choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == 'multiple_choice' else []
-    if not isinstance(question, str):  # the choices are what comes before the target
-        yield from (f'{choice} {target}' for choice in choices)
-        return
+    choices = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else []
+    if not isinstance(question, str):  # which of the choices is the question; all go on with the target
+        return '', [str(choice) for choice in choices], str(target)
+    if choices and task.OUTPUT_TYPE != 'multiple_choice' and isinstance(target, int):
+        choices = [choices[target]]
     answers = choices or (target if isinstance(target, list) else [target])
-    yield from (f'{question} {answer}' for answer in answers or [''])
+    return question, [str(answer) for answer in answers] or [''], ''
+
+
+def texts_of(asked: Sequence[tuple[str, list[str], str]]) -> list[list[str]]:
+    """Of each item its question with each of its answers, less the words that all questions begin or end with."""
+    questions = [list(words_of(question)) for question, _, _ in asked]
+    first = len(os.path.commonprefix(questions)) if len(asked) > 1 else 0
+    last = len(os.path.commonprefix([words[first:][::-1] for words in questions])) if len(asked) > 1 else 0
+    cores = [' '.join(words[first : len(words) - last]) for words in questions]
+    return [
+        [f'{core} {answer} {rest}' for answer in answers] for core, (_, answers, rest) in zip(cores, asked, strict=True)
+    ]

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +29,9 @@ __all__ = [
     'Sampled',
     'SourceRecord',
     'TokenizerRecord',
-    'contaminated',
     'find_earlier',
     'find_prepared',
+    'prepared_in',
     'read_manifest',
     'sampled_from',
     'versions',
@@ -136,7 +138,7 @@ class Manifest(_Record):
     @property
     def digest(self) -> str:
         """A hash of what was asked for and what came of it, whoever made it."""
-        content = self.model_dump_json(include={'request', 'tokenizer', 'datasets'})
+        content = self.model_dump_json(include={'request', 'tokenizer', 'datasets'}, exclude_defaults=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -159,12 +161,28 @@ def read_manifest(location: str) -> Manifest | None:
     return manifest if manifest.request.format == FORMAT else None
 
 
+def prepared_in(place: str, split: str = '') -> DatasetRecord | None:
+    """How a dataset was prepared whose ``split`` lies in a folder; None if that is not known, as in object storage."""
+    if is_remote(place):
+        return None
+    root, _, name = f'{place.rstrip("/")}/{split}'.rstrip('/').rpartition('/')[0].rpartition('/')
+    try:
+        manifest = read_manifest(root)
+    except (OSError, ValueError):
+        return None
+    found = manifest.datasets.get(name) if manifest else None
+    if manifest and found and not manifest.request.keep_contaminated:
+        found = found.model_copy(update={'contamination': {}})  # which is gone
+    return found
+
+
 @dataclass(frozen=True)
 class Sampled:
-    """A dataset that models wrote, whose names these are: so many tokens for training and validation."""
+    """A dataset that models wrote, or a part of it, whose names these are: so many tokens."""
 
     models: str
     tokens: int
+    is_whole: bool
 
     @property
     def stands_in_for(self) -> str:
@@ -172,30 +190,20 @@ class Sampled:
         return f'what {self.models} was trained on (sampled from it)'
 
 
-def sampled_from(local: str | None) -> Sampled | None:
-    """How a dataset in a local folder was sampled; None if it was not, or that is not known."""
-    folder = Path(local or '')
-    try:
-        manifest = read_manifest(str(folder.parent)) if local else None
-        found = manifest.datasets[folder.name] if manifest else None
-    except (KeyError, OSError, ValueError):
-        return None
-    sources = found.sources.values() if found else ()
-    models = dict.fromkeys(source.target.partition('?')[0] for source in sources if source.kind == 'sampled')
-    if found is None or not models:
-        return None
-    return Sampled(', '.join(models), sum(counts.tokens for counts in found.splits.values()))
+def sampled_from(places: Iterable[str | None], split: str | None) -> Sampled | None:
+    """How a dataset was sampled; None if it was not, or that is not known.
 
-
-def contaminated(local: str | None) -> dict[str, Hits]:
-    """What a dataset in a local folder holds of tasks' items that were looked for, and kept; what is known of it."""
-    folder = Path(local or '')
-    try:
-        manifest = read_manifest(str(folder.parent)) if local else None
-        found = manifest.datasets[folder.name].contamination if manifest and manifest.request.keep_contaminated else {}
-    except (KeyError, OSError, ValueError):
-        return {}
-    return {task: hits for task, hits in found.items() if hits.items}
+    Args:
+        places: Where it lies, the first that says it counts.
+        split: What is read of it.
+    """
+    record = next(filter(None, (prepared_in(place, split or '') for place in places if place)), None)
+    sources = [source for source in record.sources.values() if source.kind == 'sampled'] if record else []
+    if record is None or not sources:
+        return None
+    models = dict.fromkeys(source.target.partition('?')[0] for source in sources)
+    tokens = sum(counts.tokens for source in sources for counts in source.splits.values())
+    return Sampled(', '.join(models), tokens, len(sources) == len(record.sources))
 
 
 def find_prepared(location: str, request: Request) -> Manifest | None:
@@ -213,6 +221,8 @@ def find_prepared(location: str, request: Request) -> Manifest | None:
     if not isinstance(old, dict):
         raise PrepareError(f'{location} exists and was not made by this script; {advice}')
     new = request.model_dump()
+    with suppress(ConfigError):  # what was not asked for yet has its default
+        old = parse_section(Request, old).model_dump()
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if differing := [f'{key} was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))}' for key in keys]:
         raise PrepareError(f'{location} was prepared differently ({"; ".join(differing)}); {advice}')

@@ -122,7 +122,7 @@ def prepare(
         if items is not None:
             (result / dataset.name).mkdir()
             listed = result / dataset.name / 'contaminated.jsonl'
-            hits = _write_hits(listed, items, decision, request.keep_contaminated)
+            hits = _write_hits(listed, items, decision, request)
         described[dataset.name] = _write(dataset, decision, request, work, result, engine, tokenizer, hits)
         for split in SPLITS:
             for key, name in names.items():
@@ -182,7 +182,7 @@ def _parts(dataset: _Dataset, request: Request, work: Path, engine: Any) -> Iter
     """The parts of a dataset, in order."""
 
     def sampled(sampling: Sampling, spool: Path) -> Iterator[tuple[Unit, int]]:
-        return sampled_units(sampling, spool, engine, request.bos_text, request.eos_text)
+        return sampled_units(sampling, spool, engine)
 
     for source in dataset.sources:
         key = hashlib.blake2b(json.dumps([str(source), dataset.part_size]).encode(), digest_size=8).hexdigest()
@@ -277,23 +277,26 @@ def _select(
     return selector
 
 
-def _write_hits(file: Path, items: BenchmarkItems, decision: _Decision, are_kept: bool) -> dict[str, Hits]:
-    """List documents that share words with items of benchmarks, each by its identity, and count them.
+def _write_hits(file: Path, items: BenchmarkItems, decision: _Decision, request: Request) -> dict[str, Hits]:
+    """List documents that share words with items of benchmarks, each by its identity, and count them: see ``Hits``."""
+    from cpt_algorithms.preparation.duplicates import is_in_subset
 
-    Those that are kept are those in the dataset; those that are dropped all that were read, each text once.
-    """
     lines, found, before = [], [np.zeros((0, 3), np.int64)], 0
     for tokenized in decision.tokenized:
         hits, digests, held_out = (tokenized.load(name) for name in ('hits', 'digests', 'held_out'))
-        wanted = np.any([tokenized.load(split) for split in SPLITS], axis=0) if are_kept else tokenized.load('first')
-        hits = hits[wanted[hits[:, 0]]]
-        found.append(hits + np.array([before, 0, 0]))
-        before += tokenized.documents
-        for document in np.unique(hits[:, 0]):
+        taken = np.any([tokenized.load(split) for split in SPLITS], axis=0)
+        counted = taken & ~held_out
+        if not request.keep_contaminated:
+            near = tokenized.load('near') if request.near_duplicates else np.zeros(len(taken), np.bool_)
+            taken = tokenized.load('first') & ~near & (held_out | is_in_subset(digests, request.train_subset))
+            counted = taken
+        for document in np.unique(hits[taken[hits[:, 0]], 0]):
             own = hits[hits[:, 0] == document]
             of_tasks = {items.tasks[task]: own[own[:, 1] == task, 2].tolist() for task in np.unique(own[:, 1])}
             identity = digests[document].astype('>u8').tobytes().hex()
             lines.append({'document': identity, 'split': SPLITS[int(held_out[document])], 'items': of_tasks})
+        found.append(hits[counted[hits[:, 0]]] + np.array([before, 0, 0]))
+        before += tokenized.documents
     file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
     return items.hits(np.concatenate(found))
 

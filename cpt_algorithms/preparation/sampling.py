@@ -5,9 +5,12 @@ torch and transformers are imported where a part is sampled.
 """
 
 import hashlib
+import os
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qsl, urlencode
@@ -15,12 +18,15 @@ from urllib.parse import parse_qsl, urlencode
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from cpt_algorithms.checkpoints.exports import exports, folder_of_pretrained, load_export, models_of
-from cpt_algorithms.checkpoints.save_folder import batch_of, resolve_latest
+from cpt_algorithms.checkpoints.save_folder import batch_of
 from cpt_algorithms.preparation.reading import PrepareError, Unit
-from cpt_algorithms.preparation.tokenizer import document_ends, load_tokenizer
+from cpt_algorithms.preparation.tokenizer import document_ends, load_tokenizer, stop_tokens
 from cpt_algorithms.validation import ConfigError, Section, parse_section
 
 __all__ = ['Sampling', 'model_hash', 'sample', 'sampled_units']
+
+
+WEIGHTS = ('.safetensors', '.bin')
 
 
 class Sampling(Section):
@@ -79,17 +85,20 @@ class Sampling(Section):
             if place.is_dir() and not (place / '.metadata').exists():  # which a sharded checkpoint has
                 return models_of(place)[0]
             if place.exists() or place.is_symlink():  # a checkpoint, monolithic or sharded
-                batch = batch_of(resolve_latest(self.parent))
+                batch = batch_of(os.path.realpath(place))  # latest-rank0.pt is a link to ep0-ba100-rank0.pt
                 found = exports(place.parent)
                 if batch not in found:
                     raise ValueError(f'the checkpoint has no export huggingface/ba{batch} beside it')
                 return Path(found[batch])
             try:
-                return folder_of_pretrained(self.parent)
+                found = folder_of_pretrained(self.parent)
+                if any(found.glob(f'*{suffix}') for suffix in WEIGHTS):  # and not its tokenizer alone
+                    return found
             except ValueError:
-                from huggingface_hub import snapshot_download
+                pass
+            from huggingface_hub import snapshot_download
 
-                return Path(snapshot_download(self.parent))
+            return Path(snapshot_download(self.parent))
         except (OSError, ValueError) as error:
             raise PrepareError(f'sampled:{self.parent}: {error}') from None
 
@@ -106,7 +115,7 @@ def model_hash(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     wanted = ('config.json', 'tokenizer.json', 'tokenizer_config.json')
     for file in sorted(folder.iterdir()):
-        if file.suffix in ('.safetensors', '.bin') or file.name in wanted:
+        if file.suffix in WEIGHTS or file.name in wanted:
             digest.update(file.name.encode())
             with open(file, 'rb') as handle:
                 while data := handle.read(1 << 24):
@@ -117,7 +126,7 @@ def model_hash(folder: Path) -> str:
 def sample(
     model: Any,
     start: Sequence[int],
-    stop: int,
+    stops: Sequence[int],
     count: int,
     max_seq_len: int,
     temperature: float = 1.0,
@@ -132,7 +141,7 @@ def sample(
     Args:
         model: Of transformers.
         start: Tokens that every document begins with; they are not among those returned.
-        stop: The token that ends one, the last of those returned, unless it was cut.
+        stops: Tokens of which the first ends one, the last of those returned, unless it was cut.
         count: Documents.
         max_seq_len: Tokens of the window.
         temperature: :math:`\tau`. Default: ``1``.
@@ -143,8 +152,8 @@ def sample(
     from transformers.generation.configuration_utils import GenerationConfig
 
     how = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_length=max_seq_len, eos_token_id=stop,
-        pad_token_id=stop, use_cache=True,
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_length=max_seq_len, eos_token_id=list(stops),
+        pad_token_id=stops[0], use_cache=True,
     )  # fmt: skip
     model.generation_config = how  # or the model's own would fill in what this leaves at its default
     documents: list[list[int]] = [[] for _ in range(count)]
@@ -155,8 +164,9 @@ def sample(
             rows = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=how)
             kept = []
             for number, (document, row) in enumerate(zip(going_on, rows[:, prompts.shape[1] :].tolist(), strict=True)):
-                document += row[: row.index(stop) + 1] if stop in row else row
-                if stop not in row and len(document) < (max_tokens or 0):
+                end = next((at for at, token in enumerate(row) if token in stops), None)
+                document += row if end is None else row[: end + 1]
+                if end is None and len(document) < (max_tokens or 0):
                     kept.append(number)
             going_on, prompts = [going_on[number] for number in kept], rows[kept, max_seq_len // 2 :]
     return documents
@@ -169,7 +179,7 @@ class _Job:
     sampling: Sampling
     folder: str
     start: tuple[int, ...]
-    stop: int
+    stops: tuple[int, ...]
     number: int
     file: str
 
@@ -197,27 +207,29 @@ def _write(job: _Job) -> tuple[str, int]:
     file, of = Path(job.file), job.sampling
     if file.exists():
         return job.file, int((pq.read_metadata(file).metadata or {})[b'tokens'])
-    model, tokenizer, reads = _load(job.folder)
+    try:
+        model, tokenizer, reads = _load(job.folder)
+    except ValueError as error:
+        raise PrepareError(f'sampled:{of.parent}: {error}') from None
     length = min(filter(None, (of.max_seq_len, reads)), default=0)
     if not length:
         raise PrepareError(f'sampled:{of.parent}: its config.json has no sequence length; give max_seq_len')
     seed = int.from_bytes(hashlib.blake2b(f'{of.seed} {job.number}'.encode(), digest_size=8).digest()) >> 1
     most = of.max_tokens or 16 * length
-    documents = sample(model, job.start, job.stop, of.batch_size, length, of.temperature, seed, most)
-    ends = set(job.start) | {job.stop}
-    texts = [tokenizer.decode([token for token in tokens if token not in ends]) for tokens in documents]
+    documents = sample(model, job.start, job.stops, of.batch_size, length, of.temperature, seed, most)
+    # a special token would come back as its letters
+    how = {'skip_special_tokens': True, 'clean_up_tokenization_spaces': False}
+    texts = [tokenizer.decode(tokens[:-1] if tokens[-1] in job.stops else tokens, **how) for tokens in documents]
     schema = pa.schema({'text': pa.large_string(), 'problem': pa.string()})
     tokens = sum(map(len, documents))
     table = pa.table({'text': texts, 'problem': [None] * len(texts)}, schema=schema)
-    partial = file.with_suffix('.partial')
+    partial = file.with_suffix(f'.{secrets.token_hex(4)}')  # Spark may try a task twice
     pq.write_table(table.replace_schema_metadata({'tokens': str(tokens)}), partial, compression='zstd')
     partial.replace(file)
     return job.file, tokens
 
 
-def sampled_units(
-    sampling: Sampling, spool: Path, engine: Any, bos_text: str | None = None, eos_text: str | None = None
-) -> Iterator[tuple[Unit, int]]:
+def sampled_units(sampling: Sampling, spool: Path, engine: Any) -> Iterator[tuple[Unit, int]]:
     """The batches of documents of a model in order, each a file of its texts and its size.
 
     Each is a function of its number alone, so any engine and number of processes makes the same, and those that are
@@ -227,8 +239,6 @@ def sampled_units(
         sampling: What is wanted.
         spool: A folder for the files.
         engine: Of :mod:`~cpt_algorithms.preparation.engines`.
-        bos_text: See :func:`~cpt_algorithms.preparation.tokenizer.document_ends`, as the next.
-        eos_text: What its documents end with.
 
     Cost: a forward pass of one token for every token that is sampled, 2 FLOP for each parameter.
     """
@@ -236,17 +246,15 @@ def sampled_units(
     from tqdm import tqdm
 
     folder = sampling.folder
-    start, end = document_ends(load_tokenizer(str(folder), 'sampled'), bos_text, eos_text)
+    start, end = document_ends(load_tokenizer(str(folder), 'sampled'))
     spool = spool / model_hash(folder)
     spool.mkdir(parents=True, exist_ok=True)
-    stop = end[-1]
-    begin = tuple(start) or (stop,)  # rows are packed, so that what follows the end of a text begins one
+    stops = tuple(dict.fromkeys([end[-1], *chain.from_iterable(stop_tokens(str(folder)).values())]))
+    begin = tuple(start) or (end[-1],)  # rows are packed, so that what follows the end of a text begins one
 
     def jobs() -> Iterator[_Job]:
-        number = 0
-        while True:
-            yield _Job(sampling, str(folder), begin, stop, number, str(spool / f'{number:06}.parquet'))
-            number += 1
+        for number in range(-(-sampling.tokens // sampling.batch_size)):  # each document has a token at least
+            yield _Job(sampling, str(folder), begin, stops, number, str(spool / f'{number:06}.parquet'))
 
     results = (_write(job) for job in jobs()) if torch.cuda.is_available() else engine.map(_write, jobs())
     with tqdm(

@@ -160,9 +160,11 @@ def shares_of(fraction: Any, weights: Mapping[str, Any]) -> list[Piece]:
         of_old = _between(shares, start, until)
         values = [_between(lines, start, until) for lines in exact.values()]
         sides = []
-        for share, side in zip(of_old, zip(*values, strict=True) if values else ((), ()), strict=True):
+        corners = zip((start, until), of_old, zip(*values, strict=True) if values else ((), ()), strict=True)
+        for slot, share, side in corners:
             if share and not sum(side):
-                raise ValueError(f'replay.streams: all weights are 0 at sample {start}, where the fraction is {share}')
+                at = start if slot is None else slot
+                raise ValueError(f'replay.streams: all weights are 0 at sample {at}, where the fraction is {share}')
             total = sum(side) or Fraction(1)
             old = [share * weight / total for weight in side]
             sides.append((1 - share, *old))
@@ -268,9 +270,8 @@ class Interleaving:
     Exact at every prefix: the count of a stream i among the first N slots is within 1 of the sum of its shares over
     them, the integral :math:`\int_0^N w_i(x) dx` (N w_i of a constant share). With two streams (new and one old) it is
     that integral rounded, ``floor(... + 1/2)``: an error of at most one half. With more, streams are halved as a tree
-    does, and each half gets the rounded integral over what its node has; of more than four streams whose shares differ
-    by factors of hundreds the error can pass 1 by some hundredths, and where such shares move by one half. The rows of
-    a stream are evenly spaced.
+    does, and each half gets the rounded integral over what its node has; of more than three streams the error can pass
+    1 by some tenths. The rows of a stream are evenly spaced.
 
     Cost: none to build; for many slots at once 0.1 microseconds for each slot and halving, of moving shares some more.
 

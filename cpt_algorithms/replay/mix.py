@@ -93,6 +93,11 @@ class Mix:
         """Of the new data."""
         return ' + '.join(self.new)
 
+    @property
+    def moves(self) -> bool:
+        """Whether shares change."""
+        return len(self.interleaving.pieces) > 1
+
     def counts(self, samples: int) -> dict[str, int]:
         """Samples of the new data and of each old stream among the first ``samples``."""
         return dict(zip([self.name, *self.old], self.interleaving.counts(samples), strict=True))

@@ -173,6 +173,7 @@ class ReplayTextDataset(StreamingTextDataset, LazyStreamingDataset):
             {
                 'fraction': mix.fraction,
                 'order': mix.order,
+                **({'interleaving': 'tree'} if len(mix.old) > 1 else {}),  # before, streams came in another order
                 'shuffle': bool(shuffle),
                 'shuffle_seed': shuffle_seed,
                 'shuffle_block_size': self.shuffle_block_size,

@@ -83,8 +83,8 @@ class _Line(NamedTuple):
 
 
 _FLIPS = (
-    'Right for the parent and wrong now / the reverse. Small: known before and not now, and the reverse, less what '
-    'guessing gives, ± 95 % interval over items; grey: both within it.'
+    'Right for the parent and wrong now / the reverse. Small: surely lost, surely gained, which is what is more than '
+    'guessing anew could give, ± 95 % interval over items; grey: neither is above 0 by more than that.'
 )
 _ON_PAPER = 10  # columns that fit on an upright A4 or letter page, beside the names
 
@@ -367,7 +367,7 @@ def _flip(found: Flips | None) -> _Cell:
     beyond = ', '.join(
         f'{signed(100 * each.value, 1)} ± {196 * each.stderr:.1f}' for each in (found.truly_lost, found.truly_gained)
     )
-    is_noise = within_noise(found.truly_lost) and within_noise(found.truly_gained)
+    is_noise = all(within_noise(each) or each.value < 0 for each in (found.truly_lost, found.truly_gained))
     return _Cell(f'{lost:.1f} / {gained:.1f}', beyond, 'noise' if is_noise else 'signal')
 
 
@@ -378,8 +378,8 @@ def _task_head(report: Report, suite: str, task: str) -> _Cell:
     result, is_cut = results[0], any(each.get('cut') for each in results)
     metric = '' if result['higher_is_better'] else f', {result["metric"]} ↓'
     shots = shots_of(result.get('num_fewshot'), is_cut)
-    if any(task in run.contamination for run in report.study.runs.values() if suite in run.benchmarks):
-        metric += ', items in training data ‡'
+    if any(result['task'] in run.contamination for run in report.study.runs.values() if suite in run.benchmarks):
+        metric += ', items in training data'
     return _Cell(task, f'{shots}-shot{metric}{", prompts cut" if is_cut else ""}' if shots else '')
 
 

@@ -64,9 +64,9 @@ def _share(run: RunRecord) -> float:
 def _is_pilot(run: RunRecord) -> bool:
     """Whether it is a finished update whose losses are those of a model that has learned."""
     is_sound = not run.has_diverged and all(isfinite(row[2]) for rows in run.losses.values() for row in rows)
-    return (
-        run.kind == 'update' and run.state == 'finished' and run.merge is None and run.config is not None and is_sound
-    )
+    if run.config is None or (run.config.mix and run.config.mix.moves):
+        return False  # of whose share there is no law
+    return run.kind == 'update' and run.state == 'finished' and run.merge is None and is_sound
 
 
 def _all_but(study: RunSet, run: RunRecord, *others: str) -> str:

@@ -17,7 +17,7 @@ from cpt_algorithms.evaluation.functional import has_diverged, without_averages
 from cpt_algorithms.evaluation.suite import read_result
 from cpt_algorithms.files import exists, is_remote, null_as_nan, read_json
 from cpt_algorithms.formatting import first_of, short
-from cpt_algorithms.preparation.manifest import contaminated
+from cpt_algorithms.preparation.manifest import prepared_in
 from cpt_algorithms.preparation.packing import Hits
 from cpt_algorithms.stage.record import StageRecord, done_with, read_record
 from cpt_algorithms.stage.stage import Merge, Stage
@@ -120,8 +120,12 @@ class RunRecord:
         mix = self.config.mix if self.config else None
         found: dict[str, Hits] = {}
         for stream in [*mix.new.values(), *mix.old.values()] if mix else ():
-            for task, hits in contaminated(stream.local).items():
-                found[task] = max(hits, found.get(task, hits), key=lambda each: each.items)
+            record = next(
+                filter(None, (prepared_in(p, stream.split or '') for p in (stream.local, stream.remote) if p)), None
+            )
+            for task, hits in record.contamination.items() if record else ():
+                if hits.items:
+                    found[task] = max(hits, found.get(task, hits), key=lambda each: each.items)
         return found
 
     @property
@@ -137,9 +141,11 @@ class RunRecord:
         return {name: count / self.budget for name, count in counts.items() if count}
 
     def has_mixture_of(self, other: 'RunRecord') -> bool:
-        """Whether the shares of its streams are those of another run, but for a sample."""
+        """Whether the shares of its streams are those of another run throughout, but for a sample."""
         ours, theirs = self.mixture, other.mixture
         length = other.config.max_seq_len if other.config else None
+        if any(run.config and run.config.mix and run.config.mix.moves for run in (self, other)):
+            return False
         sample = (length or 0) / other.budget + (length or 0) / self.budget
         return ours.keys() == theirs.keys() and all(abs(ours[name] - theirs[name]) <= sample + 1e-9 for name in ours)
 

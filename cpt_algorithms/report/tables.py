@@ -327,7 +327,7 @@ def _against_parents(
     scale = _scale(found[0][1])
     delta = paired_delta(list(scale * ours), list(scale * theirs), found[0][1]['weights'])
     answers = [(result['values'], parent['values']) for (_, result), parent in zip(found, parents, strict=True)]
-    changed = flips(answers, found[0][1]['choices']) if is_accuracy(found[0][1]) else None
+    changed = flips(answers, found[0][1].get('choices')) if is_accuracy(found[0][1]) else None
     return Mean(float(delta.value), float(delta.stderr), delta.count), changed
 
 
@@ -493,8 +493,8 @@ def _missing_benchmarks(runs: Sequence[RunRecord]) -> Iterator[str]:
                     if cut := cuts_of(scored):
                         line = f'{task}: {cut} prompts are longer than the model can read, and were cut'
                         said.setdefault(line, []).append(run.name)
-                    if hits := run.contamination.get(task):
-                        line = f'{task}: {hits.items:,} of its {hits.of:,} items are in the training data'
+                    if hits := run.contamination.get(scored['task']):
+                        line = f'{task}: at least {hits.items:,} of its {hits.of:,} items are in the training data'
                         said.setdefault(line, []).append(run.name)
                 for task, reason in result.get('missing', {}).items():
                     said.setdefault(f'{task} is missing: {reason}', []).append(run.name)

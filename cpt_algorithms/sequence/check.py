@@ -85,7 +85,10 @@ def _cannot_go_on(run: Run, runs: Sequence[Run], problem: str | None) -> str | N
 
 def _checkpoints_of(run: Run) -> list[str]:
     """The checkpoints that a run begins with."""
-    mix = run.stage.mix
+    try:
+        mix = run.stage.mix
+    except ValueError:  # which preflight says
+        mix = None
     places = [run.stage.load_path, *(each.only_seen_by for each in (mix.old if mix else {}).values())]
     return [place for place in (*places, *run.stage.merged[:-1]) if place]
 

@@ -303,6 +303,13 @@ def _union(spec: SequenceSpec, where: str, stages: dict[str, dict[str, Any]]) ->
 def _matched(union: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
     """As long as the union, on the mixture of the last stage: what an update would be that had seen nothing else."""
     replay = {key: value for key, value in (last.get('replay') or {}).items() if key != 'consumed_only'}
+    changing = [replay.get('fraction'), *(replay.get('weights') or {}).values()]
+    for until in (str(piece[0]) for value in changing if isinstance(value, list) for piece in value):
+        if not until.endswith('dur'):
+            raise ValueError(
+                f'replay.fraction: until {until} of the last stage is another part of the baseline matched, which is '
+                'longer; give it in dur, or give the baseline a replay of its own (matched: {replay: ...})'
+            )
     return {**union, 'replay': replay}
 
 
@@ -437,6 +444,7 @@ class _RunFactory:
     def merged(self, trunk: Run, end: int, how: Mapping[str, Any], others: Sequence[Run] = ()) -> Run:
         """A branch that is made of checkpoints; see :func:`~cpt_algorithms.sequence.branches.merged` for ``how``."""
         config = self._judged_as(trunk, _train_yaml(self.spec, self.given, self.earlier, self.read_by))
+        config['train_loader'] = trunk.stage.to_train_yaml()['train_loader']  # shares of its length are not ours
         checkpoint = f'{trunk.folder}/{checkpoint_after(trunk.stage, end)}'
         run = self._run(merged(trunk.stage, config, checkpoint, end, how), trunk, end)
         before = Counter(run.tokens_before_branch)
@@ -567,7 +575,7 @@ def _replay(
             continue
         data = spec.data[name]
         streams[name] = {**data.stream, 'split': 'train', 'weight': weights.get(name, 1)}
-        if said := data.stands_in_for:
+        if (said := data.stands_in_for) and (data.stand_in_for or name not in read_by):
             streams[name]['stand_in_for'] = said
         elif stage.replay.consumed_only:
             if name not in read_by:

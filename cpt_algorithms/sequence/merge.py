@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpt_algorithms.checkpoints.exports import folder_of_pretrained, newest_export
+from cpt_algorithms.checkpoints.exports import RECIPE, folder_of_pretrained, newest_export
 from cpt_algorithms.checkpoints.guard import guard_loading
 from cpt_algorithms.checkpoints.save_folder import resolve_latest, weights_in
 from cpt_algorithms.evaluation.functional import name_of_point
@@ -137,7 +137,7 @@ def _make_line(stage: Stage, merge: Merge, folder: Path) -> bool:
         if _is_first():
             if to_be_scored:  # lm-eval takes Hugging Face models
                 shutil.rmtree(to_score, ignore_errors=True)
-                _export(stage, merge, model, to_score)
+                _export(stage, merge, model, to_score, name_of_point(alpha))
                 if _score(stage, to_score):
                     write_json(place / 'scored.json', {'lm_eval': asked})
                 else:
@@ -155,7 +155,7 @@ def _make_line(stage: Stage, merge: Merge, folder: Path) -> bool:
     best = min(means, key=lambda alpha: means[alpha] if isfinite(means[alpha]) else inf)
     if not checkpoint.exists():
         _average(stage, inputs, [1 - best, best], checkpoint)
-    _export(stage, merge, checkpoint, exported)
+    _export(stage, merge, checkpoint, exported, name_of_point(best))
     points = {
         f'{label}/{name_of_point(alpha)}': rows
         for alpha, measured in losses.items()
@@ -245,18 +245,27 @@ def _average(stage: Stage, inputs: Sequence[Found], weights: str | Sequence[floa
         sys.exit(f'{stage.run_name} stopped: {error}')
 
 
-def _export(stage: Stage, merge: Merge, checkpoint: Path, out: Path) -> None:
-    """Export what was made, unless that is done, with the configuration and tokenizer of its trunk's newest export."""
-    if not out.exists():
-        try:
+def _export(stage: Stage, merge: Merge, checkpoint: Path, out: Path, of: str = '') -> None:
+    """Export what was made, unless that is done, with the configuration and tokenizer of its trunk's newest export.
+
+    Args:
+        stage: The merge.
+        merge: Its section.
+        checkpoint: What is exported.
+        out: Where to.
+        of: Which point of a line it is, for its card. Default: ``''``, of none.
+    """
+    try:
+        if not out.exists():
             out.parent.mkdir(exist_ok=True)
             newest = None if is_remote(merge.of) else newest_export(merge.of)
             average_files([checkpoint], [1.0], out, 'hf', config=Path(newest) if newest else None)
+        if not (out / RECIPE).exists():  # which is written last
             record = read_record(stage.folder)
             assert record is not None, 'it was written first'
-            write_card(out, record, merge.batch)
-        except (ValueError, OSError) as error:
-            sys.exit(f'{stage.run_name} stopped: {error}')
+            write_card(out, record, merge.batch, of)
+    except (ValueError, OSError) as error:
+        sys.exit(f'{stage.run_name} stopped: {error}')
 
 
 def _measure_losses(stage: Stage, checkpoint: Path, folder: Path) -> None:

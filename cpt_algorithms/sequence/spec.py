@@ -202,8 +202,8 @@ class Dataset(Stream):
     @property
     def stands_in_for(self) -> str | None:
         """``stand_in_for``; of what a model wrote, by itself what that was trained on."""
-        sampled = sampled_from(self.local)
-        return self.stand_in_for or (sampled.stands_in_for if sampled else None)
+        sampled = sampled_from([self.local, self.remote], 'train')
+        return self.stand_in_for or (sampled.stands_in_for if sampled and sampled.is_whole else None)
 
     @property
     def stream(self) -> dict[str, Any]:

@@ -8,15 +8,18 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCardData
 
+from cpt_algorithms.checkpoints.exports import CARD, RECIPE
 from cpt_algorithms.stage.record import StageRecord
 
 __all__ = ['model_card', 'write_card']
 
-_ON_THE_HUB = re.compile(r'[\w.-]+/[\w.-]+')
+_ON_THE_HUB = re.compile(r'[\w.-]+(/[\w.-]+)?')
+# Of the YAML, what is of whom trained it, and not of the model.
+_PRIVATE = ('loggers', 'metadata')
 
 
 def write_card(folder: Path, record: StageRecord, batch: int, average: str = '') -> None:
-    """Write ``README.md`` and ``recipe.yaml`` into an export.
+    """Write ``README.md`` and ``recipe.yaml`` into an export: the YAML without its loggers and ``metadata``.
 
     Args:
         folder: The export.
@@ -24,9 +27,10 @@ def write_card(folder: Path, record: StageRecord, batch: int, average: str = '')
         batch: At which it was exported.
         average: Of the weights, as its folder is called. Default: ``''``, the weights themselves.
     """
-    (folder / 'README.md').write_text(model_card(record, batch, average), encoding='utf-8')
-    recipe = yaml.safe_dump(record.config.to_train_yaml(), sort_keys=False, allow_unicode=True)
-    (folder / 'recipe.yaml').write_text(recipe, encoding='utf-8')
+    (folder / CARD).write_text(model_card(record, batch, average), encoding='utf-8')
+    recipe = {key: value for key, value in record.config.to_train_yaml().items() if key not in _PRIVATE}
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    (folder / RECIPE).write_text(text, encoding='utf-8')
 
 
 def model_card(record: StageRecord, batch: int, average: str = '') -> str:
@@ -56,7 +60,7 @@ def _rows(record: StageRecord, batch: int, average: str) -> Iterator[tuple[str, 
     stage = record.config
     yield 'began from', f'`{record.parent}`' if record.parent else 'nothing: trained from scratch'
     if stage.merge:
-        yield 'weights', stage.merge.described
+        yield 'weights', f'{stage.merge.described}{f", {average}" if average else ""}'
     else:
         yield 'weights', f'their average `{average}`' if average else 'as they were trained'
         of = '' if stage.batches is None else f' of {stage.batches:,}'

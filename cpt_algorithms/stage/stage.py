@@ -615,10 +615,11 @@ def _filled_in(given: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
 
 def _stand_in(stream: Any) -> Any:
     """An old stream; what a model wrote says in place of what it stands."""
-    if not isinstance(stream, Mapping) or not isinstance(stream.get('local'), str):
+    places = [stream.get(key) for key in ('local', 'remote')] if isinstance(stream, Mapping) else []
+    if stream.keys() & {'only_seen_by', 'stand_in_for'} if places else True:
         return stream
-    sampled = None if stream.keys() & {'only_seen_by', 'stand_in_for'} else sampled_from(stream['local'])
-    return {**stream, 'stand_in_for': sampled.stands_in_for} if sampled else stream
+    sampled = sampled_from([place for place in places if isinstance(place, str)], str(stream.get('split') or ''))
+    return {**stream, 'stand_in_for': sampled.stands_in_for} if sampled and sampled.is_whole else stream
 
 
 def _in_samples(stage: Stage, key: str, given: Any) -> Any:
@@ -627,7 +628,7 @@ def _in_samples(stage: Stage, key: str, given: Any) -> Any:
         return {name: _in_samples(stage, f'{key}.{name}', value) for name, value in given.items()}
     if not isinstance(given, list):
         return given
-    if not given or not isinstance(given[0], str):
+    if not given or isinstance(given[0], list):
         return [_in_samples(stage, f'{key}[{number}]', value) for number, value in enumerate(given)]
     until, batch = Duration.parse(f'{key}[0]', given[0], (*ABSOLUTE, 'dur')), stage.global_train_batch_size
     if until.unit == 'dur':

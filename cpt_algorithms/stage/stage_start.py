@@ -110,6 +110,7 @@ class StageStart(Callback):
         self._state: State | None = None
         self._random: AbstractContextManager | None = None
         self._checked = False
+        self._exports_as: dict[int, str] = {}  # the names of folders, of raw weights
 
     def state_dict(self) -> dict[str, Any]:
         """Which run this is. Called just before a checkpoint is written."""
@@ -130,12 +131,15 @@ class StageStart(Callback):
             if isinstance(exporter, HuggingFaceCheckpointer):
                 exporter._save_checkpoint = partial(export_atomically, exporter)  # pyright: ignore[reportAttributeAccessIssue]
                 exporter.save_additional_contents = partial(self._add_card, exporter)
+                self._exports_as[id(exporter)] = Path(exporter.huggingface_folder_name_fstr).name
 
     def _add_card(self, exporter: HuggingFaceCheckpointer, state: State, logger: Logger, save_dir: str) -> None:
         """Put the card and the recipe into an export before anybody sees it; a trainer made by hand has none."""
-        record = read_record(self._stage.folder) if self._stage is not None else None
+        folder = (self._yaml or {}).get('save_folder')
+        record = read_record(format_name_with_dist(str(folder), state.run_name)) if folder else None
         if record is not None:
-            average = Path(exporter.huggingface_folder_name_fstr).name.partition('-')[2]
+            name = Path(exporter.huggingface_folder_name_fstr).name.lstrip('.')
+            average = name.removeprefix(self._exports_as[id(exporter)]).removeprefix('-')
             write_card(Path(save_dir), record, state.timestamp.batch.value, average)
 
     def before_load(self, state: State, logger: Logger) -> None:

@@ -45,42 +45,42 @@ from cpt_algorithms.terminal import print_table
 VOCABULARY, EOS = 4096, 0
 
 
-def models(options: argparse.Namespace) -> dict[str, tuple[Any, str]]:
-    """By name, each model and which attention of transformers it has; none of an MPT."""
+def models(options: argparse.Namespace) -> dict[str, tuple[Any, Any, str]]:
+    """By name: a model, the same one that can be told of documents, and which attention of transformers it has."""
     width, layers, length = options.width, options.layers, options.length
-    attention = {'attn_impl': 'torch', 'attn_uses_sequence_id': True}
-    mpt = MPTForCausalLM(
-        MPTConfig(d_model=width, n_heads=8, n_layers=layers, max_seq_len=length, vocab_size=VOCABULARY,
-                  attn_config=attention, init_device='cpu'),
-    )  # fmt: skip
+
+    def mpt(told: bool) -> Any:
+        attention = {'attn_impl': 'torch', 'attn_uses_sequence_id': told}
+        return MPTForCausalLM(
+            MPTConfig(d_model=width, n_heads=8, n_layers=layers, max_seq_len=length, vocab_size=VOCABULARY,
+                      attn_config=attention, init_device='cpu'),
+        )  # fmt: skip
+
     llama = LlamaForCausalLM(
         LlamaConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=8,
                     max_position_embeddings=length, vocab_size=VOCABULARY, attn_implementation='sdpa'),
     )  # fmt: skip
-    return {'MPT, torch': (mpt, ''), 'Llama, sdpa': (llama, 'sdpa')}
+    return {'MPT, torch': (mpt(False), mpt(True), ''), 'Llama, sdpa': (llama, llama, 'sdpa')}
 
 
 def main(options: argparse.Namespace) -> None:
     """Measure and print."""
     torch.manual_seed(1)
     rows = torch.randint(1, VOCABULARY, (options.rows, options.length), device=options.device)
-    rows[:, options.length // options.documents :: options.length // options.documents] = EOS
+    size = -(-options.length // options.documents)
+    rows[:, size - 1 :: size] = EOS
     batch = {'input_ids': rows, 'attention_mask': torch.ones_like(rows), 'labels': rows.clone()}
     found: dict[str, dict[str, list[float]]] = {}
-    for name, (model, attention) in models(options).items():
-        model.to(options.device).train()
+    for name, (plain, told, attention) in models(options).items():
         callback = MaskDocuments(EOS)
         callback.attention = attention
 
-        def step(
-            masked: bool, model: Any = model, callback: MaskDocuments = callback, mpt: bool = not attention
-        ) -> float:
+        def step(masked: bool, of: tuple[Any, Any] = (plain, told), callback: MaskDocuments = callback) -> float:
+            model = of[masked].to(options.device).train()
             begun = time.perf_counter()
-            given = callback.masked(batch) if masked else dict(batch)
-            if mpt and not masked:
-                given['sequence_id'] = torch.zeros_like(rows)  # which such a model asks for
-            loss = model(**{key: each for key, each in given.items() if key != 'labels'}).logits.float()
-            torch.nn.functional.cross_entropy(loss[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).backward()
+            given = callback.masked(batch) if masked else batch
+            logits = model(**{key: each for key, each in given.items() if key != 'labels'}).logits.float()
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).backward()
             model.zero_grad()
             if options.device == 'cuda':
                 torch.cuda.synchronize()

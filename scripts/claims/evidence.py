@@ -24,7 +24,7 @@ class Evidence:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.weak, self.strong, self.infinite, self.averaging = (Runs(folder / name) for name in SEQUENCES)
-        self.sampled = Runs(folder / 'sampled')
+        self.sampled = Runs(folder / 'sampled', self.strong.seeds)
         self.shifts = {'weak': (self.weak, 'stdlib'), 'strong': (self.strong, 'cpp')}
 
     def of(self, model: Model) -> 'Evidence':

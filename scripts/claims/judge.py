@@ -107,15 +107,16 @@ class Runs:
 
     Args:
         folder: The sequence's folder, or one of runs that are of none.
+        seeds: That must all be there. Default: those that are.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, seeds: list[int] | None = None) -> None:
         self.folder = folder
         self._runs: dict[str, RunRecord] = {}
         given = [folder] if (folder / 'sequence.json').exists() else [p.parent for p in folder.glob('*/stage.json')]
         if given:
             self._runs = {run.name: run for run in read_runs(sorted(given)).runs.values()}
-        self.seeds = sorted({run.seed for run in self._runs.values()})
+        self.seeds = sorted({run.seed for run in self._runs.values()}) if seeds is None else seeds
 
     def named(self, name: str) -> list[RunRecord]:
         """A run of each seed.
@@ -163,6 +164,8 @@ class Runs:
     def changes(self, name: str, old: str, new: str) -> tuple[np.ndarray, np.ndarray]:
         """Forgetting and adaptation of an update, against its parent as the update's own evaluators judge it."""
         runs = self.named(name)
+        if any(not {old, new} <= run.at_start.keys() for run in runs):
+            raise NotRun(f'the losses of the parent of {name} in {self.folder.parent.name}/{self.folder.name}')
         before = {data: np.array([run.at_start[data] for run in runs]) for data in (old, new)}
         return self.final(name, old) - before[old], before[new] - self.final(name, new)
 

@@ -144,8 +144,8 @@ def train_on_samples(folder: Path, tokens: int, jobs: int) -> None:
     wanted, configs = tokens * max(SAMPLED) // 100, []
     for seed in (17, 18, 19):
         parent, data = folder / 'strong_shift' / f'python-s{seed}', folder / 'sampled' / f'data-s{seed}'
-        spec = f'python=sampled:{parent}?tokens={wanted * 11 // 10}&seed={seed}&batch_size=16'  # some is held out
-        options = ['--dataset', spec, '--parent', str(parent), '--workers', str(jobs)]
+        spec = f'python=sampled:{parent}?tokens={wanted * 12 // 10}&seed={seed}&batch_size=16'  # some is held out
+        options = ['--dataset', spec, '--parent', str(parent), '--val-fraction', '0.1', '--workers', str(jobs)]
         if _run('scripts/prepare_data.py', '--out', str(data), *options):
             return
         for percent in SAMPLED:

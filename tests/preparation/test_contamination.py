@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from cpt_algorithms.files import write_json
-from cpt_algorithms.preparation.contamination import BenchmarkItems, ngram_hashes, read_items
-from cpt_algorithms.preparation.manifest import contaminated
-from cpt_algorithms.preparation.packing import Hits
+from cpt_algorithms.preparation.contamination import BenchmarkItems, ngram_hashes, read_items, texts_of
+from cpt_algorithms.preparation.manifest import prepared_in
 from cpt_algorithms.preparation.reading import PrepareError
 
 WORDS = [f'w{number}' for number in range(3000)]
@@ -65,6 +64,10 @@ def test_short_items_are_found_as_a_whole_and_templates_not_at_all(tmp_path):
     }
     items = BenchmarkItems.of(tasks)
     assert items.short == (1, 0) and items.counts == (3, 12) and items.sizes == (9, 10, 13)
+    # nothing is an item's own of a task that asks one thing; a passage that few of many items share is theirs
+    assert BenchmarkItems.of({'same': [[template]] * 12}).short == (12,)
+    many = {'read': [*([[template]] * 12), *([sentence(draws, 20)] for _ in range(200))]}
+    assert len(BenchmarkItems.of(many).find([template])) == 12
     around = sentence(draws, 30)
     texts = [
         f'{around} {tasks["short"][0][0]} {around}',
@@ -80,6 +83,19 @@ def test_short_items_are_found_as_a_whole_and_templates_not_at_all(tmp_path):
     assert again.digest == items.digest and again.find(texts).tolist() == expected and again.short == (1, 0)
     assert BenchmarkItems.of(tasks, 12).digest != items.digest
     assert not len(items.find(['', 'one word']))
+
+
+def test_what_all_questions_share_is_no_part_of_them():
+    asked = [(f'Question: {words}\nAnswer:', ['yes it is', 'no'], '') for words in ('is a b', 'is c')]
+    assert texts_of(asked) == [['a b yes it is ', 'a b no '], ['c yes it is ', 'c no ']]
+    assert texts_of([('Q: one item alone', ['a'], 'b')]) == [['q one item alone a b']]
+    draws = random.Random(5)
+    questions, answers = ([sentence(draws, count) for _ in range(30)] for count in (10, 4))
+    items = BenchmarkItems.of(
+        {'arc': texts_of([(f'Question: {q}\nAnswer:', [a], '') for q, a in zip(questions, answers, strict=True)])}
+    )
+    found = items.find([f'{q}? {a}.' for q, a in zip(questions, answers, strict=True)])
+    assert found.tolist() == [[n, 0, n] for n in range(30)], 'without the form, as a web page has it'
 
 
 @pytest.fixture(scope='module')
@@ -133,7 +149,7 @@ def prepared(suite, tmp_path):
     return prepare
 
 
-def test_documents_are_dropped_or_listed(prepared, capsys):
+def test_documents_are_dropped_or_listed(prepared, capsys, tmp_path):
     plain, all_of_them = prepared('plain', '--plain')
     dropped, manifest = prepared('dropped')
     assert '10 documents are dropped that hold 10 of 20 items of choice' in capsys.readouterr().out
@@ -145,13 +161,18 @@ def test_documents_are_dropped_or_listed(prepared, capsys):
     lines = [json.loads(line) for line in (dropped / 'a' / 'contaminated.jsonl').read_text().splitlines()]
     assert [line['items'] for line in lines] == [{'choice': [n], 'exact': [n]} for n in range(10)]
     assert all(re.fullmatch('[0-9a-f]{32}', line['document']) for line in lines)
-    assert contaminated(str(dropped / 'a')) == {}, 'they are gone'
+    assert prepared_in(str(dropped / 'a'), 'train').contamination == {}, 'they are gone'
 
     kept, manifest = prepared('kept', '--keep-contaminated')
-    assert '10 documents are kept that hold' in capsys.readouterr().out
+    in_val = sum(
+        json.loads(line)['split'] == 'val' for line in (kept / 'a' / 'contaminated.jsonl').read_text().splitlines()
+    )
+    assert 0 < in_val < 10 and f'{10 - in_val} documents for training are kept that hold' in capsys.readouterr().out
     assert sum(split['documents'] for split in manifest['datasets']['a']['splits'].values()) == 150
-    of_choice = contaminated(str(kept / 'a'))['choice']
-    assert of_choice == Hits(documents=10, items=10, of=20, short=0) and contaminated(None) == {}
+    for place, split in ((kept / 'a', 'train'), (kept / 'a' / 'train', '')):
+        of_choice = prepared_in(str(place), split).contamination['choice']
+        assert (of_choice.documents, of_choice.items, of_choice.of) == (10 - in_val, 10 - in_val, 20)
+    assert prepared_in('s3://bucket/a', 'train') is None and prepared_in(str(tmp_path), 'train') is None
     for split in ('train', 'val'):
         shards = {file.name for file in (kept / 'a' / split).rglob('*.mds')}
         assert shards and all(
@@ -188,6 +209,16 @@ def test_what_cannot_be_looked_for_is_an_error(suite, tmp_path, capsys):
         assert f'{option.partition("=")[0]} is of --decontaminate' in capsys.readouterr().err
 
 
+def test_two_suites_may_ask_one_task_and_not_two_of_one_name(suite, tmp_path):
+    path, _ = suite
+    assert read_items([str(path), str(path)]).digest == read_items([str(path)]).digest
+    given = yaml.safe_load(path.read_text())
+    given['tasks']['choice']['task']['doc_to_text'] = 'asked: {{question}}'
+    (tmp_path / 'other.yaml').write_text(yaml.safe_dump(given))
+    with pytest.raises(PrepareError, match="another task 'choice' comes before it"):
+        read_items([str(path), str(tmp_path / 'other.yaml')])
+
+
 def test_a_manifest_that_says_nothing_of_it(tmp_path):
     write_json(tmp_path / 'manifest.json', {'request': {'format': 0}})
-    assert contaminated(str(tmp_path / 'a')) == {}
+    assert prepared_in(str(tmp_path / 'a'), 'train') is None

@@ -60,7 +60,7 @@ def p_value(found, probabilities):
 
 @pytest.mark.parametrize('temperature', [1.0, 0.5])
 def test_tokens_come_as_often_as_the_model_says(model, temperature):
-    documents = sample(model, [START], STOP, 6000, 4, temperature, seed=1)
+    documents = sample(model, [START], [STOP], 6000, 4, temperature, seed=1)
     first = Counter(document[0] for document in documents)
     assert p_value(first, next_token(model, [START], temperature)) > 1e-3
     common = next(token for token, _ in first.most_common() if token != STOP)
@@ -71,16 +71,16 @@ def test_tokens_come_as_often_as_the_model_says(model, temperature):
 
 
 def test_the_models_own_settings_change_nothing(model):
-    plain = sample(model, [START], STOP, 8, 10)
+    plain = sample(model, [START], [STOP], 8, 10)
     model.generation_config.top_k, model.generation_config.repetition_penalty = 3, 2.0
-    assert sample(model, [START], STOP, 8, 10) == plain
-    assert sample(model, [START], STOP, 8, 10, seed=18) != plain
+    assert sample(model, [START], [STOP], 8, 10) == plain
+    assert sample(model, [START], [STOP], 8, 10, seed=18) != plain
 
 
 def test_long_documents_go_on_behind_the_second_half_of_the_window(model):
     # nearly no temperature: each token is the likeliest after those in the window
     window = 8
-    (document,) = sample(model, [START], STOP, 1, window, 1e-4, max_tokens=30)
+    (document,) = sample(model, [START], [STOP], 1, window, 1e-4, max_tokens=30)
     if STOP not in document:
         assert 30 <= len(document) < 30 + window // 2
     read = [START]
@@ -88,7 +88,7 @@ def test_long_documents_go_on_behind_the_second_half_of_the_window(model):
         read = read[window // 2 :] if len(read) == window else read
         assert token == next_token(model, read).argmax()
         read.append(token)
-    many = sample(model, [START], STOP, 200, window, max_tokens=30)
+    many = sample(model, [START], [STOP], 200, window, max_tokens=30)
     assert all(STOP not in document[:-1] for document in many)
     assert all(document[-1] == STOP or len(document) >= 30 for document in many)
     assert sum(document[-1] == STOP for document in many) > 5 and len({len(document) for document in many}) > 5
@@ -136,9 +136,12 @@ def test_what_was_sampled_stands_in_for_what_its_parent_has_read(parent, data, t
     source = manifest['datasets']['old']['sources']['old']
     assert source['kind'] == 'sampled' and 'temperature=1.0' in source['target'] and 'seed=17' in source['target']
     assert re.fullmatch('model [0-9a-f]{16}', manifest['request']['files']['old'])
-    sampled = sampled_from(str(out / 'old'))
-    assert sampled is not None and sampled.models == str(parent)
-    assert sampled.tokens == sum(split['tokens'] for split in manifest['datasets']['old']['splits'].values())
+    for places in ([str(out / 'old')], [None, str(out / 'old')], ['s3://bucket/old', str(out / 'old')]):
+        sampled = sampled_from(places, 'train')
+        assert sampled is not None and sampled.models == str(parent) and sampled.is_whole
+        # of the sources: with what was too little for a row in the end
+        whole = sum(split['tokens'] for split in manifest['datasets']['old']['splits'].values())
+        assert 0 <= sampled.tokens - whole < 2 * 16
 
     streams = {'old': {'local': str(out / 'old'), 'split': 'train'}}
     over = {'train_loader': {'dataset': {'replay': {'fraction': 0.25, 'streams': streams}}}}
@@ -148,7 +151,16 @@ def test_what_was_sampled_stands_in_for_what_its_parent_has_read(parent, data, t
     streams['old']['stand_in_for'] = 'the web'
     said = Stage.from_yaml(tiny.merge(tiny.config(tmp_path, data, 'child'), over))
     assert said.mix is not None and said.mix.old['old'].stand_in_for == 'the web', 'what is written stays'
-    assert sampled_from(str(data['old'])) is None and sampled_from(None) is None
+    assert sampled_from([str(data['old'])], 'train') is None and sampled_from([], None) is None
+    manifest['datasets']['old']['sources']['web'] = {**source, 'kind': 'jsonl'}
+    (out / 'manifest.json').write_text(json.dumps(manifest))
+    in_part = sampled_from([str(out / 'old')], 'train')
+    assert in_part is not None and in_part.tokens == sampled.tokens and not in_part.is_whole
+    del streams['old']['stand_in_for']
+    unsaid = Stage.from_yaml(tiny.merge(tiny.config(tmp_path, data, 'child'), over))
+    assert unsaid.mix is not None and unsaid.mix.old['old'].stand_in_for is None, 'in part'
+    del manifest['datasets']['old']['sources']['web']
+    (out / 'manifest.json').write_text(json.dumps(manifest))
 
     config = json.loads((parent / 'config.json').read_text())
     (parent / 'config.json').write_text(json.dumps({**config, 'another': 'model'}))
@@ -184,7 +196,8 @@ def test_the_model_of_a_run_a_checkpoint_or_a_folder(parent, tmp_path):
         (run / 'huggingface' / f'ba{batch}').symlink_to(parent)
     for batch in (10, 20, 30):
         (run / f'ep0-ba{batch}-rank0.pt').write_bytes(b'')
-    found = {'': 'ba20', '/huggingface/ba10': 'ba10', '/ep0-ba10-rank0.pt': 'ba10', '/ep0-ba20-rank0.pt': 'ba20'}
+    (run / 'latest-rank0.pt').symlink_to('ep0-ba20-rank0.pt')
+    found = {'': 'ba20', '/huggingface/ba10': 'ba10', '/ep0-ba10-rank0.pt': 'ba10', '/latest-rank0.pt': 'ba20'}
     for named, expected in found.items():
         folder = Sampling.parse(f'{run}{named}?tokens=9').folder
         assert folder == (parent.resolve() if named == '/huggingface/ba10' else run / 'huggingface' / expected)

@@ -236,7 +236,7 @@ def test_a_long_ramp_stays_exact():
         ([['9sp', 0.1], ['9sp', 0.2]], {}, r'replay\.fraction\[1\]\[0\]=9sp must be later than the one before'),
         ([['9sp', 0, 1]], {}, r'replay\.fraction=.* is out of range'),
         (0.1, {'a': [['9sp', -1]]}, r'replay\.streams\.a\.weight=.* must be positive'),
-        (0.1, {'a': [['9sp', 1, 0]]}, r'all weights are 0 at sample 0, where the fraction is 1/10'),
+        (0.1, {'a': [['9sp', 1, 0]]}, r'all weights are 0 at sample 9, where the fraction is 1/10'),
         ([['5sp', 0.1]], {}, r'replay\.streams is empty'),
     ],
 )

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from cpt_algorithms.checkpoints.errors import CheckpointError
-from cpt_algorithms.checkpoints.exports import is_foundry_mpt, newest_export
+from cpt_algorithms.checkpoints.exports import CARD, RECIPE, is_foundry_mpt, newest_export
 from cpt_algorithms.checkpoints.open import DTYPES, INDEX, Checkpoint, TensorOnDisk, open_checkpoint
 from cpt_algorithms.compat import weights_dtype_key
 from cpt_algorithms.files import hidden_sibling
@@ -192,7 +192,8 @@ def find_small_files(checkpoint: Checkpoint, config: Path | None) -> dict[str, b
     folder = Path(given)
     if not (folder / 'config.json').is_file():
         raise CheckpointError(f'{folder} has no config.json; give a folder that has one with --config')
-    files = (file for file in folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHT_FILES))
+    not_its_own = (*WEIGHT_FILES, CARD, RECIPE)  # the last two say what the other model is
+    files = (file for file in folder.iterdir() if file.is_file() and not file.name.endswith(not_its_own))
     return {file.name: file.read_bytes() for file in files}
 
 
