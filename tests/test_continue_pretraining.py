@@ -10,8 +10,10 @@ import continue_pretraining
 import pytest
 import recorder
 import tiny
+from huggingface_hub import ModelCard
 
 from cpt_algorithms.checkpoints.exports import exports
+from cpt_algorithms.stage.stage import Stage
 
 AVERAGES = {'ema': {'half_life': '2ba'}, 'lawa': {'k': 2, 'interval': '2ba'}}
 
@@ -61,6 +63,20 @@ def state_of(case, folder):
         assert not exports(folder), 'nothing takes it for a model'
     elif case == 'while an export is replaced':
         (folder / 'huggingface' / 'ba8').rename(folder / 'huggingface' / '.ba8.replaced')
+
+
+@pytest.mark.long
+def test_each_export_has_a_card_and_a_recipe(original):
+    folder = original / 'run'
+    weights = {
+        'ba8': 'as they were trained',
+        **{f'ba8-{name}': f'their average `{name}`' for name in ('ema_2ba', 'lawa')},
+    }
+    for name, said in weights.items():
+        card = ModelCard.load(folder / 'huggingface' / name / 'README.md')
+        assert f'| weights | {said} |' in card.text and card.data.to_dict()['library_name'] == 'transformers'
+        recipe = Stage.read(str(folder / 'huggingface' / name / 'recipe.yaml'))
+        assert (recipe.save_folder, recipe.batches) == (str(folder), 8)
 
 
 @pytest.mark.parametrize(

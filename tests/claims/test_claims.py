@@ -2,6 +2,7 @@
 """Claims are judged by intervals over seeds; what they ask for is what the sequences train."""
 
 import shutil
+from dataclasses import replace
 
 import evidence
 import numpy as np
@@ -17,6 +18,7 @@ from cpt_algorithms.files import write_json
 from cpt_algorithms.report.run_records import read_runs
 from cpt_algorithms.sequence.run import write_sequence
 from cpt_algorithms.sequence.spec import SequenceSpec
+from cpt_algorithms.stage.stage import Stage
 
 SEEDS = (17, 18, 19)
 for each in papers.FORETOLD:  # the world here is smaller
@@ -74,6 +76,7 @@ WEAK = {
     'stdlib-replay_5pct-soup': (3.0, 3.0, 3.0),
     'stdlib-order_2': (3.05, 3.01, 3.5),
     'stdlib-order_3': (3.06, 3.008, 3.5),
+    'stdlib-masked_5pct': (3.05, 3.008, 3.5),
     'stdlib-replay_20pct': (*foretold('stdlib-replay_20pct'), 3.5),
     'stdlib-replay_1pct': (3.12, 3.004, 3.5),
     'stdlib-replay_5pct': (3.05, 3.008, 3.5),
@@ -91,6 +94,9 @@ STRONG = {
     'cpp-replay_25pct-soup': (3.0, 2.0, 3.0),
     'cpp-order_2': (3.05, 2.05, 4.3),
     'cpp-order_3': (3.06, 2.04, 4.3),
+    'cpp-early_25pct': (3.1, 2.03, 4.3),
+    'cpp-late_25pct': (3.0, 2.05, 4.3),
+    'cpp-masked_25pct': (3.05, 2.04, 4.3),
     'cpp-replay_15pct': (*foretold('cpp-replay_15pct'), 4.3),
     'cpp-wsd_25pct': (*foretold('cpp-wsd_25pct'), 4.3),
     'cpp-replay_1pct': (3.5, 2.004, 4.3),
@@ -163,6 +169,7 @@ def plans():
     return found
 
 
+SAMPLED = {'cpp-sampled_5pct': (3.7, 2.01, 4.3), 'cpp-sampled_25pct': (3.3, 2.04, 4.3)}
 TABLES = dict(zip(training.SEQUENCES, (WEAK, STRONG, INFINITE, AVERAGING), strict=True))
 
 
@@ -182,7 +189,18 @@ def true_world(tmp_path_factory, plans):
         assert {kind_of(each) for each in runs} == set(TABLES[name])
         for each in runs:
             write(folder / name / each.name, list(spec.data), TABLES[name][kind_of(each)], each)
+    write_sampled(folder, plans, SAMPLED)
     return folder
+
+
+def write_sampled(folder, plans, tables):
+    spec, runs = plans['strong_shift']
+    for kind, made_up in tables.items():
+        for each in (run for run in runs if kind_of(run) == kind.replace('sampled', 'replay')):
+            name = f'{kind}-s{each.seed}'
+            config = {**each.stage.to_train_yaml(), 'run_name': name, 'save_folder': str(folder / 'sampled' / name)}
+            run = replace(each, name=name, stage=Stage.from_yaml(config))
+            write(folder / 'sampled' / name, list(spec.data), made_up, run)
 
 
 @pytest.fixture
@@ -228,6 +246,10 @@ def write(folder, data, made_up, run):
         }
         final = {label: {'mean': rows[-1][2]} for label, rows in losses.items()}
     write_json(folder / 'stage.json', {'run_name': run.name, 'config': run.stage.to_train_yaml()})
+    if run.stage.callbacks.forgetting and run.stage.load_path:
+        parent = {'python': 3.0, 'stdlib': 3.8, 'cpp': 6.0}
+        labels = {'old': data[:1], 'new': data[1:], 'bytes_per_token': dict.fromkeys(data, 3.0)}
+        write_json(folder / 'forgetting.json', {**labels, 'parent': {name: parent.get(name, 3.0) for name in data}})
     write_json(folder / 'losses.json', {'losses': losses, 'final': final, 'cost': {'parameters': 1}})
     write_json(
         folder / 'done.json', {'batch': run.stage.batches, 'time': {}, 'max_duration': str(run.stage.max_duration)}
@@ -236,7 +258,7 @@ def write(folder, data, made_up, run):
 
 def test_every_claim_is_reproduced_where_it_holds(world):
     found = judge(papers.CLAIMS, world())
-    names = [*(f'C{i}' for i in (*range(1, 12), *range(14, 21))), *(f'W{i}' for i in range(1, 11))]
+    names = [*(f'C{i}' for i in (*range(1, 12), *range(14, 24))), *(f'W{i}' for i in range(1, 11))]
     assert [finding.claim.name for finding in found] == names
     others = {finding.claim.name: finding for finding in found if finding.verdict != 'reproduced'}
     assert {name: finding.verdict for name, finding in others.items()} == {'C16': 'measured', 'C18': 'measured'}
@@ -280,6 +302,8 @@ FALSE = {
     'C17': ('weak_shift/stdlib-replay_0pct-line', {0: (3.0, 3.8), 0.5: (3.4, 3.6), 1: (3.3, 3.0)}),
     'C19': ('strong_shift/cpp-replay_25pct-line', {0: (3.0, 6.0), 0.5: (3.4, 3.6), 1: (3.05, 2.04)}),
     'C20': ('strong_shift/cpp-replay_25pct-soup', (3.1, 2.1, 3.1)),
+    'C21': ('weak_shift/stdlib-masked_5pct', (3.15, 3.008, 3.5)),
+    'C23': ('strong_shift/cpp-late_25pct', (3.2, 2.05, 4.3)),
     'C15': ('strong_shift/matched_cpp', (3.2, 2.03, 3.2)),
     'W1': ('averaging/python-constant', worse),
     'W2': ('averaging/python-constant_a_tenth', lambda average, share: 5 - share - (0.5 if average else 0)),
@@ -300,6 +324,16 @@ def test_a_claim_is_not_reproduced_where_it_does_not_hold(name, world):
     assert found.verdict in ('not reproduced', *(['inconclusive at this scale'] if name in KEPT else []))
 
 
+@pytest.mark.parametrize('losses', [(2.9, 2.01, 4.3), (4.5, 2.01, 4.3)], ids=['better than true', 'worse than none'])
+def test_samples_that_are_not_between_are_seen(losses, world, true_world, plans):
+    write_sampled(true_world, plans, {'cpp-sampled_5pct': losses})
+    try:
+        (found,) = judge([claim for claim in papers.CLAIMS if claim.name == 'C22'], world())
+        assert found.verdict == 'not reproduced'
+    finally:
+        write_sampled(true_world, plans, SAMPLED)
+
+
 def test_a_run_that_is_missing_or_unfinished_is_named(world, true_world, tmp_path):
     assert world().strong.seeds == list(SEEDS)
     folder = tmp_path / 'world'
@@ -309,6 +343,11 @@ def test_a_run_that_is_missing_or_unfinished_is_named(world, true_world, tmp_pat
     assert found['C10'].verdict == 'not run'
     assert 'cpp-same_data-s18' in found['C10'].missing
     assert found['C7'].verdict == 'reproduced'
+    assert found['C22'].verdict == 'not run' and 'cpp-sampled_5pct-s17' in found['C22'].missing
+    (folder / 'strong_shift' / 'cpp-masked_25pct-s17' / 'forgetting.json').unlink()
+    shutil.copytree(true_world / 'weak_shift', folder / 'weak_shift')
+    found = {finding.claim.name: finding for finding in judge(papers.CLAIMS, evidence.Evidence(folder))}
+    assert found['C21'].missing == 'the losses of the parent of cpp-masked_25pct in world/strong_shift'
 
 
 def test_the_trend_with_tokens_and_size(world, tmp_path, monkeypatch):

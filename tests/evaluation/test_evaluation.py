@@ -241,6 +241,9 @@ def test_guessing_alone_loses_nothing_and_intervals_hold_what_is_lost():
         inside = [
             n + (abs(mean.value - is_so) < 1.96 * mean.stderr) for n, (mean, is_so) in zip(inside, pairs, strict=True)
         ]
+        kept = flips([(before.tolist(), before.tolist())], [4] * count)
+        # who keeps his guesses has lost nothing, and no more is said than that at least nothing was
+        assert kept is not None and kept.lost.value == 0 and kept.truly_lost.value < 0
     # of 300 intervals that hold 95 %, at least 273 hold it but for 1 in 1000
     assert min(inside) >= 273
 
