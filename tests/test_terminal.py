@@ -91,11 +91,11 @@ def of_an_average(console):
 
 
 def of_a_preparation(console):
-    counts = SimpleNamespace(documents=12_345_678, duplicates=123_456, near_duplicates=1_234, tokens=299_123_456_789,
+    counts = SimpleNamespace(documents=12_345_678, duplicates=123_456, near_duplicates=1_234, contaminated=4_321, tokens=299_123_456_789,
                              samples=146_056_375, bytes=1_196_493_827_156)  # fmt: skip
     source = SimpleNamespace(splits={'train': counts, 'val': counts}, skipped=0, broken=0)
-    dataset = SimpleNamespace(splits=source.splits, sources=dict.fromkeys(names(2), source))
-    request = SimpleNamespace(near_duplicates=True, max_seq_len=2048)
+    dataset = SimpleNamespace(splits=source.splits, sources=dict.fromkeys(names(2), source), contamination={})
+    request = SimpleNamespace(near_duplicates=True, max_seq_len=2048, decontaminate=['x'], keep_contaminated=False)
     tokenizer = SimpleNamespace(vocab_size=50432, document_start=[], document_end=['</s>'])
     manifest = SimpleNamespace(request=request, tokenizer=tokenizer, datasets={LONG: dataset})
     with mock.patch('cpt_algorithms.terminal.make_console', lambda: console), redirect_stdout(console.file):

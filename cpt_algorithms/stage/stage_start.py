@@ -3,7 +3,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -110,7 +110,6 @@ class StageStart(Callback):
         self._state: State | None = None
         self._random: AbstractContextManager | None = None
         self._checked = False
-        self._exports_as: dict[int, str] = {}  # the names of folders, of raw weights
 
     def state_dict(self) -> dict[str, Any]:
         """Which run this is. Called just before a checkpoint is written."""
@@ -126,21 +125,32 @@ class StageStart(Callback):
         """Keep the state, which ``state_dict`` is not given; have loading and exporting done with care."""
         self._state = state
         guard_loading(self.trust_checkpoint)
-        pass_on_generation_config(state)
         for exporter in state.callbacks:
             if isinstance(exporter, HuggingFaceCheckpointer):
                 exporter._save_checkpoint = partial(export_atomically, exporter)  # pyright: ignore[reportAttributeAccessIssue]
-                exporter.save_additional_contents = partial(self._add_card, exporter)
-                self._exports_as[id(exporter)] = Path(exporter.huggingface_folder_name_fstr).name
+                name, add = Path(exporter.huggingface_folder_name_fstr).name, exporter.save_additional_contents
+                vars(exporter)['save_additional_contents'] = partial(self._add_card, exporter, name, add)
+        pass_on_generation_config(state)
 
-    def _add_card(self, exporter: HuggingFaceCheckpointer, state: State, logger: Logger, save_dir: str) -> None:
-        """Put the card and the recipe into an export before anybody sees it; a trainer made by hand has none."""
+    def _add_card(
+        self,
+        exporter: HuggingFaceCheckpointer,
+        raw: str,
+        add: Callable[..., None],
+        state: State,
+        logger: Logger,
+        save_dir: str,
+    ) -> None:
+        """Put the card and the recipe into an export before anybody sees it; a trainer made by hand has none.
+
+        ``raw`` is what the folder of raw weights is called, and ``add`` what else is put there.
+        """
+        add(state, logger, save_dir)
         folder = (self._yaml or {}).get('save_folder')
         record = read_record(format_name_with_dist(str(folder), state.run_name)) if folder else None
         if record is not None:
             name = Path(exporter.huggingface_folder_name_fstr).name.lstrip('.')
-            average = name.removeprefix(self._exports_as[id(exporter)]).removeprefix('-')
-            write_card(Path(save_dir), record, state.timestamp.batch.value, average)
+            write_card(Path(save_dir), record, state.timestamp.batch.value, name.removeprefix(raw).removeprefix('-'))
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Compare this run with the one in its folder; note what the YAML says of every parameter group."""

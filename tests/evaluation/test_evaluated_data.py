@@ -9,7 +9,7 @@ import lm_eval as harness
 import pytest
 import yaml
 
-from cpt_algorithms.evaluation import lm_eval
+from cpt_algorithms.evaluation import lm_eval, suite
 from cpt_algorithms.evaluation.suite import SuiteTask, load_tasks, why_unavailable
 
 ROW = '{"text": "a"}\n'
@@ -77,7 +77,7 @@ def test_a_task_of_the_catalogue_is_known_by_its_rows(tmp_path, monkeypatch):
     config = {'task': 'known', 'dataset_path': 'some/name', 'test_split': 'test', **TASK}
     (tmp_path / 'known.yaml').write_text(yaml.safe_dump(config))
     manager = harness.tasks.TaskManager(include_defaults=False, include_path=tmp_path)
-    monkeypatch.setattr(lm_eval, 'task_manager', lambda with_known_tasks: manager)
+    monkeypatch.setattr(suite, 'task_manager', lambda with_known_tasks: manager)
     hashes = {}
     for name, texts in [*hub.items(), ('again', hub['of today'])]:
         rows = datasets.DatasetDict(test=datasets.Dataset.from_dict({'text': texts}))

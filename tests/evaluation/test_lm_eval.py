@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cpt_algorithms.checkpoints import exports
-from cpt_algorithms.evaluation import lm_eval
+from cpt_algorithms.evaluation import lm_eval, suite
 from cpt_algorithms.evaluation.functional import score, within_noise
 from cpt_algorithms.evaluation.lm_eval import compare, load_model
 from cpt_algorithms.evaluation.suite import Suite, SuiteTask, check_suite, load_suite, load_tasks, task_manager
@@ -332,7 +332,7 @@ def test_groups_are_pooled_as_lm_eval_weights_them(lm, tasks, tmp_path, monkeypa
     }.items():
         (tmp_path / f'{name}.yaml').write_text(yaml.safe_dump(config))
     manager = harness.tasks.TaskManager(include_defaults=False, include_path=tmp_path)
-    monkeypatch.setattr(lm_eval, 'task_manager', lambda with_known_tasks: manager)
+    monkeypatch.setattr(suite, 'task_manager', lambda with_known_tasks: manager)
     ours = run_task(lm, SuiteTask(task='both', num_fewshot=0, metric='acc'))
     assert ours['count'] == ITEMS + 5 and str(ours['version']) == '5'
     assert ours['score'] == pytest.approx(found['results']['both']['acc,none'])

@@ -47,7 +47,9 @@ def select(documents, **max_tokens):
     everything = np.ones(len(marks), bool)
     first = np.array([mark.isupper() for mark in marks])
     held_out = np.array([mark.upper() == 'V' for mark in marks])
-    selections = selector.select(held_out, np.full(len(marks), 10, np.uint32), first, ~everything, everything)
+    selections = selector.select(
+        held_out, np.full(len(marks), 10, np.uint32), first, ~everything, everything, ~everything
+    )
     found = {}
     for split, chosen in selections.items():
         text = ''.join(mark if wanted else '.' for mark, wanted in zip(marks, chosen.documents, strict=True))
@@ -64,6 +66,16 @@ def test_selection_by_hand():
     assert select('TVTvVT', val=10) == {'train': ('T.T..T', 0, 0, False), 'val': ('.V....', 0, 0, False)}
 
 
+def test_contaminated_documents_are_counted_apart_from_duplicates():
+    first, near, tainted = (np.array(each, bool) for each in ([1, 1, 0, 1], [0, 0, 0, 1], [1, 0, 1, 1]))
+    selection = Selector({'train': None, 'val': None}).select(
+        np.zeros(4, bool), np.full(4, 10, np.uint32), first, near, np.ones(4, bool), tainted
+    )['train']
+    assert selection.documents.tolist() == [False, True, False, False]
+    counts = selection.counts
+    assert (counts.documents, counts.duplicates, counts.near_duplicates, counts.contaminated) == (1, 1, 1, 1)
+
+
 @given(st.text('TVtv', max_size=20), st.integers(1, 99), st.none() | st.integers(1, 99), st.integers(0, 20))
 def test_selection_does_not_depend_on_parts(documents, train, val, middle):
     marks = np.array(list(documents), 'U1')
@@ -73,7 +85,7 @@ def test_selection_does_not_depend_on_parts(documents, train, val, middle):
     def selected(cuts):
         selector = Selector({'train': train, 'val': val})
         results = [
-            selector.select(held_out[cut], lengths[cut], first[cut], near[cut], np.ones_like(near[cut])) for cut in cuts
+            selector.select(held_out[cut], lengths[cut], first[cut], near[cut], ~near[cut], near[cut]) for cut in cuts
         ]
         return [
             [

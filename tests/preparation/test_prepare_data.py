@@ -746,7 +746,7 @@ def no_work(monkeypatch):
     [
         ('--dataset=a=jsonl:missing/*.jsonl', r'dataset a: .* jsonl:missing/\*\.jsonl'),
         ('--dataset=a=jsno:x', "'jsno'.* 'jsonl'"),
-        ('--dataset=a=quux:x', "'quux'.* hf, installed, jsonl, parquet, text"),
+        ('--dataset=a=quux:x', "'quux'.* hf, installed, jsonl, parquet, sampled, text"),
         ('--dataset=a=installed:pyhton', "'pyhton'.* 'python'"),
         ('--dataset=german', "'german': .*NAME=KIND:TARGET"),
         ('--dataset=../a=installed:python', "'../a'"),

@@ -125,7 +125,7 @@ for number, size in enumerate((200_000, 2_000_000)):
         print(json.dumps({'text': between.join(letters.choices(words, k=size // (5 + len(between))))}), file=lines)
     part = Part(Source('a', 'a', 'jsonl', file), ((file, 0, 0),), size, 'text')
     near = {'threshold': 0.8, 'num_perm': 128, 'ngram': 5} if between else None
-    parts.tokenize(parts.TokenizeJob(part, f'{folder}/tokenizer.json', '', ([], [0]), 0.1, near, folder))
+    parts.tokenize(parts.TokenizeJob(part, f'{folder}/tokenizer.json', '', ([], [0]), 0.1, near, None, folder))
     peak = re.search(r'VmHWM:\s+(\d+) kB', open('/proc/self/status').read())[1]  # ru_maxrss is also the parent's
     print(int(peak) * 1024, size)
 """

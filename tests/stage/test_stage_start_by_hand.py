@@ -210,6 +210,7 @@ def test_loading_and_exporting_are_done_with_care(monkeypatch):
     asked = []
     monkeypatch.setattr(stage_start, 'guard_loading', asked.append)
     exporter = HuggingFaceCheckpointer.__new__(HuggingFaceCheckpointer)
+    exporter.huggingface_folder_name_fstr = 'huggingface/ba{batch}'
     StageStart(trust_checkpoint=True).init(SimpleNamespace(callbacks=[exporter]), None)
     assert asked == [True]
     assert (exporter._save_checkpoint.func, exporter._save_checkpoint.args) == (export_atomically, (exporter,))
