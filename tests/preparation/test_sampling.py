@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text that a model writes: drawn with its own probabilities, the same whoever draws it and however often it is killed."""
 
+import io
 import json
 import os
 import re
@@ -15,9 +16,13 @@ import pretrained
 import pytest
 import tiny
 import torch
+from rich.console import Console
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cpt_algorithms.cost.estimate import model_size
+from cpt_algorithms.cost.tables import print_costs
+from cpt_algorithms.formatting import flop, short
 from cpt_algorithms.preparation.manifest import sampled_from
 from cpt_algorithms.preparation.reading import PrepareError
 from cpt_algorithms.preparation.sampling import Sampling, sample
@@ -148,6 +153,9 @@ def test_what_was_sampled_stands_in_for_what_its_parent_has_read(parent, data, t
     stage = Stage.from_yaml(tiny.merge(tiny.config(tmp_path, data, 'child'), over))
     assert stage.mix is not None
     assert stage.mix.old['old'].stand_in_for == f'what {parent} was trained on (sampled from it)'
+    print_costs({'child': stage}, console := Console(file=io.StringIO(), width=300))
+    spent = flop(2 * model_size(stage.model).parameters * sampled.tokens)
+    assert f'old was sampled from {parent}: {short(sampled.tokens)} tokens, {spent} FLOP' in console.file.getvalue()
     streams['old']['stand_in_for'] = 'the web'
     said = Stage.from_yaml(tiny.merge(tiny.config(tmp_path, data, 'child'), over))
     assert said.mix is not None and said.mix.old['old'].stand_in_for == 'the web', 'what is written stays'
