@@ -125,10 +125,10 @@ def print_counts(manifest: Manifest, out: str) -> None:
                     print(f'  ... ({out}/manifest.json lists the first {len(described.first_broken)})')
     for name, dataset in manifest.datasets.items():
         for task, hits in dataset.contamination.items():
-            what = 'for training are kept' if manifest.request.keep_contaminated else 'are dropped'
+            what = 'for training that are kept' if manifest.request.keep_contaminated else 'dropped'
             short = f' ({hits.short:,} too short to be looked for)' if hits.short else ''
-            found = f'{hits.items:,} of {hits.of:,} items of {task}{short}'
-            print(f'{name}: {hits.documents:,} documents {what} that hold {found}')
+            found = f'{hits.items:,} of {hits.of:,} items found{short}'
+            print(f'{name}, {task}: {found}, documents {what}: {hits.documents:,}')
     start, end = (' '.join(tokens) for tokens in (manifest.tokenizer.document_start, manifest.tokenizer.document_end))
     print(f'each document begins with {start or "its text"} and ends with {end}')
 

@@ -395,15 +395,15 @@ def print_result(result: Mapping[str, Any], parent: Mapping[str, Any] | None) ->
 def _flips_table(rows: Sequence[Row]) -> Table:
     table = Table('task', title='items that changed sides, in % ± 95 % interval', title_justify='left', box=box.SIMPLE)
     heads = ('right before,\nwrong now', 'wrong before,\nright now', 'each by guessing,\nat most')
-    for column in (*heads, 'surely\nlost', 'surely\ngained'):
+    for column in (*heads, 'lost,\nat least', 'gained,\nat least'):
         table.add_column(column, justify='right')
     for row in rows:
         if found := row.flips:
             chance = f'{100 * found.chance:.1f}'
-            beyond = (_share(each, '+') for each in (found.truly_lost, found.truly_gained))
+            beyond = (_share(each) if each.value > 0 else '0' for each in (found.truly_lost, found.truly_gained))
             table.add_row(escape(row.name), _share(found.lost), _share(found.gained), chance, *beyond)
     return table
 
 
-def _share(mean: Mean, sign: str = '') -> str:
-    return f'{100 * mean.value:{sign}.1f} ± {196 * mean.stderr:.1f}'
+def _share(mean: Mean) -> str:
+    return f'{100 * mean.value:.1f} ± {196 * mean.stderr:.1f}'

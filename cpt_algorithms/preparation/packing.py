@@ -50,7 +50,7 @@ class Counts(Section):
 class Hits(Section):
     """What a dataset has of a task: ``items`` of ``of`` were found in ``documents``; ``short`` were not looked for.
 
-    Of documents that are kept, those for training; of those that are dropped, all that would have been in the dataset.
+    Of documents that are kept, those for training; of dropped ones all, which would have been in the dataset.
     """
 
     documents: int

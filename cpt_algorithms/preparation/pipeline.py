@@ -288,8 +288,13 @@ def _write_hits(file: Path, items: BenchmarkItems, decision: _Decision, request:
         counted = taken & ~held_out
         if not request.keep_contaminated:
             near = tokenized.load('near') if request.near_duplicates else np.zeros(len(taken), np.bool_)
-            taken = tokenized.load('first') & ~near & (held_out | is_in_subset(digests, request.train_subset))
-            counted = taken
+            wanted = tokenized.load('first') & ~near
+            of_splits = {'train': ~held_out & is_in_subset(digests, request.train_subset), 'val': np.array(held_out)}
+            for split, own in of_splits.items():
+                if decision.ended:  # what came behind the last one was not wanted any more
+                    last = np.flatnonzero(tokenized.load(split))
+                    own[last[-1] + 1 if len(last) else 0 :] = False
+            taken = counted = wanted & np.any(list(of_splits.values()), axis=0)
         for document in np.unique(hits[taken[hits[:, 0]], 0]):
             own = hits[hits[:, 0] == document]
             of_tasks = {items.tasks[task]: own[own[:, 1] == task, 2].tolist() for task in np.unique(own[:, 1])}

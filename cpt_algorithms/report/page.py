@@ -83,8 +83,8 @@ class _Line(NamedTuple):
 
 
 _FLIPS = (
-    'Right for the parent and wrong now / the reverse. Small: surely lost, surely gained, which is what is more than '
-    'guessing anew could give, ± 95 % interval over items; grey: neither is above 0 by more than that.'
+    'Right for the parent and wrong now / the reverse. Small: of that at least, as guessing anew '
+    'gives no more than the rest, ± 95 % interval over items; grey: neither is above 0 by more than that.'
 )
 _ON_PAPER = 10  # columns that fit on an upright A4 or letter page, beside the names
 
@@ -364,11 +364,12 @@ def _flip(found: Flips | None) -> _Cell:
     if found is None:
         return _Cell()
     lost, gained = (100 * each.value for each in (found.lost, found.gained))
-    beyond = ', '.join(
-        f'{signed(100 * each.value, 1)} ± {196 * each.stderr:.1f}' for each in (found.truly_lost, found.truly_gained)
-    )
+    at_least = [
+        f'{100 * each.value:.1f} ± {196 * each.stderr:.1f}' if each.value > 0 else '0'
+        for each in (found.truly_lost, found.truly_gained)
+    ]
     is_noise = all(within_noise(each) or each.value < 0 for each in (found.truly_lost, found.truly_gained))
-    return _Cell(f'{lost:.1f} / {gained:.1f}', beyond, 'noise' if is_noise else 'signal')
+    return _Cell(f'{lost:.1f} / {gained:.1f}', f'≥ {at_least[0]} / ≥ {at_least[1]}', 'noise' if is_noise else 'signal')
 
 
 def _task_head(report: Report, suite: str, task: str) -> _Cell:

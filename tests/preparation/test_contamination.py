@@ -152,7 +152,7 @@ def prepared(suite, tmp_path):
 def test_documents_are_dropped_or_listed(prepared, capsys, tmp_path):
     plain, all_of_them = prepared('plain', '--plain')
     dropped, manifest = prepared('dropped')
-    assert '10 documents are dropped that hold 10 of 20 items of choice' in capsys.readouterr().out
+    assert 'a, choice: 10 of 20 items found, documents dropped: 10' in capsys.readouterr().out
     counts = [each['datasets']['a']['splits'] for each in (all_of_them, manifest)]
     documents = [sum(split['documents'] for split in splits.values()) for splits in counts]
     assert documents == [150, 140] and sum(split['contaminated'] for split in counts[1].values()) == 10
@@ -163,11 +163,19 @@ def test_documents_are_dropped_or_listed(prepared, capsys, tmp_path):
     assert all(re.fullmatch('[0-9a-f]{32}', line['document']) for line in lines)
     assert prepared_in(str(dropped / 'a'), 'train').contamination == {}, 'they are gone'
 
+    _, manifest = prepared('limited', '--max-train-tokens=4000', '--max-val-tokens=1000')
+    counts = manifest['datasets']['a']['splits']
+    assert 0 < sum(split['contaminated'] for split in counts.values()) < 10, 'what comes behind is not wanted'
+    assert manifest['datasets']['a']['contamination']['choice']['documents'] == sum(
+        split['contaminated'] for split in counts.values()
+    )
+
+    capsys.readouterr()
     kept, manifest = prepared('kept', '--keep-contaminated')
     in_val = sum(
         json.loads(line)['split'] == 'val' for line in (kept / 'a' / 'contaminated.jsonl').read_text().splitlines()
     )
-    assert 0 < in_val < 10 and f'{10 - in_val} documents for training are kept that hold' in capsys.readouterr().out
+    assert 0 < in_val < 10 and f'documents for training that are kept: {10 - in_val}' in capsys.readouterr().out
     assert sum(split['documents'] for split in manifest['datasets']['a']['splits'].values()) == 150
     for place, split in ((kept / 'a', 'train'), (kept / 'a' / 'train', '')):
         of_choice = prepared_in(str(place), split).contamination['choice']
