@@ -113,7 +113,7 @@ class BenchmarkItems:
 
     def save(self, path: Path) -> None:
         """Write to a file, for :meth:`load`."""
-        arrays = {f'hashes{size}': hashes for size, hashes in zip(self.sizes, self.hashes, strict=True)}
+        arrays: dict[str, Any] = {f'hashes{size}': hashes for size, hashes in zip(self.sizes, self.hashes, strict=True)}
         arrays |= {f'items{size}': items for size, items in zip(self.sizes, self.items, strict=True)}
         np.savez(path, tasks=self.tasks, counts=self.counts, short=self.short, sizes=self.sizes, **arrays)
 
