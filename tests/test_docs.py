@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from argparse import ArgumentParser
 from collections import Counter
 from importlib.metadata import entry_points
@@ -103,6 +104,14 @@ def test_speeds_are_those_of_the_kept_results(monkeypatch):
     assert interval in ' '.join(TABLES[1].read_text().split())
     said = f'{ratio.mean:.3f} times a stock training step ({interval.partition(", ")[2]})'
     assert said in ' '.join(PAGES[0].read_text().split())
+
+
+def test_what_mutants_are_tested_with_is_there():
+    settings = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['mutmut']
+    for each in settings['pytest_add_cli_args_test_selection']:
+        path, _, test = each.removeprefix('--deselect=').partition('::')
+        assert not test or f'def {test}(' in (ROOT / path).read_text(), each
+    assert all((ROOT / path).is_file() for path in settings['only_mutate'])
 
 
 def test_registered_names_are_those_the_readme_lists():
