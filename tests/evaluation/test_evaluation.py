@@ -216,6 +216,10 @@ def test_flips_by_hand():
     assert found.chance == pytest.approx(1 / 8)
     assert found.truly_lost.value == pytest.approx((2 / 8 - 1 / 8) * 3 / 2)
     assert found.truly_gained.value == pytest.approx(0)
+    reverse = flips([(theirs, ours)], [3] * 8)
+    assert reverse is not None and reverse.truly_gained.value == pytest.approx((2 / 8 - 1 / 8) * 3 / 2)
+    certain = flips([(ours, theirs)], [1] * 8)
+    assert certain is not None and certain.chance == 0 and certain.truly_lost == certain.lost
     # nothing can be guessed where nothing is chosen, and bits are neither right nor wrong
     free = flips([(ours, theirs)], [])
     assert free is not None and free.chance == 0 and free.truly_lost == free.lost

@@ -231,6 +231,10 @@ def test_a_line_between_weights_by_hand():
     assert Interleaving(pieces).counts(16) == [8, 2, 6]
 
 
+def test_floats_are_read_to_12_digits():
+    assert exact_fraction('fraction', 0.1 + 0.2) == Fraction(3, 10)
+
+
 def test_a_long_ramp_stays_exact():
     # the integral of 0.5 -> 0 over 10**12 slots is quadratic; half way it has 3/8 of that
     interleaving = Interleaving(shares_of([[f'{10**12}sp', 0.5, 0]], {'old': 1}))
@@ -252,6 +256,9 @@ def test_a_long_ramp_stays_exact():
         (0.1, {'a': [['9sp', -1]]}, r'replay\.streams\.a\.weight=.* must be positive'),
         (0.1, {'a': [['9sp', 1, 0]]}, r'all weights are 0 at sample 9, where the fraction is 1/10'),
         ([['5sp', 0.1]], {}, r'replay\.streams is empty'),
+        ([['5sp', 0, 0.1]], {}, r'replay\.streams is empty'),
+        ([['5sp', 'much', 0.1]], {'a': 1}, r"^replay\.fraction\[0\]='much' is not a number"),
+        ([['5sp', 0.1], ['6sp', 0, 'much']], {'a': 1}, r"^replay\.fraction\[1\]='much' is not a number"),
     ],
 )
 def test_what_changes_wrongly_is_named(fraction, weights, message):
