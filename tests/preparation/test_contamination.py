@@ -8,12 +8,14 @@ import re
 import numpy as np
 import prepare_data
 import pytest
+import tiny
 import yaml
 
 from cpt_algorithms.files import write_json
 from cpt_algorithms.preparation.contamination import BenchmarkItems, ngram_hashes, read_items, texts_of
 from cpt_algorithms.preparation.manifest import prepared_in
 from cpt_algorithms.preparation.reading import PrepareError
+from cpt_algorithms.report.page import write_report
 
 WORDS = [f'w{number}' for number in range(3000)]
 
@@ -187,6 +189,36 @@ def test_documents_are_dropped_or_listed(prepared, capsys, tmp_path):
             (kept / 'a' / split / path.relative_to(plain / 'a' / split)).read_bytes() == path.read_bytes()
             for path in (plain / 'a' / split).rglob('*.mds')
         )
+
+
+def test_the_report_marks_tasks_whose_items_were_trained_on(prepared, tmp_path, data):
+    kept, manifest = prepared('kept', '--keep-contaminated')
+    hits = manifest['datasets']['a']['contamination']['choice']
+    config = tiny.config(tmp_path, data, 'run')
+    config['train_loader']['dataset']['new'] = {'a': {'local': str(kept / 'a'), 'split': 'train'}}
+    run, rows = tmp_path / 'run', [[0, 0, 3.0], [8, 1024, 2.0]]
+    write_json(run / 'stage.json', {'run_name': 'run', 'config': config})
+    write_json(
+        run / 'losses.json',
+        {
+            'losses': {'a': rows},
+            'final': {'a': {'mean': 2.0}},
+            'cost': {'parameters': 1, 'device': 'cpu', 'devices': 1, 'device_seconds': 1.0, 'tokens': 1024, 'batch': 8},
+        },
+    )
+    write_json(run / 'done.json', {'batch': 8, 'time': {}, 'max_duration': config['max_duration']})
+    task = {'num_fewshot': 0, 'metric': 'acc', 'higher_is_better': True, 'score': 0.5, 'stderr': 0.1, 'count': 2,
+            'values': [0, 1], 'weights': [1, 1], 'entry': {}, 'items': 'x', 'choices': [4, 4]}  # fmt: skip
+    tasks = {'a choice': {**task, 'task': 'choice'}, 'another': {**task, 'task': 'other'}}
+    result = {'suite': 'small', 'model': 'x', 'tasks': tasks, 'missing': {}, 'settings': {}}
+    write_json(run / 'huggingface' / 'lm_eval' / 'small' / 'ba8.json', result)
+    report = write_report([run], tmp_path / 'out')
+    said = [line for line in report.missing if 'training data' in line]
+    assert said == [
+        f'lm-eval small: all runs: a choice: at least {hits["items"]} of its 20 items are in the training data'
+    ]
+    page = report.path.read_text()
+    assert page.count('items in training data') and 'another' in page
 
 
 def test_other_items_are_another_request(prepared, suite, capsys):
