@@ -149,6 +149,8 @@ def test_the_same_run_as_in_a_folder(original):
     ]
     for name, weights in exports(everything).items():
         assert (folder / name.removeprefix('runs/')).read_bytes() == weights, 'averages too'
+        card = name.replace('model.safetensors', 'README.md')
+        assert everything[card] == (folder / card.removeprefix('runs/')).read_bytes()
     here = {name: json.loads((folder / 'run' / f'{name}.json').read_text()) for name in ('losses', 'done', 'stage')}
     assert named(everything, 'done') == here['done']
     for key in ('losses', 'final', 'learning_rate'):
