@@ -161,19 +161,26 @@ def read_manifest(location: str) -> Manifest | None:
     return manifest if manifest.request.format == FORMAT else None
 
 
-def prepared_in(place: str, split: str = '') -> DatasetRecord | None:
-    """How a dataset was prepared whose ``split`` lies in a folder; None if that is not known, as in object storage."""
-    if is_remote(place):
-        return None
-    root, _, name = f'{place.rstrip("/")}/{split}'.rstrip('/').rpartition('/')[0].rpartition('/')
-    try:
-        manifest = read_manifest(root)
-    except (OSError, ValueError):
-        return None
-    found = manifest.datasets.get(name) if manifest else None
-    if manifest and found and not manifest.request.keep_contaminated:
-        found = found.model_copy(update={'contamination': {}})  # which is gone
-    return found
+def prepared_in(places: Iterable[str | None], split: str | None) -> DatasetRecord | None:
+    """How a dataset was prepared; None if that is not known, as in object storage.
+
+    Args:
+        places: Where it lies; the first that says it counts.
+        split: What is read of it.
+    """
+    for place in places:
+        if place is None or is_remote(place):
+            continue
+        root, _, name = f'{place.rstrip("/")}/{split or ""}'.rstrip('/').rpartition('/')[0].rpartition('/')
+        try:
+            manifest = read_manifest(root)
+        except (OSError, ValueError):
+            continue
+        if manifest and name in manifest.datasets:
+            found = manifest.datasets[name]
+            # what was not kept is gone
+            return found if manifest.request.keep_contaminated else found.model_copy(update={'contamination': {}})
+    return None
 
 
 @dataclass(frozen=True)
@@ -191,13 +198,8 @@ class Sampled:
 
 
 def sampled_from(places: Iterable[str | None], split: str | None) -> Sampled | None:
-    """How a dataset was sampled; None if it was not, or that is not known.
-
-    Args:
-        places: Where it lies, the first that says it counts.
-        split: What is read of it.
-    """
-    record = next(filter(None, (prepared_in(place, split or '') for place in places if place)), None)
+    """How a dataset was sampled; None if it was not, or that is not known. Arguments as of :func:`prepared_in`."""
+    record = prepared_in(places, split)
     sources = [source for source in record.sources.values() if source.kind == 'sampled'] if record else []
     if record is None or not sources:
         return None

@@ -30,7 +30,7 @@ WEIGHTS = ('.safetensors', '.bin')
 
 
 class Sampling(Section):
-    """How a model is sampled: ``sampled:PARENT?tokens=N&temperature=1&seed=17&batch_size=64``, ....
+    """How a model is sampled: ``sampled:PARENT?tokens=N&temperature=1&seed=17&batch_size=64`` and so on.
 
     Attributes:
         parent: A Hugging Face folder or name, a run of ours (its newest export), or a checkpoint with an export.
@@ -91,9 +91,9 @@ class Sampling(Section):
                     raise ValueError(f'the checkpoint has no export huggingface/ba{batch} beside it')
                 return Path(found[batch])
             try:
-                found = folder_of_pretrained(self.parent)
-                if any(found.glob(f'*{suffix}') for suffix in WEIGHTS):  # and not its tokenizer alone
-                    return found
+                cached = folder_of_pretrained(self.parent)
+                if any(file.suffix in WEIGHTS for file in cached.iterdir()):  # and not its tokenizer alone
+                    return cached
             except ValueError:
                 pass
             from huggingface_hub import snapshot_download

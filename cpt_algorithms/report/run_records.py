@@ -120,9 +120,7 @@ class RunRecord:
         mix = self.config.mix if self.config else None
         found: dict[str, Hits] = {}
         for stream in [*mix.new.values(), *mix.old.values()] if mix else ():
-            record = next(
-                filter(None, (prepared_in(p, stream.split or '') for p in (stream.local, stream.remote) if p)), None
-            )
+            record = prepared_in([stream.local, stream.remote], stream.split)
             for task, hits in record.contamination.items() if record else ():
                 if hits.items:
                     found[task] = max(hits, found.get(task, hits), key=lambda each: each.items)

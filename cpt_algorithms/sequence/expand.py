@@ -304,7 +304,8 @@ def _matched(union: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any
     """As long as the union, on the mixture of the last stage: what an update would be that had seen nothing else."""
     replay = {key: value for key, value in (last.get('replay') or {}).items() if key != 'consumed_only'}
     changing = [replay.get('fraction'), *(replay.get('weights') or {}).values()]
-    for until in (str(piece[0]) for value in changing if isinstance(value, list) for piece in value):
+    pieces = [piece for value in changing if isinstance(value, list) for piece in value]
+    for until in (str(piece[0]) for piece in pieces if isinstance(piece, list) and piece):
         if not until.endswith('dur'):
             raise ValueError(
                 f'replay.fraction: until {until} of the last stage is another part of the baseline matched, which is '

@@ -615,10 +615,10 @@ def _filled_in(given: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
 
 def _stand_in(stream: Any) -> Any:
     """An old stream; what a model wrote says in place of what it stands."""
-    places = [stream.get(key) for key in ('local', 'remote')] if isinstance(stream, Mapping) else []
-    if stream.keys() & {'only_seen_by', 'stand_in_for'} if places else True:
+    if not isinstance(stream, Mapping) or stream.keys() & {'only_seen_by', 'stand_in_for'}:
         return stream
-    sampled = sampled_from([place for place in places if isinstance(place, str)], str(stream.get('split') or ''))
+    places = [place for key in ('local', 'remote') if isinstance(place := stream.get(key), str)]
+    sampled = sampled_from(places, str(stream.get('split') or ''))
     return {**stream, 'stand_in_for': sampled.stands_in_for} if sampled and sampled.is_whole else stream
 
 

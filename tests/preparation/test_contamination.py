@@ -163,7 +163,7 @@ def test_documents_are_dropped_or_listed(prepared, capsys, tmp_path):
     lines = [json.loads(line) for line in (dropped / 'a' / 'contaminated.jsonl').read_text().splitlines()]
     assert [line['items'] for line in lines] == [{'choice': [n], 'exact': [n]} for n in range(10)]
     assert all(re.fullmatch('[0-9a-f]{32}', line['document']) for line in lines)
-    assert prepared_in(str(dropped / 'a'), 'train').contamination == {}, 'they are gone'
+    assert prepared_in([str(dropped / 'a')], 'train').contamination == {}, 'they are gone'
 
     _, manifest = prepared('limited', '--max-train-tokens=4000', '--max-val-tokens=1000')
     counts = manifest['datasets']['a']['splits']
@@ -180,9 +180,9 @@ def test_documents_are_dropped_or_listed(prepared, capsys, tmp_path):
     assert 0 < in_val < 10 and f'documents for training that are kept: {10 - in_val}' in capsys.readouterr().out
     assert sum(split['documents'] for split in manifest['datasets']['a']['splits'].values()) == 150
     for place, split in ((kept / 'a', 'train'), (kept / 'a' / 'train', '')):
-        of_choice = prepared_in(str(place), split).contamination['choice']
+        of_choice = prepared_in([str(place)], split).contamination['choice']
         assert (of_choice.documents, of_choice.items, of_choice.of) == (10 - in_val, 10 - in_val, 20)
-    assert prepared_in('s3://bucket/a', 'train') is None and prepared_in(str(tmp_path), 'train') is None
+    assert prepared_in(['s3://bucket/a', None, str(tmp_path)], 'train') is None
     for split in ('train', 'val'):
         shards = {file.name for file in (kept / 'a' / split).rglob('*.mds')}
         assert shards and all(
@@ -261,4 +261,4 @@ def test_two_suites_may_ask_one_task_and_not_two_of_one_name(suite, tmp_path):
 
 def test_a_manifest_that_says_nothing_of_it(tmp_path):
     write_json(tmp_path / 'manifest.json', {'request': {'format': 0}})
-    assert prepared_in(str(tmp_path / 'a'), 'train') is None
+    assert prepared_in([str(tmp_path / 'a')], 'train') is None

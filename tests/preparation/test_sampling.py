@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 
+import huggingface_hub
 import prepare_data
 import pretrained
 import pytest
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpt_algorithms.cost.estimate import model_size
 from cpt_algorithms.cost.tables import print_costs
 from cpt_algorithms.formatting import flop, short
+from cpt_algorithms.preparation import sampling
 from cpt_algorithms.preparation.manifest import sampled_from
 from cpt_algorithms.preparation.reading import PrepareError
 from cpt_algorithms.preparation.sampling import Sampling, sample
@@ -197,7 +199,7 @@ def test_wrong_targets_are_named(target, message):
         Sampling.parse(target)
 
 
-def test_the_model_of_a_run_a_checkpoint_or_a_folder(parent, tmp_path):
+def test_the_model_of_a_run_a_checkpoint_or_a_folder(parent, tmp_path, monkeypatch):
     run = tmp_path / 'run'
     (run / 'huggingface').mkdir(parents=True)
     for batch in (10, 20):
@@ -211,5 +213,15 @@ def test_the_model_of_a_run_a_checkpoint_or_a_folder(parent, tmp_path):
         assert folder == (parent.resolve() if named == '/huggingface/ba10' else run / 'huggingface' / expected)
     with pytest.raises(PrepareError, match=r'the checkpoint has no export huggingface/ba30 beside it'):
         _ = Sampling.parse(f'{run}/ep0-ba30-rank0.pt?tokens=9').folder
+    cached, asked = tmp_path / 'cached', []
+    cached.mkdir()
+    (cached / 'tokenizer.json').write_text('{}')
+    monkeypatch.setattr(sampling, 'folder_of_pretrained', lambda name: cached)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name: asked.append(name) or str(cached))
+    named = Sampling.parse('some/model?tokens=9')
+    assert named.folder == cached and asked == ['some/model'], 'its tokenizer alone is no model'
+    (cached / 'model.safetensors').write_bytes(b'')
+    assert named.folder == cached and asked == ['some/model'], 'what is there is not fetched'
+    monkeypatch.undo()
     with pytest.raises(PrepareError, match='sampled:nobody/nothing'):
         _ = Sampling.parse('nobody/nothing?tokens=9').folder

@@ -47,6 +47,17 @@ def test_runs_that_differ_in_the_share_alone_are_the_pilots(folder):
     assert found['old'][1].on_new['new'][-1] == pytest.approx(1 + 0.1 * exp(1.5))
 
 
+def test_a_share_that_changes_is_no_pilot(folder):
+    moving = [['100sp', 0.5], ['1000sp', 0.0]]
+    for seed in (1, 2):
+        change(
+            folder / f'new-0.1-s{seed}' / 'stage.json',
+            lambda stage: stage['config']['train_loader']['dataset']['replay'].update(fraction=moving),
+        )
+    found = pilots_of(read_runs([folder]))
+    assert [each.shares for each in found['old']] == [(0.0, 0.05, 0.25, 0.5)] * 2
+
+
 def test_the_command(folder, tmp_path, capsys):
     out = tmp_path / 'out'
     out.mkdir()

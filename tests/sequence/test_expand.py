@@ -370,6 +370,24 @@ def test_a_baseline_may_be_changed(spec):
         runs_of(spec)
 
 
+def test_a_mixture_that_moves_in_parts_of_the_run_is_that_of_its_branches_and_of_matched(spec):
+    spec['stages']['cpp'] |= {'replay': {'fraction': [['0.5dur', 0], ['1dur', 0.5]]}}
+    spec['arms'] = {'main': {'cpp': {'branches': {'line': {'line': [0, 1]}}}}, 'matched': {'baseline': 'matched'}}
+    runs = {run.name: run for run in runs_of(spec)}
+    (line,) = (run for name, run in runs.items() if name.endswith('-line-s17'))
+    update = runs[line.parent]
+    assert line.stage.to_train_yaml()['train_loader'] == update.stage.to_train_yaml()['train_loader']
+    for name in (update.name, 'matched_cpp-s17'):
+        stage = runs[name].stage
+        first, whole = stage.tokens_by_stream(stage.batches // 2), stage.tokens_by_stream()
+        assert first['python'] == 0 and abs(whole['python'] - sum(whole.values()) / 4) <= stage.max_seq_len
+    spec['stages']['cpp']['replay']['fraction'] = [['4ba', 0.5], ['8ba', 0]]
+    with pytest.raises(
+        ValueError, match=r'replay\.fraction: until 4ba of the last stage is another part of the baseline matched'
+    ):
+        runs_of(spec)
+
+
 def test_matched_is_the_mixture_of_the_last_stage_from_scratch(spec):
     spec['stages']['cpp']['replay'] = {'fraction': 0.25}
     half = {'replay': {'fraction': 0.5}}
