@@ -86,6 +86,7 @@ PRIVATE = {
     '_unpack_locals': 'streaming.base.shared.prefix',
     '_MEM_FORMAT_ENCODING': 'torch.distributed.checkpoint.metadata',
     '_StorageInfo': 'torch.distributed.checkpoint.filesystem',
+    '_StoragePrefix': 'torch.distributed.checkpoint.filesystem',
     '_foreach_copy_': 'torch',
     '_foreach_lerp_': 'torch',
     '_get_layout': 'torch.serialization',
@@ -138,7 +139,9 @@ def overridden() -> Iterator[str]:
             if cls.__module__ == module:
                 for base in cls.__mro__[1:]:
                     if base.__module__.split('.')[0] not in ('cpt_algorithms', 'abc', 'builtins'):
-                        yield from filter(is_private, vars(cls).keys() & vars(base).keys() - {'_abc_impl'})
+                        yield from filter(
+                            is_private, vars(cls).keys() & vars(base).keys() - {'_abc_impl', '_is_protocol'}
+                        )
 
 
 def test_private_names_of_others_are_listed():

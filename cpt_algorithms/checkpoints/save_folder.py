@@ -30,7 +30,7 @@ __all__ = [
 
 # Composer's own names, which stages do not change.
 _CHECKPOINT = re.compile(r'ep\d+-ba(\d+)(-rank0\.pt)?')
-_PART = re.compile(r'__\d+_\d+\.distcp|\.metadata(\.tmp)?')
+_PART = re.compile(r'__\d+_(\w+_)?\d+\.distcp|\.metadata(\.tmp)?')
 _WEIGHTS = ('.pt', '.pth', '.ckpt', '.bin', '.distcp', '.metadata', '.safetensors', '.symlink')
 
 

@@ -116,6 +116,7 @@ class AveragedWeights(Callback, ABC):
 
     key: str  # the YAML name
     state_key: str  # the key of the saved tensors
+    is_final = False  # whether what is saved under a name never changes
 
     def __init__(self, start: str, interval: str, resume_after: str | None) -> None:
         self.start = parse_time(f'callbacks.{self.key}.start', start, may_be_zero=True)
@@ -126,6 +127,7 @@ class AveragedWeights(Callback, ABC):
         self._state: State | None = None
         self._shards: LocalShards | None = None
         self._loaded: dict[str, Any] | None = None
+        self._square_sums: dict[str, float] = {}
         self._evaluating: str | None = None
         self._raw: list[torch.Tensor] | None = None
         self._is_in = False
@@ -351,7 +353,11 @@ class AveragedWeights(Callback, ABC):
         assert not self._is_in, 'the model holds an average, and would be saved with it'
         lists, settings = self.saved() if self._shards is not None else ({}, {})
         full = not self._state.fsdp_sharded_state_dict_enabled
-        settings['square_sum'] = {name: self.shards.square_sum(tensors) for name, tensors in lists.items()}
+        known = self._square_sums if self.is_final else {}
+        self._square_sums = {
+            name: known[name] if name in known else self.shards.square_sum(tensors) for name, tensors in lists.items()
+        }
+        settings['square_sum'] = self._square_sums
         settings['at'] = {unit: self.time(self._state.timestamp, unit) for unit in self._passed}
         total = self._state.max_duration
         known = total is not None and (total.unit != TimeUnit.EPOCH or self._state.dataloader_len is not None)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``lawa``: the average of the latest k weights, taken an interval nu apart (LAtest Weight Averaging)."""
 
-from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from composer.callbacks import CheckpointSaver
 from composer.core import State
+from composer.loggers import Logger
 
+from cpt_algorithms.checkpoints.links import Written, linking
 from cpt_algorithms.weight_averaging.averaged_weights import AveragedWeights
 from cpt_algorithms.weight_averaging.functional import weighted_mean, window_weights
 
@@ -42,6 +45,7 @@ class LAWA(AveragedWeights):
 
     key = 'lawa'
     state_key = 'window'
+    is_final = True
 
     def __init__(
         self,
@@ -60,7 +64,8 @@ class LAWA(AveragedWeights):
         self.k = k
         self.weights = weights
         self.offload = offload
-        self._window: deque[list[torch.Tensor]] = deque(maxlen=k)
+        self._window: dict[int, list[torch.Tensor]] = {}  # by the batch after which it was taken, oldest first
+        self._written: Written = {}
         self._mean: list[torch.Tensor] | None = None
 
     def names(self) -> list[str]:
@@ -75,7 +80,7 @@ class LAWA(AveragedWeights):
             weights = window_weights(self.weights, len(self._window))
             self._mean = [
                 weighted_mean(snapshots, weights, parameter.device)
-                for *snapshots, parameter in zip(*self._window, self.shards.tensors(), strict=True)
+                for *snapshots, parameter in zip(*self._window.values(), self.shards.tensors(), strict=True)
             ]
         return self._mean
 
@@ -96,19 +101,19 @@ class LAWA(AveragedWeights):
         """Take a snapshot; the oldest of a full window leaves it."""
         parameters = self.shards.tensors()
         if len(self._window) == self.k:
-            snapshot = self._window.popleft()
+            snapshot = self._window.pop(next(iter(self._window)))
             for kept, parameter in zip(snapshot, parameters, strict=True):
                 kept.copy_(parameter, non_blocking=True)
         else:
             snapshot = [self._place(parameter, parameter) for parameter in parameters]
-        self._window.append(snapshot)
+        self._window[self.time(state.timestamp, 'ba')] = snapshot
         self.release()
 
     def saved(self) -> tuple[dict[str, list[torch.Tensor]], dict[str, Any]]:
         """The window, oldest first, and how it was taken."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        window = {str(index): snapshot for index, snapshot in enumerate(self._window)}
+        window = {str(batch): snapshot for batch, snapshot in self._window.items()}
         return window, {'interval': str(self.interval), 'weights': self.weights}
 
     def restore(self, saved: dict[str, list[torch.Tensor]], settings: dict[str, Any], state: State) -> list[str]:
@@ -118,7 +123,29 @@ class LAWA(AveragedWeights):
             return [
                 f'the window was taken every {settings["interval"]}, now every {interval}; it starts afresh from here'
             ]
-        for tensors in saved.values():
-            placed = zip(tensors, self.shards.tensors(), strict=True)
-            self._window.append([self._place(tensor, parameter) for tensor, parameter in placed])
+        for batch in sorted(saved, key=int)[-self.k :]:
+            placed = zip(saved[batch], self.shards.tensors(), strict=True)
+            self._window[int(batch)] = [self._place(tensor, parameter) for tensor, parameter in placed]
         return []
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Have sharded checkpoints link to the snapshots that the one before holds."""
+        super().fit_start(state, logger)
+        # to object storage and loggers Composer uploads just the one file of each rank that it knows
+        if any(destination.can_upload_files() for destination in logger.destinations):
+            return
+        for saver in state.callbacks:
+            if isinstance(saver, CheckpointSaver) and saver.remote_uploader is None:
+                saver._save_checkpoint = self._linked(saver._save_checkpoint)
+
+    def _linked(self, save: Callable[..., None]) -> Callable[..., None]:
+        begin = f'state.callbacks.{type(self).__qualname__}.{self.state_key}.'
+
+        def snapshot_of(key: str) -> str | None:
+            return f'ba{key.removeprefix(begin).partition(".")[0]}' if key.startswith(begin) else None
+
+        def save_linked(*args: Any, **kwargs: Any) -> None:
+            with linking(snapshot_of, self._written):
+                save(*args, **kwargs)
+
+        return save_linked

@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from cpt_algorithms.weight_averaging.functional import square_sum
+
 __all__ = ['LocalShards']
 
 # What activation checkpointing and torch.compile put into names; checkpoints have them without.
@@ -106,7 +108,7 @@ class LocalShards:
         return made
 
     def square_sum(self, tensors: Sequence[torch.Tensor]) -> float:
-        """Sum of squares over all ranks, in float64: the same whatever the number of ranks."""
+        """Sum of squares over all ranks, in float64: the same whatever the number of ranks, but for rounding."""
         total, sharded = 0.0, False
         for parameter, tensor in zip(self.parameters.values(), tensors, strict=True):
             owns = dist.get_global_rank() == 0
@@ -116,7 +118,7 @@ class LocalShards:
                 placed = zip(coordinate, parameter.placements, strict=True)
                 owns = all(index == 0 for index, placement in placed if isinstance(placement, Replicate))
             if (owns or not self._modules) and tensor.numel():
-                total += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+                total += square_sum(tensor)
         if not sharded:
             return total
         return float(sum(dist.all_gather_object(total)))

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic of averaging against numbers worked out by hand, and against its own definition in float64."""
 
-from math import sqrt
+from math import inf, isnan, sqrt
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_algorithms.weight_averaging.functional import ema_weight, update_ema_, weighted_mean, window_weights
+from cpt_algorithms.weight_averaging.functional import (
+    ema_weight,
+    square_sum,
+    update_ema_,
+    weighted_mean,
+    window_weights,
+)
 
 
 def test_the_first_weights_are_taken_as_they_are():
@@ -107,3 +113,18 @@ def test_weighted_mean_leaves_float32_alone_too():
     assert weighted_mean(tensors, [0.25, 0.75], torch.device('meta')).device.type == 'meta'
     with pytest.raises(ValueError, match='zip'):
         weighted_mean(tensors, [1.0], torch.device('cpu'))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+def test_the_sum_of_squares_is_that_of_float64(dtype):
+    assert square_sum(torch.tensor([[1, -2], [3, 0.5]], dtype=dtype).T) == 14.25
+    assert square_sum(torch.empty(0, 3, dtype=dtype)) == 0
+    # more than one piece; float32 would lose the small ones
+    large = torch.full((2**16 + 3,), 2.0**-12, dtype=dtype)
+    large[0] = 64
+    assert square_sum(large) == 4096 + (2**16 + 2) * 2.0**-24
+
+
+def test_the_sum_of_squares_is_no_number_if_a_value_is_none():
+    assert isnan(square_sum(torch.tensor([1, float('nan')])))
+    assert square_sum(torch.tensor([1, float('inf')])) == inf

@@ -67,10 +67,17 @@ def test_killed_and_resumed(runs):
     # the checkpoint is sharded, averages included, and its model is the training weights
     folder = tmp_path / 'straight' / 'ep0-ba8'
     there = FileSystemReader(folder).read_metadata().state_dict_metadata
-    for prefix in ('state.model', 'state.callbacks.EMA.averages.ema_2ba', 'state.callbacks.LAWA.window.1'):
+    for prefix in ('state.model', 'state.callbacks.EMA.averages.ema_2ba', 'state.callbacks.LAWA.window.8'):
         assert len(there[f'{prefix}.model.transformer.wte.weight'].chunks) == 2, 'a shard of each rank'
     for key, tensor in exported(straight, '').items():
         assert torch.equal(tensor, weights(straight, 8)[key])
+
+    # of the window, each rank writes what is new and links to what the checkpoint before holds
+    files = {path.name: path.stat() for path in folder.glob('*.distcp')}
+    assert files.keys() == {f'__{rank}_{name}0.distcp' for rank in (0, 1) for name in ('', 'ba6_', 'ba8_')}
+    for name, found in files.items():
+        assert found.st_nlink == (2 if 'ba6' in name else 1)
+        assert found.st_nlink == 1 or found.st_ino == (folder.with_name('ep0-ba6') / name).stat().st_ino
 
     # averages of shards are shards of the average
     for name, batches, shares in (
