@@ -8,7 +8,7 @@ DATA ?= data/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart smollm2 data data-tiny data-claims claims test long slow kills faults mutants spark lint bench style locks clean
+.PHONY: quickstart smollm2 data data-tiny data-claims claims test long slow gpu kills faults mutants spark lint bench bench-gpu style locks clean
 
 # Pre-train a small model, continue it in several ways, print and draw what was forgotten, learned and spent.
 quickstart: data
@@ -62,6 +62,10 @@ long: $(VENV)/installed
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
 
+# That everything works on a GPU: minutes, and a table at the end. The same code on the CPU is among `make test`.
+gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu tests/gpu --results runs/gpu.json
+
 # SIGKILL more than a hundred times, at random moments; prints a table of what was killed and how it ended.
 kills: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/test_kill_matrix.py -s
@@ -97,6 +101,10 @@ bench: data
 	$(BIN)/python scripts/benchmarks/weight_averages.py --json runs/bench/weight_averages.json
 	$(BIN)/python scripts/benchmarks/average_checkpoints.py --gigabytes 0.5 --json runs/bench/average_checkpoints.json
 	$(BIN)/python scripts/benchmarks/summary.py runs/bench
+
+# The 405M model on one GPU: tokens/s and MFU, what our parts cost, saving, memory. Some ten minutes.
+bench-gpu: $(VENV)/installed
+	$(BIN)/python scripts/benchmarks/gpu.py --budget 900 --json runs/bench/gpu.json
 
 # Exact versions, so nothing is resolved. Composer 0.32 and llm-foundry 0.22 install on Python 3.11 and 3.12.
 $(VENV)/installed: setup.py scripts/stacks/$(STACK).txt

@@ -70,16 +70,21 @@ class Recorder(Callback):
             if dist.get_global_rank() == 0:
                 self.weights.mkdir(parents=True, exist_ok=True)
                 torch.save(
-                    {name.removeprefix('module.'): p.detach() for name, p in weights.items()},
+                    {plain_name(name): p.detach() for name, p in weights.items()},
                     self.weights / f'{int(state.timestamp.batch.value)}.pt',
                 )
         if self.kill_at is not None and state.timestamp.batch.value >= self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def plain_name(name: str) -> str:
+    """As checkpoints have it, without what DDP and activation checkpointing put there."""
+    return name.removeprefix('module.').replace('_checkpoint_wrapped_module.', '')
+
+
 def digest(found: Any) -> str:
     """A hash of all values in a nested structure."""
-    values = tree_leaves(found)
+    values = [value.cpu() if isinstance(value, torch.Tensor) else value for value in tree_leaves(found)]
     return hashlib.sha256(
         b''.join(np.ascontiguousarray(v).tobytes() if hasattr(v, 'shape') else repr(v).encode() for v in values)
     ).hexdigest()

@@ -94,7 +94,7 @@ class LAWA(AveragedWeights):
 
     def _place(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         device = self.device() or parameter.device
-        pinned = device.type == 'cpu' and torch.cuda.is_initialized()
+        pinned = device.type == 'cpu' and parameter.device.type == 'cuda'
         return torch.empty_like(tensor, device=device, pin_memory=pinned).copy_(tensor, non_blocking=pinned)
 
     def update(self, state: State) -> None:

@@ -20,10 +20,10 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from multiprocessing.synchronize import Semaphore
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +43,7 @@ def parse() -> argparse.Namespace:
 if __name__ == '__main__':
     OPTIONS = parse()  # before the imports that take seconds
 
+import torch
 from composer import Trainer
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
@@ -79,6 +80,7 @@ class Stopwatch(Callback):
         self.began: float | None = None
         self.steps: list[float] = []
         self.waits: list[float] = []
+        self.ends: list[float] = []
         self._batch = self._before = 0.0
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
@@ -94,7 +96,10 @@ class Stopwatch(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Callbacks that come before this one, and so all of ours, have done their work for the batch."""
-        self.steps.append(time.perf_counter() - self._before)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        self.steps.append(self.ends[-1] - self._before)
         self.waits.append(self._batch - self._before)
         if self.turns:
             self.turns[1].release()
@@ -117,8 +122,17 @@ def saves() -> list[float]:
     return found
 
 
-def config(side: str, data: Path, folder: Path, width: int, layers: int) -> dict[str, Any]:
-    """The YAML of a side."""
+def mpt(width: int, layers: int) -> dict[str, Any]:
+    """An MPT's section of the YAML."""
+    return {
+        'name': 'mpt_causal_lm', 'init_device': 'cpu', 'd_model': width, 'n_heads': 8, 'n_layers': layers,
+        'expansion_ratio': 4, 'max_seq_len': 128, 'vocab_size': 2048, 'loss_fn': 'torch_crossentropy',
+        'attn_config': {'attn_impl': 'torch'}, 'use_train_metrics': False,
+    }  # fmt: skip
+
+
+def config(side: str, data: Path, folder: Path, model: dict[str, Any], length: int = 128) -> dict[str, Any]:
+    """The YAML of a side; ``length`` is the tokens of a row."""
     stream = {'local': str(data / 'cpp'), 'split': 'train'}
     evaluator = {
         'name': 'text',
@@ -131,7 +145,7 @@ def config(side: str, data: Path, folder: Path, width: int, layers: int) -> dict
         'run_name': side,
         'save_folder': str(folder),
         'seed': 17,
-        'max_seq_len': 128,
+        'max_seq_len': length,
         'max_duration': f'{BATCHES}ba',
         'global_train_batch_size': 16,
         'device_train_microbatch_size': 16,
@@ -145,26 +159,22 @@ def config(side: str, data: Path, folder: Path, width: int, layers: int) -> dict
         'log_to_console': False,
         'progress_bar': False,
         'log_config': False,
-        'tokenizer': {'name': str(data / 'tokenizer'), 'kwargs': {'model_max_length': 128}},
-        'model': {
-            'name': 'mpt_causal_lm', 'init_device': 'cpu', 'd_model': width, 'n_heads': 8, 'n_layers': layers,
-            'expansion_ratio': 4, 'max_seq_len': 128, 'vocab_size': 2048, 'loss_fn': 'torch_crossentropy',
-            'attn_config': {'attn_impl': 'torch'}, 'use_train_metrics': False,
-        },
+        'tokenizer': {'name': str(data / 'tokenizer'), 'kwargs': {'model_max_length': length}},
+        'model': dict(model),
         'optimizer': {'name': 'decoupled_adamw', 'lr': 1e-3, 'betas': [0.9, 0.95], 'eps': 1e-8, 'weight_decay': 0.0},
         'algorithms': {'gradient_clipping': {'clipping_type': 'norm', 'clipping_threshold': 1.0}},
         'callbacks': {'stopwatch': {}},
-    }  # fmt: skip
+    }
     loader = {'drop_last': True, 'num_workers': 1, 'pin_memory': False}
     if side == 'stock':
         return {
             **cfg,
             'scheduler': {'name': 'cosine_with_warmup', 't_warmup': '2ba', 'alpha_f': 0.1},
-            'train_loader': {**loader, 'name': 'text', 'dataset': {'max_seq_len': 128, 'shuffle': True, **stream}},
+            'train_loader': {**loader, 'name': 'text', 'dataset': {'max_seq_len': length, 'shuffle': True, **stream}},
         }
     old = {'local': str(data / 'python'), 'split': 'train'}
     validation = {
-        label: {'local': str(data / label), 'split': 'val', 'max_seq_len': 128} for label in ('python', 'cpp')
+        label: {'local': str(data / label), 'split': 'val', 'max_seq_len': length} for label in ('python', 'cpp')
     }
     return {
         **cfg,
@@ -173,7 +183,7 @@ def config(side: str, data: Path, folder: Path, width: int, layers: int) -> dict
             **loader,
             'name': 'replay_text',
             'dataset': {
-                'max_seq_len': 128, 'shuffle': True, 'new': stream,
+                'max_seq_len': length, 'shuffle': True, 'new': stream,
                 'replay': {'fraction': 0.05, 'streams': {'python': old}},
             },
         },
@@ -213,45 +223,61 @@ def share(turns: dict[str, Semaphore]) -> None:
     multiprocessing.set_start_method('fork', force=True)  # of DataLoader workers, as in a run of its own
 
 
-def in_turns(side: str, cfg: dict[str, Any]) -> tuple[list[float], list[float]]:
+class Turns(NamedTuple):
+    """What a side that takes turns has measured: seconds of each batch, and its peak of the GPU's memory in bytes."""
+
+    steps: list[float]
+    waits: list[float]
+    peak: int
+
+
+def in_turns(side: str, cfg: dict[str, Any]) -> Turns:
     """A side's own process."""
     (other,) = TURNS.keys() - {side}
     Stopwatch.turns = (TURNS[side], TURNS[other])
     watch, _ = run(cfg)
-    return watch.steps, watch.waits
+    return Turns(watch.steps, watch.waits, torch.cuda.max_memory_allocated())
 
 
-def steps(configs: dict[str, dict[str, Any]]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """For each side, seconds of a step and of the wait in it, averaged over what counts together."""
+def turns_of(configs: dict[str, dict[str, Any]]) -> dict[str, Turns]:
+    """Both sides train, batch by batch in turns."""
     spawn = multiprocessing.get_context('spawn')  # a fork of torch's threads hangs
     turns = {side: spawn.Semaphore(number == 0) for number, side in enumerate(SIDES)}
-    taken: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
     with ProcessPoolExecutor(2, spawn, share, (turns,)) as pool:
         both = [pool.submit(in_turns, side, configs[side]) for side in SIDES]
-        for side, times in zip(SIDES, both, strict=True):
-            for kind, each in zip(taken, times.result(), strict=True):
-                # the last batch is followed by what a run does at its end
-                groups = range(TOGETHER, len(each) - TOGETHER, TOGETHER)
-                kind[side] = [statistics.mean(each[first : first + TOGETHER]) for first in groups]
-    return taken
+        done, waiting = wait(both, return_when=FIRST_EXCEPTION)
+        if waiting:  # for the turn of a side that has failed
+            for process in (*pool._processes.values(),):
+                process.kill()
+        for failed in done:
+            failed.result()
+        return {side: future.result() for side, future in zip(SIDES, both, strict=True)}
+
+
+def together(each: list[float], first: int = TOGETHER) -> list[float]:
+    """Means of the batches that count together, from ``first`` on; what a run does at its end follows the last."""
+    groups = range(first, len(each) - TOGETHER, TOGETHER)
+    return [statistics.mean(each[begin : begin + TOGETHER]) for begin in groups]
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Measure, print a table, write the numbers."""
     taken: dict[str, dict[str, list[float]]] = {what: {side: [] for side in SIDES} for what in WHAT}
-    checkpoints = saves()
+    checkpoints, model = saves(), mpt(arguments.width, arguments.layers)
     with tempfile.TemporaryDirectory() as name:
         pair = {
-            side: config(side, arguments.data, Path(name) / side, arguments.width, arguments.layers)
+            side: config(side, arguments.data, Path(name) / side, model)
             | {'max_duration': f'{arguments.batches}ba', 'save_interval': f'{arguments.batches}ba'}
             for side in SIDES
         }
-        taken['step'], taken['wait'] = steps(pair)
+        both = turns_of(pair)
+        taken['step'] = {side: together(both[side].steps) for side in SIDES}
+        taken['wait'] = {side: together(both[side].waits) for side in SIDES}
         for number in tqdm(range(arguments.rounds), 'rounds', disable=None):
             for side in SIDES if number % 2 else SIDES[::-1]:
                 folder = Path(name) / side
                 shutil.rmtree(folder, ignore_errors=True)
-                cfg = config(side, arguments.data, folder, arguments.width, arguments.layers)
+                cfg = config(side, arguments.data, folder, model)
                 checkpoints.clear()
                 watch, begun = run(cfg)
                 assert watch.began is not None, 'it has trained'

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
+from trajectories import assert_near, expected_ema, expected_lawa, weights_along
 
 from cpt_algorithms.stage.preflight import preflight
 from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.validation import ConfigError
 from cpt_algorithms.weight_averaging.ema import EMA
-from cpt_algorithms.weight_averaging.functional import window_weights
 from cpt_algorithms.weight_averaging.lawa import LAWA
 from cpt_algorithms.weight_averaging.local_shards import LocalShards
 
@@ -44,30 +44,7 @@ def config(folder, data, name, averages=AVERAGES, **over):
 
 
 def trajectory(cfg):
-    folder = cfg['callbacks']['recorder']['weights']
-    return [torch.load(f'{folder}/{batch}.pt', weights_only=True) for batch in range(1, 9)]
-
-
-def expected_ema(weights, half_life, begin=0):
-    """In float64, from the definition."""
-    counts = [2 ** (-(len(weights) - 1 - i) / half_life) for i in range(begin, len(weights))]
-    return {
-        name: sum(c * w[name].double() for c, w in zip(counts, weights[begin:], strict=True)) / sum(counts)
-        for name in weights[0]
-    }
-
-
-def expected_lawa(weights, batches, kind='uniform'):
-    shares = window_weights(kind, len(batches))
-    return {
-        name: sum(s * weights[b - 1][name].double() for s, b in zip(shares, batches, strict=True))
-        for name in weights[0]
-    }
-
-
-def assert_near(tensors, expected):
-    for key, tensor in tensors.items():
-        torch.testing.assert_close(tensor.double(), expected[key].double(), rtol=1e-6, atol=1e-8)
+    return weights_along(cfg['callbacks']['recorder']['weights'])
 
 
 def callback_state(cfg):
