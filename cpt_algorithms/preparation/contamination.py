@@ -45,7 +45,7 @@ def ngram_hashes(words: Hashes, size: int) -> Hashes:
 
 
 def _hashed(text: str) -> Hashes:
-    return np.fromiter((xxh64_intdigest(word) for word in words_of(text)), np.uint64)
+    return np.fromiter((xxh64_intdigest(word.encode()) for word in words_of(text)), np.uint64)
 
 
 @dataclass(frozen=True)

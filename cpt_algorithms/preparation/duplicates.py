@@ -157,7 +157,7 @@ def signatures(texts: Sequence[str], settings: NearDuplicates) -> Keys:
     result = np.empty((len(texts), bands), np.uint64)
     for number, text in enumerate(texts):
         minhash = empty.copy()
-        remaining = shingles(text, settings.ngram)
+        remaining = map(str.encode, shingles(text, settings.ngram))  # xxhash 4 takes no strings
         while batch := list(islice(remaining, _SHINGLES)):
             minhash.update_batch(batch)
         values = minhash.hashvalues.astype('<u4').tobytes()

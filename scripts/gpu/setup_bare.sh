@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sets up a bare GPU machine with what scripts/gpu/wheels.sh gathered, without a network: in the checkout,
 #
-#   source scripts/gpu/setup_bare.sh && python3 -m pytest -m gpu
+#   source scripts/gpu/setup_bare.sh && python3 -m pytest -m gpu tests/gpu
 #
 # Everything goes to $SITE (/tmp/cpt-site if it is not set); the machine's own packages stay as they are, and what is
 # edited in the checkout needs no second installation.
@@ -13,7 +13,7 @@ set_up_bare() {
     export SITE=${SITE:-/tmp/cpt-site}
     list=$(ls "$checkout/.whl") || return
     if [ "$(cat "$SITE/.wheels" 2>/dev/null)" != "$list" ]; then
-        rm -rf "$SITE"
+        if [ -e "$SITE/.wheels" ]; then rm -rf "$SITE"; fi # of other wheels
         python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" \
             "$checkout"/.whl/*.whl || return
         # the entry points by which llm-foundry finds this package, which itself is imported from the checkout
