@@ -2,6 +2,7 @@
 """A sharded checkpoint does not write again what the one before it of the same run holds, and links to it instead."""
 
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +28,7 @@ class LinkingWriter(FileSystemWriter):
     """Torch's, which puts what never changes into files of its own, ``__<rank>_<name>_0.distcp``, and links to those.
 
     A hard link is the same file in two folders: each checkpoint is whole, and whichever is deleted first takes nothing
-    from the other. A file that cannot be linked, as it is gone or on a file system without links, is written.
+    from the other. What cannot be linked, as it is gone, or cut off, or on a file system without links, is written.
 
     Args:
         folder: The checkpoint's.
@@ -38,6 +39,12 @@ class LinkingWriter(FileSystemWriter):
     def __init__(self, folder: str, name_of: Callable[[str], str | None], written: Written) -> None:
         super().__init__(folder)
         self.name_of, self.written = name_of, written
+
+    def set_up_storage_writer(self, is_coordinator: bool, *arguments: Any, **options: Any) -> None:
+        """What lies there is no checkpoint any more, before any of its files is another."""
+        if is_coordinator:
+            (Path(self.path) / '.metadata').unlink(missing_ok=True)
+        super().set_up_storage_writer(is_coordinator, *arguments, **options)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write and link this rank's files."""
@@ -73,9 +80,13 @@ class LinkingWriter(FileSystemWriter):
         folder, results = before
         if results.keys() != {item.index for item in items}:
             return None
-        (name,) = {result.storage_data.relative_path for result in results.values()}
+        places = [result.storage_data for result in results.values()]
+        (name,) = {place.relative_path for place in places}
         try:
             (Path(self.path) / name).unlink(missing_ok=True)
+            there = os.lstat(folder / name)
+            if not stat.S_ISREG(there.st_mode) or there.st_size < max(place.offset + place.length for place in places):
+                return None
             os.link(folder / name, Path(self.path) / name)
         except OSError:
             return None

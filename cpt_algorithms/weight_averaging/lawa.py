@@ -106,7 +106,10 @@ class LAWA(AveragedWeights):
                 kept.copy_(parameter, non_blocking=True)
         else:
             snapshot = [self._place(parameter, parameter) for parameter in parameters]
-        self._window[self.time(state.timestamp, 'ba')] = snapshot
+        batch = self.time(state.timestamp, 'ba')
+        self._square_sums.pop(str(batch), None)  # of a trainer by hand whose time was set back
+        self._window.pop(batch, None)
+        self._window[batch] = snapshot
         self.release()
 
     def saved(self) -> tuple[dict[str, list[torch.Tensor]], dict[str, Any]]:
@@ -131,8 +134,10 @@ class LAWA(AveragedWeights):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Have sharded checkpoints link to the snapshots that the one before holds."""
         super().fit_start(state, logger)
-        # to object storage and loggers Composer uploads just the one file of each rank that it knows
-        if any(destination.can_upload_files() for destination in logger.destinations):
+        # to object storage and loggers Composer uploads just the one file of each rank that it knows; that of W&B says
+        # that it can, and does not unless it is told to
+        uploads = [each for each in logger.destinations if each.can_upload_files()]
+        if any(getattr(each, '_log_artifacts', True) for each in uploads):
             return
         for saver in state.callbacks:
             if isinstance(saver, CheckpointSaver) and saver.remote_uploader is None:

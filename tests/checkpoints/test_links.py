@@ -9,6 +9,7 @@ import pytest
 import torch
 from composer.utils import checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -79,11 +80,17 @@ def test_what_is_not_the_same_is_written(run):
     assert run.written.keys() == {'ba4'}, 'what has left the window is forgotten'
 
 
-@pytest.mark.parametrize('why', ['gone', 'no links'])
+@pytest.mark.parametrize('why', ['gone', 'no links', 'cut off', 'a link that leads elsewhere'])
 def test_what_cannot_be_linked_is_written(why, run, monkeypatch):
     first = run.save(2, 2)
+    shared = first / '__0_ba2_0.distcp'
     if why == 'gone':
         shutil.rmtree(first)
+    elif why == 'cut off':
+        os.truncate(shared, 100)
+    elif why == 'a link that leads elsewhere':
+        shared.rename(first / 'elsewhere')
+        shared.symlink_to('elsewhere')
     else:
 
         def link(*_):
@@ -100,13 +107,29 @@ def test_a_checkpoint_that_is_written_anew_leaves_what_it_shared_alone(run, tmp_
     first, second = run.save(4, 2, 4), run.save(6, 4, 6)
     again = Saver(tmp_path)
     different = torch.zeros(3, 2)
-    with pytest.warns(UserWarning, match='overwriting'):
-        assert again.save(6, 4, a=different) == second
+    assert again.save(6, 4, a=different) == second
     check(second, 6, 4, a=different)
     check(first, 4, 2, 4)
-    with pytest.warns(UserWarning, match='overwriting'):
-        again.save(4, 4, a=different)  # links to what it has just written, over what was there
+    again.save(4, 4, a=different)  # links to what it has just written, over what was there
     check(first, 4, 4, a=different)
+
+
+@pytest.mark.parametrize('at', [0, 1, 2])
+def test_a_save_over_another_that_is_cut_off_leaves_no_mixture(at, run, tmp_path, monkeypatch):
+    run.save(4, 2, 4)
+    second, again, write = run.save(6, 4, 6), Saver(tmp_path), LinkingWriter._write
+    written = []
+
+    def cut_off(*arguments):
+        if len(written) == at:
+            raise KeyboardInterrupt
+        written.append(write(*arguments))
+        return written[-1]
+
+    monkeypatch.setattr(LinkingWriter, '_write', cut_off)
+    with pytest.raises((KeyboardInterrupt, CheckpointException)):
+        again.save(6, 4, 6)
+    assert not is_complete(second) and half_written(tmp_path) == [second]
 
 
 def test_a_save_that_was_cut_off_is_known(run, tmp_path):

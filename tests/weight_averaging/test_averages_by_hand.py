@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from composer.core import Evaluator, State, Time
+from composer.callbacks import CheckpointSaver
+from composer.core import Evaluator, State, Time, Timestamp
 from composer.devices import DeviceCPU
-from composer.loggers import Logger
+from composer.loggers import Logger, WandBLogger
 from hypothesis import given
 from hypothesis import strategies as st
 from llmfoundry.callbacks import HuggingFaceCheckpointer
@@ -227,6 +228,26 @@ def test_the_sum_of_a_snapshot_is_taken_once_and_that_of_an_ema_each_time():
     first = sums(ema)['ema_1ba']
     spoil(ema)
     assert sums(ema) == {'ema_1ba': 81.0} != {'ema_1ba': first}
+
+
+@pytest.mark.parametrize(('artifacts', 'linked'), [(None, True), (False, True), (True, False)])
+def test_checkpoints_that_a_logger_uploads_have_no_further_files(artifacts, linked, tmp_path):
+    run = Run(LAWA('1ba'))
+    saver = CheckpointSaver(str(tmp_path))
+    stock = saver._save_checkpoint
+    run.state.callbacks.append(saver)
+    run.logger.destinations = () if artifacts is None else (WandBLogger(log_artifacts=artifacts),)
+    run.callback.fit_start(run.state, run.logger)
+    assert (saver._save_checkpoint != stock) == linked
+
+
+def test_a_trainer_whose_time_is_set_back_has_the_later_snapshot_last():
+    run = Run(LAWA('1ba', k=3)).train(2)
+    run.saved()
+    run.state.timestamp = Timestamp()
+    run.before = 4
+    saved = run.train(1).saved()
+    assert list(saved['window']) == ['2', '1'] and json.loads(saved['meta'])['square_sum'] == {'2': 4.0, '1': 25.0}
 
 
 def test_averages_are_in_float32_whatever_the_weights_are():
