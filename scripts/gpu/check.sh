@@ -15,11 +15,13 @@ export PYTHONUNBUFFERED=1 COLUMNS=150
 marks=(-m gpu) size=()
 python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || marks=() size=(--tiny)
 echo "set up after $SECONDS s"
-timeout 400 python3 -m pytest -q -W ignore --durations=3 -p no:cacheprovider "${marks[@]}" tests/gpu/test_one_device.py \
+df -h /tmp /dev/shm; free -g; nvidia-smi; ip address || cat /proc/net/dev # why, if something fails for want of it
+# INT: whoever is stopped still says what there is
+timeout -s INT -k 20 400 python3 -m pytest -q -W ignore --durations=3 -o faulthandler_timeout=100 -p no:cacheprovider "${marks[@]}" tests/gpu/test_one_device.py \
     --results "$out/gpu.json" 2>&1 | tee "$out/gpu.log" | tail -n 100
 tests=$?
 echo "tests ended after $SECONDS s"
-timeout "$((seconds - SECONDS))" python3 scripts/benchmarks/gpu.py "${size[@]}" --budget "$((seconds - SECONDS - 120))" \
+timeout -s INT -k 20 "$((seconds - SECONDS - 15))" python3 scripts/benchmarks/gpu.py "${size[@]}" --budget "$((seconds - SECONDS - 120))" \
     --json "$out/bench.json" 2>&1 | tee "$out/bench.log"
 bench=$?
 echo "tests: exit code $tests, benchmark: exit code $bench, after $SECONDS s"

@@ -23,7 +23,7 @@ set_up_bare() {
     export PYTHONPATH=$SITE:$checkout/.whl_stubs:$checkout
     export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
     # one GPU is torch's alone; and no git program needs to be there
-    export USE_FLAX=0 USE_TF=0 GIT_PYTHON_REFRESH=quiet
+    export USE_FLAX=0 USE_TF=0 GIT_PYTHON_REFRESH=quiet NCCL_DEBUG=WARN
     unset PYTHONDONTWRITEBYTECODE # each rank and stage would compile it all again
 }
 set_up_bare

@@ -46,8 +46,14 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         for report in terminalreporter.stats.get(outcome, []):
             if 'tests/gpu/' in report.nodeid and (report.when == 'call' or outcome != 'passed'):
                 name = report.nodeid.partition('::')[2].removeprefix('test_').replace('_', ' ')
-                why = '' if outcome == 'passed' else report.longreprtext.splitlines()[-1]
+                crash = getattr(getattr(report.longrepr, 'reprcrash', None), 'message', report.longreprtext)
+                why = '' if outcome == 'passed' else (crash.splitlines() or [''])[0]
                 lines.append([name, outcome, round(report.duration, 1), dict(report.user_properties), why])
+    if path:
+        keys = ('case', 'outcome', 'seconds', 'measured', 'why')
+        cases = [dict(zip(keys, line, strict=True)) for line in lines]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({'with': made_with(), 'cases': cases}, indent=1))
     table = Table(title=made_with())
     for column in ('case', 'outcome', 's', 'measured'):
         table.add_column(column, overflow='fold', justify='right' if column == 's' else 'left')
@@ -55,8 +61,3 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         told = why or ', '.join(f'{key} {value}' for key, value in found.items())
         table.add_row(escape(name), outcome, f'{seconds}', escape(told))
     print_table(table, Console(width=None if os.isatty(1) else 160))
-    if path:
-        keys = ('case', 'outcome', 'seconds', 'measured', 'why')
-        cases = [dict(zip(keys, line, strict=True)) for line in lines]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({'with': made_with(), 'cases': cases}, indent=1))

@@ -33,7 +33,7 @@ def test_a_rehearsal_measures_everything(tmp_path):
     found = json.loads(out.read_text())
     assert not found['failed']
     assert set(found['skipped']) <= {'step: FlashAttention 2', 'step: Liger'}
-    for name in ('base', 'compiled', 'compiled, largest', 'FSDP2', 'eager'):
+    for name in ('base', 'compiled', 'compiled, largest', 'FSDP2, one process', 'eager'):
         assert found['step'][name]['tokens/s'] > 0 and 0 < found['step'][name]['MFU'] < 1
     assert len(found['everything on']['in turns']['groups']['ours']) > 1
     assert set(found['averages']['all']['B/s']) == {'snapshot', 'EMA update'}

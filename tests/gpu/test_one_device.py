@@ -52,8 +52,9 @@ WAYS = {
     'flash attention': {**BF16, 'model': {'attn_config': {'attn_impl': 'flash'}}},
 }
 OF_A_GPU = ('FSDP1, original parameters', 'flash attention')
-# How far losses may be from those of float32 on the CPU, which are about log(256): TF32, and bfloat16.
-NEAR = {'fp32': 2e-3, 'amp_bf16': 3e-2}
+# How far losses may be from those of float32 on the CPU, which are about log(256): TF32, and bfloat16, of which autocast
+# on the CPU makes 0.0016.
+NEAR = {'fp32': 2e-3, 'amp_bf16': 1e-2}
 
 
 @contextmanager
@@ -242,8 +243,8 @@ def check_training(way, device, data, parents, reference, folder, measured):
     ran = train(cfg)
     assert planned(ran.lines) == planned(reference), 'the rows and rates of the CPU'
     apart = distance(ran.lines, reference)
-    assert apart < NEAR[cfg['precision']]
     measured(loss_apart_from_float32_on_CPU=f'{apart:.1e}')
+    assert apart < NEAR[cfg['precision']]
     if 'lawa' in cfg['callbacks']:
         assert_averages(cfg, ran)
         kinds = {tensor.device.type for snapshot in ran.callbacks['LAWA']._window.values() for tensor in snapshot}
@@ -274,18 +275,18 @@ def test_a_hugging_face_model_is_updated_and_exported(attention, device, data, t
         pytest.skip('flash_attn is not installed')
     base = pretrained.make('llama', tmp_path, data['tokenizer'])
     ends = {'mask_documents': {'eos_token_id': 7}} if masked else {}  # any token: rows are random
-    over = {'python_log_level': 'error', 'callbacks': {'recorder': {'weights': str(tmp_path / 'weights')}, **ends}}
-    cfg = on_device(pretrained.stage(tmp_path, data, 'run', base, **BF16, eval_first=True, **over), device)
+    over = {'python_log_level': 'error', 'callbacks': ends, 'eval_first': True}
+    cfg = on_device(pretrained.stage(tmp_path, data, 'run', base, **BF16, **over), device)
     cfg['model']['attn_implementation'] = attention
+    cfg['callbacks']['recorder']['weights'] = str(tmp_path / 'weights')
     exporter = {'save_folder': cfg['save_folder'], 'save_interval': '8ba', 'precision': 'float32'}
     cfg['callbacks']['hf_checkpointer'] = exporter
-    lines = train(cfg).lines
-    on_the_cpu = pretrained.stage(tmp_path, data, 'cpu', base, eval_first=True, **over)
-    if device == 'gpu':
-        with on_cpu():
-            apart = distance(lines, train(on_the_cpu).lines)
-        assert apart < NEAR['amp_bf16']
-        measured(loss_apart_from_float32_on_CPU=f'{apart:.1e}')
+    ran = train(cfg)
+    assert ran.model.model.config._attn_implementation == attention
+    with on_cpu():
+        apart = distance(ran.lines, train(pretrained.stage(tmp_path, data, 'cpu', base, **over)).lines)
+    measured(loss_apart_from_float32_on_CPU=f'{apart:.1e}')
+    assert apart < NEAR['fp32'], 'with so few steps bfloat16 is as near'
     exported = load_file(tiny.Path(cfg['save_folder']) / 'huggingface' / 'ba8' / 'model.safetensors')
     last = weights_along(tmp_path / 'weights')[-1]
     assert {f'model.{key}' for key in exported} == last.keys()
@@ -311,8 +312,9 @@ def test_averages_leave_training_as_it_is(offload, device, data, parent, tmp_pat
     averaged = train(config(tmp_path, data, 'averaged', parent, device, **over)).lines
     noise, apart = distance(plain, again), distance(plain, averaged)
     assert planned(averaged) == planned(plain)
-    assert apart <= noise, 'bit-identical, as far as the same run twice is'
     measured(the_same_run_twice=f'{noise:.1e}', with_and_without_averages=f'{apart:.1e}')
+    # bit-identical, if the same run twice is
+    assert apart <= 10 * noise < NEAR['fp32']
 
 
 @pytest.mark.parametrize('device', [pytest.param('cpu', marks=pytest.mark.long), GPU], indirect=True)
@@ -335,8 +337,8 @@ def test_killed_and_resumed(device, data, parent, tmp_path, deterministic, measu
         assert after[4][key] == before[4][key], f'{key} at batch 4, bit for bit'
     assert planned({**before, **after}) == planned(straight)
     apart = distance({**before, **after}, straight)
-    assert apart <= (0 if device == 'cpu' else NEAR['fp32'])
     measured(loss_apart_from_the_straight_run=f'{apart:.1e}')
+    assert apart <= (0 if device == 'cpu' else NEAR['fp32'])
 
 
 def lines_of(path):
@@ -389,8 +391,9 @@ def test_lm_eval_is_that_of_the_cpu(device, data, offline, tmp_path, measured):
         (found,) = lm_eval.evaluate_runs([model], load_suite(offline), device=kind).values()
         assert found['settings']['device'] == kind and not found['missing']
         scores.append({task: result['score'] for task, result in found['tasks'].items()})
-    assert scores[0].keys() == scores[1].keys() and scores[1] == pytest.approx(scores[0], rel=2e-3)
+    assert scores[0].keys() == scores[1].keys()
     measured(apart=f'{max(abs(scores[0][task] - scores[1][task]) for task in scores[0]):.1e}')
+    assert scores[1] == pytest.approx(scores[0], rel=2e-3)
 
 
 def test_documents_are_sampled_on_it(device, data, tmp_path):

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """``stage_start`` event by event, on a model of one number: what it puts back, what it refuses, and in which words."""
 
+import json
 import logging
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import Precision, State
@@ -15,8 +17,13 @@ from llmfoundry.callbacks import HuggingFaceCheckpointer
 from tiny import Number
 
 from cpt_algorithms.checkpoints.exports import export_atomically
+from cpt_algorithms.files import write_json
+from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.schedulers import RewarmConstantScheduler
 from cpt_algorithms.stage import stage_start
+from cpt_algorithms.stage.record import read_record
+from cpt_algorithms.stage.saving import StoppedError
+from cpt_algorithms.stage.stage import Stage
 from cpt_algorithms.stage.stage_start import StageStart
 
 
@@ -25,9 +32,9 @@ class Run:
 
     def __init__(
         self, optimizer='reset', run_name='run', lr=0.5, betas=(0.9, 0.99), scheduler=None, ours=None, max_duration='8ba',
-        precision=Precision.FP32, algorithms=(),
+        precision=Precision.FP32, algorithms=(), yaml=None,
     ):  # fmt: skip
-        self.callback = StageStart(optimizer)
+        self.callback = StageStart(optimizer, train_config=yaml)
         model = Number(1.0)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=0.25)
         self.state = State(
@@ -204,6 +211,112 @@ def test_an_optimizer_without_decay_has_none(caplog):
     with caplog.at_level(logging.INFO):
         run.callback.batch_start(run.state, run.logger)
     assert 'weight_decay=0, ' in caplog.text
+
+
+@pytest.fixture
+def given(data, tmp_path):
+    """The YAML of a run in ``tmp_path / 'run'`` as llm-foundry hands it on."""
+    cfg = tiny.config(tmp_path, data, 'run', eval_loader=[tiny.eval_loader('old', data['old'])])
+    cfg['save_folder'] = f'{tmp_path}/{{run_name}}'
+    loaders = {'eval_loaders': cfg.pop('eval_loader'), 'eval_loader': None}
+    return {**cfg, **loaders, 'n_gpus': 2, 'eval_first': None}
+
+
+def record_of(tmp_path):
+    return json.loads((tmp_path / 'run' / 'stage.json').read_text())
+
+
+def test_the_yaml_is_recorded_and_compared(given, tmp_path):
+    Run(yaml=given).load(None)
+    cfg = {key: value for key, value in given.items() if key not in ('eval_loaders', 'n_gpus', 'eval_first')}
+    cfg['eval_loader'] = given['eval_loaders']
+    assert read_record(tmp_path / 'run').config.to_train_yaml() == Stage.from_yaml(cfg).to_train_yaml()
+    torch.save({'state': {}}, tmp_path / 'run' / 'ep0-ba3-rank0.pt')
+    Run(yaml=given)
+    with pytest.raises(ValueError, match='seed'):
+        Run(yaml={**given, 'seed': 18})
+    # the recipe has compared it before; and what has no folder or name cannot be found again
+    of_the_recipe = {**given['callbacks'], 'datasets_built': {}}
+    for other in ({'callbacks': of_the_recipe}, {'save_folder': None}, {'run_name': None}):
+        Run(yaml={**given, 'seed': 18, **other})
+
+
+def test_a_record_is_written_when_a_stage_starts_and_when_it_is_extended(given, tmp_path):
+    saved = Run().saved()
+    Run(yaml=given).load(None)
+    marked = {**record_of(tmp_path), 'versions': {'torch': 'earlier'}, 'contents': {'earlier': 'kept'}}
+    write_json(f'{tmp_path}/run/stage.json', marked)
+    Run(yaml=given).load('latest.pt', at=1, saved=saved)
+    assert record_of(tmp_path) == marked, 'it was resumed'
+    Run(yaml={**given, 'max_duration': '9ba'}).load('latest.pt', at=1, saved=saved)
+    extended = record_of(tmp_path)
+    assert extended['config']['max_duration'] == '9ba'
+    assert extended['versions'] != marked['versions'] and extended['contents']['earlier'] == 'kept'
+    write_json(f'{tmp_path}/run/stage.json', marked)
+    Run(yaml=given).load('parent.pt')
+    again = record_of(tmp_path)
+    assert again['versions'] != marked['versions'] and 'earlier' not in again['contents'], 'it starts again'
+
+
+def test_a_run_whose_name_has_changed_is_known_by_its_folder(given, tmp_path):
+    saved = {'run_name': 'called otherwise before'}
+    with pytest.raises(ValueError, match="at batch 3 of run 'called otherwise before'"):
+        Run(yaml=given).load(f'{tmp_path}/run/ep0-ba3-rank0.pt', at=3, saved=saved)  # nothing was recorded there
+    Run(yaml=given).load(None)
+    Run(yaml=given).load(f'{tmp_path}/run/ep0-ba3-rank0.pt', at=3, saved=saved)
+    for elsewhere in (f'{tmp_path}/other/ep0-ba3-rank0.pt', None):
+        with pytest.raises(ValueError, match="at batch 3 of run 'called otherwise before'"):
+            Run(yaml=given).load(elsewhere, at=3, saved=saved)
+
+
+def test_rows_that_run_out_stop_the_run(monkeypatch):
+    asked = []
+
+    def check_budget(slots):
+        asked.append(slots)
+        if slots > 24:
+            raise ValueError('there are 24 rows')
+
+    text = ReplayTextDataset.__new__(ReplayTextDataset)
+    monkeypatch.setattr(ReplayTextDataset, 'is_packed', property(lambda self: len(asked) > 2), raising=False)
+    vars(text).update(check_budget=check_budget, global_batch_size=8)
+    run = Run(scheduler=ConstantScheduler()).load(at=2, saved=Run(scheduler=ConstantScheduler()).saved())
+    run.state.train_dataloader = SimpleNamespace(dataset=text)
+    run.state.timestamp = run.state.timestamp.copy(sample=16)
+    run.callback.batch_start(run.state, run.logger)
+    run.state.timestamp = run.state.timestamp.copy(sample=17)
+    with pytest.raises(StoppedError, match='^after batch 2, there are 24 rows$'):
+        run.callback.batch_start(run.state, run.logger)
+    assert asked == [24, 25]
+    asked.append(0)
+    run.callback.batch_start(run.state, run.logger)  # of packed rows it is known from the start
+    assert asked == [24, 25, 0]
+    run.callback.eval_end(run.state, run.logger)  # of an evaluation that did not begin
+
+
+@pytest.mark.parametrize('average', ['', '-lawa'])
+def test_an_export_gets_its_card(average, given, tmp_path):
+    exporter = HuggingFaceCheckpointer.__new__(HuggingFaceCheckpointer)
+    added = []
+    vars(exporter)['save_additional_contents'] = lambda *given: added.append(given)
+    exporter.huggingface_folder_name_fstr = 'huggingface/ba{batch}'
+    run = Run(yaml=given, ours=exporter).load(None)
+    exporter.huggingface_folder_name_fstr = f'huggingface/.ba{{batch}}{average}'
+    run.state.timestamp = run.state.timestamp.copy(batch=5)
+    out = tmp_path / 'export'
+    out.mkdir()
+    exporter.save_additional_contents(run.state, run.logger, str(out))
+    assert added == [(run.state, run.logger, str(out))], 'whatever else is added'
+    card = (out / 'README.md').read_text()
+    assert ('lawa' in card) == bool(average) and (out / 'recipe.yaml').exists()
+    # a trainer made by hand has no record
+    by_hand = HuggingFaceCheckpointer.__new__(HuggingFaceCheckpointer)
+    vars(by_hand)['save_additional_contents'] = lambda *given: added.append(given)
+    by_hand.huggingface_folder_name_fstr = 'huggingface/ba{batch}'
+    run = Run(ours=by_hand).load(None)
+    (tmp_path / 'bare').mkdir()
+    by_hand.save_additional_contents(run.state, run.logger, str(tmp_path / 'bare'))
+    assert len(added) == 2 and not list((tmp_path / 'bare').iterdir())
 
 
 def test_loading_and_exporting_are_done_with_care(monkeypatch):
