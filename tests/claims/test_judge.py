@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from run_folders import write_run
 
 from cpt_algorithms.files import write_json
 from scripts.claims.judge import Claim, Condition, Finding, NotRun, Runs, judge
@@ -40,6 +41,22 @@ def test_runs_are_given_seed_by_seed(tmp_path):
     first, second = runs.curves('a', 'd', 'ema')
     assert first.tolist() == [[0.25, 6.5], [0.5, 4.5], [0.75, 2.0], [1.0, 6.75]], 'over the share of the run'
     assert second[:, 1].tolist() == [7.5, 5.5, 3.0, 7.75]
+
+
+def test_runs_of_no_sequence_are_those_of_the_folder(tmp_path):
+    for seed in (1, 2):
+        start = {'old': 3.0 + seed, 'new': 5.0}
+        write_run(tmp_path / f'a-s{seed}', {'old': 4.5, 'new': 4.0}, parent='parent', start=start)
+    (tmp_path / 'notes').mkdir()
+    runs = Runs(tmp_path)
+    assert runs.seeds == [1, 2] and runs.final('a', 'old').tolist() == [4.5, 4.5]
+    forgotten, learned = runs.changes('a', 'old', 'new')
+    assert forgotten.tolist() == [0.5, -0.5] and learned.tolist() == [1.0, 1.0]
+    with pytest.raises(NotRun, match=f'^the losses of the parent of a in {tmp_path.parent.name}/{tmp_path.name}$'):
+        runs.changes('a', 'older', 'new')
+    assert Runs(tmp_path, [2]).final('a', 'new').tolist() == [4.0]
+    with pytest.raises(NotRun, match='^a-s3 in '):
+        Runs(tmp_path, [2, 3]).named('a')
 
 
 def test_gain_and_rise_by_hand(tmp_path):

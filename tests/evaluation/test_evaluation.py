@@ -14,14 +14,22 @@ from cpt_algorithms.evaluation.final_loss import FinalLoss
 from cpt_algorithms.evaluation.functional import (
     Mean,
     adaptation,
+    check_labels,
+    cuts_of,
     final_loss,
     flips,
     forgetting,
     has_diverged,
+    has_same_items,
     in_final_window,
+    is_accuracy,
+    is_point,
     mean_over_tasks,
+    name_of_point,
     paired_delta,
     score,
+    shots_of,
+    split_label,
     steps_saved,
     training_flops,
     within_noise,
@@ -180,6 +188,7 @@ def test_steps_saved_by_hand():
         # what ends as no number
         ([2.0] * 39 + [nan], True),
         ([nan] * 5 + [2.0] * 35, False),
+        ([nan] * 5 + [1.0] * 33 + [2.0] * 2, True),
         ([2.0] * 39 + [inf], True),
     ],
 )
@@ -195,7 +204,7 @@ def test_score_by_hand():
     # 9 bits on 3 bytes: 2 - 3 and 7 - 6; sqrt(2 * 2) / 3
     assert score([2, 7], [1, 2]) == Mean(3, 2 / 3, 2)
     assert score([0.5], [1]) == Mean(0.5, 0, 1)
-    with pytest.raises(ValueError, match='no item'):
+    with pytest.raises(ValueError, match='^there is no item$'):
         score([], [])
 
 
@@ -256,6 +265,37 @@ def test_within_noise():
     assert within_noise(Mean(0.195, 0.1, 9)) and within_noise(Mean(-0.195, 0.1, 9)) and within_noise(Mean(0, 0, 9))
     assert not within_noise(Mean(0.197, 0.1, 9))
     assert within_noise(Mean(1, 0, 1))  # one item says nothing
+    assert not within_noise(Mean(1, 0.1, 2))
+
+
+def test_labels_by_hand():
+    assert split_label('d', ['d', 'e']) == ('d', '')
+    assert split_label('d/lawa', ['d']) == ('d', 'lawa') and split_label('a/b/ema_2ba', ['a/b']) == ('a/b', 'ema_2ba')
+    assert split_label('x/lawa', ['d']) is None and split_label('d/other', ['d']) is None
+    assert is_point(name_of_point(0.5)) and not is_point('lawa')
+    check_labels(['d', 'e', 'e_stderrs', 'd interval '])
+    for labels, message in (
+        (['d', 'mean'], "eval_loader: 'mean' is the mean over all datasets in results; give it another label"),
+        (['d', 'e', 'd', 'd'], "eval_loader: 3 loaders have the label 'd'; name them differently"),
+        (['d', 'd_stderr'], "eval_loader: a result of 'd' is called 'd_stderr', too; give it another label"),
+        (['d interval', 'd'], "eval_loader: a result of 'd' is called 'd interval', too; give it another label"),
+        (['d', 'e', 'd/lawa'], "eval_loader: a result of 'd' is called 'd/lawa', too; give it another label"),
+    ):
+        with pytest.raises(ValueError) as error:
+            check_labels(labels)
+        assert str(error.value) == message
+
+
+def test_results_of_tasks_by_hand():
+    result = {'higher_is_better': True, 'weights': [1, 1], 'entry': {'a': 1}, 'items': 'x', 'cut': 0, 'prompts': 2000}
+    assert is_accuracy(result)
+    assert not is_accuracy({**result, 'weights': [1, 2]}) and not is_accuracy({**result, 'higher_is_better': False})
+    assert has_same_items(result, {**result, 'prompts': 3})
+    for key in ('entry', 'items', 'weights', 'cut'):
+        assert not has_same_items(result, {**result, key: 'other'})
+        assert not has_same_items({**result, key: 'other'}, {other: result[other] for other in result if other != key})
+    assert cuts_of(result) == cuts_of({}) == '' and cuts_of({**result, 'cut': 1500}) == '1,500 of 2,000'
+    assert [shots_of(*each) for each in ((None, True), (0, True), (5, False), (5, True))] == ['', '0', '5', '≤ 5']
 
 
 def test_mean_over_tasks_by_hand():

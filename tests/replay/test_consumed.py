@@ -71,6 +71,14 @@ def test_positions_behind_by_hand():
     assert positions_behind(state_of(**own), json.dumps({**MIX, **own})) == READ
     with pytest.raises(ValueError, match=r'another order \(pile: seed 5, block 40, of 7 -> seed 5, block 40, of 8\)'):
         positions_behind(state_of(**own), json.dumps({**MIX, **own, 'replay.pile': pile.format(8, 5, 40)}))
+    # an order that is none; of replay's own, of all
+    with pytest.raises(ValueError, match=r'another order \(pile: seed 5, block 40 -> unshuffled\)'):
+        behind(**{'replay.pile': pile.format(7, None, 40)})
+    plain = {'shuffle': False, 'replay.pile': pile.format(7, None, 40)}
+    assert positions_behind(state_of(shuffle=False), json.dumps({**MIX, **plain})) == READ
+    shuffled = {'order': 'shuffled'}
+    with pytest.raises(ValueError, match=r'another order \(pile: seed 5, block 40, of all -> seed 5, block 40, of 7\)'):
+        positions_behind(state_of(**shuffled), json.dumps({**MIX, **shuffled, 'replay.pile': pile.format(7, 5, 40)}))
     # what is not the same data in the same role begins at 0
     assert behind(**{'new.web': '400 samples (abd)'}) == {'pile': 24, 'code': 8}
     assert behind(**{'new.more': '1 samples (9)'}) == {'pile': 24, 'code': 8}

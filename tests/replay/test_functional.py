@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cpt_algorithms.replay.functional import (
     Interleaving,
+    Line,
     MixedSequence,
     Piece,
     ShuffledOrder,
@@ -222,6 +223,12 @@ def test_changing_shares_are_near_their_integrals_and_any_slot_is_found_by_itsel
     assert sum(integral) == 150
 
 
+def test_lines_are_told_as_they_are_given():
+    half, tenth = Fraction(1, 2), Fraction(1, 10)
+    assert str(Line(None, half, half)) == '1/2'
+    assert str(Line(8, half, half)) == '1/2 until 8sp' and str(Line(8, half, tenth)) == '1/2 to 1/10 until 8sp'
+
+
 def test_a_line_between_weights_by_hand():
     # half of all; of a and b first all a, then in a straight line to all b: 8 slots hold 4 old ones, half of each
     pieces = shares_of(0.5, {'a': [['8sp', 1, 0]], 'b': [['8sp', 0, 1]]})
@@ -257,6 +264,7 @@ def test_a_long_ramp_stays_exact():
         (0.1, {'a': [['9sp', 1, 0]]}, r'all weights are 0 at sample 9, where the fraction is 1/10'),
         ([['5sp', 0.1]], {}, r'replay\.streams is empty'),
         ([['5sp', 0, 0.1]], {}, r'replay\.streams is empty'),
+        ([['5sp', 0, 0.1], ['9sp', 0.1, 0]], {}, r'replay\.streams is empty'),
         ([['5sp', 'much', 0.1]], {'a': 1}, r"^replay\.fraction\[0\]='much' is not a number"),
         ([['5sp', 0.1], ['6sp', 0, 'much']], {'a': 1}, r"^replay\.fraction\[1\]='much' is not a number"),
     ],

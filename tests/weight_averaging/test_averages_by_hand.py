@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from tiny import Number
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils.data import DataLoader
 
 from cpt_algorithms.duration import Duration
@@ -322,11 +323,42 @@ def test_an_average_goes_on_in_a_branch_as_in_its_trunk(
         straight.train(1)
 
 
-def test_a_trunk_without_an_average_is_said(tmp_path, caplog):
-    torch.save({'state': {'callbacks': {}}}, tmp_path / 'ep0-ba4-rank0.pt')
-    run = Run(LAWA('1ba', resume_after=str(tmp_path / 'ep0-ba4-rank0.pt')), before=4)
-    assert f'lawa: the checkpoint {tmp_path}/ep0-ba4-rank0.pt holds no average' in caplog.text
+@pytest.mark.parametrize('kind', ['ema', 'lawa'])
+def test_a_branch_goes_on_with_the_averages_of_a_sharded_trunk(kind, tmp_path):
+    def make(checkpoint=None):
+        return (
+            EMA(['1ba', '96tok'], resume_after=checkpoint) if kind == 'ema' else LAWA('2ba', 2, resume_after=checkpoint)
+        )
+
+    trunk = Run(make()).train(4)
+    ours = type(trunk.callback).__qualname__
+    save({'state': {'callbacks': {ours: trunk.saved()}}}, checkpoint_id=tmp_path / 'ep0-ba4', no_dist=True)
+    branch = Run(make(str(tmp_path / 'ep0-ba4')), before=4)
+    for _ in range(3):
+        assert branch.averages() == trunk.averages()
+        branch.train(1)
+        trunk.train(1)
+
+
+@pytest.mark.parametrize('kind', ['whole', 'whole, older', 'sharded'])
+def test_a_trunk_without_an_average_is_said(kind, tmp_path, caplog):
+    path = tmp_path / ('ep0-ba4' if kind == 'sharded' else 'ep0-ba4-rank0.pt')
+    if kind == 'sharded':
+        save({'state': {'model': {'weight': torch.ones(1)}}}, checkpoint_id=path, no_dist=True)
+    else:
+        torch.save({'state': {} if kind == 'whole, older' else {'callbacks': {}}}, path)
+    run = Run(LAWA('1ba', resume_after=str(path)), before=4)
+    assert f'lawa: the checkpoint {path} holds no average' in caplog.text
     assert run.train(1).averages() == {'lawa': 5.0}
+
+
+@pytest.mark.parametrize('length', [None, '2ep'])
+def test_how_long_a_run_is_may_not_be_known_when_it_is_saved(length):
+    saved = Run(EMA('1ba'), max_duration=length).saved()
+    assert json.loads(saved['meta'])['of'] == '0ba'
+
+
+def test_averages_in_object_storage_are_not_taken(caplog):
     Run(EMA('1ba', resume_after='s3://bucket/trunk/ep0-ba4-rank0.pt'))
     assert 'ema: s3://bucket/trunk/ep0-ba4-rank0.pt is in object storage' in caplog.text
 
