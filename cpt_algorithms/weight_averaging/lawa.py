@@ -107,8 +107,10 @@ class LAWA(AveragedWeights):
         else:
             snapshot = [self._place(parameter, parameter) for parameter in parameters]
         batch = self.time(state.timestamp, 'ba')
-        self._square_sums.pop(str(batch), None)  # of a trainer by hand whose time was set back
+        # of a trainer by hand whose time was set back
         self._window.pop(batch, None)
+        self._square_sums.pop(str(batch), None)
+        self._written.pop(f'ba{batch}', None)
         self._window[batch] = snapshot
         self.release()
 

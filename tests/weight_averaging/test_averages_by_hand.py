@@ -245,10 +245,12 @@ def test_checkpoints_that_a_logger_uploads_have_no_further_files(artifacts, link
 def test_a_trainer_whose_time_is_set_back_has_the_later_snapshot_last():
     run = Run(LAWA('1ba', k=3)).train(2)
     run.saved()
+    run.callback._written.update(ba1='written before', ba2='and this')
     run.state.timestamp = Timestamp()
     run.before = 4
     saved = run.train(1).saved()
     assert list(saved['window']) == ['2', '1'] and json.loads(saved['meta'])['square_sum'] == {'2': 4.0, '1': 25.0}
+    assert run.callback._written == {'ba2': 'and this'}
 
 
 def test_averages_are_in_float32_whatever_the_weights_are():
