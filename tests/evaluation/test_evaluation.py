@@ -276,6 +276,7 @@ def test_labels_by_hand():
     check_labels(['d', 'e', 'e_stderrs', 'd interval '])
     for labels, message in (
         (['d', 'mean'], "eval_loader: 'mean' is the mean over all datasets in results; give it another label"),
+        (['d', 'e', 'd'], "eval_loader: 2 loaders have the label 'd'; name them differently"),
         (['d', 'e', 'd', 'd'], "eval_loader: 3 loaders have the label 'd'; name them differently"),
         (['d', 'd_stderr'], "eval_loader: a result of 'd' is called 'd_stderr', too; give it another label"),
         (['d interval', 'd'], "eval_loader: a result of 'd' is called 'd interval', too; give it another label"),

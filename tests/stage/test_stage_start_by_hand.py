@@ -21,6 +21,7 @@ from cpt_algorithms.files import write_json
 from cpt_algorithms.replay.replay_text import ReplayTextDataset
 from cpt_algorithms.schedulers.schedulers import RewarmConstantScheduler
 from cpt_algorithms.stage import stage_start
+from cpt_algorithms.stage.model_card import write_card
 from cpt_algorithms.stage.record import read_record
 from cpt_algorithms.stage.saving import StoppedError
 from cpt_algorithms.stage.stage import Stage
@@ -238,7 +239,28 @@ def test_the_yaml_is_recorded_and_compared(given, tmp_path):
     # the recipe has compared it before; and what has no folder or name cannot be found again
     of_the_recipe = {**given['callbacks'], 'datasets_built': {}}
     for other in ({'callbacks': of_the_recipe}, {'save_folder': None}, {'run_name': None}):
-        Run(yaml={**given, 'seed': 18, **other})
+        assert Run(yaml={**given, 'seed': 18, **other}).callback._stage is None
+
+
+def test_fsdp_that_one_process_does_not_have_is_no_other_setting(given, tmp_path):
+    fsdp = {'mixed_precision': 'PURE'}
+    Run(yaml={**given, 'fsdp_config': fsdp}).load(None)
+    torch.save({'state': {}}, tmp_path / 'run' / 'ep0-ba3-rank0.pt')
+    Run(yaml=given)
+    with pytest.raises(ValueError, match='mixed_precision'):
+        Run(yaml={**given, 'fsdp_config': {'mixed_precision': 'DEFAULT'}})
+
+
+def test_evaluations_take_no_random_numbers():
+    run = Run()
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    run.callback.eval_start(run.state, run.logger)
+    torch.rand(3)
+    for _ in range(2):
+        run.callback.eval_end(run.state, run.logger)
+    assert torch.rand(1) == expected
 
 
 def test_a_record_is_written_when_a_stage_starts_and_when_it_is_extended(given, tmp_path):
@@ -307,8 +329,11 @@ def test_an_export_gets_its_card(average, given, tmp_path):
     out.mkdir()
     exporter.save_additional_contents(run.state, run.logger, str(out))
     assert added == [(run.state, run.logger, str(out))], 'whatever else is added'
-    card = (out / 'README.md').read_text()
-    assert ('lawa' in card) == bool(average) and (out / 'recipe.yaml').exists()
+    (tmp_path / 'expected').mkdir()
+    write_card(tmp_path / 'expected', read_record(tmp_path / 'run'), 5, average.removeprefix('-'))
+    for path in (tmp_path / 'expected').iterdir():
+        assert (out / path.name).read_text() == path.read_text()
+    assert ('lawa' in (out / 'README.md').read_text()) == bool(average)
     # a trainer made by hand has no record
     by_hand = HuggingFaceCheckpointer.__new__(HuggingFaceCheckpointer)
     vars(by_hand)['save_additional_contents'] = lambda *given: added.append(given)

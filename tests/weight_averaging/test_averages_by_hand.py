@@ -10,7 +10,8 @@ import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import Evaluator, State, Time, Timestamp
 from composer.devices import DeviceCPU
-from composer.loggers import Logger, WandBLogger
+from composer.loggers import Logger, LoggerDestination, WandBLogger
+from composer.utils import checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from llmfoundry.callbacks import HuggingFaceCheckpointer
@@ -18,6 +19,7 @@ from tiny import Number
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils.data import DataLoader
 
+from cpt_algorithms.checkpoints.links import LinkingWriter
 from cpt_algorithms.duration import Duration
 from cpt_algorithms.weight_averaging.averaged_weights import resolve_time, total_of
 from cpt_algorithms.weight_averaging.ema import EMA
@@ -231,15 +233,45 @@ def test_the_sum_of_a_snapshot_is_taken_once_and_that_of_an_ema_each_time():
     assert sums(ema) == {'ema_1ba': 81.0} != {'ema_1ba': first}
 
 
-@pytest.mark.parametrize(('artifacts', 'linked'), [(None, True), (False, True), (True, False)])
-def test_checkpoints_that_a_logger_uploads_have_no_further_files(artifacts, linked, tmp_path):
-    run = Run(LAWA('1ba'))
-    saver = CheckpointSaver(str(tmp_path))
-    stock = saver._save_checkpoint
+class Uploads(LoggerDestination):
+    def can_upload_files(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ('loggers', 'linked'),
+    [
+        (lambda: (), True),
+        (lambda: (WandBLogger(log_artifacts=False),), True),
+        (lambda: (WandBLogger(log_artifacts=True),), False),
+        (lambda: (Uploads(),), False),
+    ],
+)
+def test_checkpoints_that_a_logger_uploads_have_no_further_files(loggers, linked, tmp_path):
+    run, saver, seen = Run(LAWA('1ba')), CheckpointSaver(str(tmp_path)), []
+
+    def save(*arguments, **words):
+        seen.append((arguments, words, checkpoint.dist_cp.FileSystemWriter(str(tmp_path / 'ep0-ba1'))))
+
+    saver._save_checkpoint = save
     run.state.callbacks.append(saver)
-    run.logger.destinations = () if artifacts is None else (WandBLogger(log_artifacts=artifacts),)
+    run.logger.destinations = loggers()
     run.callback.fit_start(run.state, run.logger)
-    assert (saver._save_checkpoint != stock) == linked
+    saver._save_checkpoint(run.state, logger=run.logger)
+    ((arguments, words, writer),) = seen
+    assert (arguments, words) == ((run.state,), {'logger': run.logger})
+    assert isinstance(writer, LinkingWriter) == linked
+    if linked:
+        assert writer.written is run.callback._written
+        keys = ('state.callbacks.LAWA.window.12.model.a.weight', 'state.model.a.weight', 'state.callbacks.LAWA.meta')
+        assert [writer.name_of(key) for key in keys] == ['ba12', None, None]
+
+
+def test_a_window_is_taken_back_in_the_order_of_its_batches():
+    saved = Run(LAWA('1ba', k=2)).train(10).saved()
+    saved['window'] = dict(reversed(saved['window'].items()))
+    assert list(saved['window']) == ['10', '9']
+    assert Run(LAWA('1ba', k=2), loaded=saved, at=10).train(1).averages() == {'lawa': 10.5}
 
 
 def test_a_trainer_whose_time_is_set_back_has_the_later_snapshot_last():
