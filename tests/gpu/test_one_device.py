@@ -377,7 +377,7 @@ def test_checkpoints_go_from_one_device_to_the_other(device, data, parent, tmp_p
         (tmp_path / 'there.jsonl.rank0').rename(tmp_path / 'here.jsonl.rank0')
         moved = config(tmp_path, data, 'there', parent, 'cpu', save_folder=str(tmp_path / 'moved'))
         went_on = train(moved)
-    assert planned({**back}) and back[0]['adam_step'] == 0
+    assert len(back) == 8 and back[0]['adam_step'] == 0, 'a stage of its own'
     assert planned(went_on.lines) == planned(there.lines)[4:]
     assert_averages(moved, went_on)
 
@@ -385,8 +385,8 @@ def test_checkpoints_go_from_one_device_to_the_other(device, data, parent, tmp_p
 def test_lm_eval_is_that_of_the_cpu(device, data, offline, tmp_path, measured):
     base = pretrained.make('llama', tmp_path, data['tokenizer'])
     scores = []
-    for kind in ('cpu', 'cuda' if device == 'gpu' else 'cpu'):
-        model = tmp_path / kind / 'huggingface' / 'ba1'
+    for place, kind in (('there', 'cpu'), ('here', 'cuda' if device == 'gpu' else 'cpu')):
+        model = tmp_path / place / 'huggingface' / 'ba1'
         shutil.copytree(base, model, dirs_exist_ok=True)
         (found,) = lm_eval.evaluate_runs([model], load_suite(offline), device=kind).values()
         assert found['settings']['device'] == kind and not found['missing']
