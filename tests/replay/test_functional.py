@@ -3,6 +3,7 @@
 
 import pickle
 from fractions import Fraction
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_algorithms.replay.functional import (
+    MAX_SEARCHED,
     Interleaving,
     Line,
     MixedSequence,
     Piece,
     ShuffledOrder,
     StreamOrder,
+    _fairest_tree,
     _leaves,
+    _Rounded,
     check_budget,
     exact_fraction,
     row_shift,
@@ -221,6 +225,59 @@ def test_changing_shares_are_near_their_integrals_and_any_slot_is_found_by_itsel
     alone = [interleaving.locate(np.array([slot])) for slot in (0, 77, 149)]
     assert [(int(s[0]), int(o[0])) for s, o in alone] == [(streams[n], ordinals[n]) for n in (0, 77, 149)]
     assert sum(integral) == 150
+
+
+def trees_of(streams):
+    """Every binary tree of these streams."""
+    first, *rest = streams
+    if not rest:
+        yield first
+    for count in range(len(rest)):
+        for chosen in combinations(rest, count):
+            for one in trees_of([first, *chosen]):
+                yield from ((one, other) for other in trees_of([each for each in rest if each not in chosen]))
+
+
+def farthest(tree, shares, above=0.0):
+    """The largest ``sum(w / a)`` over the nodes above a leaf, but for the root."""
+    if isinstance(tree, int):
+        return shares[tree] * above
+    below = [0 if isinstance(side, int) else 1 / sum(shares[leaf] for leaf in _leaves(side)) for side in tree]
+    return max(farthest(side, shares, above + more) for side, more in zip(tree, below, strict=True))
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_of_few_streams_no_tree_is_fairer(seed):
+    shares = np.random.default_rng(seed).dirichlet(np.full(MAX_SEARCHED, 0.7)).tolist()
+    found, tree = _fairest_tree([(share, stream) for stream, share in enumerate(shares)])
+    assert found == pytest.approx(farthest(tree, shares))
+    assert found == pytest.approx(min(farthest(each, shares) for each in trees_of(range(MAX_SEARCHED))))
+
+
+def test_of_many_streams_the_two_smallest_are_joined_first():
+    shares = [0.02, 0.3, 0.01, 0.17, 0.2, 0.1, 0.15, 0.05]
+    assert len(shares) == MAX_SEARCHED + 2
+    found, tree = _fairest_tree([(share, stream) for stream, share in enumerate(shares)])
+    # 0.01 and 0.02, and these with 0.05
+    joined = [(0.3, 1), (0.2, 4), (0.17, 3), (0.15, 6), (0.1, 5), (0.08, (7, (0, 2)))]
+    best, expected = _fairest_tree(joined)
+    assert (found, tree) == (pytest.approx(best), expected)
+
+
+def test_counts_of_a_node_are_exact_beyond_64_bits_and_below_a_root():
+    def rounded(terms, divisor, under=(0, 0), sign=0):
+        made = _Rounded.__new__(_Rounded)
+        made._terms, made._divisor, made._under, made._sign = terms, divisor, under, sign
+        return made
+
+    samples = np.array([5, 2**22 - 1])
+    for once, linear in ((7, 3), (2**62, 2**40), (2**61, 2**41 - 1)):
+        found = rounded([once, linear, 0], 3)(samples)
+        assert found.dtype == np.int64 and found.tolist() == [(once + linear * int(m)) // 3 for m in samples]
+    # floor(10 - sqrt(2)), floor(10 - sqrt(4)), and with a plus
+    for under, sign, count in ((2, -1, 8), (4, -1, 8), (2, 1, 11), (4, 1, 12)):
+        found = rounded([10, 0, 0], 1, (under, 0), sign)(samples)
+        assert found.dtype == np.int64 and found.tolist() == [count] * 2
 
 
 def test_lines_are_told_as_they_are_given():
