@@ -271,7 +271,7 @@ def test_counts_of_a_node_are_exact_beyond_64_bits_and_below_a_root():
         return made
 
     samples = np.array([5, 2**22 - 1])
-    for once, linear in ((7, 3), (2**62, 2**40), (2**61, 2**41 - 1)):
+    for once, linear in ((7, 3), (2**62, 2**40), (2**62 + 2**41, 2**40), (2**61, 2**41 - 1)):
         found = rounded([once, linear, 0], 3)(samples)
         assert found.dtype == np.int64 and found.tolist() == [(once + linear * int(m)) // 3 for m in samples]
     # floor(10 - sqrt(2)), floor(10 - sqrt(4)), and with a plus
