@@ -102,7 +102,7 @@ bench: data
 	$(BIN)/python scripts/benchmarks/average_checkpoints.py --gigabytes 0.5 --json runs/bench/average_checkpoints.json
 	$(BIN)/python scripts/benchmarks/summary.py runs/bench
 
-# The 405M model on one GPU: tokens/s and MFU, what our parts cost, saving, memory. Some ten minutes.
+# The 405M model on one GPU: tokens/s and MFU, what our parts cost, saving, memory. At most some 20 minutes.
 bench-gpu: $(VENV)/installed
 	$(BIN)/python scripts/benchmarks/gpu.py --budget 900 --json runs/bench/gpu.json
 

@@ -38,7 +38,8 @@ class LAWA(AveragedWeights):
 
     Cost: ``k`` copies of the parameters in their own dtype, divided by the ranks that shard them; a snapshot is one
     copy; an evaluation reads the window once and needs two further copies (the average in float32, and the training
-    weights that it stands in for) until it ends.
+    weights that it stands in for) until it ends. A checkpoint holds the window; a sharded one links to the snapshots
+    that the one before it holds (:mod:`~cpt_algorithms.checkpoints.links`).
 
     Source: Kaddour 2022; Sanyal et al. 2023, Algorithm 1.
     """

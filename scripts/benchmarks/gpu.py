@@ -442,8 +442,9 @@ def number(value: float) -> str:
 
 def step_rows(name: str, cell: Found, base: Found) -> Iterator[tuple[str, float, str, str, float | None]]:
     """Of a training step."""
-    what = f'{name}, microbatch {cell["microbatch"]}'
-    yield what, cell['tokens/s'], 'tokens/s', 'base', cell['tokens/s'] / base['tokens/s']
+    what, (low, _, high) = f'{name}, microbatch {cell["microbatch"]}', cell['quartiles']
+    spread = f'base; a step {low:.3g} to {high:.3g} s'
+    yield what, cell['tokens/s'], 'tokens/s', spread, cell['tokens/s'] / base['tokens/s']
     yield '', 100 * cell['MFU'], '% MFU', f'6 N: {100 * cell["MFU of 6 N"]:.3g} %', None
     if cell['peak memory']:
         peak = cell['peak memory'] - cell['allocated before']
@@ -457,7 +458,7 @@ def step_rows(name: str, cell: Found, base: Found) -> Iterator[tuple[str, float,
 
 
 def table_of(found: Found) -> Table:
-    """What was measured, its unit, and its ratio to what it is compared with."""
+    """What was measured (medians, with quartiles of steps and the range of saves), its unit, and a ratio."""
     rows: list[tuple[str, float, str, str, float | None]] = []
     limits = found.get('ceilings', {}).get('all', {})
     peak = found.get('peak FLOP/s')
@@ -490,9 +491,9 @@ def table_of(found: Found) -> Table:
     for form, sides in found.get('saving', {}).items():
         for unit, scale in (('seconds', 1), ('bytes', 1e9)):
             stock, ours = (np.median(sides[side][unit]) / scale for side in SIDES)
-            rows.append(
-                (f'a checkpoint, {form}', ours, 's' if scale == 1 else 'GB', f'stock {stock:.3g}', ours / stock)
-            )
+            low, high = np.min(sides['ours'][unit]) / scale, np.max(sides['ours'][unit]) / scale
+            spread = f'stock {stock:.3g}; {low:.3g} to {high:.3g}' if scale == 1 else f'stock {stock:.3g}'
+            rows.append((f'a checkpoint, {form}', ours, 's' if scale == 1 else 'GB', spread, ours / stock))
     table = Table(title=found.get('gpu', 'no GPU'), title_justify='left')
     for column, justify in {
         'what': 'left',
